@@ -1,0 +1,29 @@
+"""The errors a user can cause. The command prints them without a traceback and exits with status 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Something the user can mend: the message names the key or file, the number and what would be legal."""
+
+
+class SettingsError(UserError):
+    """The settings are wrong; the message lists every problem found, one a line."""
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join([f"{source}: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)]))
+
+
+class DataError(UserError):
+    """A source text, a token shard or a tokenizer is missing, damaged or does not fit."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, could not be written, or belongs to another model."""
+
+
+class TrainingError(UserError):
+    """The run cannot go on (for example: the loss is not finite)."""

@@ -1,0 +1,248 @@
+"""Every setting of a run: one typed, frozen tree, read from TOML with dotted overrides from the command line.
+
+Lengths are in tokens, batches in sequences, learning rates per optimizer step. Unknown keys, wrong types and
+contradictions raise one `SettingsError` that lists all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Axis = Annotated[int, Field(ge=-1)]
+
+MIXERS = ("attention",)
+FEEDFORWARDS = ("dense", "moe")
+MEMORY = "memory"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class RunSettings(_Section):
+    dir: str = Field("runs/default", min_length=1, description="folder that receives metrics, checkpoints and the summary")
+    seed: Natural = Field(0, description="draws the parameters and the sample order")
+    threads: Natural = Field(0, description="CPU threads per rank; 0 leaves torch's choice")
+
+
+class DataSettings(_Section):
+    path: str = Field("runs/data/sotu-4096", min_length=1, description="folder of token shards written by `hybridtrain data`")
+    source: tuple[str, ...] = Field((), description="texts to make `path` from when it does not exist; `shipped:sotu` needs no download")
+    vocab_size: Positive = Field(4096, description="entries of the BPE trained when `path` is made")
+    tokenizer: str = Field("", description="a tokenizer.json to use instead of training one when `path` is made")
+    validation_fraction: Fraction = Field(0.05, description="share of whole documents held out when `path` is made")
+    verify: bool = Field(True, description="check the shards' checksums before training")
+
+
+class AttentionSettings(_Section):
+    num_heads: Positive = 4
+    num_kv_heads: Positive = Field(4, description="heads of keys and values; divides num_heads")
+    head_dim: Positive = Field(32, description="even; num_heads * head_dim need not equal model.dim")
+    rope_theta: float = Field(10_000.0, gt=0)
+    qk_norm: bool = Field(True, description="RMS-normalise queries and keys per head")
+
+
+class DenseSettings(_Section):
+    hidden: Positive = Field(512, description="width of the dense SwiGLU")
+
+
+class MoESettings(_Section):
+    num_experts: Positive = 8
+    top_k: Positive = Field(2, description="experts per token")
+    hidden: Positive = Field(256, description="width of one expert's SwiGLU")
+    num_shared: Natural = Field(0, description="shared experts that see every token, each of width `hidden`")
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_gates: bool = Field(True, description="the chosen experts' gates sum to one")
+    gate_scale: float = Field(1.0, gt=0, description="factor on the routed output")
+    num_groups: Positive = Field(1, description="expert groups of group-limited routing; 1 turns it off")
+    top_groups: Positive = Field(1, description="groups a token may choose from")
+    bias_rate: NonNegative = Field(0.001, description="step of the auxiliary-loss-free selection bias; 0 turns it off")
+    aux_weight: NonNegative = Field(0.0, description="weight of the global load-balance loss")
+    z_weight: NonNegative = Field(0.0, description="weight of the router z-loss")
+
+
+class ModelSettings(_Section):
+    dim: Positive = 128
+    layers: tuple[str, ...] = Field(
+        ("attention+dense", "memory+attention+moe", "2*attention+moe"),
+        description='one entry a layer, "[N*][memory+]MIXER+FEEDFORWARD"; N repeats it',
+    )
+    residual: Literal["add"] = "add"
+    tie_embeddings: bool = False
+    norm_eps: float = Field(1e-6, gt=0)
+    init_std: float = Field(0.02, gt=0, description="standard deviation of embeddings and matrices at initialisation")
+    attention: AttentionSettings = AttentionSettings()
+    dense: DenseSettings = DenseSettings()
+    moe: MoESettings = MoESettings()
+
+
+class MemorySettings(_Section):
+    enabled: bool = Field(True, description="false removes the memory from every layer of the pattern")
+    orders: tuple[Positive, ...] = Field((2, 3), description="n-gram lengths")
+    heads: Positive = Field(4, description="hash heads per order")
+    head_dim: Positive = Field(32, description="width of one row")
+    rows_per_head: Positive = Field(16384, description="a head has the first unused prime >= this many rows")
+    hash_seed: Natural = Field(0, description="seed of the multipliers")
+    addressing: str = Field("", description="JSON file with stored multipliers and primes to use instead of drawing them")
+    boundary: Literal["document", "stream"] = Field("document", description="n-grams stop at document starts, or run across")
+    conv: bool = Field(True, description="short convolution after the gate")
+    conv_kernel: Positive = 4
+    init_std: float = Field(0.02, gt=0, description="standard deviation of rows at initialisation")
+    checksum: bool = Field(False, description="verify every exchanged payload with a checksum")
+    exchange_groups: Positive = Field(1, description="exchanges per step; divides train.micro_batches")
+    optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam"] = "rowwise_adam"
+    lr_multiplier: float = Field(5.0, gt=0, description="learning rate of the table as a multiple of optim.lr")
+    beta2: Fraction = 0.95
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: NonNegative = 0.0
+
+
+class OptimSettings(_Section):
+    backbone: Literal["adamw", "muon"] = Field("adamw", description="muon takes the 2-D matrices, AdamW the rest")
+    lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
+    muon_lr: float = Field(2e-2, gt=0, description="peak learning rate of Muon")
+    muon_momentum: Fraction = 0.95
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: NonNegative = Field(0.1, description="decoupled; matrices only")
+    clip_norm: NonNegative = Field(1.0, description="bound on the global gradient norm; 0 turns clipping off")
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: Natural = 50
+    decay_fraction: Fraction = Field(0.2, description="share of the steps in wsd's decay")
+    final_lr_ratio: Fraction = Field(0.1, description="learning rate at the end as a share of the peak")
+
+
+class TrainSettings(_Section):
+    steps: Positive = 500
+    seq_len: Positive = Field(128, description="tokens per sequence")
+    global_batch: Positive = Field(32, description="sequences per optimizer step over all ranks; no layout changes it")
+    micro_batches: Positive = Field(1, description="gradient-accumulation slices of the global batch")
+    eval_every: Natural = Field(100, description="steps between validations; 0: only at the end")
+    eval_batches: Natural = Field(0, description="global batches per validation during the run; 0: the whole split")
+    log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    engine: Literal["torch"] = "torch"
+
+
+class ParallelSettings(_Section):
+    """Degrees of the axes; -1 takes what the world leaves. See docs/parallelism.md."""
+
+    pp: Positive = 1
+    dp_replicate: Positive = 1
+    dp_shard: Axis = -1
+    cp: Positive = 1
+    tp: Positive = 1
+    ep: Positive = Field(1, description="ranks that share one set of experts; divides dp_shard * cp * tp")
+    mem: Axis = Field(-1, description="ranks that share one copy of the lookup table; -1: all of them")
+    reshard_after_forward: bool = Field(False, description="free gathered parameters between forward and backward (ZeRO-3)")
+    timeout: Positive = Field(300, description="seconds a collective may take before the run is ended")
+
+
+class CheckpointSettings(_Section):
+    every: Natural = Field(100, description="steps between checkpoints; 0: only at the end and on a signal")
+    keep: Positive = Field(2, description="checkpoints kept")
+
+
+class Settings(_Section):
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    memory: MemorySettings = MemorySettings()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        problems = contradictions(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class LayerSpec(_Section):
+    """What one layer is made of; `memory` says whether an Engram memory stands before the mixer."""
+
+    memory: bool
+    mixer: str
+    feedforward: str
+
+
+def layer_specs(settings: Settings) -> tuple[LayerSpec, ...]:
+    """The layers of the model in order; `memory.enabled=false` removes every memory.
+
+    Raises ValueError naming the entry that is not `[N*][memory+]MIXER+FEEDFORWARD`.
+    """
+    specs: list[LayerSpec] = []
+    for entry in settings.model.layers:
+        match = re.fullmatch(r"(?:(\d+)\*)?(memory\+)?(\w+)\+(\w+)", entry.replace(" ", ""))
+        if match is None or match[3] not in MIXERS or match[4] not in FEEDFORWARDS or match[1] == "0":
+            raise ValueError(
+                f'model.layers: "{entry}" is no layer; write "[N*][memory+]MIXER+FEEDFORWARD" '
+                f"with MIXER one of {', '.join(MIXERS)} and FEEDFORWARD one of {', '.join(FEEDFORWARDS)}"
+            )
+        spec = LayerSpec(memory=bool(match[2]) and settings.memory.enabled, mixer=match[3], feedforward=match[4])
+        specs += [spec] * int(match[1] or 1)
+    return tuple(specs)
+
+
+def memory_layers(settings: Settings) -> tuple[int, ...]:
+    """0-based ids, in the whole model, of the layers that have a memory."""
+    return tuple(i for i, spec in enumerate(layer_specs(settings)) if spec.memory)
+
+
+def contradictions(s: Settings) -> list[str]:
+    """Everything in which the sections do not fit each other, one line each with the nearest legal value."""
+    out: list[str] = []
+    try:
+        layer_specs(s)
+    except ValueError as error:
+        out.append(str(error))
+    if not s.model.layers:
+        out.append("model.layers is empty; a model needs at least one layer")
+    attention, moe, memory = s.model.attention, s.model.moe, s.memory
+    if attention.num_heads % attention.num_kv_heads:
+        out.append(
+            f"model.attention.num_kv_heads={attention.num_kv_heads} does not divide num_heads={attention.num_heads}; "
+            f"it may be {_divisors(attention.num_heads)}"
+        )
+    if attention.head_dim % 2:
+        out.append(f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. {attention.head_dim + 1}")
+    if moe.top_k > moe.num_experts:
+        out.append(f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to {moe.num_experts}")
+    if moe.num_experts % moe.num_groups:
+        out.append(f"model.moe.num_groups={moe.num_groups} does not divide num_experts={moe.num_experts}; it may be {_divisors(moe.num_experts)}")
+    elif moe.top_groups > moe.num_groups:
+        out.append(f"model.moe.top_groups={moe.top_groups} exceeds num_groups={moe.num_groups}; it may be 1 to {moe.num_groups}")
+    elif moe.top_k > moe.top_groups * (moe.num_experts // moe.num_groups):
+        reach = moe.top_groups * (moe.num_experts // moe.num_groups)
+        out.append(f"model.moe.top_k={moe.top_k} exceeds the {reach} experts in top_groups={moe.top_groups} groups; it may be 1 to {reach}")
+    if not memory.orders or list(memory.orders) != sorted(set(memory.orders)) or memory.orders[0] < 2:
+        out.append(f"memory.orders={list(memory.orders)} must be rising n-gram lengths from 2 on, e.g. [2, 3]")
+    if s.train.global_batch % s.train.micro_batches:
+        out.append(
+            f"train.micro_batches={s.train.micro_batches} does not divide train.global_batch={s.train.global_batch}; "
+            f"it may be {_divisors(s.train.global_batch)}"
+        )
+    if s.train.micro_batches % memory.exchange_groups:
+        out.append(
+            f"memory.exchange_groups={memory.exchange_groups} does not divide train.micro_batches={s.train.micro_batches}; "
+            f"it may be {_divisors(s.train.micro_batches)}"
+        )
+    if s.data.tokenizer and "vocab_size" in s.data.model_fields_set:
+        out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")
+    return out
+
+
+def _divisors(number: int) -> str:
+    """The divisors of `number` in words: "1, 2 or 4"."""
+    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
