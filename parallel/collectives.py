@@ -1,0 +1,149 @@
+"""Every collective of ours, each counted by group and operation: calls and the bytes this rank sends to others.
+
+Bytes are payload by the ring or pairwise algorithm: what the fabric must carry for this rank, not what a backend
+adds. Groups of one rank do nothing and count nothing.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Traffic:
+    """A ledger of (group, operation) -> [calls, bytes]; safe to write from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[tuple[str, str], list[int]] = {}
+
+    def add(self, group: str, operation: str, sent: int) -> None:
+        with self._lock:
+            entry = self._entries.setdefault((group, operation), [0, 0])
+            entry[0] += 1
+            entry[1] += sent
+
+    def entries(self) -> dict[tuple[str, str], tuple[int, int]]:
+        with self._lock:
+            return {key: (calls, sent) for key, (calls, sent) in self._entries.items()}
+
+    def bytes_by_group(self) -> dict[str, int]:
+        out: dict[str, int] = {}
+        for (group, _), (_, sent) in self.entries().items():
+            out[group] = out.get(group, 0) + sent
+        return out
+
+
+@dataclass(frozen=True)
+class Group:
+    """One communication group as this rank sees it. `process_group` is None where the group is this rank alone."""
+
+    name: str
+    ranks: tuple[int, ...]
+    rank: int
+    process_group: dist.ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
+    """Send `send[i]` rows of `x` (dim 0, in order) to rank i and return the `receive[j]` rows of every rank j, in rank order."""
+    if group.size == 1:
+        return x
+    out = x.new_empty((sum(receive), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=group.process_group)
+    _count(group, "all_to_all", (sum(send) - send[group.rank]) * _row_bytes(x))
+    return out
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
+        ctx.splits, ctx.group = (send, receive), group
+        return all_to_all(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive = ctx.splits
+        return all_to_all(grads[0], receive, send, ctx.group), None, None, None
+
+
+def all_to_all_autograd(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
+    """`all_to_all` whose gradient goes back the way its rows came."""
+    if group.size == 1:
+        return x
+    out: Tensor = _AllToAll.apply(x, send, receive, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def exchange_counts(counts: Tensor, group: Group) -> Tensor:
+    """`counts[i]` goes to rank i; returns what every rank sent here. Any number of columns; dim 0 is the group's size."""
+    ones = [1] * group.size
+    return all_to_all(counts, ones, ones, group)
+
+
+def all_reduce_(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce `x` in place over the group; every rank gets bitwise the same result."""
+    if group.size > 1:
+        dist.all_reduce(x, op=op, group=group.process_group)
+        _count(group, "all_reduce", 2 * (group.size - 1) * x.numel() * x.element_size() // group.size)
+    return x
+
+
+def all_gather_uneven(x: Tensor, group: Group) -> list[Tensor]:
+    """Every rank's `x`, in rank order; dim 0 may differ between ranks."""
+    if group.size == 1:
+        return [x]
+    sizes = x.new_zeros(group.size, dtype=torch.int64)
+    sizes[group.rank] = x.shape[0]
+    lengths: list[int] = all_reduce_(sizes, group).tolist()
+    padded = x.new_zeros((max(lengths), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    out = padded.new_empty((group.size * max(lengths), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, padded, group=group.process_group)
+    _count(group, "all_gather", (group.size - 1) * padded.numel() * x.element_size())
+    return [part[:length] for part, length in zip(out.chunk(group.size) if max(lengths) else [x] * group.size, lengths, strict=True)]
+
+
+def broadcast_object(value: Any, group: Group) -> Any:
+    """Rank 0's `value` on every rank (pickled; for settings and decisions, not for tensors)."""
+    if group.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=group.ranks[0], group=group.process_group)
+    _count(group, "broadcast", len(pickle.dumps(value)) if group.rank == 0 else 0)
+    return box[0]
+
+
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Every rank's `value`, on every rank (pickled; for messages, not for tensors)."""
+    if group.size == 1:
+        return [value]
+    out: list[Any] = [None] * group.size
+    dist.all_gather_object(out, value, group=group.process_group)
+    _count(group, "all_gather", (group.size - 1) * len(pickle.dumps(value)))
+    return out
+
+
+def barrier(group: Group) -> None:
+    if group.size > 1:
+        dist.barrier(group=group.process_group)
+        _count(group, "barrier", 0)
+
+
+def _row_bytes(x: Tensor) -> int:
+    return x[:1].numel() * x.element_size() if x.shape[0] else 0
+
+
+def _count(group: Group, operation: str, sent: int) -> None:
+    group.traffic.add(group.name, operation, sent)

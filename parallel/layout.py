@@ -1,0 +1,202 @@
+"""The layout of a run: which rank stands where on every axis, and whether the model fits. Pure Python, no torch.
+
+Dense mesh `pp × dp_replicate × dp_shard × cp × tp`, slowest axis first (tp neighbours are neighbouring ranks).
+Experts fold over `dp_shard × cp × tp` as `edp × ep`; lookup tables over all ranks as `mem_replicate × mem`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep")
+MEMORY_AXES = ("mem_replicate", "mem")
+
+
+class LayoutError(ValueError):
+    """The layout is impossible for this world or this model; lists every violation, one a line."""
+
+    def __init__(self, world: int, violations: Sequence[str]) -> None:
+        self.violations = list(violations)
+        ranks = "1 rank" if world == 1 else f"{world} ranks"
+        super().__init__("\n".join([f"layout does not fit {ranks}", *(f"  {v}" for v in self.violations)]))
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a layout must divide, in the model's and the run's own numbers. None: the model has no such part."""
+
+    global_batch: int
+    micro_batches: int
+    seq_len: int
+    num_layers: int
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    num_experts: int | None
+    memory_rows: int | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of all axes for `world` ranks, fully resolved (no -1). Build it with `resolve`."""
+
+    world: int
+    pp: int
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
+    ep: int
+    mem: int
+
+    @classmethod
+    def resolve(
+        cls,
+        world: int,
+        *,
+        pp: int = 1,
+        dp_replicate: int = 1,
+        dp_shard: int = -1,
+        cp: int = 1,
+        tp: int = 1,
+        ep: int = 1,
+        mem: int = -1,
+    ) -> Layout:
+        """The layout of `world` ranks; `dp_shard=-1` takes the ranks the other axes leave, `mem=-1` takes all.
+
+        Raises LayoutError listing every violation of the ranks' arithmetic.
+        """
+        others = pp * dp_replicate * cp * tp
+        shard = dp_shard if dp_shard != -1 else max(1, world // others)
+        layout = cls(world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem)
+        out: list[str] = []
+        if others * shard != world:
+            named = [f"{a} {getattr(layout, a)}" for a in DENSE_AXES if getattr(layout, a) > 1]
+            mend = f"set dp_shard={world // others} or dp_shard=-1" if world % others == 0 else _mend_world(layout, others)
+            out.append(f"parallel: {' x '.join(named) or 'all axes 1'} = {others * shard} ranks, not {world}; {mend}")
+        if layout.ep < 1 or layout.expert_ranks % layout.ep:
+            out.append(
+                f"parallel.ep={ep} does not divide dp_shard x cp x tp = {layout.expert_ranks}; "
+                f"ep may be {choices(divisors(layout.expert_ranks))}"
+            )
+        if layout.mem < 1 or world % layout.mem:
+            out.append(f"parallel.mem={mem} does not divide the {world} ranks; mem may be -1, {choices(divisors(world))}")
+        if out:
+            raise LayoutError(world, out)
+        return layout
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that experts fold over."""
+        return self.dp_shard * self.cp * self.tp
+
+    @property
+    def edp(self) -> int:
+        """Copies of an expert among the ranks that experts fold over."""
+        return self.expert_ranks // self.ep
+
+    @property
+    def mem_replicate(self) -> int:
+        """Copies of the lookup table."""
+        return self.world // self.mem
+
+    @property
+    def dp(self) -> int:
+        """Ranks that read different sequences."""
+        return self.dp_replicate * self.dp_shard
+
+    def shape(self, axes: Sequence[str]) -> tuple[int, ...]:
+        return tuple(int(getattr(self, axis)) for axis in axes)
+
+    def coordinate(self, rank: int, axis: str) -> int:
+        """Where `rank` stands on `axis` (any of the dense, expert or memory axes, or `dp`)."""
+        if axis == "dp":
+            return self.coordinate(rank, "dp_replicate") * self.dp_shard + self.coordinate(rank, "dp_shard")
+        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, MEMORY_AXES) if axis in axes)
+        sizes = self.shape(axes)
+        place = axes.index(axis)
+        return rank // prod(sizes[place + 1 :]) % sizes[place]
+
+    def groups(self, axis: str) -> list[list[int]]:
+        """All groups of ranks that differ only on `axis`, each in the order of their coordinate."""
+        axes: tuple[str, ...]
+        if axis == "dp":
+            axes, along = DENSE_AXES, ("dp_replicate", "dp_shard")
+        else:
+            axes = next(a for a in (DENSE_AXES, EXPERT_AXES, MEMORY_AXES) if axis in a)
+            along = (axis,)
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world):
+            found.setdefault(tuple(self.coordinate(rank, a) for a in axes if a not in along), []).append(rank)
+        return list(found.values())
+
+    def row_bounds(self, num_rows: int) -> list[int]:
+        """Owner i of `mem` owners has rows `bounds[i]` to `bounds[i+1]-1` of the packed table (`Shard(0)` chunks)."""
+        chunk = -(-num_rows // self.mem)
+        return [min(i * chunk, num_rows) for i in range(self.mem + 1)]
+
+    def check(self, facts: ModelFacts) -> None:
+        """Raise LayoutError listing every way in which the model does not fit this layout."""
+        out: list[str] = []
+        sequences = facts.global_batch // facts.micro_batches
+        if sequences % self.dp:
+            out.append(
+                f"parallel: dp_replicate x dp_shard = {self.dp} does not divide the {sequences} sequences of a micro-batch "
+                f"(train.global_batch={facts.global_batch} / train.micro_batches={facts.micro_batches}); "
+                f"it may be {choices(divisors(sequences))}, or set train.global_batch={_next_multiple(facts.global_batch, self.dp * facts.micro_batches)}"
+            )
+        if self.ep > 1 and facts.num_experts is None:
+            out.append(f"parallel.ep={self.ep} but no layer of model.layers is moe; ep may be 1")
+        elif facts.num_experts is not None and facts.num_experts % self.ep:
+            out.append(f"parallel.ep={self.ep} does not divide model.moe.num_experts={facts.num_experts}; ep may be {choices(divisors(facts.num_experts))}")
+        elif self.ep > 1 and facts.dim % self.edp:
+            out.append(f"parallel: edp = dp_shard x cp x tp / ep = {self.edp} does not divide model.dim={facts.dim}; edp may be {choices(divisors(facts.dim))}")
+        for axis, key, number in (
+            ("tp", "model.attention.num_kv_heads", facts.num_kv_heads),
+            ("tp", "model.attention.num_heads", facts.num_heads),
+            ("cp", "train.seq_len", facts.seq_len),
+        ):
+            degree = getattr(self, axis)
+            if number % degree:
+                out.append(f"parallel.{axis}={degree} does not divide {key}={number}; {axis} may be {choices(divisors(number))}")
+        if self.pp > facts.num_layers:
+            out.append(f"parallel.pp={self.pp} exceeds the model's {facts.num_layers} layers; pp may be 1 to {facts.num_layers}")
+        if facts.memory_rows is not None and facts.memory_rows < self.mem:
+            out.append(f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set memory.rows_per_head higher or mem=1")
+        out += [
+            f"parallel.{axis}={getattr(self, axis)}: this version trains over dp_shard, ep and mem only; {axis} may be 1"
+            for axis in ("pp", "dp_replicate", "cp", "tp")
+            if getattr(self, axis) > 1
+        ]
+        if out:
+            raise LayoutError(self.world, out)
+
+    def describe(self) -> str:
+        """The axes above one, in order: `dp_shard 4 · ep 2 · mem 4`."""
+        named = [f"{axis} {getattr(self, axis)}" for axis in (*DENSE_AXES, "ep", "edp", "mem", "mem_replicate") if getattr(self, axis) > 1]
+        return " · ".join(named) or "one rank"
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def choices(numbers: Sequence[int]) -> str:
+    """Numbers in words: `1, 2 or 4`."""
+    words = [str(n) for n in numbers]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _next_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
+
+
+def _mend_world(layout: Layout, others: int) -> str:
+    world = layout.world
+    below = world // others * others
+    legal = ([below] if below else []) + [below + others]
+    axes = " x ".join(a for a in DENSE_AXES if a != "dp_shard" and getattr(layout, a) > 1)
+    return f"{axes} = {others} fits {choices(legal)} ranks"

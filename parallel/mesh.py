@@ -1,0 +1,105 @@
+"""This rank's place in the layout as torch sees it: device, process groups and device meshes, made once per run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from hybridtrain.parallel.collectives import Group, Traffic
+from hybridtrain.parallel.layout import EXPERT_AXES, MEMORY_AXES, Layout
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Everything distributed that is handed to the run. In a world of one rank nothing here needs torch.distributed."""
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    traffic: Traffic
+
+    world: Group
+    dp: Group
+    ep: Group
+    mem: Group
+    mem_replicate: Group
+    mem_plan: Group  # the background planner's own copies of the two groups above: always gloo, never shared between threads
+    mem_replicate_plan: Group
+
+    dense_mesh: DeviceMesh | None  # (dp_shard,)
+    expert_mesh: DeviceMesh | None  # (edp, ep)
+    memory_mesh: DeviceMesh | None  # (mem_replicate, mem)
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, world size) as torchrun sets them; (0, 1) alone."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device() -> torch.device:
+    """The accelerator of this local rank where there is one, else the CPU: the one place where it is decided."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, store: dist.Store | None = None) -> Mesh:
+    """Start torch.distributed for `layout.world` ranks and build all groups; `timeout` in seconds bounds every collective.
+
+    With `store` the ranks meet there, else through torchrun's environment.
+    """
+    traffic = Traffic()
+    if layout.world > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        bound = timedelta(seconds=timeout)
+        if store is None:
+            dist.init_process_group(backend, timeout=bound)
+        else:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=layout.world, timeout=bound)
+
+    def group(axis: str, name: str = "", backend: str | None = None) -> Group:
+        partition = [list(range(layout.world))] if axis == "world" else layout.groups(axis)
+        ranks = next(ranks for ranks in partition if rank in ranks)
+        process_group = None
+        if len(ranks) == layout.world and backend is None:
+            process_group = dist.group.WORLD if layout.world > 1 else None
+        elif len(ranks) > 1:
+            process_group, _ = dist.new_subgroups_by_enumeration(partition, backend=backend, timeout=timedelta(seconds=timeout))
+        return Group(name or axis, tuple(ranks), ranks.index(rank), process_group, traffic)
+
+    return Mesh(
+        layout=layout,
+        rank=rank,
+        device=device,
+        traffic=traffic,
+        world=group("world"),
+        dp=group("dp"),
+        ep=group("ep"),
+        mem=group("mem"),
+        mem_replicate=group("mem_replicate"),
+        mem_plan=group("mem", "mem_plan", "gloo"),
+        mem_replicate_plan=group("mem_replicate", "mem_replicate_plan", "gloo"),
+        dense_mesh=_device_mesh(layout, device, ("dp_shard",)),
+        expert_mesh=_device_mesh(layout, device, EXPERT_AXES[2:]),
+        memory_mesh=_device_mesh(layout, device, MEMORY_AXES),
+    )
+
+
+def close_mesh() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device_mesh(layout: Layout, device: torch.device, axes: Sequence[str]) -> DeviceMesh | None:
+    if layout.world == 1:
+        return None
+    ranks = torch.arange(layout.world).view(layout.shape(axes))
+    return DeviceMesh(device.type, ranks, mesh_dim_names=tuple(axes))

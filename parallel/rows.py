@@ -1,0 +1,147 @@
+"""Rows of the lookup table, fetched and given back once per step, outside the model.
+
+Row ids depend on tokens alone, so a step's plan (which unique rows, from which owners) is made ahead in the
+background. `fetch` is one all-to-all of rows, `push` one all-to-all of their gradients; owners sum duplicates in a
+fixed order. No gradient or buffer here is ever as large as the table.
+
+Shape legend: M micro-batches, B sequences, T tokens, L memory layers, S hash slots, U unique rows this rank needs,
+Q rows other ranks (and this one) ask of this rank, N distinct local rows touched in the step, D row width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybridtrain.kernels.segment_sum import segment_sum
+from hybridtrain.parallel.collectives import Group, all_gather_uneven, all_reduce_, all_to_all, exchange_counts
+
+
+class ExchangeError(RuntimeError):
+    """A row id or a payload arrived wrong: the message names group, ranks and numbers. Going on would corrupt the table."""
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One exchange: all rows that a group of micro-batches needs. Everything was computed from tokens alone."""
+
+    index: list[Tensor]  # per micro-batch [B, T, L, S]: place of each lookup among that micro-batch's rows
+    select: list[Tensor]  # per micro-batch [U_m]: place of the micro-batch's rows among the U rows of the plan
+    num_rows: int  # U
+    send: list[int]  # rows asked of each owner
+    receive: list[int]  # rows each rank asks of this owner
+    wanted_Q: Tensor  # local row numbers asked of this owner, in the order of the asking ranks
+    slot_Q: Tensor  # place of each among the step's touched rows
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """All exchanges of one step, and the local rows that they touch (over all replicas of this shard)."""
+
+    exchanges: list[RowPlan]
+    touched_N: Tensor  # sorted distinct local row numbers
+    lookups: int
+    unique: int
+
+
+class RowPlanner:
+    """Turns row ids into plans. Collective over `mem`: every rank calls `plan` for the same steps in the same order."""
+
+    def __init__(self, bounds: Sequence[int], mem: Group, mem_replicate: Group, device: torch.device, exchange_groups: int = 1) -> None:
+        self.bounds = torch.tensor(bounds)
+        self.mem, self.mem_replicate = mem, mem_replicate
+        self.device, self.exchange_groups = device, exchange_groups
+
+    def plan(self, ids_MBTLS: Tensor) -> StepPlan:
+        """The plan for row ids of the whole packed table, int64 on the CPU.
+
+        Raises ExchangeError where an id lies outside the table, here or as received.
+        """
+        parts = [self._exchange(ids) for ids in ids_MBTLS.chunk(self.exchange_groups)]
+        wanted = [part.wanted_Q for part in parts]
+        touched = _distinct(torch.cat([*wanted, *all_gather_uneven(_distinct(torch.cat(wanted)), self.mem_replicate)]))
+        exchanges = [self._with_slots(part, touched) for part in parts]
+        return StepPlan(exchanges, touched.to(self.device), ids_MBTLS.numel(), sum(part.num_rows for part in parts))
+
+    def _exchange(self, ids_MBTLS: Tensor) -> RowPlan:
+        self._check_range(ids_MBTLS, 0, int(self.bounds[-1]), "computed here")
+        distinct, inverse = zip(*(torch.unique(ids, return_inverse=True) for ids in ids_MBTLS), strict=True)
+        if len(distinct) == 1:
+            rows_U, select = distinct[0], [torch.arange(len(distinct[0]))]
+        else:
+            rows_U, places = torch.unique(torch.cat(distinct), return_inverse=True)
+            select = list(places.split([len(d) for d in distinct]))
+        cuts = torch.searchsorted(rows_U, self.bounds)
+        asked = cuts.diff()
+        asking = exchange_counts(asked, self.mem)
+        send, receive = asked.tolist(), asking.tolist()
+        wanted = all_to_all(rows_U, send, receive, self.mem)
+        low, high = int(self.bounds[self.mem.rank]), int(self.bounds[self.mem.rank + 1])
+        self._check_range(wanted, low, high, f"received by owner {self.mem.rank}")
+        wanted = wanted - low
+        on = self.device
+        return RowPlan(
+            [i.to(on) for i in inverse], [s.to(on) for s in select], len(rows_U), send, receive, wanted.to(on), wanted
+        )
+
+    def _with_slots(self, part: RowPlan, touched_N: Tensor) -> RowPlan:
+        slots = torch.searchsorted(touched_N, part.slot_Q)
+        return RowPlan(part.index, part.select, part.num_rows, part.send, part.receive, part.wanted_Q, slots.to(self.device))
+
+    def _check_range(self, ids: Tensor, low: int, high: int, where: str) -> None:
+        if ids.numel() == 0:
+            return
+        least, most = (int(v) for v in ids.aminmax())
+        if least < low or most >= high:
+            raise ExchangeError(
+                f"row ids {where} reach from {least} to {most}, outside {low} to {high - 1} "
+                f"(group {self.mem.name}, rank {self.mem.ranks[self.mem.rank]})"
+            )
+
+
+class RowExchange:
+    """Moves rows and their gradients between the ranks of `mem` according to a plan."""
+
+    def __init__(self, table: Tensor, mem: Group, mem_replicate: Group, checksum: bool = False) -> None:
+        self.table, self.mem, self.mem_replicate, self.checksum = table, mem, mem_replicate, checksum
+
+    def fetch(self, plan: RowPlan) -> Tensor:
+        """The plan's unique rows `[U, D]`, in ascending order of their ids: one all-to-all."""
+        rows_QD = self.table.index_select(0, plan.wanted_Q)
+        return self._move(rows_QD, plan.receive, plan.send, "rows")
+
+    def push(self, plans: Sequence[RowPlan], grads: Sequence[Tensor], num_touched: int) -> Tensor:
+        """Sum of all ranks' row gradients `[N, D]` for the step's touched rows; `grads[i]` is `[U, D]` of `plans[i]`."""
+        total: Tensor | None = None
+        for plan, grad_UD in zip(plans, grads, strict=True):
+            grad_QD = self._move(grad_UD, plan.send, plan.receive, "gradients")
+            part = segment_sum(grad_QD, plan.slot_Q, num_touched)
+            total = part if total is None else total.add_(part)
+        if total is None:
+            raise ValueError("push needs at least one plan")
+        return all_reduce_(total, self.mem_replicate)
+
+    def _move(self, x: Tensor, send: list[int], receive: list[int], what: str) -> Tensor:
+        out = all_to_all(x, send, receive, self.mem)
+        if self.checksum:
+            told = exchange_counts(_checksums(x, send), self.mem)
+            wrong = (told != _checksums(out, receive)).nonzero().flatten().tolist()
+            if wrong:
+                senders = ", ".join(str(self.mem.ranks[i]) for i in wrong)
+                raise ExchangeError(f"{what} from rank {senders} to rank {self.mem.ranks[self.mem.rank]} arrived damaged (group {self.mem.name})")
+        return out
+
+
+def _distinct(rows: Tensor) -> Tensor:
+    return torch.unique(rows)
+
+
+def _checksums(x: Tensor, splits: list[int]) -> Tensor:
+    """One int64 per split: the words of its bytes, each times an odd number that depends on its place, summed modulo 2^64."""
+    words = x.contiguous().view(torch.uint8).flatten(1).to(torch.int64) + 1
+    place = torch.arange(words.shape[1], device=x.device) * 2 + 1
+    per_row = (words * place).sum(1)
+    return torch.stack([(part * (torch.arange(len(part), device=x.device) * 2 + 1)).sum() for part in per_row.split(splits)])
