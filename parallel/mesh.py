@@ -29,12 +29,21 @@ class Mesh:
     ep: Group
     mem: Group
     mem_replicate: Group
-    mem_plan: Group  # the background planner's own copies of the two groups above: always gloo, never shared between threads
-    mem_replicate_plan: Group
+    timeout: float
 
     dense_mesh: DeviceMesh | None  # (dp_shard,)
     expert_mesh: DeviceMesh | None  # (edp, ep)
     memory_mesh: DeviceMesh | None  # (mem_replicate, mem)
+
+    def planning_groups(self, name: str) -> tuple[Group, Group]:
+        """Own copies of `mem` and `mem_replicate` for one planner: always gloo (ids live on the CPU), never shared between threads.
+
+        Collective: every rank calls it for the same names in the same order.
+        """
+        groups = []
+        for axis in MEMORY_AXES[::-1]:
+            groups.append(_group(self.layout, self.rank, axis, f"{axis}_{name}", self.traffic, self.timeout, backend="gloo"))
+        return groups[0], groups[1]
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -51,29 +60,18 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, store: dist.Store | None = None) -> Mesh:
+def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, rendezvous: str = "env://") -> Mesh:
     """Start torch.distributed for `layout.world` ranks and build all groups; `timeout` in seconds bounds every collective.
 
-    With `store` the ranks meet there, else through torchrun's environment.
+    The ranks meet at `rendezvous`: torchrun's environment, or a `file://` path that all of them see.
     """
     traffic = Traffic()
     if layout.world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        bound = timedelta(seconds=timeout)
-        if store is None:
-            dist.init_process_group(backend, timeout=bound)
-        else:
-            dist.init_process_group(backend, store=store, rank=rank, world_size=layout.world, timeout=bound)
+        dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=layout.world, timeout=timedelta(seconds=timeout))
 
-    def group(axis: str, name: str = "", backend: str | None = None) -> Group:
-        partition = [list(range(layout.world))] if axis == "world" else layout.groups(axis)
-        ranks = next(ranks for ranks in partition if rank in ranks)
-        process_group = None
-        if len(ranks) == layout.world and backend is None:
-            process_group = dist.group.WORLD if layout.world > 1 else None
-        elif len(ranks) > 1:
-            process_group, _ = dist.new_subgroups_by_enumeration(partition, backend=backend, timeout=timedelta(seconds=timeout))
-        return Group(name or axis, tuple(ranks), ranks.index(rank), process_group, traffic)
+    def group(axis: str) -> Group:
+        return _group(layout, rank, axis, axis, traffic, timeout)
 
     return Mesh(
         layout=layout,
@@ -85,12 +83,22 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, s
         ep=group("ep"),
         mem=group("mem"),
         mem_replicate=group("mem_replicate"),
-        mem_plan=group("mem", "mem_plan", "gloo"),
-        mem_replicate_plan=group("mem_replicate", "mem_replicate_plan", "gloo"),
+        timeout=timeout,
         dense_mesh=_device_mesh(layout, device, ("dp_shard",)),
         expert_mesh=_device_mesh(layout, device, EXPERT_AXES[2:]),
         memory_mesh=_device_mesh(layout, device, MEMORY_AXES),
     )
+
+
+def _group(layout: Layout, rank: int, axis: str, name: str, traffic: Traffic, timeout: float, backend: str | None = None) -> Group:
+    partition = [list(range(layout.world))] if axis == "world" else layout.groups(axis)
+    ranks = next(ranks for ranks in partition if rank in ranks)
+    process_group = None
+    if len(ranks) == layout.world > 1 and backend is None:
+        process_group = dist.group.WORLD
+    elif len(ranks) > 1:
+        process_group, _ = dist.new_subgroups_by_enumeration(partition, backend=backend, timeout=timedelta(seconds=timeout))
+    return Group(name, tuple(ranks), ranks.index(rank), process_group, traffic)
 
 
 def close_mesh() -> None:

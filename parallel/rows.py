@@ -50,8 +50,9 @@ class StepPlan:
 class RowPlanner:
     """Turns row ids into plans. Collective over `mem`: every rank calls `plan` for the same steps in the same order."""
 
-    def __init__(self, bounds: Sequence[int], mem: Group, mem_replicate: Group, device: torch.device, exchange_groups: int = 1) -> None:
+    def __init__(self, bounds: Sequence[int], mem: Group, mem_replicate: Group, device: torch.device, *, exchange_groups: int = 1, checksum: bool = False) -> None:
         self.bounds = torch.tensor(bounds)
+        self.checksum = checksum
         self.mem, self.mem_replicate = mem, mem_replicate
         self.device, self.exchange_groups = device, exchange_groups
 
@@ -62,7 +63,7 @@ class RowPlanner:
         """
         parts = [self._exchange(ids) for ids in ids_MBTLS.chunk(self.exchange_groups)]
         wanted = [part.wanted_Q for part in parts]
-        touched = _distinct(torch.cat([*wanted, *all_gather_uneven(_distinct(torch.cat(wanted)), self.mem_replicate)]))
+        touched = torch.unique(torch.cat(all_gather_uneven(torch.unique(torch.cat(wanted)), self.mem_replicate)))
         exchanges = [self._with_slots(part, touched) for part in parts]
         return StepPlan(exchanges, touched.to(self.device), ids_MBTLS.numel(), sum(part.num_rows for part in parts))
 
@@ -78,7 +79,7 @@ class RowPlanner:
         asked = cuts.diff()
         asking = exchange_counts(asked, self.mem)
         send, receive = asked.tolist(), asking.tolist()
-        wanted = all_to_all(rows_U, send, receive, self.mem)
+        wanted = checked_all_to_all(rows_U, send, receive, self.mem, "row ids", self.checksum)
         low, high = int(self.bounds[self.mem.rank]), int(self.bounds[self.mem.rank + 1])
         self._check_range(wanted, low, high, f"received by owner {self.mem.rank}")
         wanted = wanted - low
@@ -111,37 +112,32 @@ class RowExchange:
     def fetch(self, plan: RowPlan) -> Tensor:
         """The plan's unique rows `[U, D]`, in ascending order of their ids: one all-to-all."""
         rows_QD = self.table.index_select(0, plan.wanted_Q)
-        return self._move(rows_QD, plan.receive, plan.send, "rows")
+        return checked_all_to_all(rows_QD, plan.receive, plan.send, self.mem, "rows", self.checksum)
 
-    def push(self, plans: Sequence[RowPlan], grads: Sequence[Tensor], num_touched: int) -> Tensor:
-        """Sum of all ranks' row gradients `[N, D]` for the step's touched rows; `grads[i]` is `[U, D]` of `plans[i]`."""
-        total: Tensor | None = None
-        for plan, grad_UD in zip(plans, grads, strict=True):
-            grad_QD = self._move(grad_UD, plan.send, plan.receive, "gradients")
-            part = segment_sum(grad_QD, plan.slot_Q, num_touched)
-            total = part if total is None else total.add_(part)
-        if total is None:
-            raise ValueError("push needs at least one plan")
-        return all_reduce_(total, self.mem_replicate)
+    def push(self, plan: RowPlan, grad_UD: Tensor, total_ND: Tensor) -> None:
+        """Add the gradients of the plan's rows, from all ranks of `mem`, to the step's touched rows: one all-to-all."""
+        grad_QD = checked_all_to_all(grad_UD, plan.send, plan.receive, self.mem, "row gradients", self.checksum)
+        total_ND += segment_sum(grad_QD, plan.slot_Q, len(total_ND))
 
-    def _move(self, x: Tensor, send: list[int], receive: list[int], what: str) -> Tensor:
-        out = all_to_all(x, send, receive, self.mem)
-        if self.checksum:
-            told = exchange_counts(_checksums(x, send), self.mem)
-            wrong = (told != _checksums(out, receive)).nonzero().flatten().tolist()
-            if wrong:
-                senders = ", ".join(str(self.mem.ranks[i]) for i in wrong)
-                raise ExchangeError(f"{what} from rank {senders} to rank {self.mem.ranks[self.mem.rank]} arrived damaged (group {self.mem.name})")
-        return out
+    def reduce_replicas(self, total_ND: Tensor) -> None:
+        """Sum the step's row gradients over the replicas of this shard, so that they stay bitwise equal."""
+        all_reduce_(total_ND, self.mem_replicate)
 
 
-def _distinct(rows: Tensor) -> Tensor:
-    return torch.unique(rows)
+def checked_all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group, what: str, checksum: bool) -> Tensor:
+    """`all_to_all`, and with `checksum` a second small one that proves every part arrived as it was sent."""
+    out = all_to_all(x, send, receive, group)
+    if checksum and group.size > 1:
+        told = exchange_counts(_checksums(x, send), group)
+        wrong = (told != _checksums(out, receive)).nonzero().flatten().tolist()
+        if wrong:
+            senders = ", ".join(str(group.ranks[i]) for i in wrong)
+            raise ExchangeError(f"{what} from rank {senders} arrived damaged at rank {group.ranks[group.rank]} (group {group.name})")
+    return out
 
 
 def _checksums(x: Tensor, splits: list[int]) -> Tensor:
-    """One int64 per split: the words of its bytes, each times an odd number that depends on its place, summed modulo 2^64."""
-    words = x.contiguous().view(torch.uint8).flatten(1).to(torch.int64) + 1
-    place = torch.arange(words.shape[1], device=x.device) * 2 + 1
-    per_row = (words * place).sum(1)
+    """One int64 per split: its bytes, each times an odd number that depends on its place, summed modulo 2^64."""
+    words = x.contiguous().view(len(x), -1).view(torch.uint8).to(torch.int64) + 1
+    per_row = (words * (torch.arange(words.shape[1], device=x.device) * 2 + 1)).sum(1)
     return torch.stack([(part * (torch.arange(len(part), device=x.device) * 2 + 1)).sum() for part in per_row.split(splits)])
