@@ -1,0 +1,58 @@
+"""Causal attention with grouped key/value heads, rotary positions and document masks.
+
+B batch, T tokens, D model width, H heads, C head width, R = C / 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridtrain.model.context import SequenceContext
+from hybridtrain.settings import Settings
+
+
+class Attention(nn.Module):
+    """`attend` does the attention proper on [B, T, H, C] tensors; a parallel layout may hand in another."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        a, dim = settings.model.attention, settings.model.dim
+        self.head_dim = a.head_dim
+        self.wq = nn.Linear(dim, a.num_heads * a.head_dim, bias=False)
+        self.wk = nn.Linear(dim, a.num_kv_heads * a.head_dim, bias=False)
+        self.wv = nn.Linear(dim, a.num_kv_heads * a.head_dim, bias=False)
+        self.wo = nn.Linear(a.num_heads * a.head_dim, dim, bias=False)
+        self.q_norm = nn.RMSNorm(a.head_dim, settings.model.norm_eps) if a.qk_norm else None
+        self.k_norm = nn.RMSNorm(a.head_dim, settings.model.norm_eps) if a.qk_norm else None
+        self.attend = attend
+
+    def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
+        q_BTHC, k_BTHC, v_BTHC = (w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHC, k_BTHC = self.q_norm(q_BTHC), self.k_norm(k_BTHC)
+        q_BTHC = apply_rope(q_BTHC, context.cos_TR, context.sin_TR)
+        k_BTHC = apply_rope(k_BTHC, context.cos_TR, context.sin_TR)
+        out_BTD: Tensor = self.wo(self.attend(q_BTHC, k_BTHC, v_BTHC, context).flatten(-2))
+        return out_BTD
+
+
+def attend(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, context: SequenceContext) -> Tensor:
+    """Softmax attention of whole sequences on this device: [B, T, H, C]."""
+    out_BHTC = F.scaled_dot_product_attention(
+        q_BTHC.transpose(1, 2),
+        k_BTHC.transpose(1, 2),
+        v_BTHC.transpose(1, 2),
+        attn_mask=context.mask_B1TT,
+        is_causal=context.mask_B1TT is None,
+        enable_gqa=k_BTHC.size(2) != q_BTHC.size(2),
+    )
+    return out_BHTC.transpose(1, 2)
+
+
+def apply_rope(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotate the pairs (r, r + C/2) of every head by the angle of its position; float32 inside."""
+    a, b = x_BTHC.float().chunk(2, -1)
+    cos, sin = cos_TR[:, None], sin_TR[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_BTHC.dtype)

@@ -1,0 +1,58 @@
+"""The model: embedding, layers, norm, head. It knows nothing of ranks.
+
+B batch, T tokens, D model width, V vocabulary, L memory layers, S slots, C row width.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridtrain.model.context import make_context
+from hybridtrain.model.layer import Layer
+from hybridtrain.model.residual import RESIDUALS
+from hybridtrain.model.rows import StepRows
+from hybridtrain.settings import Settings, layer_specs, memory_layers
+
+
+class HybridLM(nn.Module):
+    """A causal language model of mixers, dense and expert feed-forwards and lookup memories.
+
+    Its parameters are not meaningful before `init_parameters` (init.py) or a checkpoint fills them. `rows` is where
+    memory layers find their rows.
+    """
+
+    def __init__(self, settings: Settings, vocab_size: int) -> None:
+        super().__init__()
+        model = settings.model
+        self.settings = settings
+        self.memory_layers = memory_layers(settings)
+        self.embed = nn.Embedding(vocab_size, model.dim)
+        # A dict and not a list: a pipeline stage that holds some of the layers keeps their names.
+        self.layers = nn.ModuleDict({str(i): Layer(settings, spec) for i, spec in enumerate(layer_specs(settings))})
+        self.residual = RESIDUALS[model.residual]
+        self.norm = nn.RMSNorm(model.dim, model.norm_eps)
+        self.head = None if model.tie_embeddings else nn.Linear(model.dim, vocab_size, bias=False)
+        self.rows = StepRows()
+
+    def forward(
+        self, tokens_BT: Tensor, documents_BT: Tensor | None, memory_index_BTLS: Tensor | None = None, micro_batch: int = 0
+    ) -> Tensor:
+        """Logits [B, T, V] of the next token.
+
+        `documents_BT` numbers the documents inside each sequence (rising; None: one per sequence); attention and
+        memory convolutions stay inside a document. `memory_index_BTLS` points into the rows of this micro-batch.
+        Raises ValueError where memory layers have no index.
+        """
+        if self.memory_layers and memory_index_BTLS is None:
+            raise ValueError(f"layers {list(self.memory_layers)} have a memory; the forward pass needs memory_index")
+        attention = self.settings.model.attention
+        context = make_context(documents_BT, tokens_BT.size(1), attention.head_dim, attention.rope_theta, tokens_BT.device)
+        stream = self.residual.start(self.embed(tokens_BT))
+        for name, layer in self.layers.items():
+            rows_BTSC = None
+            if int(name) in self.memory_layers and memory_index_BTLS is not None:
+                rows_BTSC = self.rows.gather(memory_index_BTLS[:, :, self.memory_layers.index(int(name))], micro_batch)
+            stream = layer(stream, context, rows_BTSC)
+        h_BTD = self.norm(self.residual.finish(stream))
+        return F.linear(h_BTD, self.embed.weight) if self.head is None else self.head(h_BTD)

@@ -1,0 +1,51 @@
+"""The memory rows of one step, as the model sees them: small leaves, whatever the size of the table.
+
+U unique rows of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class StepRows(nn.Module):
+    """The rows fetched for a step, one leaf [U_m, head_dim] per micro-batch m.
+
+    The leaves are registered parameters, made anew each step: a plain leaf tensor gets no gradient under the
+    zero-bubble pipeline schedules and a wrongly scaled one under the others. They are no model state and stay out of
+    the state dict; `clear` before anything walks the model's parameters.
+    """
+
+    def set(self, leaves: Sequence[Tensor]) -> None:
+        """Replace the leaves by these tensors (shared, not copied), one per micro-batch."""
+        self.clear()
+        for micro_batch, leaf in enumerate(leaves):
+            self.register_parameter(f"leaf{micro_batch}", nn.Parameter(leaf))
+
+    def gather(self, index: Tensor, micro_batch: int) -> Tensor:
+        """Rows `index` (int64, any shape) of the micro-batch's leaf: [*index.shape, head_dim].
+
+        Raises RuntimeError where that micro-batch has no leaf.
+        """
+        leaf = self._parameters.get(f"leaf{micro_batch}")
+        if leaf is None:
+            raise RuntimeError(f"micro-batch {micro_batch} has no memory rows; the step set {len(self._parameters)} leaves")
+        return F.embedding(index, leaf)
+
+    def grads(self) -> list[Tensor]:
+        """The leaves' gradients in micro-batch order; zeros where none arrived."""
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.parameters()]
+
+    def clear(self) -> None:
+        self._parameters.clear()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass

@@ -1,0 +1,51 @@
+"""The model's sums over a step, and what the routers learn from them.
+
+Every sum is additive over micro-batches and over data-parallel ranks, so a loop may add them in any grouping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from hybridtrain.model.counters import Counters
+from hybridtrain.model.router import Router
+
+
+def collect(model: nn.Module) -> dict[str, Tensor]:
+    """All sums since the last `reset`, in float64, keyed by layer.
+
+    "layers.N." + expert_tokens [E] (pairs per expert), router_entropy (nats) and router_tokens, aux_loss and z_loss
+    (parts of the step's loss, where weighted), gate_sum and gate_count (memory layers).
+    """
+    return {f"{layer}.{key}": value.double() for layer, counters in _counters(model) for key, value in counters.sums.items()}
+
+
+def reset(model: nn.Module) -> None:
+    """Forget all sums; called once per optimizer step, after they were collected."""
+    for _, counters in _counters(model):
+        counters.sums.clear()
+
+
+@torch.no_grad()
+def apply_router_statistics(model: nn.Module, totals: dict[str, Tensor]) -> None:
+    """Hand every router its expert counts of the step, summed over all tokens of the step.
+
+    Sets `load_E` (shares, sum one) for the next step's auxiliary loss and moves the selection bias by
+    `bias_rate * sign(mean - count)` (auxiliary-loss-free balancing, arXiv 2408.15664).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            module.update(totals[f"{_layer(name)}.expert_tokens"])
+
+
+def _counters(model: nn.Module) -> Iterator[tuple[str, Counters]]:
+    for name, module in model.named_modules():
+        if isinstance(counters := getattr(module, "counters", None), Counters):
+            yield _layer(name), counters
+
+
+def _layer(module_name: str) -> str:
+    return ".".join(module_name.split(".")[:2])

@@ -1,0 +1,1 @@
+"""A SwiGLU per expert over rows sorted by expert."""

@@ -1,0 +1,65 @@
+"""The permutation with hand-written gradients: gathers both ways, no scatter, no atomics, one fixed order of summation.
+
+N tokens, K experts per token, P = N*K pairs, D width. See reference.py for the definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridtrain.kernels.permute.reference import sort_by_expert
+
+__all__ = ["combine", "permute", "sort_by_expert"]
+
+
+def permute(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
+    """Row i of the result is the token of the i-th pair: [P, D]."""
+    return _permute(x_ND, order_P, inverse_NK)
+
+
+def combine(y_PD: Tensor, gates_NK: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
+    """Each token's sum over its pairs, weighted by the gates, k rising: [N, D] in the dtype of `y_PD`."""
+    return _combine(y_PD, gates_NK, order_P, inverse_NK)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_NK)
+        return x_ND.index_select(0, order_P // inverse_NK.size(1))
+
+    @staticmethod
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_NK,) = ctx.saved_tensors
+        grad_ND = grad_PD.index_select(0, inverse_NK[:, 0])
+        for k in range(1, inverse_NK.size(1)):
+            grad_ND += grad_PD.index_select(0, inverse_NK[:, k])
+        return grad_ND, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_PD: Tensor, gates_NK: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_PD, gates_NK, order_P, inverse_NK)
+        gates = gates_NK.to(y_PD.dtype)
+        out_ND = y_PD.index_select(0, inverse_NK[:, 0]) * gates[:, :1]
+        for k in range(1, inverse_NK.size(1)):
+            out_ND.addcmul_(y_PD.index_select(0, inverse_NK[:, k]), gates[:, k : k + 1])
+        return out_ND
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_PD, gates_NK, order_P, inverse_NK = ctx.saved_tensors
+        grad_PD = grad_ND.index_select(0, order_P // inverse_NK.size(1))
+        grad_gates_P = torch.linalg.vecdot(y_PD, grad_PD) if y_PD.dtype == torch.float32 else (y_PD.float() * grad_PD).sum(-1)
+        grad_gates_NK = grad_gates_P[inverse_NK].to(gates_NK.dtype)
+        grad_PD *= gates_NK.reshape(-1, 1)[order_P].to(grad_PD.dtype)
+        return grad_PD, grad_gates_NK, None, None
+
+
+_permute: Callable[[Tensor, Tensor, Tensor], Tensor] = _Permute.apply
+_combine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = _Combine.apply
