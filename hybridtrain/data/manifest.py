@@ -1,0 +1,138 @@
+"""What stands in a data folder: `manifest.json`, written last, describes every other file by size and checksum.
+
+    tokenizer.json            as loaded or trained
+    compression.npy           int64 [V], token id -> compressed id
+    SPLIT-00000.tokens        raw little-endian uint16 (V <= 65,536) or uint32
+    SPLIT-00000.starts        raw little-endian int64: offsets, in tokens of this shard, at which documents start
+    journal.json              only while unfinished: how far a preparation has come
+
+The separator token stands first in each document.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hybridtrain.errors import DataError
+
+FORMAT = 1
+MANIFEST, JOURNAL, TOKENIZER, COMPRESSION = "manifest.json", "journal.json", "tokenizer.json", "compression.npy"
+SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardInfo(_Record):
+    """One shard; its files are `name`.tokens and `name`.starts, with their xxh3 (128 bits)."""
+
+    name: str
+    tokens: int
+    documents: int
+    tokens_xxh3: str
+    starts_xxh3: str
+
+
+class SplitInfo(_Record):
+    """A split: tokens (separators included), documents that start in it, UTF-8 bytes of its text (separators excluded)."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    shards: tuple[ShardInfo, ...]
+
+
+class SourceInfo(_Record):
+    """A file the data was made from: `use` is "corpus", or "validation" for a file that is all held out."""
+
+    name: str
+    use: Literal["corpus", "validation"]
+    size: int
+    xxh3: str
+
+
+class PrepareSettings(_Record):
+    """What decides the output beside the sources. `tokenizer` is the digest of a given tokenizer.json, or "" for a trained one."""
+
+    vocab_size: int
+    tokenizer: str
+    separator: str
+    validation_fraction: float
+    text_field: str
+    shard_tokens: int
+
+
+class Manifest(_Record):
+    """The contents of `manifest.json`."""
+
+    format: Literal[1]
+    vocab_size: int
+    dtype: Literal["uint16", "uint32"]
+    separator: str
+    separator_id: int
+    tokenizer_xxh3: str
+    compression_xxh3: str
+    compressed_size: int
+    train: SplitInfo
+    validation: SplitInfo
+    sources: tuple[SourceInfo, ...]
+    settings: PrepareSettings
+
+    def split(self, name: SplitName) -> SplitInfo:
+        return self.train if name == "train" else self.validation
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished data folder; DataError where it is missing, unfinished, damaged or of another format."""
+    path = folder / MANIFEST
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(_absent(folder)) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; make the folder again with `hybridtrain data`") from None
+    version = tree.get("format") if isinstance(tree, dict) else None
+    if version != FORMAT:
+        raise DataError(
+            f"{path}: has format {version!r}, this version reads format {FORMAT}; make the folder again with `hybridtrain data`"
+        )
+    try:
+        return Manifest.model_validate(tree)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DataError(f"{path}: is damaged: {wrong}; make the folder again with `hybridtrain data`") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves either the old or the new one, durably."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _absent(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: no such data folder; make it with `hybridtrain data SOURCE --out {folder}`"
+    if (folder / JOURNAL).exists():
+        return f"{folder}: its preparation is unfinished; run the same `hybridtrain data` command again to go on"
+    return f"{folder}: has no {MANIFEST}; make the data with `hybridtrain data SOURCE --out {folder}`"

@@ -1,0 +1,86 @@
+"""Loads steps ahead in a background thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+_POLL_SECONDS = 0.1
+
+
+class Prefetcher(Generic[T]):
+    """Calls `load(first_step)`, `load(first_step + 1)`, ... in a thread, at most `depth` results ahead of `next`.
+
+    It stops before `stop_step` where one is given. An exception of `load` is raised by the `next` of its step and ends the
+    thread. Use it as a context manager, or call `close`.
+    """
+
+    def __init__(self, load: Callable[[int], T], first_step: int, depth: int = 2, stop_step: int | None = None) -> None:
+        if depth < 1:
+            raise ValueError(f"depth={depth} must be at least 1")
+        self._load, self._stop_step = load, stop_step
+        self._next_step = first_step
+        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(first_step,), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def next(self) -> tuple[int, T]:
+        """The next step's number and result, in order; blocks until it is loaded.
+
+        Raises what `load` raised, StopIteration at `stop_step`, and RuntimeError after `close` or an earlier exception.
+        """
+        if self._stop_step is not None and self._next_step >= self._stop_step:
+            raise StopIteration
+        result, error = self._take()
+        if error is not None:
+            self._closed.set()
+            raise error
+        step = self._next_step
+        self._next_step += 1
+        return step, result  # type: ignore[return-value]
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Stop loading and wait up to `timeout` seconds for a load in progress; False where it is still running."""
+        self._closed.set()
+        deadline = time.monotonic() + timeout
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            self._thread.join(_POLL_SECONDS)
+        return not self._thread.is_alive()
+
+    def __enter__(self) -> Prefetcher[T]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _take(self) -> tuple[T | None, BaseException | None]:
+        while not self._closed.is_set():
+            try:
+                return self._ready.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+        raise RuntimeError("the prefetcher is closed")
+
+    def _run(self, step: int) -> None:
+        while not self._closed.is_set() and (self._stop_step is None or step < self._stop_step):
+            try:
+                item: tuple[T | None, BaseException | None] = (self._load(step), None)
+            except BaseException as error:  # handed to the thread that waits for this step
+                item = (None, error)
+            self._put(item)
+            if item[1] is not None:
+                return
+            step += 1
+
+    def _put(self, item: tuple[T | None, BaseException | None]) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._ready.put(item, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue

@@ -1,0 +1,122 @@
+"""Reads a data folder: memory-mapped token shards, checked against the manifest when they are opened.
+
+Legend: V vocabulary, T tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, Manifest, ShardInfo, SplitInfo, SplitName, read_manifest
+from hybridtrain.data.sources import file_digest
+from hybridtrain.errors import DataError
+
+
+class Split:
+    """The tokens of one split as one array: window by window, across the borders of shards."""
+
+    def __init__(self, name: SplitName, info: SplitInfo, folder: Path, dtype: str, separator_id: int) -> None:
+        self.name = name
+        self.num_tokens = info.tokens
+        self.num_bytes = info.bytes
+        self.num_documents = info.documents
+        self.separator_id = separator_id
+        token_type = np.dtype(dtype).newbyteorder("<")
+        self._tokens = [_map(folder / f"{shard.name}.tokens", token_type, shard.tokens) for shard in info.shards]
+        self._starts = [_map(folder / f"{shard.name}.starts", np.dtype("<i8"), shard.documents) for shard in info.shards]
+        self._ends = np.cumsum([shard.tokens for shard in info.shards], dtype=np.int64)
+
+    def window(self, start: int, length: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Tokens int64 [length] from position `start` on, and bool [length], True where a document starts.
+
+        Raises IndexError where the window leaves the split.
+        """
+        if start < 0 or length < 0 or start + length > self.num_tokens:
+            raise IndexError(f"window [{start}, {start + length}) leaves the {self.num_tokens} tokens of {self.name}")
+        tokens_T = np.empty(length, np.int64)
+        starts_T = np.zeros(length, np.bool_)
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        done = 0
+        while done < length:
+            base = int(self._ends[shard - 1]) if shard else 0
+            low = start + done - base
+            high = min(low + length - done, int(self._ends[shard]) - base)
+            tokens_T[done : done + high - low] = self._tokens[shard][low:high]
+            first, last = np.searchsorted(self._starts[shard], (low, high))
+            starts_T[self._starts[shard][first:last] - low + done] = True
+            done += high - low
+            shard += 1
+        return tokens_T, starts_T
+
+
+class TokenDataset:
+    """A finished data folder: its manifest, tokenizer, compression map (int64 [V]) and splits."""
+
+    def __init__(self, folder: Path, manifest: Manifest, compression: npt.NDArray[np.int64]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.compression = compression
+
+    @classmethod
+    def open(cls, path: Path | str, verify: bool = True) -> TokenDataset:
+        """Open a folder written by `hybridtrain data`; `verify` also compares every shard with its checksum.
+
+        Raises DataError naming every file that is missing, cut short, damaged or of another preparation.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        problems = _artefact_problems(folder, manifest)
+        for split in (manifest.train, manifest.validation):
+            for shard in split.shards:
+                problems += _shard_problems(folder, shard, np.dtype(manifest.dtype).itemsize, verify)
+        if problems:
+            raise DataError("\n".join([f"{folder}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
+        compression = np.load(folder / COMPRESSION, allow_pickle=False)
+        if compression.shape != (manifest.vocab_size,) or compression.dtype != np.int64:
+            raise DataError(
+                f"{folder / COMPRESSION}: is {compression.dtype} {list(compression.shape)}, not int64 [{manifest.vocab_size}]"
+            )
+        return cls(folder, manifest, compression)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / TOKENIZER
+
+    def split(self, name: SplitName) -> Split:
+        """The split called "train" or "validation"; it may be empty."""
+        return Split(name, self.manifest.split(name), self.folder, self.manifest.dtype, self.manifest.separator_id)
+
+
+def _map(path: Path, dtype: np.dtype[np.generic], length: int) -> npt.NDArray[np.int64]:
+    if length == 0:  # an empty file cannot be mapped
+        return np.empty(0, np.int64)
+    return np.memmap(path, dtype, mode="r", shape=(length,))
+
+
+def _artefact_problems(folder: Path, manifest: Manifest) -> list[str]:
+    problems = []
+    for name, digest in ((TOKENIZER, manifest.tokenizer_xxh3), (COMPRESSION, manifest.compression_xxh3)):
+        if not (folder / name).exists():
+            problems.append(f"{name}: is missing")
+        elif (found := file_digest(folder / name)) != digest:
+            problems.append(f"{name}: is not the one this data was made with (xxh3 {found}, manifest {digest})")
+    return problems
+
+
+def _shard_problems(folder: Path, shard: ShardInfo, token_bytes: int, verify: bool) -> list[str]:
+    problems = []
+    for suffix, size, digest in (
+        (".tokens", shard.tokens * token_bytes, shard.tokens_xxh3),
+        (".starts", shard.documents * 8, shard.starts_xxh3),
+    ):
+        path = folder / (shard.name + suffix)
+        if not path.exists():
+            problems.append(f"{path.name}: is missing")
+        elif (actual := path.stat().st_size) != size:
+            problems.append(f"{path.name}: has {actual:,} bytes instead of {size:,}")
+        elif verify and (found := file_digest(path)) != digest:
+            problems.append(f"{path.name}: is damaged (xxh3 {found}, manifest {digest})")
+    return problems
