@@ -6,6 +6,7 @@ w*T .. w*T+T: T inputs, and the same shifted by one as targets, so neighbouring 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ class EvalBatches:
                 f"the {split.name} split has {split.num_tokens} tokens and nothing to predict; prepare the data with "
                 "a validation fraction above 0 or a validation text (--validation FILE)"
             )
-        whole = -(-(-(-(split.num_tokens - 1) // seq_len)) // batch)
+        whole = math.ceil(math.ceil((split.num_tokens - 1) / seq_len) / batch)
         self._num_batches = min(whole, limit) if limit else whole
 
     def __len__(self) -> int:

@@ -54,19 +54,24 @@ class SourceInfo(_Record):
 
     name: str
     use: Literal["corpus", "validation"]
+    kind: Literal["text", "jsonl"]
     size: int
     xxh3: str
 
 
 class PrepareSettings(_Record):
-    """What decides the output beside the sources. `tokenizer` is the digest of a given tokenizer.json, or "" for a trained one."""
+    """What decides the output beside the sources.
 
-    vocab_size: int
-    tokenizer: str
-    separator: str
-    validation_fraction: float
-    text_field: str
-    shard_tokens: int
+    `tokenizer` is the digest of a given tokenizer.json and then `vocab_size` 0, or "" for a trained one; `separator` ""
+    takes the first usual one; `validation_fraction` is 0 where validation sources are given.
+    """
+
+    vocab_size: int = 4096
+    tokenizer: str = ""
+    separator: str = ""
+    validation_fraction: float = 0.05
+    text_field: str = "text"
+    shard_tokens: int = 50_000_000
 
 
 class Manifest(_Record):

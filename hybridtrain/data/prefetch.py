@@ -14,9 +14,9 @@ _POLL_SECONDS = 0.1
 
 
 class Prefetcher(Generic[T]):
-    """Calls `load(first_step)`, `load(first_step + 1)`, ... in a thread, at most `depth` results ahead of `next`.
+    """Calls `load(first_step)`, `load(first_step + 1)`, ... in a thread, at most `depth` results ahead of `get`.
 
-    It stops before `stop_step` where one is given. An exception of `load` is raised by the `next` of its step and ends the
+    It stops before `stop_step` where one is given. An exception of `load` is raised by the `get` of its step and ends the
     thread. Use it as a context manager, or call `close`.
     """
 
@@ -30,20 +30,19 @@ class Prefetcher(Generic[T]):
         self._thread = threading.Thread(target=self._run, args=(first_step,), name="prefetch", daemon=True)
         self._thread.start()
 
-    def next(self) -> tuple[int, T]:
-        """The next step's number and result, in order; blocks until it is loaded.
+    def get(self, step: int) -> T:
+        """The result of `step`, which must be the next one in order; blocks until it is loaded.
 
-        Raises what `load` raised, StopIteration at `stop_step`, and RuntimeError after `close` or an earlier exception.
+        Raises what `load` raised for it, ValueError for any other step, and RuntimeError after `close` or an exception.
         """
-        if self._stop_step is not None and self._next_step >= self._stop_step:
-            raise StopIteration
+        if step != self._next_step or (self._stop_step is not None and step >= self._stop_step):
+            raise ValueError(f"step {step} is not the next one to hand over (next {self._next_step}, stop {self._stop_step})")
         result, error = self._take()
         if error is not None:
             self._closed.set()
             raise error
-        step = self._next_step
         self._next_step += 1
-        return step, result  # type: ignore[return-value]
+        return result  # type: ignore[return-value]
 
     def close(self, timeout: float = 5.0) -> bool:
         """Stop loading and wait up to `timeout` seconds for a load in progress; False where it is still running."""

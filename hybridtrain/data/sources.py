@@ -64,20 +64,24 @@ def shipped_names() -> list[str]:
     return sorted(SHIPPED_PREFIX + path.name.removesuffix(_CORPUS_SUFFIX) for path in _CORPUS.glob("*" + _CORPUS_SUFFIX))
 
 
-def list_files(sources: Sequence[str | Path]) -> list[SourceFile]:
-    """The files behind the sources, in order.
+def list_files(sources: Sequence[str | Path], held_out: Sequence[str | Path] = ()) -> tuple[list[SourceFile], list[SourceFile]]:
+    """The files behind the sources of the corpus and of the validation text, each in order.
 
-    Raises DataError listing every source that is missing, unreadable, empty or of an unknown suffix.
+    Raises DataError listing every source that is missing, empty, of an unknown suffix, or in both.
     """
-    files: list[SourceFile] = []
     problems: list[str] = []
-    for source in sources:
-        _expand(str(source), files, problems)
+    groups: tuple[list[SourceFile], list[SourceFile]] = ([], [])
+    for group, names in zip(groups, (sources, held_out), strict=True):
+        for source in names:
+            _expand(str(source), group, problems)
     if not sources:
         problems.append(f"no source is given; name files, folders or {', '.join(shipped_names())}")
+    corpus = {file.path.resolve() for file in groups[0]}
+    both = [file.name for file in groups[1] if file.path.resolve() in corpus]
+    problems += [f"{name}: is both in the corpus and in the validation text; leave it out of one" for name in both]
     if problems:
         raise DataError("\n".join([f"sources: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
-    return files
+    return groups
 
 
 def file_digest(path: Path) -> str:
@@ -111,11 +115,12 @@ def read_pieces(file: SourceFile, text_field: str = "text") -> Iterator[Piece]:
 
 def split_text(text: str, limit: int = _PIECE_CHARS) -> Iterator[str]:
     """`text` in pieces of at most `limit` characters that concatenate to it."""
-    while len(text) > limit:
-        cut = _cut(text, limit)
-        yield text[:cut]
-        text = text[cut:]
-    yield text
+    low = 0
+    while len(text) - low > limit:
+        high = _cut(text, low + limit // 2, low + limit)
+        yield text[low:high]
+        low = high
+    yield text[low:]
 
 
 def _expand(source: str, files: list[SourceFile], problems: list[str]) -> None:
@@ -258,15 +263,15 @@ def _refuse_bytes(file: SourceFile, data: bytes, offset: int, error: UnicodeDeco
     raise DataError(f"{file.name}: is not UTF-8 at byte {offset + error.start} (0x{byte:02x}: {error.reason})") from None
 
 
-def _cut(text: str, limit: int) -> int:
-    """Where to end a piece, looking back over half of `limit`.
+def _cut(text: str, low: int, high: int) -> int:
+    """Where to end a piece, after `low` and at `high` at the latest.
 
     Best is before a space that follows a letter or digit (no usual pre-tokenizer joins these), else before any white
-    space, else at the limit.
+    space, else at `high`.
     """
-    cut = text.rfind(" ", limit // 2, limit)
+    cut = text.rfind(" ", low + 1, high)
     while cut > 0 and not text[cut - 1].isalnum():
-        cut = text.rfind(" ", limit // 2, cut)
+        cut = text.rfind(" ", low + 1, cut)
     if cut > 0:
         return cut
-    return next((i for i in range(limit - 1, limit // 2, -1) if text[i].isspace() and not text[i - 1].isspace()), limit)
+    return next((i for i in range(high - 1, low, -1) if text[i].isspace() and not text[i - 1].isspace()), high)
