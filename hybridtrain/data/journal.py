@@ -1,0 +1,122 @@
+"""How a preparation is cut off and goes on: the job, its journal, and the lock on its folder."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+
+from hybridtrain.data import manifest as m
+from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo
+from hybridtrain.data.sources import SourceFile, file_digest
+from hybridtrain.data.writer import WriterState, split_files
+from hybridtrain.errors import DataError
+
+_LOCK = ".lock"
+_console = Console(stderr=True)
+
+
+class Journal(BaseModel):
+    """How far a preparation has come: `pieces` of source file number `file` are in the shards, `documents` were begun."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sources: tuple[SourceInfo, ...]
+    settings: PrepareSettings
+    software: str
+    tokenizer_xxh3: str
+    compression_xxh3: str
+    file: int = 0
+    pieces: int = 0
+    documents: int = 0
+    train: WriterState = WriterState()
+    validation: WriterState = WriterState()
+
+
+@dataclass(frozen=True)
+class Input:
+    """A source file with its digest and, to notice changes while it is read, its time of change."""
+
+    file: SourceFile
+    info: SourceInfo
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One preparation, as asked for."""
+
+    inputs: tuple[Input, ...]
+    out: Path
+    tokenizer: Path | None
+    settings: PrepareSettings
+
+    @property
+    def sources(self) -> tuple[SourceInfo, ...]:
+        return tuple(entry.info for entry in self.inputs)
+
+    def made_of_same(self, other: Manifest | Journal) -> bool:
+        """Whether `other` has the same source bytes and settings, whatever the files are called."""
+        mine, theirs = ([(s.use, s.kind, s.size, s.xxh3) for s in sources] for sources in (self.sources, other.sources))
+        return mine == theirs and self.settings == other.settings
+
+
+def read_journal(job: Job) -> Journal | None:
+    """The journal of an interrupted preparation of the same job, or None; says so where there is one of another job."""
+    path = job.out / m.JOURNAL
+    try:
+        journal = Journal.model_validate_json(path.read_bytes())
+        same = job.made_of_same(journal) and journal.software == software()
+        same = same and file_digest(job.out / m.TOKENIZER) == journal.tokenizer_xxh3
+        same = same and file_digest(job.out / m.COMPRESSION) == journal.compression_xxh3
+    except FileNotFoundError:
+        if not path.exists():
+            return None
+        same = False
+    except ValidationError:
+        same = False
+    if not same:
+        _console.print(
+            f"{job.out}: an unfinished preparation of other sources or settings lies here; starting over", highlight=False
+        )
+        return None
+    _console.print(f"{job.out}: resuming after {journal.documents:,} documents", highlight=False)
+    return journal
+
+
+def write_journal(out: Path, journal: Journal) -> None:
+    m.write_atomically(out / m.JOURNAL, journal.model_dump_json().encode())
+
+
+def clear(out: Path) -> None:
+    """Delete what an earlier preparation wrote, the manifest first."""
+    fixed = [out / name for name in (m.MANIFEST, m.JOURNAL, m.TOKENIZER, m.COMPRESSION)]
+    for path in [*fixed, *(p for split in m.SPLITS for p in split_files(out, split))]:
+        path.unlink(missing_ok=True)
+
+
+def software() -> str:
+    """What else decides the bytes: other versions of the library may split words differently."""
+    return f"tokenizers {tokenizers.__version__}"
+
+
+@contextmanager
+def locked(out: Path, wait: bool) -> Iterator[None]:
+    """Hold the folder against other processes of this machine; the lock goes with the process that holds it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stream = (out / _LOCK).open("w")
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror}") from None
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise DataError(f"{out}: another process is preparing this folder; wait for it or choose another one") from None
+        yield
