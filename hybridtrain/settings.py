@@ -34,7 +34,9 @@ class RunSettings(_Section):
 
 class DataSettings(_Section):
     path: str = Field("runs/data/sotu-4096", min_length=1, description="folder of token shards written by `hybridtrain data`")
-    source: tuple[str, ...] = Field((), description="texts to make `path` from when it does not exist; `shipped:sotu` needs no download")
+    source: tuple[str, ...] = Field(
+        (), description="texts to make `path` from when it does not exist; `shipped:sotu` needs no download"
+    )
     vocab_size: Positive = Field(4096, description="entries of the BPE trained when `path` is made")
     tokenizer: str = Field("", description="a tokenizer.json to use instead of training one when `path` is made")
     validation_fraction: Fraction = Field(0.05, description="share of whole documents held out when `path` is made")
@@ -219,12 +221,16 @@ def contradictions(s: Settings) -> list[str]:
     if moe.top_k > moe.num_experts:
         out.append(f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to {moe.num_experts}")
     if moe.num_experts % moe.num_groups:
-        out.append(f"model.moe.num_groups={moe.num_groups} does not divide num_experts={moe.num_experts}; it may be {_divisors(moe.num_experts)}")
+        out.append(
+            f"model.moe.num_groups={moe.num_groups} does not divide num_experts={moe.num_experts}; it may be {_divisors(moe.num_experts)}"
+        )
     elif moe.top_groups > moe.num_groups:
         out.append(f"model.moe.top_groups={moe.top_groups} exceeds num_groups={moe.num_groups}; it may be 1 to {moe.num_groups}")
     elif moe.top_k > moe.top_groups * (moe.num_experts // moe.num_groups):
         reach = moe.top_groups * (moe.num_experts // moe.num_groups)
-        out.append(f"model.moe.top_k={moe.top_k} exceeds the {reach} experts in top_groups={moe.top_groups} groups; it may be 1 to {reach}")
+        out.append(
+            f"model.moe.top_k={moe.top_k} exceeds the {reach} experts in top_groups={moe.top_groups} groups; it may be 1 to {reach}"
+        )
     if not memory.orders or list(memory.orders) != sorted(set(memory.orders)) or memory.orders[0] < 2:
         out.append(f"memory.orders={list(memory.orders)} must be rising n-gram lengths from 2 on, e.g. [2, 3]")
     if s.train.global_batch % s.train.micro_batches:

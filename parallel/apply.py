@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from hybridtrain.parallel.dispatch import AllToAllDispatch, LocalDispatch
+from hybridtrain.parallel.dispatch import AllToAllDispatch
 from hybridtrain.parallel.mesh import Mesh
 
 
-def parallelize(model: nn.Module, layers: nn.ModuleList, mesh: Mesh, *, num_experts: int, local_dispatch: LocalDispatch, reshard_after_forward: bool) -> None:
+def parallelize(
+    model: nn.Module, layers: Iterable[nn.Module], mesh: Mesh, *, num_experts: int, reshard_after_forward: bool
+) -> None:
     """Shard `model` (on the meta device) in place over `mesh`; a world of one rank is left as it is.
 
     A MoE module is one that has `experts` (a module of `[E, …]` parameters) and `dispatch` (replaced under ep > 1).
@@ -25,7 +27,7 @@ def parallelize(model: nn.Module, layers: nn.ModuleList, mesh: Mesh, *, num_expe
     for moe in [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
         if mesh.ep.size > 1:
             _split_experts(moe.experts, mesh.expert_mesh["ep"])  # first: everything after must see the local experts only
-            moe.dispatch = AllToAllDispatch(mesh.ep, num_experts, local_dispatch)
+            moe.dispatch = AllToAllDispatch(mesh.ep, num_experts)
             # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,
             # since ep already cuts dim 0 and two cuts of one dim would interleave in checkpoints
             _shard(moe.experts, mesh.expert_mesh["edp"], reshard_after_forward, dim=1)
@@ -62,3 +64,9 @@ def _shard(module: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool, dim
     # every loss is already divided by the tokens of the whole step, so gradients are summed over ranks, never averaged
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
+
+
+def sync_gradients(model: nn.Module, on: bool) -> None:
+    """Whether the next backward pass reduces gradients over ranks; off for all micro-batches of a step but the last."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)

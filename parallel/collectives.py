@@ -112,7 +112,9 @@ def all_gather_uneven(x: Tensor, group: Group) -> list[Tensor]:
     out = padded.new_empty((group.size * max(lengths), *x.shape[1:]))
     dist.all_gather_into_tensor(out, padded, group=group.process_group)
     _count(group, "all_gather", (group.size - 1) * padded.numel() * x.element_size())
-    return [part[:length] for part, length in zip(out.chunk(group.size) if max(lengths) else [x] * group.size, lengths, strict=True)]
+    return [
+        part[:length] for part, length in zip(out.chunk(group.size) if max(lengths) else [x] * group.size, lengths, strict=True)
+    ]
 
 
 def broadcast_object(value: Any, group: Group) -> Any:

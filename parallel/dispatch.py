@@ -1,6 +1,7 @@
 """Expert parallelism's token exchange: a token travels once to each rank that has one of its experts, and one sum comes back.
 
-Shape legend: N tokens here, K experts per token, R ranks of `ep`, P (token, rank) pairs sent, Q pairs received, D model width.
+Shape legend: N tokens here, K experts per token, R ranks of `ep`, P (token, rank) pairs sent, Q pairs received,
+X (received token, local expert) pairs, D model width.
 """
 
 from __future__ import annotations
@@ -12,21 +13,17 @@ from torch import Tensor
 
 from hybridtrain.parallel.collectives import Group, all_to_all, all_to_all_autograd, exchange_counts
 
-Experts = Callable[[Tensor, Tensor], Tensor]  # (x_PD sorted by expert, counts_E) -> y_PD
-LocalDispatch = Callable[[Tensor, Tensor, Tensor, Experts, int], Tensor]
+Experts = Callable[[Tensor, Tensor], Tensor]  # (x_XD sorted by expert, counts of each local expert) -> y_XD
 
 
 class AllToAllDispatch:
-    """Dispatch over one flat all-to-all. Hand it to a MoE layer in place of its local default.
+    """Dispatch over one flat all-to-all; a MoE layer takes it in place of its local default."""
 
-    `local` runs the experts that live here on received tokens; slots whose expert lives elsewhere carry the id -1.
-    """
-
-    def __init__(self, group: Group, num_experts: int, local: LocalDispatch) -> None:
-        self.group, self.local = group, local
+    def __init__(self, group: Group, num_experts: int) -> None:
+        self.group = group
         self.experts_per_rank = num_experts // group.size
 
-    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts, num_experts: int) -> Tensor:
+    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts) -> Tensor:
         """Gate-weighted sum `[N, D]` of the chosen experts' outputs; `experts` are this rank's own."""
         owner_NK = experts_NK // self.experts_per_rank
         hit_NR = torch.zeros(len(x_ND), self.group.size, dtype=torch.bool, device=x_ND.device).scatter_(1, owner_NK, True)
@@ -34,12 +31,22 @@ class AllToAllDispatch:
         asked = hit_NR.sum(0)
         send, receive = asked.tolist(), exchange_counts(asked, self.group).tolist()
 
-        elsewhere_PK = owner_NK[token_P] != rank_P[:, None]
-        local_PK = (experts_NK[token_P] - rank_P[:, None] * self.experts_per_rank).masked_fill_(elsewhere_PK, -1)
+        local_PK = experts_NK[token_P] - rank_P[:, None] * self.experts_per_rank  # outside 0..experts_per_rank-1: lives elsewhere
         x_QD = all_to_all_autograd(x_ND.index_select(0, token_P), send, receive, self.group)
         gates_QK = all_to_all_autograd(gates_NK.index_select(0, token_P), send, receive, self.group)
-        local_QK = all_to_all(local_PK.to(torch.int32), send, receive, self.group).long()
+        local_QK = all_to_all(local_PK, send, receive, self.group)
 
-        y_QD = self.local(x_QD, local_QK, gates_QK, experts, self.experts_per_rank)
+        y_QD = self._run_experts(x_QD, local_QK, gates_QK, experts)
         y_PD = all_to_all_autograd(y_QD, receive, send, self.group)
         return torch.zeros_like(x_ND).index_add(0, token_P, y_PD)
+
+    def _run_experts(self, x_QD: Tensor, local_QK: Tensor, gates_QK: Tensor, experts: Experts) -> Tensor:
+        """Each received token's weighted sum over its experts on this rank, experts rising."""
+        local = local_QK.flatten()
+        pair_X = ((local >= 0) & (local < self.experts_per_rank)).nonzero().flatten()
+        pair_X = pair_X[torch.argsort(local[pair_X], stable=True)]
+        token_X = pair_X // local_QK.shape[1]
+        counts = torch.bincount(local[pair_X], minlength=self.experts_per_rank)
+        y_XD = experts(x_QD.index_select(0, token_X), counts)
+        y_XD = y_XD * gates_QK.flatten()[pair_X, None].to(y_XD.dtype)
+        return torch.zeros_like(x_QD).index_add(0, token_X, y_XD)

@@ -151,9 +151,13 @@ class Layout:
         if self.ep > 1 and facts.num_experts is None:
             out.append(f"parallel.ep={self.ep} but no layer of model.layers is moe; ep may be 1")
         elif facts.num_experts is not None and facts.num_experts % self.ep:
-            out.append(f"parallel.ep={self.ep} does not divide model.moe.num_experts={facts.num_experts}; ep may be {choices(divisors(facts.num_experts))}")
+            out.append(
+                f"parallel.ep={self.ep} does not divide model.moe.num_experts={facts.num_experts}; ep may be {choices(divisors(facts.num_experts))}"
+            )
         elif self.ep > 1 and facts.dim % self.edp:
-            out.append(f"parallel: edp = dp_shard x cp x tp / ep = {self.edp} does not divide model.dim={facts.dim}; edp may be {choices(divisors(facts.dim))}")
+            out.append(
+                f"parallel: edp = dp_shard x cp x tp / ep = {self.edp} does not divide model.dim={facts.dim}; edp may be {choices(divisors(facts.dim))}"
+            )
         for axis, key, number in (
             ("tp", "model.attention.num_kv_heads", facts.num_kv_heads),
             ("tp", "model.attention.num_heads", facts.num_heads),
@@ -165,7 +169,9 @@ class Layout:
         if self.pp > facts.num_layers:
             out.append(f"parallel.pp={self.pp} exceeds the model's {facts.num_layers} layers; pp may be 1 to {facts.num_layers}")
         if facts.memory_rows is not None and facts.memory_rows < self.mem:
-            out.append(f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set memory.rows_per_head higher or mem=1")
+            out.append(
+                f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set memory.rows_per_head higher or mem=1"
+            )
         out += [
             f"parallel.{axis}={getattr(self, axis)}: this version trains over dp_shard, ep and mem only; {axis} may be 1"
             for axis in ("pp", "dp_replicate", "cp", "tp")
@@ -176,7 +182,11 @@ class Layout:
 
     def describe(self) -> str:
         """The axes above one, in order: `dp_shard 4 · ep 2 · mem 4`."""
-        named = [f"{axis} {getattr(self, axis)}" for axis in (*DENSE_AXES, "ep", "edp", "mem", "mem_replicate") if getattr(self, axis) > 1]
+        named = [
+            f"{axis} {getattr(self, axis)}"
+            for axis in (*DENSE_AXES, "ep", "edp", "mem", "mem_replicate")
+            if getattr(self, axis) > 1
+        ]
         return " · ".join(named) or "one rank"
 
 

@@ -68,7 +68,9 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
     traffic = Traffic()
     if layout.world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=layout.world, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(
+            backend, init_method=rendezvous, rank=rank, world_size=layout.world, timeout=timedelta(seconds=timeout)
+        )
 
     def group(axis: str) -> Group:
         return _group(layout, rank, axis, axis, traffic, timeout)

@@ -50,7 +50,16 @@ class StepPlan:
 class RowPlanner:
     """Turns row ids into plans. Collective over `mem`: every rank calls `plan` for the same steps in the same order."""
 
-    def __init__(self, bounds: Sequence[int], mem: Group, mem_replicate: Group, device: torch.device, *, exchange_groups: int = 1, checksum: bool = False) -> None:
+    def __init__(
+        self,
+        bounds: Sequence[int],
+        mem: Group,
+        mem_replicate: Group,
+        device: torch.device,
+        *,
+        exchange_groups: int = 1,
+        checksum: bool = False,
+    ) -> None:
         self.bounds = torch.tensor(bounds)
         self.checksum = checksum
         self.mem, self.mem_replicate = mem, mem_replicate
@@ -84,9 +93,7 @@ class RowPlanner:
         self._check_range(wanted, low, high, f"received by owner {self.mem.rank}")
         wanted = wanted - low
         on = self.device
-        return RowPlan(
-            [i.to(on) for i in inverse], [s.to(on) for s in select], len(rows_U), send, receive, wanted.to(on), wanted
-        )
+        return RowPlan([i.to(on) for i in inverse], [s.to(on) for s in select], len(rows_U), send, receive, wanted.to(on), wanted)
 
     def _with_slots(self, part: RowPlan, touched_N: Tensor) -> RowPlan:
         slots = torch.searchsorted(touched_N, part.slot_Q)
@@ -132,7 +139,9 @@ def checked_all_to_all(x: Tensor, send: list[int], receive: list[int], group: Gr
         wrong = (told != _checksums(out, receive)).nonzero().flatten().tolist()
         if wrong:
             senders = ", ".join(str(group.ranks[i]) for i in wrong)
-            raise ExchangeError(f"{what} from rank {senders} arrived damaged at rank {group.ranks[group.rank]} (group {group.name})")
+            raise ExchangeError(
+                f"{what} from rank {senders} arrived damaged at rank {group.ranks[group.rank]} (group {group.name})"
+            )
     return out
 
 

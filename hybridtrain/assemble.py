@@ -1,0 +1,144 @@
+"""Puts a run together from its settings: layout and mesh, data, model on its ranks, memory, optimizers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from hybridtrain.data.shards import TokenDataset
+from hybridtrain.errors import SettingsError
+from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
+from hybridtrain.launch.local import RENDEZVOUS
+from hybridtrain.memory import TableMemory
+from hybridtrain.model.hybrid_lm import HybridLM
+from hybridtrain.model.init import init_parameters
+from hybridtrain.optim.groups import build_optimizers
+from hybridtrain.parallel.apply import materialize, parallelize, write_local
+from hybridtrain.parallel.layout import Layout, ModelFacts
+from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, world_from_environment
+from hybridtrain.settings import Settings, layer_specs, memory_layers
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the model and its memory must know of the tokenizer."""
+
+    size: int
+    separator_id: int
+    compression: np.ndarray  # int64 [V], token id to compressed id
+
+    @classmethod
+    def of(cls, dataset: TokenDataset) -> Vocabulary:
+        return cls(dataset.manifest.vocab_size, dataset.manifest.separator_id, dataset.compression)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run's moving parts, as this rank holds them."""
+
+    settings: Settings
+    mesh: Mesh
+    vocabulary: Vocabulary
+    model: HybridLM
+    memory: TableMemory | None
+    optimizers: list[torch.optim.Optimizer]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.settings.train.global_batch * self.settings.train.seq_len
+
+
+def resolve_layout(settings: Settings, world: int) -> Layout:
+    """The run's layout on `world` ranks; raises LayoutError listing everything that does not fit."""
+    parallel, model = settings.parallel, settings.model
+    layout = Layout.resolve(
+        world,
+        pp=parallel.pp,
+        dp_replicate=parallel.dp_replicate,
+        dp_shard=parallel.dp_shard,
+        cp=parallel.cp,
+        tp=parallel.tp,
+        ep=parallel.ep,
+        mem=parallel.mem,
+    )
+    specs = layer_specs(settings)
+    slots = len(settings.memory.orders) * settings.memory.heads
+    layout.check(
+        ModelFacts(
+            global_batch=settings.train.global_batch,
+            micro_batches=settings.train.micro_batches,
+            seq_len=settings.train.seq_len,
+            num_layers=len(specs),
+            dim=model.dim,
+            num_heads=model.attention.num_heads,
+            num_kv_heads=model.attention.num_kv_heads,
+            num_experts=model.moe.num_experts if any(s.feedforward == "moe" for s in specs) else None,
+            memory_rows=slots * settings.memory.rows_per_head if any(s.memory for s in specs) else None,
+        )
+    )
+    return layout
+
+
+def join_world(settings: Settings) -> Mesh:
+    """Start this rank: threads, device, process groups. Raises LayoutError before anything is started."""
+    rank, world = world_from_environment()
+    layout = resolve_layout(settings, world)
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    return make_mesh(layout, rank, choose_device(), settings.parallel.timeout, os.environ.get(RENDEZVOUS, "env://"))
+
+
+def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | None:
+    """The addressing of the model's memory layers, drawn or read from `memory.addressing`; None without memory."""
+    layers, memory = memory_layers(settings), settings.memory
+    if not layers:
+        return None
+    pad_id = int(vocabulary.compression[vocabulary.separator_id])
+    try:
+        if not memory.addressing:
+            return Addressing.draw(
+                layers,
+                memory.orders,
+                memory.heads,
+                memory.rows_per_head,
+                vocabulary.compression,
+                pad_id,
+                memory.boundary,
+                memory.hash_seed,
+            )
+        addressing = Addressing.from_json(Path(memory.addressing).read_text(encoding="utf-8"), vocabulary.compression)
+    except OSError as error:
+        raise SettingsError(f"memory.addressing={memory.addressing}", [f"cannot be read: {error.strerror}"]) from None
+    except AddressingError as error:
+        raise SettingsError(f"memory.addressing={memory.addressing}", error.problems) from None
+    wanted = {"layers": layers, "orders": memory.orders, "heads": memory.heads, "boundary": memory.boundary}
+    problems = [f"{k}={getattr(addressing, k)} but the settings say {v}" for k, v in wanted.items() if getattr(addressing, k) != v]
+    if problems:
+        raise SettingsError(f"memory.addressing={memory.addressing}", problems)
+    return addressing
+
+
+def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing: Addressing | None) -> Parts:
+    """Build the model on the meta device, shard it, and draw this rank's part of every parameter and of the table."""
+    with torch.device("meta"):
+        model = HybridLM(settings, vocabulary.size)
+    parallelize(
+        model,
+        model.layers.values(),
+        mesh,
+        num_experts=settings.model.moe.num_experts,
+        reshard_after_forward=settings.parallel.reshard_after_forward,
+    )
+    materialize(model, mesh.device)
+    init_parameters(model, settings, write_local)
+    memory = TableMemory(settings, addressing, mesh, model.rows) if addressing is not None else None
+    return Parts(settings, mesh, vocabulary, model, memory, build_optimizers(model, settings.optim))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(path))

@@ -1,0 +1,229 @@
+"""Checkpoints: torch's distributed format under a commit protocol. A folder without `checkpoint.json` was never finished.
+
+A save writes into a staging folder, every rank its own part; when all succeeded, rank 0 adds `checkpoint.json`, renames
+the folder and only then moves `latest`. What fails on the way leaves the last good checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from hybridtrain import __version__
+from hybridtrain.assemble import Parts
+from hybridtrain.errors import CheckpointError
+from hybridtrain.parallel.collectives import Group, gather_objects
+from hybridtrain.settings import Settings
+
+FORMAT = 1
+INFO = "checkpoint.json"
+
+
+def save(parts: Parts, folder: Path, step: int, tokenizer_digest: str) -> Path:
+    """Write the checkpoint after `step` steps under `folder` and make it the latest; returns its folder.
+
+    Raises CheckpointError on every rank when any rank could not write; nothing that was committed is touched.
+    """
+    final, staging = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
+    world = parts.mesh.world
+
+    def make_staging() -> None:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+
+    def commit() -> None:
+        _write_file(staging / INFO, json.dumps(_describe(parts, step, tokenizer_digest), indent=1))
+        _commit(staging, final)
+
+    problems = _together(world, make_staging if world.rank == 0 else None)
+    problems = problems or _together(world, lambda: dcp.save(_state(parts), checkpoint_id=staging, no_dist=world.size == 1))
+    problems = problems or _together(world, commit if world.rank == 0 else None)
+    if problems:
+        if world.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free // 2**20
+        raise CheckpointError(
+            f"{final}: the checkpoint of step {step} could not be written ({free} MiB free); the last good one stays: "
+            + f"{latest(folder) or 'none'}\n"
+            + "\n".join(f"  {p}" for p in problems)
+        )
+    if world.rank == 0:
+        _prune(folder, parts.settings.checkpoint.keep)
+    return final
+
+
+def load(parts: Parts, path: Path) -> int:
+    """Fill the run's parts from the checkpoint folder `path`, at whatever layout it was written; returns its step."""
+    info = read_info(path)
+    state = _state(parts, for_load=True)
+    try:
+        dcp.load(state, checkpoint_id=path, no_dist=parts.mesh.world.size == 1)
+    except Exception as error:
+        raise CheckpointError(f"{path}: damaged or not of this model: {_reason(error)}") from None
+    if parts.memory is not None:
+        parts.memory.load_scalars(info["memory_scalars"])
+    return int(info["step"])
+
+
+def latest(folder: Path) -> Path | None:
+    """The last committed checkpoint under `folder`, or None."""
+    try:
+        path = folder / (folder / "latest").read_text().strip()
+    except OSError:
+        return None
+    return path if (path / INFO).is_file() else None
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, settings, addressing, tokenizer digest.
+
+    Raises CheckpointError where `path` is no finished checkpoint.
+    """
+    try:
+        info: dict[str, Any] = json.loads((path / INFO).read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{path} is no finished checkpoint: it has no {INFO}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path / INFO} is damaged: {error}") from None
+    if info.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {info.get('format')}; this version reads format {FORMAT}")
+    return info
+
+
+def check_fits(path: Path, settings: Settings, vocab_size: int, tokenizer_digest: str, addressing: str | None) -> None:
+    """Raise CheckpointError listing every way in which the checkpoint at `path` is one of another model."""
+    info = read_info(path)
+    problems = [
+        f"{key}: the checkpoint has {json.dumps(theirs)}, the settings say {json.dumps(ours)}"
+        for key, ours, theirs in _differences(identity(settings), info["identity"])
+    ]
+    if info["vocab_size"] != vocab_size:
+        problems.append(f"vocabulary: the checkpoint has {info['vocab_size']} tokens, the data {vocab_size}")
+    elif info["tokenizer_digest"] != tokenizer_digest:
+        problems.append(f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has {tokenizer_digest}")
+    elif info["addressing"] != addressing and not problems:
+        problems.append("memory: the checkpoint's multipliers, primes or compression map are others")
+    if problems:
+        raise CheckpointError("\n".join([f"{path} is a checkpoint of another model", *(f"  {p}" for p in problems)]))
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """The settings that say what the model and its optimizer state are, flat; a checkpoint fits where they are equal."""
+    memory = ("enabled", "orders", "heads", "head_dim", "rows_per_head", "boundary", "conv", "conv_kernel", "optimizer")
+    rates = ("bias_rate", "aux_weight", "z_weight")
+    tree = {
+        "model": settings.model.model_dump(mode="json", exclude={"init_std": True, "moe": set(rates)}),
+        "memory": settings.memory.model_dump(mode="json", include=set(memory)),
+        "optim": {"backbone": settings.optim.backbone},
+    }
+    return dict(_flatten(tree))
+
+
+def _describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
+    memory = parts.memory
+    return {
+        "format": FORMAT,
+        "step": step,
+        "sequences": step * parts.settings.train.global_batch,
+        "version": __version__,
+        "torch": torch.__version__,
+        "layout": parts.mesh.layout.describe(),
+        "identity": identity(parts.settings),
+        "vocab_size": parts.vocabulary.size,
+        "separator_id": parts.vocabulary.separator_id,
+        "tokenizer_digest": tokenizer_digest,
+        "addressing": memory.addressing.to_json() if memory is not None else None,
+        "memory_scalars": memory.scalars() if memory is not None else None,
+        "settings": parts.settings.model_dump(mode="json"),
+    }
+
+
+def _state(parts: Parts, for_load: bool = False) -> dict[str, Any]:
+    """Every tensor of the run by its logical name; DTensors carry their own place in the whole."""
+    model = parts.model
+    state: dict[str, Any] = {f"model.{name}": value for name, value in model.state_dict().items()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in parts.optimizers:
+        if for_load:
+            _materialize(optimizer)
+        for parameter, values in optimizer.state.items():
+            state |= {f"optim.{names[parameter]}.{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+    if parts.memory is not None:
+        state |= {f"memory.{name}": value for name, value in parts.memory.state().items()}
+    return state
+
+
+def _together(world: Group, act: Callable[[], object] | None) -> list[str]:
+    """Let this rank act, then tell all ranks what went wrong anywhere, so that they go on together."""
+    problem = None
+    try:
+        if act is not None:
+            act()
+    except Exception as error:  # whatever a disk or torch can raise
+        problem = f"rank {world.rank}: {_reason(error)}"
+    return [p for p in gather_objects(problem, world) if p]
+
+
+def _commit(staging: Path, final: Path) -> None:
+    if final.exists():
+        shutil.rmtree(final)  # a run that was resumed from before this step writes it anew
+    os.rename(staging, final)
+    _sync(final.parent)
+    _write_file(final.parent / "latest.new", final.name)
+    os.replace(final.parent / "latest.new", final.parent / "latest")
+    _sync(final.parent)
+
+
+def _materialize(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer allocate its state, by a step that changes nothing: torch does it on the first step only."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # the loop sets it anew before every step
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        if old != latest(folder):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_file(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    out: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        out += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return out
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    keys = dict.fromkeys([*ours, *theirs])
+    return [(key, ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)]

@@ -1,0 +1,163 @@
+"""The `hybridtrain` command. Each command only reads its arguments and calls the module that does the work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hybridtrain.config import load_settings
+from hybridtrain.errors import UserError
+from hybridtrain.parallel.layout import LayoutError
+
+app = typer.Typer(
+    name="hybridtrain",
+    help="Train hybrid-sparse language models: Mixture-of-Experts and Engram lookup tables.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Config = Annotated[Path, typer.Argument(help="TOML file of settings, e.g. configs/quickstart.toml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. train.steps=50 parallel.ep=2")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the run folder's latest checkpoint")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Train on this process, or as one rank of a torchrun launch."""
+    from hybridtrain.train import train as run
+
+    run(load_settings(config, overrides or []), resume)
+
+
+@app.command()
+def launch(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="ranks to start on this machine")] = 1,
+    resume: Resume = False,
+) -> None:
+    """Start N training ranks on this machine."""
+    from hybridtrain.assemble import resolve_layout
+    from hybridtrain.data.prepare import ensure_prepared
+    from hybridtrain.launch.local import run_ranks
+
+    settings = load_settings(config, overrides or [])
+    resolve_layout(settings, nproc)  # refuse before anything starts
+    ensure_prepared(settings.data)
+    raise typer.Exit(run_ranks("hybridtrain.train:train", (settings, resume), nproc, threads=settings.run.threads))
+
+
+@app.command()
+def data(
+    sources: Annotated[list[str], typer.Argument(help="text files, JSON lines or folders (also .gz, .xz, .bz2), or shipped:sotu")],
+    out: Annotated[Path, typer.Option("--out", help="folder that receives the shards")],
+    vocab_size: Annotated[int, typer.Option(help="entries of the byte-level BPE to train")] = 4096,
+    tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json to use instead of training one")] = None,
+    separator: Annotated[str | None, typer.Option(help="token that stands before each document")] = None,
+    validation_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="share of whole documents held out")] = 0.05,
+    validation: Annotated[list[str] | None, typer.Option(help="a source that is all held out; may be repeated")] = None,
+    text_field: Annotated[str, typer.Option(help="field of a JSON line that holds the text")] = "text",
+    shard_tokens: Annotated[int, typer.Option(min=1, help="tokens per shard")] = 50_000_000,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what another preparation left in --out")] = False,
+) -> None:
+    """Turn text into memory-mapped token shards."""
+    from hybridtrain.data.prepare import prepare
+
+    prepare(
+        sources,
+        out,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        separator=separator,
+        validation_fraction=validation_fraction,
+        validation_sources=validation or (),
+        text_field=text_field,
+        shard_tokens=shard_tokens,
+        overwrite=overwrite,
+        progress=True,
+    )
+
+
+@app.command()
+def engram(
+    rows_per_head: Annotated[int, typer.Option(help="a head has the first unused prime >= this many rows")],
+    orders: Annotated[str, typer.Option(help="n-gram lengths")] = "2,3",
+    heads: Annotated[int, typer.Option(help="hash heads per order")] = 8,
+    dim: Annotated[int, typer.Option(help="width of a row")] = 80,
+    layers: Annotated[str, typer.Option(help="0-based ids of the memory layers")] = "1",
+    as_json: Json = False,
+) -> None:
+    """Size a lookup table: primes, packed rows, parameters and bytes."""
+    from rich.console import Console
+
+    from hybridtrain.engram_report import render, report
+
+    sized = report(rows_per_head, _integers("--orders", orders), heads, dim, _integers("--layers", layers))
+    if as_json:
+        print(json.dumps(sized))
+    else:
+        Console().print(render(sized))
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run folder, or one of its checkpoints")],
+    split: Annotated[str, typer.Option(help="train or validation")] = "validation",
+    data_path: Annotated[Path | None, typer.Option("--data", help="another data folder made with the same tokenizer")] = None,
+    batches: Annotated[int, typer.Option(min=0, help="global batches; 0: the whole split")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and bits per byte of a checkpoint."""
+    from hybridtrain.use import evaluate_checkpoint
+
+    values = evaluate_checkpoint(run, split, data_path, batches)
+    _print_values(values, as_json)
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="run folder, or one of its checkpoints")],
+    prompt: Annotated[str, typer.Option(help="text to continue")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="sample among the k likeliest; 0: all")] = 40,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+) -> None:
+    """Continue a text with a checkpoint."""
+    from hybridtrain.use import generate_text
+
+    print(generate_text(run, prompt, tokens, temperature, top_k, seed))
+
+
+def _integers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f'{option} "{text}" is no list of integers; write e.g. 2,3') from None
+
+
+def _print_values(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values))
+    else:
+        for name, value in values.items():
+            print(f"{name:16s} {value:.6g}" if isinstance(value, float) else f"{name:16s} {value}")
+
+
+def main() -> None:
+    """Run the command; what the user can mend is one message on stderr and exit status 2."""
+    try:
+        app()
+    except (UserError, LayoutError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

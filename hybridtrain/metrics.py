@@ -1,0 +1,135 @@
+"""What a run tells: metrics.jsonl, TensorBoard, the terminal, and seconds per phase."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+
+
+class Clock:
+    """Seconds spent in named phases since the last `take`. On CUDA by events, so that measuring never waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self.cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            begin_at = time.perf_counter()
+            yield
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin_at
+
+    def take(self) -> dict[str, float]:
+        """Seconds per phase since the last call."""
+        if self._events:
+            torch.cuda.synchronize()
+        for name, begin, end in self._events:
+            self._seconds[name] = self._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1000
+        seconds, self._seconds, self._events = self._seconds, {}, []
+        return seconds
+
+
+class MetricsLog:
+    """Rank 0's record of the run in its folder; other ranks hold one that does nothing.
+
+    A resumed run first drops every line after the step it goes on from, so that the file always is one curve.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, resumed_at: int, total_steps: int) -> None:
+        self.active = rank == 0
+        if not self.active:
+            return
+        self._file = _open_truncated(run_dir / METRICS, resumed_at)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+        self.console = Console()
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=resumed_at, note="")
+        self._progress.start()
+
+    def step(self, step: int, loss: float) -> None:
+        """Move the progress bar."""
+        if self.active:
+            self._progress.update(self._task, completed=step, note=f"loss {loss:.4f}")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and every number of it in TensorBoard; lists go to the file and, by index, to the board."""
+        if not self.active:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, list):
+                for i, item in enumerate(value):
+                    self._board.add_scalar(f"{name}/{i}", item, step)
+            elif isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, step)
+
+    def say(self, text: Any) -> None:
+        if self.active:
+            self.console.print(text, highlight=False, soft_wrap=isinstance(text, str))
+
+    def close(self) -> None:
+        if self.active:
+            self._progress.stop()
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a line cut off by a crash is left out."""
+    lines = []
+    for line in (run_dir / METRICS).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def measure_matmul_peak(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of this rank's fastest of a few square matrix products in the compute dtype: the peak that shares refer to."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def _open_truncated(path: Path, last_step: int) -> Any:
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= last_step] if path.exists() and last_step else []
+    rewritten = path.with_suffix(".new")
+    rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    rewritten.replace(path)
+    return open(path, "a", encoding="utf-8")

@@ -1,0 +1,212 @@
+"""Turns a run's steps into its header, its lines of metrics, its progress bar and its summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from hybridtrain import __version__
+from hybridtrain.assemble import Parts
+from hybridtrain.metrics import Clock, MetricsLog, measure_matmul_peak
+from hybridtrain.model.count import count_parameters, flops_per_token
+from hybridtrain.optim.schedule import lr_scale
+from hybridtrain.parallel.collectives import all_reduce_
+from hybridtrain.parallel.rows import StepPlan
+from hybridtrain.run_folder import SUMMARY
+
+if TYPE_CHECKING:
+    from hybridtrain.train import Totals
+
+
+class Report:
+    """Collects what `train_step` returns and writes it out every `train.log_every` steps."""
+
+    def __init__(self, parts: Parts, log: MetricsLog, folder: Path, start: int) -> None:
+        self.parts, self.log, self.folder = parts, log, folder
+        self.clock = Clock(parts.mesh.device)
+        self.counts = count_parameters(
+            parts.settings, parts.vocabulary.size, parts.memory.addressing.num_rows if parts.memory else 0
+        )
+        self.flops = flops_per_token(parts.settings, parts.vocabulary.size)
+        peak = torch.tensor(measure_matmul_peak(parts.mesh.device), dtype=torch.float64, device=parts.mesh.device)
+        self.peak = float(all_reduce_(peak, parts.mesh.world))
+        self.done = self.start = start
+        self._seconds = self._total_seconds = 0.0
+        self._mark = time.perf_counter()
+        self._logged_at = start
+        self._traffic: dict[str, int] = {}
+        self._last: dict[str, Any] = {}
+        self._validation: dict[str, float] = {}
+
+    def header(self) -> None:
+        """The layout, the parameters and what carries each operation, before the first step."""
+        s, mesh = self.parts.settings, self.parts.mesh
+        table = Table(title=f"hybridtrain {__version__}", show_header=False, title_justify="left")
+        memory = self.parts.memory
+        rows = [
+            ("layout", f"{mesh.layout.describe()} on {mesh.device.type}, {torch.get_num_threads()} thread(s) a rank"),
+            ("parameters", " · ".join(f"{name} {_short(n)}" for name, n in self.counts.items())),
+            ("step", f"{s.train.global_batch} sequences x {s.train.seq_len} tokens in {s.train.micro_batches} micro-batch(es)"),
+            ("matmul peak", f"{self.peak / 1e9:.1f} GFLOP/s over all ranks"),
+        ]
+        if memory is not None:
+            rows.append(
+                (
+                    "table",
+                    f"{memory.addressing.num_rows:,} rows x {s.memory.head_dim}, rows {memory.low:,} to {memory.high - 1:,} here",
+                )
+            )
+        rows += [(f"op {name}", how) for name, how in implementations(self.parts).items()]
+        for row in rows:
+            table.add_row(*row)
+        self.log.say(table)
+        self._mark = time.perf_counter()
+
+    def step(self, done: int, totals: Totals, plan: StepPlan | None) -> None:
+        """Take in a finished step; every `train.log_every` steps, and after the last, write a line."""
+        now = time.perf_counter()
+        self._seconds += now - self._mark
+        self._mark = now
+        self.done = done
+        settings = self.parts.settings
+        self.log.step(done, totals.loss)
+        if done % settings.train.log_every and done != settings.train.steps and not totals.stop:
+            return
+        steps = done - self._logged_at
+        phases = self.clock.take()
+        values: dict[str, Any] = {
+            "loss": totals.loss,
+            "learning_rate": settings.optim.lr * lr_scale(done - 1, settings.optim, settings.train.steps),
+            "grad_norm": totals.grad_norm,
+            "grad_norm_table": totals.table_grad_norm,
+            **self._speed(steps, self._seconds),
+            **layer_statistics(totals.statistics),
+            **{f"seconds/{name}": seconds / steps for name, seconds in phases.items()},
+            **self._bytes(steps),
+        }
+        if plan is not None:
+            values |= {
+                "memory/lookups": plan.lookups,
+                "memory/unique_rows": plan.unique,
+                "memory/unique_share": plan.unique / plan.lookups,
+            }
+        self.log.write(done, values)
+        if not self.log.active or not self.log.console.is_terminal:
+            self.log.say(
+                f"step {done:6d}  loss {totals.loss:.4f}  grad norm {totals.grad_norm:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
+            )
+        self._last = values
+        self._total_seconds += self._seconds
+        self._seconds, self._logged_at = 0.0, done
+
+    @contextmanager
+    def outside_training(self) -> Iterator[None]:
+        """Time spent within counts neither as training nor in tokens per second."""
+        yield
+        self._mark = time.perf_counter()
+
+    def validation(self, done: int, values: dict[str, float]) -> None:
+        if values:
+            self._validation = values
+            self.log.write(done, {f"validation_{name}": value for name, value in values.items()})
+            self.log.say(f"step {done:6d}  validation loss {values['loss']:.4f}  bits per byte {values['bits_per_byte']:.4f}")
+
+    def stopped(self, done: int, signal: str) -> dict[str, Any]:
+        self.log.say(
+            f"stopped after step {done} ({signal or 'another rank'} asked for it); the checkpoint is written, go on with --resume"
+        )
+        return self._summarise(done, stopped=True)
+
+    def finish(self, done: int) -> dict[str, Any]:
+        summary = self._summarise(done, stopped=False)
+        self.log.say(f"run files: {self.folder}    curves: tensorboard --logdir {self.folder / 'tensorboard'}")
+        return summary
+
+    def _summarise(self, done: int, stopped: bool) -> dict[str, Any]:
+        """The run in one flat dict, written to summary.json by rank 0."""
+        tokens = (done - self.start) * self.parts.tokens_per_step
+        seconds = self._total_seconds + self._seconds
+        summary = {
+            "steps": done,
+            "stopped": stopped,
+            "tokens": done * self.parts.tokens_per_step,
+            "train_loss": self._last.get("loss"),
+            **{f"validation_{name}": value for name, value in self._validation.items()},
+            "train_seconds": seconds,
+            "tokens_per_second": tokens / seconds if seconds else None,
+            "share_of_matmul_peak": tokens * self.flops / seconds / self.peak if seconds else None,
+            **{f"params_{name}": count for name, count in self.counts.items()},
+            "layout": self.parts.mesh.layout.describe(),
+            "world": self.parts.mesh.layout.world,
+            "device": self.parts.mesh.device.type,
+            "version": __version__,
+            "torch": torch.__version__,
+        }
+        if self.log.active:
+            (self.folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        return summary
+
+    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
+        rate = steps * self.parts.tokens_per_step / seconds
+        return {
+            "tokens_per_second": rate,
+            "model_flops_per_second": rate * self.flops,
+            "share_of_matmul_peak": rate * self.flops / self.peak,
+            "seconds_per_step": seconds / steps,
+        }
+
+    def _bytes(self, steps: int) -> dict[str, float]:
+        now = self.parts.mesh.traffic.bytes_by_group()
+        before, self._traffic = self._traffic, now
+        return {f"bytes/{group}": (sent - before.get(group, 0)) / steps for group, sent in now.items()}
+
+
+def layer_statistics(totals: dict[str, Tensor]) -> dict[str, Any]:
+    """The step's sums as what people read: expert load (shares) and its spread, router entropy, gate mean, per layer."""
+    out: dict[str, Any] = {}
+    for name, value in totals.items():
+        layer, _, what = name.rpartition(".")
+        if what == "expert_tokens":
+            share = value / value.sum()
+            out[f"{layer}/expert_load"] = share.tolist()
+            out[f"{layer}/expert_load_max_over_mean"] = float(share.max() * len(share))
+        elif what == "router_entropy":
+            out[f"{layer}/router_entropy"] = float(value / totals[f"{layer}.router_tokens"])
+        elif what == "gate_sum":
+            out[f"{layer}/gate_mean"] = float(value / totals[f"{layer}.gate_count"])
+        elif what in ("aux_loss", "z_loss"):
+            out[f"{layer}/{what}"] = float(value)
+    return out
+
+
+def implementations(parts: Parts) -> dict[str, str]:
+    """What carries each operation in this run."""
+    cuda = parts.mesh.device.type == "cuda"
+    ops = {
+        "attention": "torch scaled_dot_product_attention",
+        "grouped_mlp": "torch grouped_mm" if cuda else "torch mm, expert by expert",
+        "permute": "torch index_select, own backward",
+    }
+    if parts.memory is not None:
+        ops |= {
+            "engram_hash": "torch int64",
+            "segment_sum": "torch sort + segment_reduce" if cuda else "torch index_add",
+            "row optimizer": type(parts.memory.optimizer).__name__,
+        }
+    ops["dispatch"] = f"all-to-all over ep={parts.mesh.ep.size}" if parts.mesh.ep.size > 1 else "local"
+    return ops
+
+
+def _short(count: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)

@@ -1,0 +1,102 @@
+"""A run's folder: settings.toml, tokenizer, addressing, checkpoints. What belongs to a run is found there again.
+
+settings.toml     every setting, resolved        metrics.jsonl, tensorboard/   written by metrics.py
+tokenizer.json    copies from the data folder,   checkpoints/step-…, latest    written by checkpoint.py
+compression.npy   so that the run stands alone   summary.json                  written at the end
+addressing.json   multipliers and primes
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from hybridtrain import checkpoint
+from hybridtrain.assemble import Parts, Vocabulary
+from hybridtrain.config import dump_settings
+from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
+from hybridtrain.data.prepare import ensure_prepared
+from hybridtrain.data.shards import TokenDataset
+from hybridtrain.data.sources import file_digest
+from hybridtrain.errors import CheckpointError, DataError, SettingsError
+from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.parallel.collectives import Group, barrier
+from hybridtrain.settings import Settings
+
+SETTINGS, ADDRESSING, SUMMARY = "settings.toml", "addressing.json", "summary.json"
+
+
+class RunFolder:
+    """The folder `run.dir` of this run."""
+
+    def __init__(self, path: Path, world: Group) -> None:
+        self.path, self.world = path, world
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def open(cls, settings: Settings, world: Group, resume: bool) -> RunFolder:
+        """A new run's folder, or with `resume` an old one's.
+
+        Raises SettingsError where a new run would overwrite an old one's checkpoints, CheckpointError where there is none to resume.
+        """
+        folder = cls(Path(settings.run.dir), world)
+        last = checkpoint.latest(folder.checkpoints)
+        barrier(world)  # every rank has looked before rank 0 writes
+        if resume and last is None:
+            raise CheckpointError(f"{folder.checkpoints}: no finished checkpoint to resume from; start without --resume")
+        if not resume and last is not None:
+            raise SettingsError(
+                f"run.dir={folder.path}",
+                [f"holds a run with the checkpoint {last.name}; go on with --resume or choose another run.dir"],
+            )
+        if world.rank == 0:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            (folder.path / SETTINGS).write_text(dump_settings(settings), encoding="utf-8")
+        return folder
+
+    def prepare_data(self, settings: Settings) -> tuple[Vocabulary, TokenDataset]:
+        """Make the data folder where it is missing, open it, and copy the tokenizer here.
+
+        Raises DataError for damaged shards, or where a resumed run's tokenizer is another than the data's.
+        """
+        if self.world.rank == 0:
+            ensure_prepared(settings.data)
+        barrier(self.world)
+        dataset = TokenDataset.open(settings.data.path, verify=settings.data.verify and self.world.rank == 0)
+        ours = self.path / TOKENIZER
+        if ours.exists() and file_digest(ours) != dataset.manifest.tokenizer_xxh3 and checkpoint.latest(self.checkpoints):
+            raise DataError(f"{dataset.tokenizer_path} is another tokenizer than the one this run was trained with, {ours}")
+        barrier(self.world)
+        if self.world.rank == 0:
+            shutil.copyfile(dataset.tokenizer_path, ours)
+            shutil.copyfile(dataset.folder / COMPRESSION, self.path / COMPRESSION)
+        return Vocabulary.of(dataset), dataset
+
+    def restore(self, parts: Parts, addressing: Addressing | None) -> int:
+        """Load the latest checkpoint into the parts; returns its step. Raises CheckpointError where it does not fit."""
+        last = checkpoint.latest(self.checkpoints)
+        if last is None:
+            raise CheckpointError(f"{self.checkpoints}: no finished checkpoint to resume from")
+        checkpoint.check_fits(
+            last,
+            parts.settings,
+            parts.vocabulary.size,
+            file_digest(self.path / TOKENIZER),
+            addressing.to_json() if addressing is not None else None,
+        )
+        return checkpoint.load(parts, last)
+
+    def save(self, parts: Parts, step: int) -> None:
+        if self.world.rank == 0 and parts.memory is not None:
+            (self.path / ADDRESSING).write_text(parts.memory.addressing.to_json(), encoding="utf-8")
+        checkpoint.save(parts, self.checkpoints, step, file_digest(self.path / TOKENIZER))
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """(run folder, checkpoint) for a run folder, or for one of its checkpoints. Raises CheckpointError where there is neither."""
+    if (path / checkpoint.INFO).is_file():
+        return path.parent.parent, path
+    last = checkpoint.latest(path / "checkpoints")
+    if last is None:
+        raise CheckpointError(f"{path} is neither a run folder with a finished checkpoint nor a checkpoint")
+    return path, last

@@ -1,0 +1,30 @@
+"""SIGTERM and Ctrl-C as a request: the loop finishes its step, saves and ends. A second one ends at once."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+
+class StopSignal:
+    """While entered, the first SIGTERM or SIGINT sets `received`; the next one acts as it would without this."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.name = ""
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received and signal.Signals(number).name == self.name:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received, self.name = True, signal.Signals(number).name

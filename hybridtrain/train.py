@@ -1,0 +1,175 @@
+"""The training loop, phase by phase; and the run around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridtrain import checkpoint
+from hybridtrain.assemble import Parts, assemble, join_world, make_addressing
+from hybridtrain.data.batches import Batch, BatchLoader
+from hybridtrain.data.prefetch import Prefetcher
+from hybridtrain.diagnose import name_source_of_nonfinite
+from hybridtrain.errors import TrainingError
+from hybridtrain.evaluate import evaluate
+from hybridtrain.metrics import Clock, MetricsLog
+from hybridtrain.model.loss import token_losses_sum
+from hybridtrain.model.statistics import apply_router_statistics, collect, reset
+from hybridtrain.optim.groups import set_learning_rates
+from hybridtrain.optim.schedule import lr_scale
+from hybridtrain.parallel.apply import sync_gradients
+from hybridtrain.parallel.collectives import Group, all_reduce_
+from hybridtrain.parallel.mesh import close_mesh
+from hybridtrain.parallel.norms import clip_by_global_norm, local_gradients
+from hybridtrain.parallel.rows import StepPlan
+from hybridtrain.report import Report
+from hybridtrain.run_folder import RunFolder
+from hybridtrain.settings import Settings
+from hybridtrain.signals import StopSignal
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What one step came to, over all ranks."""
+
+    loss: float  # nats per token
+    statistics: dict[str, Tensor]
+    stop: bool
+    grad_norm: float
+    table_grad_norm: float
+
+
+def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
+    """Run `settings.train.steps` steps, or go on from the run folder's latest checkpoint; returns the summary (rank 0's is written).
+
+    Raises UserError or LayoutError for what the user can mend.
+    """
+    mesh = join_world(settings)
+    try:
+        folder = RunFolder.open(settings, mesh.world, resume)
+        vocabulary, dataset = folder.prepare_data(settings)
+        addressing = make_addressing(settings, vocabulary)
+        parts = assemble(settings, mesh, vocabulary, addressing)
+        start = folder.restore(parts, addressing) if resume else 0
+        log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps)
+        report = Report(parts, log, folder.path, start)
+        loader = BatchLoader(
+            dataset.split("train"),
+            settings.train.seq_len,
+            settings.train.global_batch,
+            settings.train.micro_batches,
+            mesh.layout.coordinate(mesh.rank, "dp"),
+            mesh.layout.dp,
+            settings.run.seed,
+        )
+
+        def load(step: int) -> tuple[Batch, StepPlan | None]:
+            batch = loader.load(step)
+            return batch, parts.memory.plan(batch) if parts.memory is not None else None
+
+        try:
+            with Prefetcher(load, start, settings.train.steps) as source, StopSignal() as signal:
+                return _loop(parts, folder, source, signal, report, lambda: evaluate(parts, dataset.split("validation")), start)
+        finally:
+            log.close()
+    finally:
+        close_mesh()
+
+
+def _loop(
+    parts: Parts,
+    folder: RunFolder,
+    source: Prefetcher[tuple[Batch, StepPlan | None]],
+    signal: StopSignal,
+    report: Report,
+    validate: Callable[[], dict[str, float]],
+    start: int,
+) -> dict[str, Any]:
+    settings, clock = parts.settings, report.clock
+    steps, every = settings.train.steps, settings.checkpoint.every
+    report.header()
+    for step in range(start, steps):
+        with clock.phase("data"):
+            batch, plan = source.get(step)
+        totals = train_step(parts, step, batch, plan, clock, signal.received)
+        if not math.isfinite(totals.loss) or not math.isfinite(totals.grad_norm):
+            where = name_source_of_nonfinite(parts, batch, plan)
+            raise TrainingError(
+                f"step {step + 1}: the loss is {totals.loss} and the gradient norm {totals.grad_norm}; {where}. "
+                f"The last good checkpoint is {checkpoint.latest(folder.checkpoints) or 'none'}; nothing of this step was kept"
+            )
+        done = step + 1
+        report.step(done, totals, plan)
+        if done == steps or (settings.train.eval_every and done % settings.train.eval_every == 0):
+            with report.outside_training():
+                report.validation(done, validate())
+        if done == steps or totals.stop or (every and done % every == 0):
+            with report.outside_training():
+                folder.save(parts, done)
+        if totals.stop:
+            return report.stopped(done, signal.name)
+    return report.finish(steps)
+
+
+def train_step(parts: Parts, step: int, batch: Batch, plan: StepPlan | None, clock: Clock, stop: bool) -> Totals:
+    """One optimizer step (`step` counts from 0). Nothing is updated where the loss or the gradient is not finite."""
+    model, memory, settings = parts.model.train(), parts.memory, parts.settings
+    loss = torch.zeros((), dtype=torch.float64, device=parts.mesh.device)
+    rows_grad = memory.new_gradient(plan) if memory is not None and plan is not None else None
+    exchanges = plan.exchanges if plan is not None else [None]
+    micro_batches = len(batch.tokens) // len(exchanges)
+    documents = batch.starts.cumsum(-1)
+
+    for number, exchange in enumerate(exchanges):
+        if memory is not None and plan is not None and exchange is not None:
+            with clock.phase("fetch"):
+                memory.fetch(plan, exchange)
+        for i in range(micro_batches):
+            m = number * micro_batches + i
+            sync_gradients(model, m == len(batch.tokens) - 1)  # one reduction per step, whatever the number of micro-batches
+            with clock.phase("forward"):
+                index = exchange.index[i] if exchange is not None else None
+                logits_BTV = model(batch.tokens[m], documents[m], index, micro_batch=i)
+                part = token_losses_sum(logits_BTV, batch.targets[m]) / parts.tokens_per_step
+            with clock.phase("backward"):
+                part.backward()
+            loss += part.detach()
+        if memory is not None and exchange is not None and rows_grad is not None:
+            with clock.phase("push"):
+                memory.push(exchange, rows_grad)
+
+    with clock.phase("reduce"):
+        if memory is not None and rows_grad is not None:
+            memory.exchange.reduce_replicas(rows_grad)
+        sums = reduce_sums({"loss": loss, "stop": torch.tensor(float(stop)), **collect(model)}, parts.mesh.world)
+        reset(model)
+        grads = local_gradients(p for o in parts.optimizers for g in o.param_groups for p in g["params"])
+        norm, table_norm = clip_by_global_norm(grads, rows_grad, parts.mesh, settings.optim.clip_norm)
+    totals = Totals(float(sums.pop("loss")), sums, bool(sums.pop("stop") > 0), norm, table_norm)
+
+    if math.isfinite(totals.loss) and math.isfinite(norm):
+        with clock.phase("optimizer"):
+            scale = lr_scale(step, settings.optim, settings.train.steps)
+            set_learning_rates(parts.optimizers, scale)
+            for optimizer in parts.optimizers:
+                optimizer.step()
+            if memory is not None and plan is not None and rows_grad is not None:
+                memory.update(plan, rows_grad, scale * settings.optim.lr * settings.memory.lr_multiplier)
+            apply_router_statistics(model, sums)
+    for optimizer in parts.optimizers:
+        optimizer.zero_grad()
+    return totals
+
+
+def reduce_sums(sums: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
+    """Sum every named tensor over the group's ranks, all in one collective, in float64."""
+    device = next(iter(sums.values())).device
+    flat = torch.cat([value.detach().to(device, torch.float64).flatten() for value in sums.values()])
+    all_reduce_(flat, group)
+    parts = flat.split([value.numel() for value in sums.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(sums.items(), parts, strict=True)}

@@ -1,0 +1,100 @@
+"""Uses a checkpoint in one process: evaluation and generation, whatever layout wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hybridtrain import checkpoint
+from hybridtrain.assemble import Parts, Vocabulary, assemble, load_tokenizer, resolve_layout
+from hybridtrain.config import parse_settings
+from hybridtrain.data.batches import Batch
+from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
+from hybridtrain.data.shards import TokenDataset
+from hybridtrain.data.sources import file_digest
+from hybridtrain.errors import CheckpointError, DataError, UserError
+from hybridtrain.evaluate import evaluate
+from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.parallel.mesh import choose_device, make_mesh
+from hybridtrain.run_folder import find_checkpoint
+
+ONE_RANK = ["parallel.dp_shard=1", "parallel.ep=1", "parallel.mem=1"]
+
+
+def open_checkpoint(path: Path) -> tuple[Parts, Path, int]:
+    """The parts of a checkpoint's run on this one process, its run folder, and the separator's token id.
+
+    Raises CheckpointError where `path` holds none, or the run folder lacks its tokenizer.
+    """
+    run, saved = find_checkpoint(path)
+    info = checkpoint.read_info(saved)
+    settings = parse_settings(info["settings"], ONE_RANK, source=str(saved))
+    missing = [name for name in (TOKENIZER, COMPRESSION) if not (run / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{run} lacks {' and '.join(missing)}, which belong to its checkpoints")
+    compression = np.load(run / COMPRESSION)
+    vocabulary = Vocabulary(info["vocab_size"], info["separator_id"], compression)
+    addressing = Addressing.from_json(info["addressing"], compression) if info["addressing"] else None
+    mesh = make_mesh(resolve_layout(settings, 1), 0, choose_device(), settings.parallel.timeout)
+    parts = assemble(settings, mesh, vocabulary, addressing)
+    checkpoint.load(parts, saved)
+    return parts, run, vocabulary.separator_id
+
+
+def evaluate_checkpoint(path: Path, split: str, data: Path | None, batches: int) -> dict[str, float]:
+    """Loss, perplexity and bits per byte of the checkpoint over a split of its own data, or of `data`.
+
+    Raises DataError where the data were made with another tokenizer, or the split is empty.
+    """
+    if split not in ("train", "validation"):
+        raise UserError(f'--split "{split}": it may be train or validation')
+    parts, run, _ = open_checkpoint(path)
+    dataset = TokenDataset.open(data or parts.settings.data.path, verify=parts.settings.data.verify)
+    if dataset.manifest.tokenizer_xxh3 != file_digest(run / TOKENIZER):
+        raise DataError(f"{dataset.folder} was made with another tokenizer than the checkpoint's, {run / TOKENIZER}")
+    return evaluate(parts, dataset.split("train" if split == "train" else "validation"), batches)
+
+
+@torch.no_grad()
+def generate_text(path: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
+    """The prompt and up to `tokens` further tokens; ends early where the model ends the document.
+
+    The window is the training length: of longer texts the model sees the last `train.seq_len` tokens.
+    """
+    parts, run, separator = open_checkpoint(path)
+    tokenizer = load_tokenizer(run / TOKENIZER)
+    ids = [separator, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(tokens):
+        logits = next_token_logits(parts, ids[-parts.settings.train.seq_len :], separator)
+        ids.append(_sample(logits, temperature, top_k, generator))
+        if ids[-1] == separator:
+            break
+    text: str = tokenizer.decode(ids[1:], skip_special_tokens=True)
+    return text
+
+
+def next_token_logits(parts: Parts, ids: list[int], separator: int) -> torch.Tensor:
+    """Logits `[V]` of the token after `ids`, on the CPU."""
+    tokens = torch.tensor(ids)[None, None]
+    batch = Batch(tokens, tokens, tokens == separator)
+    index = None
+    if parts.memory is not None:
+        plan = parts.memory.plan(batch, evaluate=True)
+        parts.memory.fetch(plan, plan.exchanges[0])
+        index = plan.exchanges[0].index[0]
+    device = parts.mesh.device
+    logits_BTV = parts.model.eval()(tokens[0].to(device), batch.starts[0].to(device).cumsum(-1), index)
+    logits: torch.Tensor = logits_BTV[0, -1].float().cpu()
+    return logits
+
+
+def _sample(logits_V: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    if top_k:
+        bound = logits_V.topk(min(top_k, len(logits_V))).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < bound, -torch.inf)
+    return int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))
