@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridtrain.model.context import SequenceContext
+from hybridtrain.model.norm import RMSNorm
 from hybridtrain.settings import Settings
 
 
@@ -24,16 +25,16 @@ class Attention(nn.Module):
         self.wk = nn.Linear(dim, a.num_kv_heads * a.head_dim, bias=False)
         self.wv = nn.Linear(dim, a.num_kv_heads * a.head_dim, bias=False)
         self.wo = nn.Linear(a.num_heads * a.head_dim, dim, bias=False)
-        self.q_norm = nn.RMSNorm(a.head_dim, settings.model.norm_eps) if a.qk_norm else None
-        self.k_norm = nn.RMSNorm(a.head_dim, settings.model.norm_eps) if a.qk_norm else None
+        self.q_norm = RMSNorm(a.head_dim, settings.model.norm_eps) if a.qk_norm else None
+        self.k_norm = RMSNorm(a.head_dim, settings.model.norm_eps) if a.qk_norm else None
         self.attend = attend
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
         q_BTHC, k_BTHC, v_BTHC = (w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHC, k_BTHC = self.q_norm(q_BTHC), self.k_norm(k_BTHC)
-        q_BTHC = apply_rope(q_BTHC, context.cos_TR, context.sin_TR)
-        k_BTHC = apply_rope(k_BTHC, context.cos_TR, context.sin_TR)
+        q_BTHC = apply_rope(q_BTHC, context.rotation_TR)
+        k_BTHC = apply_rope(k_BTHC, context.rotation_TR)
         out_BTD: Tensor = self.wo(self.attend(q_BTHC, k_BTHC, v_BTHC, context).flatten(-2))
         return out_BTD
 
@@ -51,8 +52,11 @@ def attend(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, context: SequenceCont
     return out_BHTC.transpose(1, 2)
 
 
-def apply_rope(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotate the pairs (r, r + C/2) of every head by the angle of its position; float32 inside."""
-    a, b = x_BTHC.float().chunk(2, -1)
-    cos, sin = cos_TR[:, None], sin_TR[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_BTHC.dtype)
+def apply_rope(x_BTHC: Tensor, rotation_TR: Tensor) -> Tensor:
+    """Rotate the neighbours (2r, 2r + 1) of every head by the angle of its position; float32 inside.
+
+    Neighbours, as in the RoPE paper, and not (r, r + C/2): one complex product each way is a quarter of the time.
+    """
+    complex_BTHR = torch.view_as_complex(x_BTHC.float().view(*x_BTHC.shape[:-1], -1, 2))
+    rotation_THR = rotation_TR[:, None].expand(complex_BTHR.shape[1:]).contiguous()  # one long inner loop
+    return torch.view_as_real(complex_BTHR * rotation_THR).flatten(-2).to(x_BTHC.dtype)

@@ -12,8 +12,7 @@ from torch import Tensor
 class SequenceContext:
     """`mask_B1TT` is True where a query may read a key; None: causal and nothing else. `documents_BT` goes with it."""
 
-    cos_TR: Tensor
-    sin_TR: Tensor
+    rotation_TR: Tensor
     documents_BT: Tensor | None
     mask_B1TT: Tensor | None
 
@@ -24,18 +23,17 @@ def make_context(documents_BT: Tensor | None, seq_len: int, head_dim: int, theta
     On the CPU, sequences without an inner document start are found here and take the plain causal path. On other
     devices looking would stall the host, so a caller who knows passes None.
     """
-    cos_TR, sin_TR = rope_tables(seq_len, head_dim, theta, device)
     if documents_BT is not None and documents_BT.device.type == "cpu" and torch.equal(documents_BT[:, 0], documents_BT[:, -1]):
         documents_BT = None
     mask = None
     if documents_BT is not None:
         same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
         mask = same_BTT.tril_()[:, None]
-    return SequenceContext(cos_TR, sin_TR, documents_BT, mask)
+    return SequenceContext(rope_rotations(seq_len, head_dim, theta, device), documents_BT, mask)
 
 
-def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2r/head_dim), float32 [T, R] each (RoPE, arXiv 2104.09864)."""
+def rope_rotations(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """exp(i * position * theta^(-2r/head_dim)), complex64 [T, R] (RoPE, arXiv 2104.09864)."""
     rate_R = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angle_TR = torch.arange(seq_len, dtype=torch.float32, device=device)[:, None] * rate_R
-    return angle_TR.cos(), angle_TR.sin()
+    return torch.polar(torch.ones_like(angle_TR), angle_TR)

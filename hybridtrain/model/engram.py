@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridtrain.model.counters import Counters
+from hybridtrain.model.norm import RMSNorm
 from hybridtrain.settings import Settings
 
 
@@ -26,9 +27,9 @@ class EngramMemory(nn.Module):
         self.dilation = memory.orders[-1]
         self.wk = nn.Linear(width, dim, bias=False)
         self.wv = nn.Linear(width, dim, bias=False)
-        self.h_norm = nn.RMSNorm(dim, eps)
-        self.k_norm = nn.RMSNorm(dim, eps)
-        self.conv_norm = nn.RMSNorm(dim, eps) if memory.conv else None
+        self.h_norm = RMSNorm(dim, eps)
+        self.k_norm = RMSNorm(dim, eps)
+        self.conv_norm = RMSNorm(dim, eps) if memory.conv else None
         self.conv = nn.Parameter(torch.empty(memory.conv_kernel, dim)) if memory.conv else None
 
     def forward(self, h_BTD: Tensor, rows_BTSC: Tensor, documents_BT: Tensor | None) -> Tensor:

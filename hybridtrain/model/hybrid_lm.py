@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hybridtrain.model.context import make_context
 from hybridtrain.model.layer import Layer
+from hybridtrain.model.norm import RMSNorm
 from hybridtrain.model.residual import RESIDUALS
 from hybridtrain.model.rows import StepRows
 from hybridtrain.settings import Settings, layer_specs, memory_layers
@@ -31,7 +32,7 @@ class HybridLM(nn.Module):
         # A dict and not a list: a pipeline stage that holds some of the layers keeps their names.
         self.layers = nn.ModuleDict({str(i): Layer(settings, spec) for i, spec in enumerate(layer_specs(settings))})
         self.residual = RESIDUALS[model.residual]
-        self.norm = nn.RMSNorm(model.dim, model.norm_eps)
+        self.norm = RMSNorm(model.dim, model.norm_eps)
         self.head = None if model.tie_embeddings else nn.Linear(model.dim, vocab_size, bias=False)
         self.rows = StepRows()
 

@@ -11,6 +11,7 @@ from hybridtrain.model.context import SequenceContext
 from hybridtrain.model.engram import EngramMemory
 from hybridtrain.model.feedforward import make_dense
 from hybridtrain.model.moe import MoE
+from hybridtrain.model.norm import RMSNorm
 from hybridtrain.model.residual import RESIDUALS, Stream
 from hybridtrain.settings import LayerSpec, Settings
 
@@ -24,9 +25,9 @@ class Layer(nn.Module):
         model = settings.model
         self.residual = RESIDUALS[model.residual]()
         self.memory = EngramMemory(settings) if spec.memory else None
-        self.mixer_norm = nn.RMSNorm(model.dim, model.norm_eps)
+        self.mixer_norm = RMSNorm(model.dim, model.norm_eps)
         self.mixer = MIXERS[spec.mixer](settings)
-        self.feedforward_norm = nn.RMSNorm(model.dim, model.norm_eps)
+        self.feedforward_norm = RMSNorm(model.dim, model.norm_eps)
         self.feedforward = FEEDFORWARDS[spec.feedforward](settings)
 
     def forward(self, stream: Stream, context: SequenceContext, rows_BTSC: Tensor | None) -> Stream:

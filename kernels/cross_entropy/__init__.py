@@ -1,0 +1,1 @@
+"""Summed cross-entropy of logits."""

@@ -1,0 +1,59 @@
+"""Summed cross-entropy: torch's kernel on CUDA; on the CPU one pass in cache-sized blocks that makes the gradient too.
+
+N tokens, V vocabulary. See reference.py for the definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 18  # logits per block: 1 MiB of float32 stays in the second-level cache
+
+
+def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor, ignored: int) -> Tensor:
+    """Float32 scalar, in nats; tokens whose target is `ignored` do not count.
+
+    On the CPU its backward runs once: it hands out the buffer that the forward pass made.
+    """
+    logits_NV = logits_NV.float()
+    if logits_NV.device.type == "cpu" and not hasattr(logits_NV, "to_local"):
+        return _cross_entropy(logits_NV, targets_N, ignored, torch.is_grad_enabled() and logits_NV.requires_grad)
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=ignored, reduction="sum")
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, ignored: int, with_grad: bool) -> Tensor:
+        rows = max(1, BLOCK_ELEMENTS // logits_NV.size(1))
+        normalizer_N1 = logits_NV.new_empty(len(logits_NV), 1)
+        grad_NV = torch.empty_like(logits_NV) if with_grad else None
+        for start in range(0, len(logits_NV), rows):
+            block = logits_NV[start : start + rows]
+            if grad_NV is None:
+                normalizer_N1[start : start + rows] = block.logsumexp(-1, keepdim=True)
+            else:
+                softmax = torch.softmax(block, -1, out=grad_NV[start : start + rows])
+                # The greatest probability is at least 1/V, so its logarithm is exact where a target's could underflow.
+                highest = block.amax(-1, keepdim=True)
+                normalizer_N1[start : start + rows] = highest - softmax.amax(-1, keepdim=True).log_()
+        keep_N1 = (targets_N != ignored)[:, None]
+        index_N1 = targets_N[:, None].where(keep_N1, 0)
+        if grad_NV is not None:
+            grad_NV.scatter_add_(1, index_N1, grad_NV.new_full((1, 1), -1.0).expand_as(index_N1))
+        ctx.buffers = grad_NV, keep_N1
+        return (normalizer_N1 - logits_NV.gather(1, index_N1)).mul_(keep_N1).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.buffers is None:
+            raise RuntimeError("the backward pass of cross_entropy_sum runs once; its buffer has been handed out")
+        (grad_NV, keep_N1), ctx.buffers = ctx.buffers, None
+        return grad_NV.mul_(grad * keep_N1), None, None, None
+
+
+_cross_entropy: Callable[[Tensor, Tensor, int, bool], Tensor] = _CrossEntropy.apply
