@@ -1,0 +1,86 @@
+"""Which optimizer and which group each parameter of the model goes to, by its name and its number of dims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from hybridtrain.optim.muon import Muon
+from hybridtrain.settings import OptimSettings
+
+_FUSED_DEVICES = ("cpu", "cuda")
+Group = dict[str, object]
+
+
+def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim.Optimizer]:
+    """The optimizers of all trainable parameters but the memory rows (`rows.`), which have their own.
+
+    Every group carries `name`, unique over all optimizers, and `peak_lr`. Parameters on different device meshes never share a
+    group, because fused and foreach kernels cannot mix them. `model` may also be a container of several pipeline stages.
+    """
+    members: dict[tuple[str, int], list[nn.Parameter]] = {}
+    meshes: list[object] = []
+    for name, parameter in model.named_parameters():
+        kind = group_kind(name, parameter.ndim, optim.backbone == "muon")
+        if kind is None or not parameter.requires_grad:
+            continue
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh not in meshes:
+            meshes.append(mesh)
+        members.setdefault((kind, meshes.index(mesh)), []).append(parameter)
+
+    labels = _mesh_labels(meshes)
+    adamw: list[Group] = []
+    muon: list[Group] = []
+    for (kind, mesh_number), parameters in members.items():
+        decay = 0.0 if kind == "no_decay" else optim.weight_decay
+        lr = optim.muon_lr if kind.startswith("muon") else optim.lr
+        group: Group = {"params": parameters, "name": kind + labels[mesh_number], "lr": lr, "peak_lr": lr, "weight_decay": decay}
+        if kind.startswith("muon"):
+            muon.append({**group, "input_first": kind == "muon_experts"})
+        else:
+            adamw.append(group)
+
+    out: list[torch.optim.Optimizer] = []
+    if muon:
+        out.append(Muon(muon, lr=optim.muon_lr, momentum=optim.muon_momentum))
+    if adamw:
+        fused = all(p.device.type in _FUSED_DEVICES for (kind, _), ps in members.items() if not kind.startswith("muon") for p in ps)
+        out.append(torch.optim.AdamW(adamw, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused))
+    return out
+
+
+def group_kind(name: str, ndim: int, muon: bool) -> str | None:
+    """ "decay" or "no_decay" (AdamW), "muon" or "muon_experts"; None for memory rows.
+
+    Norms, biases, the embedding and the short convolution are not decayed. Muon leaves the head and the router to AdamW, as it does
+    the embedding: their rows are looked up or compared one by one and are no linear map between hidden states.
+    """
+    parts = name.split(".")
+    if "rows" in parts:
+        return None
+    if ndim < 2 or "embed" in parts or "conv" in parts or any("norm" in part for part in parts):
+        return "no_decay"
+    if not muon or "head" in parts or "router" in parts:
+        return "decay"
+    return "muon" if ndim == 2 else "muon_experts"
+
+
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], scale: float) -> None:
+    """Set every group's learning rate to `scale` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+
+def _mesh_labels(meshes: list[object]) -> list[str]:
+    """A suffix per mesh, all different: its axes' names, nothing for plain tensors."""
+    labels: list[str] = []
+    for mesh in meshes:
+        names = getattr(mesh, "mesh_dim_names", None) or ("mesh",)
+        label = "" if mesh is None else "@" + "x".join(names)
+        number = sum(other == label or other.startswith(label + "#") for other in labels)
+        labels.append(f"{label}#{number + 1}" if number else label)
+    return labels

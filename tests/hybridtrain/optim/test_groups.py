@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hybridtrain.optim.groups import build_optimizers, group_kind, set_learning_rates
+from hybridtrain.optim.muon import Muon
+from hybridtrain.settings import OptimSettings
+
+DECAY = [
+    "head.weight",
+    "layers.0.mixer.wq.weight",
+    "layers.1.feedforward.router.weight",
+    "layers.0.feedforward.w_up.weight",
+    "layers.1.memory.wk.weight",
+]
+NO_DECAY = ["embed.weight", "layers.0.mixer_norm.weight", "layers.1.memory.conv", "layers.0.mixer.q_norm.weight"]
+EXPERTS = ["layers.1.feedforward.experts.w_gate", "layers.1.feedforward.experts.w_down"]
+
+
+class Named(nn.Module):
+    """A module tree with parameters of the given dotted names; experts are 3-D, norms 1-D, the rest 2-D."""
+
+    def __init__(self, names, mesh=None):
+        super().__init__()
+        for name in names:
+            *path, leaf = name.split(".")
+            node: nn.Module = self
+            for part in path:
+                if part not in node._modules:
+                    node.add_module(part, nn.Module())
+                node = node._modules[part]
+            shape = (2, 4, 6) if "experts" in name else (4,) if "norm" in name else (4, 6)
+            parameter = nn.Parameter(torch.randn(shape))
+            if mesh is not None and mesh(name) is not None:
+                parameter.device_mesh = mesh(name)
+            node.register_parameter(leaf, parameter)
+
+
+class FakeMesh:
+    def __init__(self, *names):
+        self.mesh_dim_names = names
+
+
+def groups_of(model, optimizers):
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {g["name"]: sorted(names[id(p)] for p in g["params"]) for o in optimizers for g in o.param_groups}
+
+
+def test_adamw_decays_matrices_only():
+    model = Named(DECAY + NO_DECAY + EXPERTS)
+    (optimizer,) = build_optimizers(model, OptimSettings(lr=0.1, weight_decay=0.2, beta1=0.8, beta2=0.7, eps=1e-6))
+    assert groups_of(model, [optimizer]) == {"decay": sorted(DECAY + EXPERTS), "no_decay": sorted(NO_DECAY)}
+    by_name = {g["name"]: g for g in optimizer.param_groups}
+    assert (by_name["decay"]["weight_decay"], by_name["no_decay"]["weight_decay"]) == (0.2, 0.0)
+    assert by_name["decay"]["betas"] == (0.8, 0.7)
+    assert by_name["decay"]["eps"] == 1e-6
+    assert by_name["decay"]["fused"] is True
+
+
+def test_muon_takes_hidden_matrices_and_experts():
+    model = Named(DECAY + NO_DECAY + EXPERTS)
+    muon, adamw = build_optimizers(model, OptimSettings(backbone="muon", lr=0.1, muon_lr=0.3, muon_momentum=0.9))
+    assert isinstance(muon, Muon)
+    kept = ["head.weight", "layers.1.feedforward.router.weight"]
+    assert groups_of(model, [muon, adamw]) == {
+        "muon": sorted(set(DECAY) - set(kept)),
+        "muon_experts": sorted(EXPERTS),
+        "decay": kept,
+        "no_decay": sorted(NO_DECAY),
+    }
+    assert [(g["peak_lr"], g["momentum"], g["weight_decay"], g["input_first"]) for g in muon.param_groups] == [
+        (0.3, 0.9, 0.1, False),
+        (0.3, 0.9, 0.1, True),
+    ]
+    assert {g["peak_lr"] for g in adamw.param_groups} == {0.1}
+
+
+@pytest.mark.parametrize("backbone", ["adamw", "muon"])
+def test_memory_rows_and_frozen_parameters_are_left_out(backbone):
+    model = Named([*DECAY, "rows.leaf0", "rows.leaf1"])
+    model.head.weight.requires_grad = False
+    names = [n for members in groups_of(model, build_optimizers(model, OptimSettings(backbone=backbone))).values() for n in members]
+    assert sorted(names) == sorted(set(DECAY) - {"head.weight"})
+
+
+@pytest.mark.parametrize(
+    ("name", "ndim", "kind"),
+    [
+        ("rows.leaf0", 2, None),
+        ("1.rows.leaf0", 2, None),
+        ("1.embed.weight", 2, "no_decay"),
+        ("_orig_mod.head.weight", 2, "decay"),
+        ("layers.3.feedforward.shared.w_up.weight", 2, "muon"),
+        ("layers.3.mixer.wq.bias", 1, "no_decay"),
+    ],
+)
+def test_prefixes_do_not_hide_a_name(name, ndim, kind):
+    assert group_kind(name, ndim, muon=True) == kind
+
+
+def test_meshes_do_not_share_groups():
+    dense, experts, twin = FakeMesh("dp_shard", "tp"), FakeMesh("edp"), FakeMesh("edp")
+    of = {"experts.w_gate": experts, "experts.w_down": twin, "mixer.wq.weight": dense, "head.weight": dense}
+    model = Named(DECAY + EXPERTS, mesh=lambda name: next((m for end, m in of.items() if name.endswith(end)), None))
+    optimizers = build_optimizers(model, OptimSettings())
+    assert groups_of(model, optimizers) == {
+        "decay@dp_shardxtp": ["head.weight", "layers.0.mixer.wq.weight"],
+        "decay": ["layers.0.feedforward.w_up.weight", "layers.1.feedforward.router.weight", "layers.1.memory.wk.weight"],
+        "decay@edp": ["layers.1.feedforward.experts.w_gate"],
+        "decay@edp#2": ["layers.1.feedforward.experts.w_down"],
+    }
+
+
+def test_set_learning_rates():
+    model = Named(DECAY + NO_DECAY)
+    optimizers = build_optimizers(model, OptimSettings(backbone="muon", lr=0.1, muon_lr=0.4))
+    for scale in (0.5, 0.25):
+        set_learning_rates(optimizers, scale)
+    assert {g["name"]: g["lr"] for o in optimizers for g in o.param_groups} == {"muon": 0.1, "decay": 0.025, "no_decay": 0.025}
+
+
+@pytest.mark.parametrize("backbone", ["adamw", "muon"])
+def test_a_step_moves_every_parameter(backbone):
+    model = Named(DECAY + NO_DECAY + EXPERTS)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for optimizer in build_optimizers(model, OptimSettings(backbone=backbone)):
+        optimizer.step()
+    assert not [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
