@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from hybridtrain.data.prefetch import Prefetcher
+
+
+def wait_until(condition) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_results_come_in_order_and_stay_within_depth() -> None:
+    loaded: list[int] = []
+
+    def load(step: int) -> int:
+        loaded.append(step)
+        return step * step
+
+    with Prefetcher(load, first_step=5, depth=2) as ahead:
+        wait_until(lambda: len(loaded) == 3)  # two waiting in the queue, one in hand
+        time.sleep(0.05)
+        assert loaded == [5, 6, 7]
+        assert [ahead.get(step) for step in range(5, 30)] == [step * step for step in range(5, 30)]
+        with pytest.raises(ValueError, match="step 40 is not the next one to hand over"):
+            ahead.get(40)
+        assert ahead.get(30) == 900
+    assert ahead.close()
+    with pytest.raises(RuntimeError, match="the prefetcher is closed"):
+        ahead.get(31)
+
+
+def test_an_exception_reaches_the_step_it_belongs_to() -> None:
+    def load(step: int) -> int:
+        if step == 2:
+            raise KeyError("no step 2")
+        return step
+
+    ahead = Prefetcher(load, first_step=0)
+    assert [ahead.get(0), ahead.get(1)] == [0, 1]
+    with pytest.raises(KeyError, match="no step 2"):
+        ahead.get(2)
+    with pytest.raises(RuntimeError, match="the prefetcher is closed"):
+        ahead.get(2)
+    assert ahead.close()
+
+
+def test_nothing_is_loaded_beyond_the_stop() -> None:
+    loaded: list[int] = []
+    with Prefetcher(loaded.append, first_step=0, depth=10, stop_step=3) as ahead:
+        for step in range(3):
+            ahead.get(step)
+        with pytest.raises(ValueError, match="stop 3"):
+            ahead.get(3)
+    assert loaded == [0, 1, 2]
+
+
+def test_closing_is_bounded_even_while_a_load_hangs() -> None:
+    hang = threading.Event()
+    ahead = Prefetcher(lambda step: hang.wait(30), first_step=0)
+    began = time.monotonic()
+    assert not ahead.close(timeout=0.2)
+    assert time.monotonic() - began < 5
+    hang.set()
+    assert ahead.close()
+
+
+def test_depth_is_checked() -> None:
+    with pytest.raises(ValueError, match="depth=0 must be at least 1"):
+        Prefetcher(lambda step: step, first_step=0, depth=0)

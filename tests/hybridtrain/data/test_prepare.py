@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hybridtrain.data import encode
+from hybridtrain.data import prepare as prepare_module
+from hybridtrain.data.prepare import ensure_prepared, prepare
+from hybridtrain.data.shards import TokenDataset
+from hybridtrain.data.tokenizer import load_tokenizer
+from hybridtrain.errors import DataError
+from hybridtrain.settings import DataSettings
+
+SETTINGS: dict[str, Any] = {"vocab_size": 320, "validation_fraction": 0.2, "shard_tokens": 500, "progress": False}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def split_documents(folder: Path, split: Any) -> list[str]:
+    """The texts of a split, decoded."""
+    dataset = TokenDataset.open(folder, verify=True)
+    tokens = dataset.split(split)
+    ids, starts = tokens.window(0, tokens.num_tokens)
+    tokenizer = load_tokenizer(dataset.tokenizer_path)
+    parts = np.split(ids, np.flatnonzero(starts))[1:]
+    assert all(part[0] == dataset.manifest.separator_id for part in parts)
+    return [tokenizer.decode(part[1:].tolist(), skip_special_tokens=False) for part in parts]
+
+
+def test_every_document_is_in_one_split_and_reads_back(folder: Path, corpus: tuple[Path, list[str]]) -> None:
+    train, validation = split_documents(folder, "train"), split_documents(folder, "validation")
+    assert sorted(train + validation) == sorted(corpus[1])
+    assert [text for text in corpus[1] if text in set(train)] == train
+    manifest = TokenDataset.open(folder, verify=True).manifest
+    assert (manifest.train.documents, manifest.validation.documents) == (len(train), len(validation))
+    assert 5 <= len(validation) <= 20
+    assert manifest.train.bytes == sum(len(text.encode()) for text in train)
+    assert manifest.validation.bytes == sum(len(text.encode()) for text in validation)
+    assert len(manifest.train.shards) > 3
+    assert all(shard.tokens >= 500 for shard in manifest.train.shards[:-1])
+    assert manifest.dtype == "uint16"
+    assert manifest.compressed_size == manifest_compressed(folder)
+    assert not list(folder.glob("*.part"))
+    assert not (folder / "journal.json").exists()
+
+
+def manifest_compressed(folder: Path) -> int:
+    return len(np.unique(np.load(folder / "compression.npy")))
+
+
+def test_a_second_call_does_nothing(folder: Path, corpus: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"}
+    prepare([corpus[0]], folder, **SETTINGS)
+    assert "nothing to do" in capsys.readouterr().err.replace("\n", " ")
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"} == before
+    with pytest.raises(DataError, match=r"already holds data of other sources or settings; .* --overwrite"):
+        prepare([corpus[0]], folder, **(SETTINGS | {"shard_tokens": 501}))
+
+
+def test_overwrite_replaces_everything(folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    prepare([corpus[0]], out, **(SETTINGS | {"shard_tokens": 10**6}), overwrite=True)
+    assert sorted(path.name for path in out.glob("*.tokens")) == ["train-00000.tokens", "validation-00000.tokens"]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(corpus[0].read_bytes() + b"oops\n")
+    with pytest.raises(DataError, match=r"bad.jsonl:61: is not JSON"):
+        prepare([bad], out, **SETTINGS, overwrite=True)
+    TokenDataset.open(out, verify=True)  # the old data outlives sources that are refused before encoding
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 23, 59])
+@pytest.mark.parametrize("commit_bytes", [1, 2500, 1 << 30])
+def test_a_resumed_preparation_gives_the_same_bytes(
+    folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, commit_bytes: int
+) -> None:
+    monkeypatch.setattr(encode, "_COMMIT_BYTES", commit_bytes)
+    real = encode._encoded
+    encoded: list[str] = []
+
+    def killed_after(count: int) -> Callable[..., Iterator[Any]]:
+        def run(tokenizer: Any, pieces: Any) -> Iterator[Any]:
+            for number, item in enumerate(real(tokenizer, pieces)):
+                if number == count:
+                    raise Killed
+                encoded.append(item[0].text)
+                yield item
+
+        return run
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(encode, "_encoded", killed_after(after))
+    for _ in range(2):
+        with pytest.raises(Killed):
+            prepare([corpus[0]], out, **SETTINGS)
+        with pytest.raises(DataError, match=r"preparation is unfinished; run the same `hybridtrain data` command again"):
+            TokenDataset.open(out)
+        if after > 29:
+            break
+    encoded.clear()
+    monkeypatch.setattr(encode, "_encoded", killed_after(10**9))
+    prepare([corpus[0]], out, **SETTINGS)
+    assert contents(out) == contents(folder)
+    if commit_bytes == 1:
+        assert len(encoded) == 60 - (2 * after if after <= 29 else after), "committed documents are not encoded again"
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_killed_between_a_shard_and_its_commit(
+    folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: int
+) -> None:
+    out = tmp_path / "out"
+    real = Path.replace
+    calls = 0
+
+    def replace(self: Path, target: Path) -> Path:
+        nonlocal calls
+        if self.name.startswith("train-00002"):
+            calls += 1
+            if calls > renamed:
+                raise Killed
+        elif self.name == "journal.json.part" and calls:
+            raise Killed
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(Killed):
+        prepare([corpus[0]], out, **SETTINGS)
+    assert calls == min(renamed + 1, 2)
+    monkeypatch.setattr(Path, "replace", real)
+    prepare([corpus[0]], out, **SETTINGS)
+    left = contents(out)
+    left.pop("journal.json.part", None)
+    assert left == contents(folder)
+
+
+def _prepare_and_die(source: Path, out: Path) -> None:
+    encode._COMMIT_BYTES = 2000
+    real = encode.write_journal
+    left = [12]
+
+    def write(out: Path, state: Any) -> None:
+        real(out, state)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    encode.write_journal = write
+    prepare([source], out, **SETTINGS)
+
+
+def test_a_killed_process_is_resumed(folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    process = multiprocessing.get_context("fork").Process(target=_prepare_and_die, args=(corpus[0], out))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    prepare([corpus[0]], out, **SETTINGS)
+    assert "resuming after" in capsys.readouterr().err.replace("\n", " ")
+    assert contents(out) == contents(folder)
+
+
+@pytest.mark.parametrize("change", ["source", "settings", "tokenizer", "compression", "shard", "shorter", "journal"])
+def test_what_no_longer_fits_is_started_over(
+    corpus: tuple[Path, list[str]],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: str,
+) -> None:
+    source, out, settings = tmp_path / "corpus.jsonl", tmp_path / "out", dict(SETTINGS)
+    shutil.copy(corpus[0], source)
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "_COMMIT_BYTES", 1)
+        patch.setattr(prepare_module, "_finish", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(prepare_module.SplitWriter, "finish", lambda self: None)
+        with pytest.raises(Killed):
+            prepare([source], out, **settings)
+    if change == "source":
+        source.write_bytes(source.read_bytes() + b'{"text": "one more"}\n')
+    elif change == "settings":
+        settings["shard_tokens"] = 600
+    else:
+        names = {"tokenizer": "tokenizer.json", "compression": "compression.npy", "shard": "train-00001.tokens"}
+        opened = [path for path in out.glob("*.tokens.part") if path.stat().st_size]
+        path = out / (names | {"journal": "journal.json", "shorter": opened[0].name})[change]
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content[: -4 if change == "shorter" else None])
+    capsys.readouterr()
+    prepare([source], out, **settings)
+    assert "starting over" in capsys.readouterr().err.replace("\n", " ")
+    if change not in ("source", "settings"):
+        assert {k: v for k, v in contents(out).items() if k != "manifest.json"} == {
+            k: v for k, v in contents(folder).items() if k != "manifest.json"
+        }
+    else:
+        fresh = tmp_path / "fresh"
+        prepare([source], fresh, **settings)
+        assert contents(out) == contents(fresh)
+
+
+def test_a_source_that_changes_while_read_is_refused(corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: Any) -> None:
+    source = tmp_path / "corpus.jsonl"
+    shutil.copy(corpus[0], source)
+    real = encode._encoded
+
+    def touched(tokenizer: Any, pieces: Any) -> Iterator[Any]:
+        yield from real(tokenizer, pieces)
+        os.utime(source, ns=(0, 0))
+
+    monkeypatch.setattr(encode, "_encoded", touched)
+    with pytest.raises(DataError, match=r"corpus.jsonl: changed while it was read"):
+        prepare([source], tmp_path / "out", **SETTINGS)
+
+
+def test_validation_sources_are_held_out_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("train on this " * 50, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("validate on that " * 50, encoding="utf-8")
+    with pytest.raises(DataError, match=r"corpus is one document"):
+        prepare([tmp_path / "a.txt"], tmp_path / "none", **SETTINGS)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", validation_sources=[tmp_path / "b.txt"], **SETTINGS)
+    assert split_documents(tmp_path / "out", "train") == ["train on this " * 50]
+    assert split_documents(tmp_path / "out", "validation") == ["validate on that " * 50]
+    manifest = prepare([tmp_path / "a.txt"], tmp_path / "zero", **(SETTINGS | {"validation_fraction": 0.0}))
+    assert (manifest.validation.tokens, manifest.validation.shards) == (0, ())
+    assert TokenDataset.open(tmp_path / "zero", verify=True).split("validation").num_tokens == 0
+
+
+def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path, corpus: tuple[Path, list[str]], deepseek_tokenizer: Path) -> None:
+    settings = {"validation_fraction": 0.2, "progress": False}
+    manifest = prepare([corpus[0]], tmp_path / "out", tokenizer=deepseek_tokenizer, separator="<｜end▁of▁sentence｜>", **settings)
+    assert (manifest.vocab_size, manifest.compressed_size, manifest.dtype) == (129_280, 99_092, "uint32")
+    assert (manifest.separator, manifest.separator_id) == ("<｜end▁of▁sentence｜>", 1)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == deepseek_tokenizer.read_bytes()
+    assert sorted(split_documents(tmp_path / "out", "train") + split_documents(tmp_path / "out", "validation")) == sorted(corpus[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 100}, "vocab_size=100 is too small"),
+        ({"shard_tokens": 0}, "shard_tokens=0 must be at least 1"),
+        ({"validation_fraction": 1.5}, "validation_fraction=1.5 must be"),
+        ({"separator": "<none>"}, "separator '<none>' is no token"),
+        ({"tokenizer": "no/tokenizer.json"}, "no/tokenizer.json: the tokenizer cannot be read"),
+        ({"text_field": "body"}, r"has no field 'body'; its fields are 'id', 'text' \(--text-field\)"),
+    ],
+)
+def test_bad_settings_are_refused(corpus: tuple[Path, list[str]], tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare([corpus[0]], tmp_path / "out", **(SETTINGS | settings))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_file_in_the_folder_s_place_is_refused(corpus: tuple[Path, list[str]]) -> None:
+    with pytest.raises(DataError, match=r"corpus.jsonl: cannot be written"):
+        prepare([corpus[0]], corpus[0], **SETTINGS)
+
+
+def _ensure(data: DataSettings, results: Any) -> None:
+    real = prepare_module._prepare
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        results.put("prepared")
+        return real(*args, **kwargs)
+
+    prepare_module._prepare = counted
+    ensure_prepared(data, progress=False)
+    TokenDataset.open(data.path, verify=True)
+    results.put("done")
+
+
+def test_of_two_processes_one_prepares(corpus: tuple[Path, list[str]], tmp_path: Path) -> None:
+    data = DataSettings(path=str(tmp_path / "out"), source=(str(corpus[0]),), vocab_size=320)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_ensure, args=(data, results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    got = [results.get(timeout=60) for _ in range(3)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(got) == ["done", "done", "prepared"]
+
+
+def test_ensure_prepared_leaves_finished_and_sourceless_folders_alone(folder: Path, tmp_path: Path) -> None:
+    before = contents(folder)
+    ensure_prepared(DataSettings(path=str(folder), source=("no/such/file.txt",)))
+    assert contents(folder) == before
+    ensure_prepared(DataSettings(path=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_refused(corpus: tuple[Path, list[str]], tmp_path: Path) -> None:
+    with (
+        prepare_module.locked(tmp_path / "out", wait=False),
+        pytest.raises(DataError, match="another process is preparing this folder"),
+    ):
+        prepare([corpus[0]], tmp_path / "out", **SETTINGS)
