@@ -1,0 +1,93 @@
+"""Initial values do not depend on who draws them, and counts agree with the model built."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridtrain.config import parse_settings
+from hybridtrain.model.count import count_parameters, flops_per_token
+from hybridtrain.model.hybrid_lm import HybridLM
+from hybridtrain.model.init import TABLE_BLOCK, Draw, draw, init_parameters, init_table
+from hybridtrain.settings import Settings
+
+
+@pytest.mark.parametrize("name", ["layers.1.feedforward.experts.w_up", "layers.1.mixer.wq.weight", "norm.weight", "x.conv"])
+def test_a_slice_is_a_slice_of_the_whole(name: str) -> None:
+    std = {"norm.weight": None, "x.conv": 0.0}.get(name, 0.5)
+    whole = draw(name, (6, 4, 3), 7, std)
+    parts = [draw(name, (6, 4, 3), 7, std, rows=slice(a, b)) for a, b in ((0, 1), (1, 5), (5, 5), (5, None))]
+    assert torch.equal(torch.cat(parts), whole)
+    if std:
+        assert not torch.equal(whole, draw(name, (6, 4, 3), 8, std))
+        assert not torch.equal(whole, draw(name + "x", (6, 4, 3), 7, std))
+
+
+def test_table_rows_do_not_depend_on_the_cut() -> None:
+    end = TABLE_BLOCK + 500
+    whole = init_table(3, 0, end, 2, 0.02)
+    cuts = [0, 10, TABLE_BLOCK - 1, TABLE_BLOCK, TABLE_BLOCK + 1, end]
+    assert torch.equal(torch.cat([init_table(3, a, b, 2, 0.02) for a, b in itertools.pairwise(cuts)]), whole)
+    assert init_table(3, 5, 5, 2, 0.02).shape == (0, 2)
+    assert abs(whole.std().item() - 0.02) < 2e-4
+    assert not torch.equal(whole[:500], whole[TABLE_BLOCK:])
+
+
+def test_scales() -> None:
+    settings = Settings()
+    model = HybridLM(settings, 512)
+    init_parameters(model, settings)
+    scaled = 0.02 / math.sqrt(8)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert (parameter == 1).all(), name
+        elif name.endswith(".conv"):
+            assert (parameter == 0).all(), name
+        else:
+            residual = any(part in name for part in (".wo.", "w_down", "memory.wv"))
+            assert abs(parameter.std().item() / (scaled if residual else 0.02) - 1) < 0.1, name
+    assert (model.layers["1"].feedforward.router.load_E == 1 / 8).all()
+
+
+def test_a_writer_can_take_slices() -> None:
+    settings = Settings()
+    whole, halves = HybridLM(settings, 64), HybridLM(settings, 64)
+    init_parameters(whole, settings)
+
+    def write(parameter: Tensor, draw_this: Draw) -> None:
+        half = len(parameter) // 2
+        parameter[:half] = draw_this(rows=slice(0, half))
+        parameter[half:] = draw_this(rows=slice(half, None))
+
+    init_parameters(halves, settings, write)
+    for (name, a), b in zip(whole.state_dict().items(), halves.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.tie_embeddings=true", "memory.conv=false", "model.moe.num_shared=2"],
+        ["memory.enabled=false", "model.attention.qk_norm=false", "model.attention.num_kv_heads=2", "model.attention.head_dim=48"],
+    ],
+)
+def test_counts_agree_with_the_model(overrides: list[str]) -> None:
+    settings = parse_settings({}, overrides)
+    model = HybridLM(settings, 100)
+    count = count_parameters(settings, 100, table_rows=1000)
+    assert count.total == sum(p.numel() for p in model.parameters()) + 1000 * 32
+    moe = settings.model.moe
+    idle = 3 * (moe.num_experts - moe.top_k) * 3 * 128 * moe.hidden  # three layers of experts
+    assert count.active == count.total - count.table - idle + count.table_active
+    assert count.table_active == (256 if settings.memory.enabled else 0)
+
+
+def test_flops_by_hand() -> None:
+    settings = parse_settings({}, ["model.layers=['memory+attention+moe']"])
+    matrices = 100 * 128 + 4 * 128 * 128 + 2 * 256 * 128 + 128 * 8 + 2 * 3 * 128 * 256
+    assert flops_per_token(settings, 100) == 6 * matrices + 3 * 2 * 2 * 4 * 32 * 129 / 2
