@@ -148,11 +148,12 @@ def test_the_bias_evens_out_a_skewed_router() -> None:
         layer.router.weight[:2] += 0.5
     x = torch.randn(256, DIM, generator=torch.Generator().manual_seed(3)) + 0.5
     spread = []
-    for _ in range(400):
+    for _ in range(250):
         reset(_Layers(layer))
         layer.router(x)
         counts = layer.router.counters.sums["expert_tokens"]
         spread.append((counts.max() / counts.double().mean()).item())
         layer.router.update(counts)
     assert spread[0] > 2.5
-    assert max(spread[-20:]) < 1.3
+    # A fixed step ends in a small cycle around balance, not in balance itself.
+    assert max(spread[-20:]) - 1 < (spread[0] - 1) / 4
