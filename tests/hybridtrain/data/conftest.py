@@ -55,7 +55,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 def folder(corpus: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished data folder of that corpus with many small shards. Read only: copy it before changing it."""
     out = tmp_path_factory.mktemp("data") / "out"
-    prepare([corpus[0]], out, vocab_size=320, validation_fraction=0.2, shard_tokens=500, progress=False)
+    prepare([corpus[0]], out, vocab_size=320, validation_fraction=0.2, shard_tokens=1500, progress=False)
     return out
 
 

@@ -19,7 +19,7 @@ from hybridtrain.data.tokenizer import load_tokenizer
 from hybridtrain.errors import DataError
 from hybridtrain.settings import DataSettings
 
-SETTINGS: dict[str, Any] = {"vocab_size": 320, "validation_fraction": 0.2, "shard_tokens": 500, "progress": False}
+SETTINGS: dict[str, Any] = {"vocab_size": 320, "validation_fraction": 0.2, "shard_tokens": 1500, "progress": False}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -47,7 +47,7 @@ def test_every_document_is_in_one_split_and_reads_back(folder: Path, corpus: tup
     assert manifest.train.bytes == sum(len(text.encode()) for text in train)
     assert manifest.validation.bytes == sum(len(text.encode()) for text in validation)
     assert len(manifest.train.shards) > 3
-    assert all(shard.tokens >= 500 for shard in manifest.train.shards[:-1])
+    assert all(shard.tokens >= 1500 for shard in manifest.train.shards[:-1])
     assert manifest.dtype == "uint16"
     assert manifest.compressed_size == manifest_compressed(folder)
     assert not list(folder.glob("*.part"))
@@ -64,7 +64,7 @@ def test_a_second_call_does_nothing(folder: Path, corpus: tuple[Path, list[str]]
     assert "nothing to do" in capsys.readouterr().err.replace("\n", " ")
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"} == before
     with pytest.raises(DataError, match=r"already holds data of other sources or settings; .* --overwrite"):
-        prepare([corpus[0]], folder, **(SETTINGS | {"shard_tokens": 501}))
+        prepare([corpus[0]], folder, **(SETTINGS | {"shard_tokens": 1501}))
 
 
 def test_overwrite_replaces_everything(folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_what_no_longer_fits_is_started_over(
     if change == "source":
         source.write_bytes(source.read_bytes() + b'{"text": "one more"}\n')
     elif change == "settings":
-        settings["shard_tokens"] = 600
+        settings["shard_tokens"] = 1600
     else:
         names = {"tokenizer": "tokenizer.json", "compression": "compression.npy", "shard": "train-00001.tokens"}
         opened = [path for path in out.glob("*.tokens.part") if path.stat().st_size]
