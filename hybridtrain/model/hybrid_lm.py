@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hybridtrain.model.context import make_context
 from hybridtrain.model.layer import Layer
+from hybridtrain.model.loss import head_losses_sum
 from hybridtrain.model.norm import RMSNorm
 from hybridtrain.model.residual import RESIDUALS
 from hybridtrain.model.rows import StepRows
@@ -37,9 +38,14 @@ class HybridLM(nn.Module):
         self.rows = StepRows()
 
     def forward(
-        self, tokens_BT: Tensor, documents_BT: Tensor | None, memory_index_BTLS: Tensor | None = None, micro_batch: int = 0
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None,
+        memory_index_BTLS: Tensor | None = None,
+        micro_batch: int = 0,
+        targets_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] of the next token.
+        """Logits [B, T, V] of the next token; with targets their summed loss (loss.py), without ever holding all logits.
 
         `documents_BT` numbers the documents inside each sequence (rising; None: one per sequence); attention and
         memory convolutions stay inside a document. `memory_index_BTLS` points into the rows of this micro-batch.
@@ -56,4 +62,6 @@ class HybridLM(nn.Module):
                 rows_BTSC = self.rows.gather(memory_index_BTLS[:, :, self.memory_layers.index(int(name))], micro_batch)
             stream = layer(stream, context, rows_BTSC)
         h_BTD = self.norm(self.residual.finish(stream))
+        if targets_BT is not None:
+            return head_losses_sum(h_BTD, (self.head or self.embed).weight, targets_BT)
         return F.linear(h_BTD, self.embed.weight) if self.head is None else self.head(h_BTD)

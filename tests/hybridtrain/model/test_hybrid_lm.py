@@ -176,6 +176,20 @@ def test_loss_ignores_and_sums() -> None:
     torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_loss_inside_the_model_equals_loss_of_its_logits(tied: str) -> None:
+    model = build(small(f"model.tie_embeddings={tied}"))
+    tokens, index = batch()
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = -100
+    wanted = list(model.parameters())
+    inside = model(tokens, None, index, targets_BT=targets)
+    outside = token_losses_sum(model(tokens, None, index), targets)
+    torch.testing.assert_close(inside, outside)
+    for a, b in zip(torch.autograd.grad(inside, wanted), torch.autograd.grad(outside, wanted), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 def test_the_model_imports_nothing_distributed() -> None:
     """Everything that hybridtrain.model reaches inside the project, by its import statements."""
     root = Path(hybridtrain.model.__file__).parents[2]
