@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from rich.console import Console
 from tokenizers import Tokenizer
 
 from hybridtrain.data.holdout import Holdout
 from hybridtrain.data.journal import Job, Journal, write_journal
 from hybridtrain.data.manifest import SplitName
-from hybridtrain.data.progress import EncodingProgress
+from hybridtrain.data.progress import EncodingProgress, say
 from hybridtrain.data.sources import Piece, read_pieces
 from hybridtrain.data.writer import SplitWriter
 from hybridtrain.errors import DataError
@@ -18,7 +17,6 @@ from hybridtrain.errors import DataError
 TOKENIZER_TRAINING_CHARS = 1 << 30
 _COMMIT_BYTES = 64 << 20
 _BATCH_CHARS = 2 << 20
-_console = Console(stderr=True)
 
 
 def corpus_documents(job: Job) -> Iterator[Piece]:
@@ -37,7 +35,7 @@ def training_texts(job: Job, holdout: Holdout) -> Iterator[str]:
             if entry.info.use == "validation" or holdout.is_validation(documents - 1):
                 continue
             if chars >= TOKENIZER_TRAINING_CHARS:
-                _console.print(f"the tokenizer is trained on the first {chars:,} characters of the corpus", highlight=False)
+                say(f"the tokenizer is trained on the first {chars:,} characters of the corpus")
                 return
             chars += len(piece.text)
             yield piece.text

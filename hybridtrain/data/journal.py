@@ -10,16 +10,15 @@ from pathlib import Path
 
 import tokenizers
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.console import Console
 
 from hybridtrain.data import manifest as m
 from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo
+from hybridtrain.data.progress import say
 from hybridtrain.data.sources import SourceFile, file_digest
 from hybridtrain.data.writer import WriterState, split_files
 from hybridtrain.errors import DataError
 
 _LOCK = ".lock"
-_console = Console(stderr=True)
 
 
 class Journal(BaseModel):
@@ -82,11 +81,9 @@ def read_journal(job: Job) -> Journal | None:
     except ValidationError:
         same = False
     if not same:
-        _console.print(
-            f"{job.out}: an unfinished preparation of other sources or settings lies here; starting over", highlight=False
-        )
+        say(f"{job.out}: an unfinished preparation of other sources or settings lies here; starting over")
         return None
-    _console.print(f"{job.out}: resuming after {journal.documents:,} documents", highlight=False)
+    say(f"{job.out}: resuming after {journal.documents:,} documents")
     return journal
 
 

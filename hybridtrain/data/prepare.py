@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from rich.console import Console
 
 from hybridtrain.data import manifest as m
 from hybridtrain.data.compress import compression_map
@@ -20,14 +19,12 @@ from hybridtrain.data.encode import corpus_documents, encode_files, training_tex
 from hybridtrain.data.holdout import Holdout, choose_holdout
 from hybridtrain.data.journal import Input, Job, Journal, clear, locked, read_journal, software, write_journal
 from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo, SplitInfo, SplitName
-from hybridtrain.data.progress import EncodingProgress
+from hybridtrain.data.progress import EncodingProgress, say
 from hybridtrain.data.sources import SourceFile, file_digest, list_files
 from hybridtrain.data.tokenizer import MIN_VOCAB_SIZE, find_separator, load_tokenizer, train_tokenizer, vocabulary_size
 from hybridtrain.data.writer import SplitWriter, StaleStateError
 from hybridtrain.errors import DataError
 from hybridtrain.settings import DataSettings
-
-_console = Console(stderr=True)
 
 
 def prepare(
@@ -106,7 +103,7 @@ def _prepare(job: Job, overwrite: bool, progress: bool) -> Manifest:
     if (job.out / m.MANIFEST).exists() and not overwrite:
         made = m.read_manifest(job.out)
         if job.made_of_same(made):
-            _console.print(f"{job.out} is already made of these sources and settings; nothing to do", highlight=False)
+            say(f"{job.out} is already made of these sources and settings; nothing to do")
             return made
         raise DataError(
             f"{job.out}: already holds data of other sources or settings; choose another folder or replace it with --overwrite"
@@ -118,7 +115,7 @@ def _prepare(job: Job, overwrite: bool, progress: bool) -> Manifest:
             try:
                 return _encode(job, journal, holdout, progress)
             except StaleStateError as error:
-                _console.print(f"{job.out}: cannot resume: {error}; starting over", highlight=False)
+                say(f"{job.out}: cannot resume: {error}; starting over")
         return _encode(job, _begin(job, holdout, progress), holdout, progress)
     except OSError as error:
         raise DataError(f"{error.filename or job.out}: {error.strerror}; mend it and repeat the command to go on") from error
@@ -189,10 +186,9 @@ def _finish(
     )
     m.write_atomically(job.out / m.MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
     (job.out / m.JOURNAL).unlink()
-    _console.print(
+    say(
         f"{job.out}: {size:,} tokens in the vocabulary; train {train.tokens:,} tokens in {train.documents:,} documents; "
-        f"validation {validation.tokens:,} tokens in {validation.documents:,} documents",
-        highlight=False,
+        f"validation {validation.tokens:,} tokens in {validation.documents:,} documents"
     )
     return manifest
 

@@ -9,6 +9,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from hybridtrain.data.sources import Piece
 
+_console = Console(stderr=True)
+
+
+def say(message: str) -> None:
+    """Print a line to stderr as it is: no wrapping at the terminal's width, no markup in paths."""
+    _console.print(message, soft_wrap=True, markup=False, highlight=False)
+
 
 class EncodingProgress:
     """A bar over the bytes of the source files, with documents and megabytes of text a second."""
@@ -20,7 +27,7 @@ class EncodingProgress:
             TextColumn("{task.fields[documents]:,} documents  {task.fields[rate]:.1f} MB/s"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=_console,
             disable=not enabled,
         )
         self._task = self._progress.add_task("encoding", total=total_bytes, documents=0, rate=0.0)

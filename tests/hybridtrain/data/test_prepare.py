@@ -61,7 +61,7 @@ def manifest_compressed(folder: Path) -> int:
 def test_a_second_call_does_nothing(folder: Path, corpus: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"}
     prepare([corpus[0]], folder, **SETTINGS)
-    assert "nothing to do" in capsys.readouterr().err.replace("\n", " ")
+    assert "nothing to do" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"} == before
     with pytest.raises(DataError, match=r"already holds data of other sources or settings; .* --overwrite"):
         prepare([corpus[0]], folder, **(SETTINGS | {"shard_tokens": 1501}))
@@ -121,7 +121,7 @@ def test_a_resumed_preparation_gives_the_same_bytes(
 
 @pytest.mark.parametrize("renamed", [0, 1, 2])
 def test_killed_between_a_shard_and_its_commit(
-    folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: int
+    folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, renamed: int
 ) -> None:
     out = tmp_path / "out"
     real = Path.replace
@@ -143,6 +143,7 @@ def test_killed_between_a_shard_and_its_commit(
     assert calls == min(renamed + 1, 2)
     monkeypatch.setattr(Path, "replace", real)
     prepare([corpus[0]], out, **SETTINGS)
+    assert "starting over" not in capsys.readouterr().err
     left = contents(out)
     left.pop("journal.json.part", None)
     assert left == contents(folder)
@@ -170,7 +171,7 @@ def test_a_killed_process_is_resumed(folder: Path, corpus: tuple[Path, list[str]
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     prepare([corpus[0]], out, **SETTINGS)
-    assert "resuming after" in capsys.readouterr().err.replace("\n", " ")
+    assert "resuming after" in capsys.readouterr().err
     assert contents(out) == contents(folder)
 
 
@@ -204,7 +205,7 @@ def test_what_no_longer_fits_is_started_over(
         path.write_bytes(content[: -4 if change == "shorter" else None])
     capsys.readouterr()
     prepare([source], out, **settings)
-    assert "starting over" in capsys.readouterr().err.replace("\n", " ")
+    assert "starting over" in capsys.readouterr().err
     if change not in ("source", "settings"):
         assert {k: v for k, v in contents(out).items() if k != "manifest.json"} == {
             k: v for k, v in contents(folder).items() if k != "manifest.json"
