@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts
@@ -44,7 +44,9 @@ def save(parts: Parts, folder: Path, step: int, tokenizer_digest: str) -> Path:
         _commit(staging, final)
 
     problems = _together(world, make_staging if world.rank == 0 else None)
-    problems = problems or _together(world, lambda: dcp.save(_state(parts), checkpoint_id=staging, no_dist=world.size == 1))
+    problems = problems or _together(
+        world, lambda: state_dict_saver.save(_state(parts), checkpoint_id=staging, no_dist=world.size == 1)
+    )
     problems = problems or _together(world, commit if world.rank == 0 else None)
     if problems:
         if world.rank == 0:
@@ -65,7 +67,7 @@ def load(parts: Parts, path: Path) -> int:
     info = read_info(path)
     state = _state(parts, for_load=True)
     try:
-        dcp.load(state, checkpoint_id=path, no_dist=parts.mesh.world.size == 1)
+        state_dict_loader.load(state, checkpoint_id=path, no_dist=parts.mesh.world.size == 1)
     except Exception as error:
         raise CheckpointError(f"{path}: damaged or not of this model: {_reason(error)}") from None
     if parts.memory is not None:
@@ -150,7 +152,7 @@ def _state(parts: Parts, for_load: bool = False) -> dict[str, Any]:
     """Every tensor of the run by its logical name; DTensors carry their own place in the whole."""
     model = parts.model
     state: dict[str, Any] = {f"model.{name}": value for name, value in model.state_dict().items()}
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in parts.optimizers:
         if for_load:
             _materialize(optimizer)

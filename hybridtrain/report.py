@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,8 @@ class Report:
     def __init__(self, parts: Parts, log: MetricsLog, folder: Path, start: int) -> None:
         self.parts, self.log, self.folder = parts, log, folder
         self.clock = Clock(parts.mesh.device)
-        self.counts = count_parameters(
-            parts.settings, parts.vocabulary.size, parts.memory.addressing.num_rows if parts.memory else 0
-        )
+        table_rows = parts.memory.addressing.num_rows if parts.memory is not None else 0
+        self.counts = asdict(count_parameters(parts.settings, parts.vocabulary.size, table_rows))
         self.flops = flops_per_token(parts.settings, parts.vocabulary.size)
         peak = torch.tensor(measure_matmul_peak(parts.mesh.device), dtype=torch.float64, device=parts.mesh.device)
         self.peak = float(all_reduce_(peak, parts.mesh.world))
@@ -101,7 +101,8 @@ class Report:
         self.log.write(done, values)
         if not self.log.active or not self.log.console.is_terminal:
             self.log.say(
-                f"step {done:6d}  loss {totals.loss:.4f}  grad norm {totals.grad_norm:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
+                f"step {done:6d}  loss {totals.loss:.4f}  grad norm {totals.grad_norm:.3f}  "
+                f"{values['tokens_per_second']:,.0f} tokens/s"
             )
         self._last = values
         self._total_seconds += self._seconds

@@ -37,7 +37,8 @@ class RunFolder:
     def open(cls, settings: Settings, world: Group, resume: bool) -> RunFolder:
         """A new run's folder, or with `resume` an old one's.
 
-        Raises SettingsError where a new run would overwrite an old one's checkpoints, CheckpointError where there is none to resume.
+        Raises SettingsError where a new run would overwrite an old one's checkpoints, CheckpointError where there is none
+        to resume.
         """
         folder = cls(Path(settings.run.dir), world)
         last = checkpoint.latest(folder.checkpoints)

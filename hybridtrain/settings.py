@@ -222,7 +222,8 @@ def contradictions(s: Settings) -> list[str]:
         out.append(f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to {moe.num_experts}")
     if moe.num_experts % moe.num_groups:
         out.append(
-            f"model.moe.num_groups={moe.num_groups} does not divide num_experts={moe.num_experts}; it may be {_divisors(moe.num_experts)}"
+            f"model.moe.num_groups={moe.num_groups} does not divide num_experts={moe.num_experts}; "
+            f"it may be {_divisors(moe.num_experts)}"
         )
     elif moe.top_groups > moe.num_groups:
         out.append(f"model.moe.top_groups={moe.top_groups} exceeds num_groups={moe.num_groups}; it may be 1 to {moe.num_groups}")

@@ -45,7 +45,7 @@ class Totals:
 
 
 def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
-    """Run `settings.train.steps` steps, or go on from the run folder's latest checkpoint; returns the summary (rank 0's is written).
+    """Run `settings.train.steps` steps, or with `resume` the rest of them; returns the summary that rank 0 writes.
 
     Raises UserError or LayoutError for what the user can mend.
     """

@@ -26,11 +26,12 @@ def parallelize(
         return
     for moe in [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
         if mesh.ep.size > 1:
-            _split_experts(moe.experts, mesh.expert_mesh["ep"])  # first: everything after must see the local experts only
-            moe.dispatch = AllToAllDispatch(mesh.ep, num_experts)
+            experts = moe.get_submodule("experts")
+            _split_experts(experts, mesh.expert_mesh["ep"])  # first: everything after must see the local experts only
+            setattr(moe, "dispatch", AllToAllDispatch(mesh.ep, num_experts))  # noqa: B010  (a plain attribute of nn.Module to mypy)
             # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,
             # since ep already cuts dim 0 and two cuts of one dim would interleave in checkpoints
-            _shard(moe.experts, mesh.expert_mesh["edp"], reshard_after_forward, dim=1)
+            _shard(experts, mesh.expert_mesh["edp"], reshard_after_forward, dim=1)
     for layer in layers:
         _shard(layer, mesh.dense_mesh, reshard_after_forward)  # layer by layer: one gather per layer, overlapping the one before
     _shard(model, mesh.dense_mesh, False)  # last: the root takes what no layer holds (embedding, final norm, head)

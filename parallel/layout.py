@@ -122,12 +122,8 @@ class Layout:
 
     def groups(self, axis: str) -> list[list[int]]:
         """All groups of ranks that differ only on `axis`, each in the order of their coordinate."""
-        axes: tuple[str, ...]
-        if axis == "dp":
-            axes, along = DENSE_AXES, ("dp_replicate", "dp_shard")
-        else:
-            axes = next(a for a in (DENSE_AXES, EXPERT_AXES, MEMORY_AXES) if axis in a)
-            along = (axis,)
+        along = ("dp_replicate", "dp_shard") if axis == "dp" else (axis,)
+        axes = next(a for a in (DENSE_AXES, EXPERT_AXES, MEMORY_AXES) if along[0] in a)
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world):
             found.setdefault(tuple(self.coordinate(rank, a) for a in axes if a not in along), []).append(rank)
@@ -143,20 +139,23 @@ class Layout:
         out: list[str] = []
         sequences = facts.global_batch // facts.micro_batches
         if sequences % self.dp:
+            fitting = _next_multiple(facts.global_batch, self.dp * facts.micro_batches)
             out.append(
                 f"parallel: dp_replicate x dp_shard = {self.dp} does not divide the {sequences} sequences of a micro-batch "
                 f"(train.global_batch={facts.global_batch} / train.micro_batches={facts.micro_batches}); "
-                f"it may be {choices(divisors(sequences))}, or set train.global_batch={_next_multiple(facts.global_batch, self.dp * facts.micro_batches)}"
+                f"it may be {choices(divisors(sequences))}, or set train.global_batch={fitting}"
             )
         if self.ep > 1 and facts.num_experts is None:
             out.append(f"parallel.ep={self.ep} but no layer of model.layers is moe; ep may be 1")
         elif facts.num_experts is not None and facts.num_experts % self.ep:
             out.append(
-                f"parallel.ep={self.ep} does not divide model.moe.num_experts={facts.num_experts}; ep may be {choices(divisors(facts.num_experts))}"
+                f"parallel.ep={self.ep} does not divide model.moe.num_experts={facts.num_experts}; "
+                f"ep may be {choices(divisors(facts.num_experts))}"
             )
         elif self.ep > 1 and facts.dim % self.edp:
             out.append(
-                f"parallel: edp = dp_shard x cp x tp / ep = {self.edp} does not divide model.dim={facts.dim}; edp may be {choices(divisors(facts.dim))}"
+                f"parallel: edp = dp_shard x cp x tp / ep = {self.edp} does not divide model.dim={facts.dim}; "
+                f"edp may be {choices(divisors(facts.dim))}"
             )
         for axis, key, number in (
             ("tp", "model.attention.num_kv_heads", facts.num_kv_heads),

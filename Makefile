@@ -1,0 +1,39 @@
+# make train and make test do all set-up themselves; the second time they find it done.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint test-gpu clean
+
+help:
+	@echo "make train   set up, then train the quickstart on two ranks (runs/quickstart)"
+	@echo "make test    set up, then lint, type-check and test"
+	@echo "make lint    ruff and mypy alone"
+	@echo "make clean   remove the virtual environment and caches; runs/ stays"
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@tools/setup.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+train: $(READY)
+	$(BIN)/hybridtrain launch --nproc 2 configs/quickstart.toml $(OVERRIDES)
+	$(BIN)/hybridtrain generate runs/quickstart --prompt "The people of the United States" --tokens 80
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+test-gpu: $(READY)
+	@$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'no CUDA device here: make test-gpu needs one GPU')" || exit 2
+	$(BIN)/python -m pytest -q -m gpu
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
