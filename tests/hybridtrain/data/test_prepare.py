@@ -83,6 +83,31 @@ class Killed(Exception):
     pass
 
 
+def test_an_interrupted_overwrite_leaves_no_finished_data(
+    folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    monkeypatch.setattr(encode, "_encoded", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        prepare([corpus[0]], out, **(SETTINGS | {"shard_tokens": 10**6}), overwrite=True)
+    with pytest.raises(DataError, match="preparation is unfinished"):
+        TokenDataset.open(out, verify=True)
+
+
+def test_a_long_text_is_one_document(tmp_path: Path) -> None:
+    text = "a text of many pieces, " * 20_000
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(text + name, encoding="utf-8")
+    manifest = prepare([tmp_path], tmp_path / "out", **SETTINGS)
+    assert (manifest.train.documents, manifest.validation.documents) == (1, 1)
+    assert len(manifest.train.shards) > 1
+    assert sorted(split_documents(tmp_path / "out", "train") + split_documents(tmp_path / "out", "validation")) == [
+        text + "a",
+        text + "b",
+    ]
+
+
 @pytest.mark.parametrize("after", [0, 1, 7, 23, 59])
 @pytest.mark.parametrize("commit_bytes", [1, 2500, 1 << 30])
 def test_a_resumed_preparation_gives_the_same_bytes(
@@ -123,6 +148,7 @@ def test_a_resumed_preparation_gives_the_same_bytes(
 def test_killed_between_a_shard_and_its_commit(
     folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, renamed: int
 ) -> None:
+    monkeypatch.setattr(encode, "_COMMIT_BYTES", 1)
     out = tmp_path / "out"
     real = Path.replace
     calls = 0
@@ -157,7 +183,7 @@ def _prepare_and_die(source: Path, out: Path) -> None:
     def write(out: Path, state: Any) -> None:
         real(out, state)
         left[0] -= 1
-        if not left[0]:
+        if left[0] <= 0 and state.train.open_tokens:
             os.kill(os.getpid(), signal.SIGKILL)
 
     encode.write_journal = write
@@ -171,7 +197,9 @@ def test_a_killed_process_is_resumed(folder: Path, corpus: tuple[Path, list[str]
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     prepare([corpus[0]], out, **SETTINGS)
-    assert "resuming after" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "resuming after" in said
+    assert "starting over" not in said
     assert contents(out) == contents(folder)
 
 

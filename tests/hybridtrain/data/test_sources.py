@@ -118,8 +118,9 @@ def test_cut_compressed_files_are_refused(tmp_path: Path, compression: str) -> N
         documents(path)
 
 
-def test_pieces_encode_as_the_whole_text() -> None:
-    text = "It's 1,234  words —  and\n\n\tspaces 世界, naïve! " * 2000
+@pytest.mark.parametrize("words", ["It's 1,234  words —  and\n\n\tspaces 世界, naïve! ", "word" + " " * 30 + "and (word)!\n\n  "])
+def test_pieces_encode_as_the_whole_text(words: str) -> None:
+    text = words * 2000
     tokenizer = train_tokenizer([text], 400)
     pieces = list(split_text(text, 1000))
     assert "".join(pieces) == text
