@@ -9,7 +9,6 @@ import torch
 from hybridtrain.assemble import Parts
 from hybridtrain.data.batches import IGNORED, EvalBatches
 from hybridtrain.data.shards import Split
-from hybridtrain.model.loss import token_losses_sum
 from hybridtrain.parallel.collectives import all_reduce_
 
 
@@ -33,13 +32,14 @@ def evaluate(parts: Parts, split: Split, batches: int | None = None) -> dict[str
             memory.fetch(plan, plan.exchanges[0])
             index = plan.exchanges[0].index[0]
         targets = batch.targets[0].to(mesh.device)
-        logits_BTV = model(batch.tokens[0].to(mesh.device), batch.starts[0].to(mesh.device).cumsum(-1), index)
-        sums += torch.stack([token_losses_sum(logits_BTV, targets).double(), (targets != IGNORED).sum().double()])
+        documents = batch.starts[0].to(mesh.device).cumsum(-1)
+        nats = model(batch.tokens[0].to(mesh.device), documents, index, targets_BT=targets)
+        sums += torch.stack([nats.double(), (targets != IGNORED).sum().double()])
     if memory is not None:
         memory.rows.clear()
-    nats, tokens = all_reduce_(sums, mesh.dp).tolist()
+    total, tokens = all_reduce_(sums, mesh.dp).tolist()
     bytes_per_token = split.num_bytes / (split.num_tokens - 1)
-    loss = nats / tokens
+    loss = total / tokens
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),

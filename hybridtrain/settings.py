@@ -94,6 +94,7 @@ class MemorySettings(_Section):
     hash_seed: Natural = Field(0, description="seed of the multipliers")
     addressing: str = Field("", description="JSON file with stored multipliers and primes to use instead of drawing them")
     boundary: Literal["document", "stream"] = Field("document", description="n-grams stop at document starts, or run across")
+    gate_floor: float = Field(1e-6, gt=0, description="least |s| under the gate's root; bounds its slope to 1/(2*sqrt(gate_floor))")
     conv: bool = Field(True, description="short convolution after the gate")
     conv_kernel: Positive = 4
     init_std: float = Field(0.02, gt=0, description="standard deviation of rows at initialisation")
@@ -218,6 +219,9 @@ def contradictions(s: Settings) -> list[str]:
         )
     if attention.head_dim % 2:
         out.append(f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. {attention.head_dim + 1}")
+    for key, width in (("model.dim", s.model.dim), ("model.moe.hidden", moe.hidden)):
+        if width % 4 and any("moe" in entry for entry in s.model.layers):
+            out.append(f"{key}={width} is no multiple of 4, which grouped products need (16-byte rows); the next is {-(-width // 4) * 4}")
     if moe.top_k > moe.num_experts:
         out.append(f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to {moe.num_experts}")
     if moe.num_experts % moe.num_groups:

@@ -18,7 +18,6 @@ from hybridtrain.diagnose import name_source_of_nonfinite
 from hybridtrain.errors import TrainingError
 from hybridtrain.evaluate import evaluate
 from hybridtrain.metrics import Clock, MetricsLog
-from hybridtrain.model.loss import token_losses_sum
 from hybridtrain.model.statistics import apply_router_statistics, collect, reset
 from hybridtrain.optim.groups import set_learning_rates
 from hybridtrain.optim.schedule import lr_scale
@@ -134,8 +133,7 @@ def train_step(parts: Parts, step: int, batch: Batch, plan: StepPlan | None, clo
             sync_gradients(model, m == len(batch.tokens) - 1)  # one reduction per step, whatever the number of micro-batches
             with clock.phase("forward"):
                 index = exchange.index[i] if exchange is not None else None
-                logits_BTV = model(batch.tokens[m], documents[m], index, micro_batch=i)
-                part = token_losses_sum(logits_BTV, batch.targets[m]) / parts.tokens_per_step
+                part = model(batch.tokens[m], documents[m], index, i, batch.targets[m]) / parts.tokens_per_step
             with clock.phase("backward"):
                 part.backward()
             loss += part.detach()

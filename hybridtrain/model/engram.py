@@ -24,6 +24,7 @@ class EngramMemory(nn.Module):
         dim, eps, memory = settings.model.dim, settings.model.norm_eps, settings.memory
         width = len(memory.orders) * memory.heads * memory.head_dim
         self.counters = Counters()
+        self.gate_floor = memory.gate_floor
         self.dilation = memory.orders[-1]
         self.wk = nn.Linear(width, dim, bias=False)
         self.wv = nn.Linear(width, dim, bias=False)
@@ -35,7 +36,7 @@ class EngramMemory(nn.Module):
     def forward(self, h_BTD: Tensor, rows_BTSC: Tensor, documents_BT: Tensor | None) -> Tensor:
         """What the memory adds to the hidden state: [B, T, D]. `documents_BT` None: one document per sequence."""
         e_BTX = rows_BTSC.flatten(-2)
-        g_BT1 = gate(self.h_norm(h_BTD), self.k_norm(self.wk(e_BTX)))
+        g_BT1 = gate(self.h_norm(h_BTD), self.k_norm(self.wk(e_BTX)), self.gate_floor)
         if self.training:
             self.counters.add("gate_sum", g_BT1.sum())
             self.counters.add("gate_count", torch.tensor(float(g_BT1.numel()), device=g_BT1.device))
@@ -45,13 +46,14 @@ class EngramMemory(nn.Module):
         return F.silu(short_conv(self.conv_norm(u_BTD), self.conv, self.dilation, documents_BT)) + u_BTD
 
 
-def gate(h_BTD: Tensor, k_BTD: Tensor) -> Tensor:
-    """sigmoid(sign(s) sqrt(max(|s|, 1e-6))) of s = <h, k> / sqrt(D), both normalised: [B, T, 1].
+def gate(h_BTD: Tensor, k_BTD: Tensor, floor: float = 1e-6) -> Tensor:
+    """sigmoid(sign(s) sqrt(max(|s|, floor))) of s = <h, k> / sqrt(D), both normalised: [B, T, 1].
 
-    The square root is in every released code; the paper's text has sigmoid(s).
+    The square root is in every released code, with the floor 1e-6; the paper's text has sigmoid(s). Its slope is
+    1 / (2 sqrt(|s|)), up to 1 / (2 sqrt(floor)): single tokens near s = 0 can dominate a step's gradient.
     """
     s_BT1 = (h_BTD * k_BTD).sum(-1, keepdim=True) / math.sqrt(h_BTD.size(-1))
-    return torch.sigmoid(s_BT1.sign() * s_BT1.abs().clamp_min(1e-6).sqrt())
+    return torch.sigmoid(s_BT1.sign() * s_BT1.abs().clamp_min(floor).sqrt())
 
 
 def short_conv(x_BTD: Tensor, kernel_JD: Tensor, dilation: int, documents_BT: Tensor | None) -> Tensor:
