@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -147,6 +148,6 @@ def checked_all_to_all(x: Tensor, send: list[int], receive: list[int], group: Gr
 
 def _checksums(x: Tensor, splits: list[int]) -> Tensor:
     """One int64 per split: its bytes, each times an odd number that depends on its place, summed modulo 2^64."""
-    words = x.contiguous().view(len(x), -1).view(torch.uint8).to(torch.int64) + 1
+    words = x.reshape(len(x), prod(x.shape[1:])).contiguous().view(torch.uint8).to(torch.int64) + 1
     per_row = (words * (torch.arange(words.shape[1], device=x.device) * 2 + 1)).sum(1)
     return torch.stack([(part * (torch.arange(len(part), device=x.device) * 2 + 1)).sum() for part in per_row.split(splits)])
