@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_row_bounds_cover_every_row_once(layout: Layout, num_rows: int) -> None:
     assert len(bounds) == layout.mem + 1
     assert bounds[0] == 0
     assert bounds[-1] == num_rows
-    sizes = [high - low for low, high in zip(bounds, bounds[1:], strict=False)]
+    sizes = [high - low for low, high in pairwise(bounds)]
     assert min(sizes) >= 0
     assert max(sizes) <= -(-num_rows // layout.mem)
 

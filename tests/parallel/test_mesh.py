@@ -1,0 +1,81 @@
+"""The mesh: groups and device meshes agree with the layout on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hybridtrain.parallel.collectives import all_reduce_, gather_objects
+from hybridtrain.parallel.layout import Layout
+from hybridtrain.parallel.mesh import close_mesh, make_mesh, world_from_environment
+from tests.parallel.groups import mesh_here
+from tests.ranks import run_on_ranks
+
+
+def check_mesh(ep: int, mem: int) -> None:
+    mesh = mesh_here(ep=ep, mem=mem)
+    layout, rank = mesh.layout, mesh.rank
+    assert world_from_environment() == (rank, layout.world)
+    for axis in ("dp", "ep", "mem", "mem_replicate"):
+        group = getattr(mesh, axis)
+        assert group.name == axis
+        assert list(group.ranks) == next(g for g in layout.groups(axis) if rank in g)
+        assert group.rank == layout.coordinate(rank, axis)
+        assert gather_objects(rank, group) == list(group.ranks)
+        assert int(all_reduce_(torch.tensor(rank), group)) == sum(group.ranks)
+        assert group.traffic is mesh.traffic
+    assert mesh.world.ranks == tuple(range(layout.world))
+
+    assert mesh.dense_mesh is not None
+    assert mesh.expert_mesh is not None
+    assert mesh.memory_mesh is not None
+    assert mesh.dense_mesh.get_coordinate() == (layout.coordinate(rank, "dp_shard"),)
+    assert mesh.expert_mesh.get_coordinate() == (layout.coordinate(rank, "edp"), layout.coordinate(rank, "ep"))
+    assert mesh.memory_mesh.get_coordinate() == (layout.coordinate(rank, "mem_replicate"), layout.coordinate(rank, "mem"))
+    assert mesh.expert_mesh["ep"].mesh.tolist() == list(mesh.ep.ranks)
+
+    own = [mesh.planning_groups(name) for name in ("plan", "eval_plan")]
+    for (mem_group, replicas), name in zip(own, ("plan", "eval_plan"), strict=True):
+        assert (mem_group.name, replicas.name) == (f"mem_{name}", f"mem_replicate_{name}")
+        assert (mem_group.ranks, replicas.ranks) == (mesh.mem.ranks, mesh.mem_replicate.ranks)
+        assert gather_objects(rank, mem_group) == list(mem_group.ranks)
+        for group in (mem_group, replicas):
+            assert (group.process_group is None) == (group.size == 1)
+    handles = [g.process_group for pair in [*own, (mesh.mem, mesh.mem_replicate)] for g in pair if g.size > 1]
+    assert len({id(h) for h in handles}) == len(handles)  # a thread never shares a group with another
+
+
+def check_meshes(degrees: list[tuple[int, int]]) -> None:
+    for ep, mem in degrees:
+        check_mesh(ep, mem)
+
+
+def meet_and_part(rendezvous: str) -> None:
+    dist.destroy_process_group()
+    rank, world = world_from_environment()
+    mesh = make_mesh(Layout.resolve(world), rank, torch.device("cpu"), timeout=60, rendezvous=rendezvous)
+    assert gather_objects(rank, mesh.world) == [0, 1]
+    close_mesh()
+    assert not dist.is_initialized()
+    close_mesh()  # a second time does nothing
+
+
+def test_groups_and_device_meshes_agree_with_the_layout() -> None:
+    run_on_ranks(check_meshes, 4, [(2, 2), (4, 4), (1, 1), (2, 1)])
+
+
+def test_ranks_meet_at_a_file(tmp_path: Path) -> None:
+    run_on_ranks(meet_and_part, 2, f"file://{tmp_path / 'rendezvous'}")
+
+
+def test_one_rank_needs_no_torch_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert world_from_environment() == (0, 1)
+    mesh = make_mesh(Layout.resolve(1), 0, torch.device("cpu"), timeout=60)
+    assert not dist.is_initialized()
+    assert (mesh.dense_mesh, mesh.expert_mesh, mesh.memory_mesh) == (None, None, None)
+    assert all(g.ranks == (0,) and g.process_group is None for g in (mesh.world, mesh.ep, *mesh.planning_groups("plan")))
