@@ -1,0 +1,170 @@
+"""Parallelism applied to a small model: who holds which part, how parts are filled, and that gradients are sums over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hybridtrain.parallel.apply import materialize, parallelize, sync_gradients, write_local
+from hybridtrain.parallel.dispatch import AllToAllDispatch
+from hybridtrain.parallel.layout import Layout
+from hybridtrain.parallel.mesh import make_mesh
+from tests.parallel.groups import mesh_here
+from tests.ranks import run_on_ranks
+
+EXPERTS, DIM, VOCABULARY = 4, 6, 10
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(EXPERTS, DIM, DIM))
+
+    def forward(self, x_XD: Tensor, counts: Tensor) -> Tensor:
+        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        return torch.cat([x @ w for x, w in zip(x_XD.split(counts.tolist()), weight, strict=True)])
+
+
+def local_dispatch(x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    order = experts_NK[:, 0].argsort(stable=True)
+    y = experts(x_ND[order], torch.bincount(experts_NK[:, 0], minlength=EXPERTS)) * gates_NK[order]
+    return torch.zeros_like(x_ND).index_add(0, order, y)
+
+
+class Moe(nn.Module):
+    """One expert a token, by the token's number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+        self.dispatch: Callable[..., Tensor] = local_dispatch
+
+    def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
+        return self.dispatch(x_ND, (tokens_N % EXPERTS)[:, None], torch.ones(len(x_ND), 1), self.experts)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(5, DIM))  # 5 rows: no whole number of them on 2 or 4 ranks
+        self.moe = Moe()
+
+    def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
+        return x_ND + torch.tanh(x_ND @ self.weight.T) @ self.weight + self.moe(x_ND, tokens_N)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, DIM)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, tokens_N: Tensor) -> Tensor:
+        x_ND = self.embed(tokens_N)
+        for layer in self.layers:
+            x_ND = layer(x_ND, tokens_N)
+        return x_ND.square().sum()
+
+
+def whole(name: str, shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(name.encode()))) / 2
+
+
+def build(degrees: dict[str, int] | None, reshard: bool = False) -> Model:
+    """The model on one rank, or over this world's ranks; its parameters are the same however it is cut."""
+    with torch.device("meta"):
+        model = Model()
+    mesh = mesh_here(**degrees) if degrees is not None else make_mesh(Layout.resolve(1), 0, torch.device("cpu"), 60)
+    parallelize(model, model.layers, mesh, num_experts=EXPERTS, reshard_after_forward=reshard)
+    materialize(model, mesh.device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            write_local(parameter, lambda rows, n=name, s=parameter.shape: whole(n, s)[rows])  # type: ignore[misc]
+    return model
+
+
+def tokens(rank: int, micro_batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * rank + micro_batch)
+    return torch.randint(VOCABULARY, (7,), generator=generator)
+
+
+def full(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def check(degrees: dict[str, int], reshard: bool) -> None:
+    size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    model, alone = build(degrees, reshard), build(None)
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        assert torch.equal(full(parameter), whole(name, parameter.shape)), name
+    layout = Layout.resolve(size, **degrees)
+    experts = model.layers[0].moe.experts.weight  # type: ignore[union-attr]
+    assert isinstance(experts, DTensor)
+    if layout.ep > 1:
+        assert experts.to_local().shape == (EXPERTS // layout.ep, DIM // layout.edp, DIM)
+        assert isinstance(model.layers[0].moe.dispatch, AllToAllDispatch)  # type: ignore[union-attr]
+
+    for step in range(2):
+        losses = [alone(tokens(i, m)) for i in range(size) for m in range(2)]
+        alone.zero_grad()
+        torch.stack(losses).sum().backward()
+        model.zero_grad()
+        for m in range(2):
+            sync_gradients(model, m == 1)
+            loss = model(tokens(rank, m))
+            # a row's gradients arrive from other ranks and in another order
+            torch.testing.assert_close(loss, losses[2 * rank + m], rtol=1e-5, atol=1e-6)
+            loss.backward()
+        ours, theirs = dict(model.named_parameters()), dict(alone.named_parameters())
+        for name in theirs:
+            scale = float(full(theirs[name].grad).abs().max())
+            torch.testing.assert_close(
+                full(ours[name].grad), full(theirs[name].grad), rtol=1e-5, atol=1e-5 * scale, msg=lambda t, n=name: f"{n}: {t}"
+            )
+        with torch.no_grad():
+            for parameters in (ours, theirs):
+                for parameter in parameters.values():
+                    parameter -= 1e-3 * parameter.grad  # type: ignore[operator]
+        assert step == 0 or not torch.equal(full(ours["embed.weight"]), whole("embed.weight", ours["embed.weight"].shape))
+
+
+def check_all(cases: list[tuple[dict[str, int], bool]]) -> None:
+    for degrees, reshard in cases:
+        try:
+            check(degrees, reshard)
+        except Exception as error:
+            raise AssertionError(f"{degrees}, reshard_after_forward={reshard}") from error
+
+
+def test_two_ranks() -> None:
+    run_on_ranks(check_all, 2, [({}, False), ({"ep": 2}, False), ({"ep": 2}, True)])
+
+
+def test_four_ranks() -> None:
+    run_on_ranks(check_all, 4, [({"ep": 2}, False), ({"ep": 4}, False), ({}, True)])
+
+
+def test_a_world_of_one_is_left_as_it_is() -> None:
+    model = build(None)
+    assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    assert [type(m) for m in model.modules()].count(Moe) == 2
+    assert model.layers[0].moe.dispatch is local_dispatch  # type: ignore[union-attr]
+    sync_gradients(model, False)
+    model(tokens(0, 0)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_write_local_asks_for_the_rows_that_are_here(rows: int) -> None:
+    asked: list[slice] = []
+    parameter = nn.Parameter(torch.zeros(rows, 2))
+    with torch.no_grad():
+        write_local(parameter, lambda part: asked.append(part) or torch.ones(rows, 2)[part])  # type: ignore[func-returns-value]
+    assert asked == [slice(0, rows)]
+    assert bool((parameter == 1).all())
