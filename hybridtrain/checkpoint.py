@@ -119,11 +119,22 @@ def check_fits(path: Path, settings: Settings, vocab_size: int, tokenizer_digest
 
 def identity(settings: Settings) -> dict[str, Any]:
     """The settings that say what the model and its optimizer state are, flat; a checkpoint fits where they are equal."""
-    memory = ("enabled", "orders", "heads", "head_dim", "rows_per_head", "boundary", "conv", "conv_kernel", "gate_floor", "optimizer")
+    memory = {
+        "enabled",
+        "orders",
+        "heads",
+        "head_dim",
+        "rows_per_head",
+        "boundary",
+        "conv",
+        "conv_kernel",
+        "gate_floor",
+        "optimizer",
+    }
     rates = ("bias_rate", "aux_weight", "z_weight")
     tree = {
         "model": settings.model.model_dump(mode="json", exclude={"init_std": True, "moe": set(rates)}),
-        "memory": settings.memory.model_dump(mode="json", include=set(memory)),
+        "memory": settings.memory.model_dump(mode="json", include=memory),
         "optim": {"backbone": settings.optim.backbone},
     }
     return dict(_flatten(tree))

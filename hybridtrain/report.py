@@ -193,13 +193,15 @@ def implementations(parts: Parts) -> dict[str, str]:
     cuda = parts.mesh.device.type == "cuda"
     ops = {
         "attention": "torch scaled_dot_product_attention",
-        "grouped_mlp": "torch grouped_mm" if cuda else "torch mm, expert by expert",
+        "rms_norm": "torch rms_norm" if cuda else "torch, own backward",
+        "grouped_mlp": "torch grouped_mm",
         "permute": "torch index_select, own backward",
+        "head and loss": "torch cross_entropy" if cuda else "blocked over tokens, own backward",
     }
     if parts.memory is not None:
         ops |= {
             "engram_hash": "torch int64",
-            "segment_sum": "torch sort + segment_reduce" if cuda else "torch index_add",
+            "segment_sum": "torch sort + embedding_bag" if cuda else "torch index_add",
             "row optimizer": type(parts.memory.optimizer).__name__,
         }
     ops["dispatch"] = f"all-to-all over ep={parts.mesh.ep.size}" if parts.mesh.ep.size > 1 else "local"

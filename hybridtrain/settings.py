@@ -221,7 +221,9 @@ def contradictions(s: Settings) -> list[str]:
         out.append(f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. {attention.head_dim + 1}")
     for key, width in (("model.dim", s.model.dim), ("model.moe.hidden", moe.hidden)):
         if width % 4 and any("moe" in entry for entry in s.model.layers):
-            out.append(f"{key}={width} is no multiple of 4, which grouped products need (16-byte rows); the next is {-(-width // 4) * 4}")
+            out.append(
+                f"{key}={width} is no multiple of 4, as grouped products need (rows of 16 bytes); the next is {-(-width // 4) * 4}"
+            )
     if moe.top_k > moe.num_experts:
         out.append(f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to {moe.num_experts}")
     if moe.num_experts % moe.num_groups:

@@ -111,6 +111,7 @@ def _loop(
             with report.outside_training():
                 folder.save(parts, done)
         if totals.stop:
+            source.finish()  # ranks may have planned ahead by different numbers of steps
             return report.stopped(done, signal.name)
     return report.finish(steps)
 

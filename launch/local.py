@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 RENDEZVOUS = "HYBRIDTRAIN_RENDEZVOUS"
+_ERRORS = "HYBRIDTRAIN_ERRORS"  # folder in which a failing rank leaves its message
 USER_ERROR = 2
 _GRACE_SECONDS = 30.0
 _POLL_SECONDS = 0.1
@@ -35,10 +36,13 @@ def run_ranks(target: str, arguments: tuple[Any, ...], nproc: int, *, threads: i
     context.set_forkserver_preload([target.partition(":")[0], *preload])
     threads = threads or max(1, (os.cpu_count() or 1) // nproc)
     with tempfile.TemporaryDirectory(prefix="hybridtrain-") as folder:
+        errors = Path(folder) / "errors"
+        errors.mkdir()
         environment = {
             "WORLD_SIZE": str(nproc),
             "LOCAL_WORLD_SIZE": str(nproc),
             "OMP_NUM_THREADS": str(threads),
+            _ERRORS: str(errors),
             RENDEZVOUS: f"file://{Path(folder) / 'rendezvous'}",
         }
         ranks = [
@@ -52,7 +56,9 @@ def run_ranks(target: str, arguments: tuple[Any, ...], nproc: int, *, threads: i
         with _ForwardSignals(ranks):
             for rank in ranks:
                 rank.start()
-            return _wait(ranks)
+            status = _wait(ranks)
+        _print_errors(errors)
+        return status
 
 
 def _rank(target: str, arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
@@ -71,9 +77,20 @@ def _rank(target: str, arguments: tuple[Any, ...], environment: dict[str, str]) 
     except Exception as error:
         status = USER_ERROR if _is_user_error(error) else 1
         text = f"error: {error}" if status == USER_ERROR else traceback.format_exc()
-        print(f"[rank {environment['RANK']}] {text}" if status == 1 else text, file=sys.stderr, flush=True)
+        (Path(environment[_ERRORS]) / f"{time.time_ns()}-rank-{environment['RANK']}").write_text(text, encoding="utf-8")
     sys.stdout.flush()
     os._exit(status)  # a background thread in a collective must not keep a failed rank alive
+
+
+def _print_errors(folder: Path) -> None:
+    """The message of the rank that failed first: it is mostly why the others failed."""
+    messages = sorted(folder.iterdir(), key=lambda path: int(path.name.partition("-")[0]))
+    if messages:
+        text = messages[0].read_text(encoding="utf-8").rstrip()
+        if not text.startswith("error: "):
+            others = f" first, {len(messages) - 1} other(s) after it" if messages[1:] else ""
+            text = f"{messages[0].name.partition('-')[2].replace('-', ' ')} failed{others}:\n{text}"
+        print(text, file=sys.stderr, flush=True)
 
 
 def _is_user_error(error: Exception) -> bool:

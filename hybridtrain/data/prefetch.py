@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -43,6 +44,20 @@ class Prefetcher(Generic[T]):
             raise error
         self._next_step += 1
         return result  # type: ignore[return-value]
+
+    def finish(self, timeout: float = 60.0) -> bool:
+        """End early, at the same step in every process that calls this after the same `get`; False where that took too long.
+
+        Loads may be collective, and one process may be further ahead than another: all go on to the last step that any
+        of them can have begun, and throw the results away.
+        """
+        bound = self._next_step + self._ready.maxsize + 1
+        self._stop_step = bound if self._stop_step is None else min(bound, self._stop_step)
+        deadline = time.monotonic() + timeout
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                self._ready.get(timeout=_POLL_SECONDS)
+        return not self._thread.is_alive()
 
     def close(self, timeout: float = 5.0) -> bool:
         """Stop loading and wait up to `timeout` seconds for a load in progress; False where it is still running."""

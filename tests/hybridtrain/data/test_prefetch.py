@@ -73,3 +73,25 @@ def test_closing_is_bounded_even_while_a_load_hangs() -> None:
 def test_depth_is_checked() -> None:
     with pytest.raises(ValueError, match="depth=0 must be at least 1"):
         Prefetcher(lambda step: step, first_step=0, depth=0)
+
+
+def test_finish_ends_two_processes_at_the_same_step_however_far_each_has_loaded() -> None:
+    loaded: dict[str, list[int]] = {"ahead": [], "behind": []}
+    go = threading.Event()
+
+    def load(name: str, step: int) -> int:
+        if name == "behind" and step > 0:
+            assert go.wait(10)
+        loaded[name].append(step)
+        return step
+
+    sources = {name: Prefetcher(lambda step, name=name: load(name, step), 0, depth=2, stop_step=50) for name in loaded}
+    for source in sources.values():
+        assert source.get(0) == 0
+    deadline = time.monotonic() + 10
+    while len(loaded["ahead"]) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert loaded == {"ahead": [0, 1, 2, 3], "behind": [0]}
+    go.set()
+    assert all(source.finish(timeout=10) for source in sources.values())
+    assert loaded["ahead"] == loaded["behind"] == [0, 1, 2, 3]
