@@ -20,8 +20,11 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 train: $(READY)
-	$(BIN)/hybridtrain launch --nproc 2 configs/quickstart.toml $(OVERRIDES)
-	$(BIN)/hybridtrain generate runs/quickstart --prompt "The people of the United States" --tokens 80
+	$(BIN)/hybridtrain launch --nproc 2 configs/quickstart.toml $(if $(wildcard runs/quickstart/checkpoints/latest),--resume)
+	@echo; echo "A sample of the trained model:"
+	@$(BIN)/hybridtrain generate runs/quickstart --prompt "The people of the United States" --tokens 100
+	@echo; echo "run files: runs/quickstart   (summary.json, metrics.jsonl, settings.toml, checkpoints/)"
+	@echo "curves:    $(BIN)/tensorboard --logdir runs/quickstart/tensorboard"
 
 lint: $(READY)
 	$(BIN)/ruff check .

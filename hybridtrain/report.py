@@ -120,6 +120,15 @@ class Report:
             self.log.write(done, {f"validation_{name}": value for name, value in values.items()})
             self.log.say(f"step {done:6d}  validation loss {values['loss']:.4f}  bits per byte {values['bits_per_byte']:.4f}")
 
+    def nothing_left(self, start: int) -> dict[str, Any]:
+        """The summary that the finished run left; training further takes a higher `train.steps`."""
+        self.log.say(
+            f"{self.folder} has done {start} steps of train.steps={self.parts.settings.train.steps}: nothing is left to do"
+        )
+        old = self.folder / SUMMARY
+        summary: dict[str, Any] = json.loads(old.read_text(encoding="utf-8")) if old.exists() else {}
+        return summary
+
     def stopped(self, done: int, signal: str) -> dict[str, Any]:
         self.log.say(
             f"stopped after step {done} ({signal or 'another rank'} asked for it); the checkpoint is written, go on with --resume"

@@ -91,6 +91,8 @@ def _loop(
 ) -> dict[str, Any]:
     settings, clock = parts.settings, report.clock
     steps, every = settings.train.steps, settings.checkpoint.every
+    if start >= steps:
+        return report.nothing_left(start)
     report.header()
     for step in range(start, steps):
         with clock.phase("data"):

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -64,6 +65,7 @@ def run_ranks(target: str, arguments: tuple[Any, ...], nproc: int, *, threads: i
 def _rank(target: str, arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
     import torch
 
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
@@ -80,6 +82,14 @@ def _rank(target: str, arguments: tuple[Any, ...], environment: dict[str, str]) 
         (Path(environment[_ERRORS]) / f"{time.time_ns()}-rank-{environment['RANK']}").write_text(text, encoding="utf-8")
     sys.stdout.flush()
     os._exit(status)  # a background thread in a collective must not keep a failed rank alive
+
+
+def _end_with_launcher() -> None:
+    """A launcher that was killed can end nobody; its ranks see that it is gone."""
+    launcher = multiprocessing.parent_process()
+    if launcher is not None:
+        launcher.join()
+        os._exit(1)
 
 
 def _print_errors(folder: Path) -> None:
