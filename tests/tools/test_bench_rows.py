@@ -16,14 +16,14 @@ SMALL = ["model.dim=16", "model.moe.hidden=16", "model.dense.hidden=16", "train.
 def test_ratios_are_taken_pair_by_pair() -> None:
     def case(name: str, times: list[float]) -> Case:
         return Case(
-            name, lambda step, clock: None, {"unique_rows": 7}, [{"step": t, "plan": t / 2} for t in times], [0] * len(times)
+            name, lambda step, clock: None, {"unique_rows": 7}, [{"step": t, "cpu": t / 2} for t in times], [0] * len(times)
         )
 
     options = Options((1, 2), 4, 0, 1, False, True, False, ())
     result = summarise([case("a", [1.0, 2.0, 4.0, 8.0]), case("b", [1.5, 3.0, 6.0, 12.0])], options)
     assert result["cases"][1]["ratio"]["median"] == pytest.approx(1.5)  # the machine slowed down eightfold, the ratio did not
-    assert result["cases"][1]["seconds"] == {"step": 4.5, "plan": 2.25}
-    assert "| b | 7 | 4500.00 | 2250.00 | 1.500 (1.500-1.500) |" in render(result)
+    assert result["cases"][1]["seconds"] == {"step": 4.5, "cpu": 2.25}
+    assert "| b | 7 | 4500.00 | 2250.00 | 1.50 (1.50-1.50) | 1.50 (1.50-1.50) |" in render(result)
 
 
 def test_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
