@@ -57,7 +57,7 @@ def launch(
 def data(
     sources: Annotated[list[str], typer.Argument(help="text files, JSON lines or folders (also .gz, .xz, .bz2), or shipped:sotu")],
     out: Annotated[Path, typer.Option("--out", help="folder that receives the shards")],
-    vocab_size: Annotated[int, typer.Option(help="entries of the byte-level BPE to train")] = 4096,
+    vocab_size: Annotated[int | None, typer.Option(help="entries of the byte-level BPE to train; 4096 where not given")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json to use instead of training one")] = None,
     separator: Annotated[str | None, typer.Option(help="token that stands before each document")] = None,
     validation_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="share of whole documents held out")] = 0.05,
@@ -69,10 +69,14 @@ def data(
     """Turn text into memory-mapped token shards."""
     from hybridtrain.data.prepare import prepare
 
+    if vocab_size is not None and tokenizer is not None:
+        raise UserError(
+            f"--vocab-size {vocab_size} and --tokenizer {tokenizer}: a loaded tokenizer has its own vocabulary, leave one out"
+        )
     prepare(
         sources,
         out,
-        vocab_size=vocab_size,
+        vocab_size=vocab_size or 4096,
         tokenizer=tokenizer,
         separator=separator,
         validation_fraction=validation_fraction,

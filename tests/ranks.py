@@ -75,9 +75,7 @@ def _collect(receivers: list[Connection], deadline: float, timeout: float) -> li
 def _rank(
     function: Callable[..., Any], args: tuple[Any, ...], rank: int, nproc: int, store: str, timeout: float, sender: Connection
 ) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(nproc), OMP_NUM_THREADS="1"
-    )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(nproc), OMP_NUM_THREADS="1")
     import torch
     import torch.distributed as dist
 
