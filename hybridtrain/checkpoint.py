@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,8 @@ def load(parts: Parts, path: Path) -> int:
     info = read_info(path)
     state = _state(parts, for_load=True)
     try:
-        state_dict_loader.load(state, checkpoint_id=path, no_dist=parts.mesh.world.size == 1)
+        with _quiet():
+            state_dict_loader.load(state, checkpoint_id=path, no_dist=parts.mesh.world.size == 1)
     except Exception as error:
         raise CheckpointError(f"{path}: damaged or not of this model: {_reason(error)}") from None
     if parts.memory is not None:
@@ -172,6 +175,19 @@ def _state(parts: Parts, for_load: bool = False) -> dict[str, Any]:
     if parts.memory is not None:
         state |= {f"memory.{name}": value for name, value in parts.memory.state().items()}
     return state
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that a world of one rank is meant to be one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _write(state: dict[str, Any], staging: Path, world: Group) -> None:
+    with _quiet():
+        state_dict_saver.save(state, checkpoint_id=staging, no_dist=world.size == 1)
 
 
 def _together(world: Group, act: Callable[[], object] | None) -> list[str]:
