@@ -46,9 +46,7 @@ def save(parts: Parts, folder: Path, step: int, tokenizer_digest: str) -> Path:
         _commit(staging, final)
 
     problems = _together(world, make_staging if world.rank == 0 else None)
-    problems = problems or _together(
-        world, lambda: state_dict_saver.save(_state(parts), checkpoint_id=staging, no_dist=world.size == 1)
-    )
+    problems = problems or _together(world, lambda: _write(_state(parts), staging, world))
     problems = problems or _together(world, commit if world.rank == 0 else None)
     if problems:
         if world.rank == 0:
