@@ -31,7 +31,8 @@ def parallelize(
             setattr(moe, "dispatch", AllToAllDispatch(mesh.ep, num_experts))  # noqa: B010  (a plain attribute of nn.Module to mypy)
             # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,
             # since ep already cuts dim 0 and two cuts of one dim would interleave in checkpoints
-            _shard(experts, mesh.expert_mesh["edp"], reshard_after_forward, dim=1)
+            copies = mesh.expert_mesh["dp_replicate", "edp"] if mesh.layout.dp_replicate > 1 else mesh.expert_mesh["edp"]
+            _shard(experts, copies, reshard_after_forward, dim=1)
     for layer in layers:
         _shard(layer, mesh.dense_mesh, reshard_after_forward)  # layer by layer: one gather per layer, overlapping the one before
     _shard(model, mesh.dense_mesh, False)  # last: the root takes what no layer holds (embedding, final norm, head)

@@ -172,8 +172,8 @@ class Layout:
                 f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set memory.rows_per_head higher or mem=1"
             )
         out += [
-            f"parallel.{axis}={getattr(self, axis)}: this version trains over dp_shard, ep and mem only; {axis} may be 1"
-            for axis in ("pp", "dp_replicate", "cp", "tp")
+            f"parallel.{axis}={getattr(self, axis)}: this version trains over dp_replicate, dp_shard, ep and mem only; {axis} may be 1"
+            for axis in ("pp", "cp", "tp")
             if getattr(self, axis) > 1
         ]
         if out:

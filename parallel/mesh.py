@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from hybridtrain.parallel.collectives import Group, Traffic
-from hybridtrain.parallel.layout import EXPERT_AXES, MEMORY_AXES, Layout
+from hybridtrain.parallel.layout import MEMORY_AXES, Layout
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Mesh:
     mem_replicate: Group
     timeout: float
 
-    dense_mesh: DeviceMesh | None  # (dp_shard,)
-    expert_mesh: DeviceMesh | None  # (edp, ep)
+    dense_mesh: DeviceMesh | None  # ([dp_replicate,] dp_shard): what dense parameters are sharded over, HSDP where it has two dims
+    expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep)
     memory_mesh: DeviceMesh | None  # (mem_replicate, mem)
 
     def planning_groups(self, name: str) -> tuple[Group, Group]:
@@ -72,6 +72,8 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
             backend, init_method=rendezvous, rank=rank, world_size=layout.world, timeout=timedelta(seconds=timeout)
         )
 
+    replicate = ("dp_replicate",) if layout.dp_replicate > 1 else ()  # a replicate dim of one would still cost an all-reduce
+
     def group(axis: str) -> Group:
         return _group(layout, rank, axis, axis, traffic, timeout)
 
@@ -86,8 +88,8 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         mem=group("mem"),
         mem_replicate=group("mem_replicate"),
         timeout=timeout,
-        dense_mesh=_device_mesh(layout, device, ("dp_shard",)),
-        expert_mesh=_device_mesh(layout, device, EXPERT_AXES[2:]),
+        dense_mesh=_device_mesh(layout, device, (*replicate, "dp_shard")),
+        expert_mesh=_device_mesh(layout, device, (*replicate, "edp", "ep")),
         memory_mesh=_device_mesh(layout, device, MEMORY_AXES),
     )
 

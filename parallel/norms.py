@@ -21,12 +21,12 @@ def local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
 def clip_by_global_norm(grads: list[Tensor], rows_ND: Tensor | None, mesh: Mesh, bound: float) -> tuple[float, float]:
     """Scale all gradients in place so that their global L2 norm is at most `bound` (0: only measure).
 
-    `grads` are this rank's parts of the backbone, which no other rank holds; `rows_ND` is the gradient of this
-    rank's touched rows, which every replica of the table holds. Returns (global norm, table's norm), in float64.
+    `grads` are this rank's parts of the backbone, which only its dp_replicate copies hold too; `rows_ND` is the gradient
+    of this rank's touched rows, which every replica of the table holds. Returns (global norm, table's norm), in float64.
     """
     squares = torch.zeros(2, dtype=torch.float64)
     if grads:
-        squares[0] = torch.stack(torch._foreach_norm(grads)).double().square().sum().cpu()
+        squares[0] = torch.stack(torch._foreach_norm(grads)).double().square().sum().cpu() / mesh.layout.dp_replicate
     if rows_ND is not None:
         squares[1] = torch.linalg.vector_norm(rows_ND).double().square().cpu() / mesh.mem_replicate.size
     backbone, table = all_reduce_(squares.to(mesh.device), mesh.world).tolist()
