@@ -13,6 +13,7 @@ from math import prod
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep")
 MEMORY_AXES = ("mem_replicate", "mem")
+CARRIED = "dp_replicate, dp_shard, ep and mem"
 
 
 class LayoutError(ValueError):
@@ -172,7 +173,7 @@ class Layout:
                 f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set memory.rows_per_head higher or mem=1"
             )
         out += [
-            f"parallel.{axis}={getattr(self, axis)}: this version trains over dp_replicate, dp_shard, ep and mem only; {axis} may be 1"
+            f"parallel.{axis}={getattr(self, axis)}: this version trains over {CARRIED} only; {axis} may be 1"
             for axis in ("pp", "cp", "tp")
             if getattr(self, axis) > 1
         ]

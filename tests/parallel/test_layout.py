@@ -173,7 +173,7 @@ def test_impossible_arithmetic_is_refused_with_every_violation(degrees: dict[str
     assert str(caught.value) == "\n".join([f"layout does not fit {degrees['world']} ranks", *(f"  {v}" for v in violations)])
 
 
-UNBUILT = "this version trains over dp_shard, ep and mem only"
+UNBUILT = "this version trains over dp_replicate, dp_shard, ep and mem only"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,6 @@ UNBUILT = "this version trains over dp_shard, ep and mem only"
         ({"world": 2, "tp": 2}, {}, [f"parallel.tp=2: {UNBUILT}; tp may be 1"]),
         ({"world": 2, "cp": 2}, {}, [f"parallel.cp=2: {UNBUILT}; cp may be 1"]),
         ({"world": 2, "pp": 2}, {}, [f"parallel.pp=2: {UNBUILT}; pp may be 1"]),
-        ({"world": 2, "dp_replicate": 2}, {}, [f"parallel.dp_replicate=2: {UNBUILT}; dp_replicate may be 1"]),
         (
             {"world": 30, "pp": 5, "tp": 3, "ep": 3, "mem": 15},
             {"num_kv_heads": 2, "num_heads": 6},
