@@ -31,10 +31,9 @@ def evaluate(parts: Parts, split: Split, batches: int | None = None) -> dict[str
             plan = memory.plan(batch, evaluate=True)
             memory.fetch(plan, plan.exchanges[0])
             index = plan.exchanges[0].index[0]
-        targets = batch.targets[0].to(mesh.device)
-        documents = batch.starts[0].to(mesh.device).cumsum(-1)
-        nats = model(batch.tokens[0].to(mesh.device), documents, index, targets_BT=targets)
-        sums += torch.stack([nats.double(), (targets != IGNORED).sum().double()])
+        batch = batch.to(mesh.device)
+        nats = model(batch.tokens[0], batch.starts[0].cumsum(-1), index, targets_BT=batch.targets[0])
+        sums += torch.stack([nats.double(), (batch.targets[0] != IGNORED).sum().double()])
     if memory is not None:
         memory.rows.clear()
     total, tokens = all_reduce_(sums, mesh.dp).tolist()
