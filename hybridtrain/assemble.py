@@ -16,10 +16,12 @@ from hybridtrain.errors import SettingsError
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.launch.local import RENDEZVOUS
 from hybridtrain.memory import TableMemory
+from hybridtrain.model.engram import short_conv
 from hybridtrain.model.hybrid_lm import HybridLM
 from hybridtrain.model.init import init_parameters
 from hybridtrain.optim.groups import build_optimizers
 from hybridtrain.parallel.apply import materialize, parallelize, write_local
+from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.layout import Layout, ModelFacts
 from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, world_from_environment
 from hybridtrain.settings import Settings, layer_specs, memory_layers
@@ -48,6 +50,7 @@ class Parts:
     model: HybridLM
     memory: TableMemory | None
     optimizers: list[torch.optim.Optimizer]
+    positions: torch.Tensor | None  # under cp: the places in the sequence of this rank's tokens
 
     @property
     def tokens_per_step(self) -> int:
@@ -68,6 +71,7 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
         mem=parallel.mem,
     )
     specs = layer_specs(settings)
+    has_conv = settings.memory.conv and any(s.memory for s in specs)
     slots = len(settings.memory.orders) * settings.memory.heads
     layout.check(
         ModelFacts(
@@ -79,6 +83,7 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
             num_heads=model.attention.num_heads,
             num_kv_heads=model.attention.num_kv_heads,
             num_experts=model.moe.num_experts if any(s.feedforward == "moe" for s in specs) else None,
+            conv_reach=(settings.memory.conv_kernel - 1) * max(settings.memory.orders) if has_conv else 0,
             memory_rows=slots * settings.memory.rows_per_head if any(s.memory for s in specs) else None,
         )
     )
@@ -141,6 +146,8 @@ def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | 
 
 def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing: Addressing | None) -> Parts:
     """Build the model on the meta device, shard it, and draw this rank's part of every parameter and of the table."""
+    context = ContextParallel(mesh.cp, settings.train.seq_len, short_conv) if mesh.cp.size > 1 else None
+    positions = context.positions() if context is not None else None
     with torch.device("meta"):
         model = HybridLM(settings, vocabulary.size)
     parallelize(
@@ -149,11 +156,13 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
         mesh,
         num_experts=settings.model.moe.num_experts,
         reshard_after_forward=settings.parallel.reshard_after_forward,
+        context=context,
     )
     materialize(model, mesh.device)
+    model.positions_T = positions.to(mesh.device) if positions is not None else None
     init_parameters(model, settings, write_local)
-    memory = TableMemory(settings, addressing, mesh, model.rows) if addressing is not None else None
-    return Parts(settings, mesh, vocabulary, model, memory, build_optimizers(model, settings.optim))
+    memory = TableMemory(settings, addressing, mesh, model.rows, positions) if addressing is not None else None
+    return Parts(settings, mesh, vocabulary, model, memory, build_optimizers(model, settings.optim), positions)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -31,12 +31,12 @@ def evaluate(parts: Parts, split: Split, batches: int | None = None) -> dict[str
             plan = memory.plan(batch, evaluate=True)
             memory.fetch(plan, plan.exchanges[0])
             index = plan.exchanges[0].index[0]
-        batch = batch.to(mesh.device)
+        batch = batch.at(parts.positions).to(mesh.device)
         nats = model(batch.tokens[0], batch.starts[0].cumsum(-1), index, targets_BT=batch.targets[0])
         sums += torch.stack([nats.double(), (batch.targets[0] != IGNORED).sum().double()])
     if memory is not None:
         memory.rows.clear()
-    total, tokens = all_reduce_(sums, mesh.dp).tolist()
+    total, tokens = all_reduce_(sums, mesh.world).tolist()
     bytes_per_token = split.num_bytes / (split.num_tokens - 1)
     loss = total / tokens
     return {

@@ -27,9 +27,11 @@ class TableMemory:
     of its micro-batches and `push` after their backward passes, then `reduce` and `update`.
     """
 
-    def __init__(self, settings: Settings, addressing: Addressing, mesh: Mesh, rows: StepRows) -> None:
+    def __init__(
+        self, settings: Settings, addressing: Addressing, mesh: Mesh, rows: StepRows, positions: Tensor | None = None
+    ) -> None:
         memory = settings.memory
-        self.addressing, self.mesh, self.rows = addressing, mesh, rows
+        self.addressing, self.mesh, self.rows, self.positions = addressing, mesh, rows, positions
         bounds = mesh.layout.row_bounds(addressing.num_rows)
         self.low, self.high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
         self.table = init_table(settings.run.seed, self.low, self.high, memory.head_dim, memory.init_std).to(mesh.device)
@@ -43,7 +45,9 @@ class TableMemory:
     def plan(self, batch: Batch, evaluate: bool = False) -> StepPlan:
         """Which rows the batch needs, from whom; collective, from tokens alone. Evaluation has its own groups, so that
         it may plan in the main thread while training plans ahead in another."""
-        ids = row_ids(self.addressing, batch.tokens, batch.starts)
+        ids = row_ids(self.addressing, batch.tokens, batch.starts)  # of whole sequences: n-grams reach over the borders of cp
+        if self.positions is not None:
+            ids = ids.index_select(2, self.positions)
         return self._planners["eval_plan" if evaluate else "plan"].plan(ids)
 
     def fetch(self, plan: StepPlan, exchange: RowPlan) -> None:

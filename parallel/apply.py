@@ -11,12 +11,19 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.dispatch import AllToAllDispatch
 from hybridtrain.parallel.mesh import Mesh
 
 
 def parallelize(
-    model: nn.Module, layers: Iterable[nn.Module], mesh: Mesh, *, num_experts: int, reshard_after_forward: bool
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    mesh: Mesh,
+    *,
+    num_experts: int,
+    reshard_after_forward: bool,
+    context: ContextParallel | None,
 ) -> None:
     """Shard `model` (on the meta device) in place over `mesh`; a world of one rank is left as it is.
 
@@ -24,6 +31,11 @@ def parallelize(
     """
     if mesh.dense_mesh is None or mesh.expert_mesh is None:
         return
+    if context is not None:  # no parameter changes: before or after the rest makes no difference, so it stands first
+        for module in model.modules():
+            for name in ("attend", "convolve"):
+                if hasattr(module, name):
+                    setattr(module, name, getattr(context, name))
     for moe in [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
         if mesh.ep.size > 1:
             experts = moe.get_submodule("experts")

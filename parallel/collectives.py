@@ -86,6 +86,32 @@ def all_to_all_autograd(x: Tensor, send: Sequence[int], receive: Sequence[int], 
     return out
 
 
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        out = x.new_empty((group.size, *x.shape))
+        dist.all_gather_single(out.flatten(0, 1), x.contiguous(), group=group.process_group)
+        _count(group, "all_gather", (group.size - 1) * x.numel() * x.element_size())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        group = ctx.group
+        out = grads[0].new_empty(grads[0].shape[1:])
+        dist.reduce_scatter_single(out, grads[0].contiguous().flatten(0, 1), group=group.process_group)
+        _count(group, "reduce_scatter", (group.size - 1) * out.numel() * out.element_size())
+        return out, None
+
+
+def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
+    """Every rank's `x` (all of one shape), stacked along a new dim 0; the gradient of each is summed over the ranks."""
+    if group.size == 1:
+        return x[None]
+    out: Tensor = _AllGather.apply(x, group)  # type: ignore[no-untyped-call]
+    return out
+
+
 def exchange_counts(counts: Tensor, group: Group) -> Tensor:
     """`counts[i]` goes to rank i; returns what every rank sent here. Any number of columns; dim 0 is the group's size."""
     ones = [1] * group.size
@@ -110,7 +136,7 @@ def all_gather_uneven(x: Tensor, group: Group) -> list[Tensor]:
     padded = x.new_zeros((max(lengths), *x.shape[1:]))
     padded[: x.shape[0]] = x
     out = padded.new_empty((group.size * max(lengths), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, padded, group=group.process_group)
+    dist.all_gather_single(out, padded, group=group.process_group)
     _count(group, "all_gather", (group.size - 1) * padded.numel() * x.element_size())
     return [
         part[:length] for part, length in zip(out.chunk(group.size) if max(lengths) else [x] * group.size, lengths, strict=True)

@@ -13,7 +13,7 @@ from math import prod
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep")
 MEMORY_AXES = ("mem_replicate", "mem")
-CARRIED = "dp_replicate, dp_shard, ep and mem"
+CARRIED = "dp_replicate, dp_shard, cp, ep and mem"
 
 
 class LayoutError(ValueError):
@@ -38,6 +38,7 @@ class ModelFacts:
     num_kv_heads: int
     num_experts: int | None
     memory_rows: int | None
+    conv_reach: int = 0  # tokens that the memory's convolution looks back
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ class Layout:
     def expert_ranks(self) -> int:
         """Ranks that experts fold over."""
         return self.dp_shard * self.cp * self.tp
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks that dense parameters are sharded over: those that see different tokens, but for the replicas."""
+        return self.dp_shard * self.cp
 
     @property
     def edp(self) -> int:
@@ -161,11 +167,19 @@ class Layout:
         for axis, key, number in (
             ("tp", "model.attention.num_kv_heads", facts.num_kv_heads),
             ("tp", "model.attention.num_heads", facts.num_heads),
-            ("cp", "train.seq_len", facts.seq_len),
         ):
             degree = getattr(self, axis)
             if number % degree:
                 out.append(f"parallel.{axis}={degree} does not divide {key}={number}; {axis} may be {choices(divisors(number))}")
+        chunk = facts.seq_len // (2 * self.cp)
+        if self.cp > 1 and facts.seq_len % (2 * self.cp):
+            legal = [d // 2 for d in divisors(facts.seq_len) if d % 2 == 0] or [1]
+            out.append(f"parallel.cp={self.cp}: 2 x cp does not divide train.seq_len={facts.seq_len}; cp may be {choices(legal)}")
+        elif self.cp > 1 and facts.conv_reach > chunk:
+            out.append(
+                f"parallel.cp={self.cp} leaves chunks of {chunk} tokens and the memory's convolution reaches back {facts.conv_reach}; "
+                f"set train.seq_len >= {2 * self.cp * facts.conv_reach} or memory.conv=false"
+            )
         if self.pp > facts.num_layers:
             out.append(f"parallel.pp={self.pp} exceeds the model's {facts.num_layers} layers; pp may be 1 to {facts.num_layers}")
         if facts.memory_rows is not None and facts.memory_rows < self.mem:
@@ -174,7 +188,7 @@ class Layout:
             )
         out += [
             f"parallel.{axis}={getattr(self, axis)}: this version trains over {CARRIED} only; {axis} may be 1"
-            for axis in ("pp", "cp", "tp")
+            for axis in ("pp", "tp")
             if getattr(self, axis) > 1
         ]
         if out:

@@ -26,12 +26,13 @@ class Mesh:
 
     world: Group
     dp: Group
+    cp: Group
     ep: Group
     mem: Group
     mem_replicate: Group
     timeout: float
 
-    dense_mesh: DeviceMesh | None  # ([dp_replicate,] dp_shard): what dense parameters are sharded over, HSDP where it has two dims
+    dense_mesh: DeviceMesh | None  # ([dp_replicate,] fsdp): what dense parameters are sharded over, HSDP where it has two dims
     expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep)
     memory_mesh: DeviceMesh | None  # (mem_replicate, mem)
 
@@ -84,11 +85,12 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         traffic=traffic,
         world=group("world"),
         dp=group("dp"),
+        cp=group("cp"),
         ep=group("ep"),
         mem=group("mem"),
         mem_replicate=group("mem_replicate"),
         timeout=timeout,
-        dense_mesh=_device_mesh(layout, device, (*replicate, "dp_shard")),
+        dense_mesh=_device_mesh(layout, device, (*replicate, "fsdp")),
         expert_mesh=_device_mesh(layout, device, (*replicate, "edp", "ep")),
         memory_mesh=_device_mesh(layout, device, MEMORY_AXES),
     )

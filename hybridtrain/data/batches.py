@@ -33,6 +33,12 @@ class Batch:
     targets: Tensor
     starts: Tensor
 
+    def at(self, positions: Tensor | None) -> Batch:
+        """Only the tokens and targets at these places of each sequence; `starts` stays whole. None: all."""
+        if positions is None:
+            return self
+        return Batch(self.tokens.index_select(2, positions), self.targets.index_select(2, positions), self.starts)
+
     def to(self, device: torch.device) -> Batch:
         return Batch(self.tokens.to(device), self.targets.to(device), self.starts.to(device))
 

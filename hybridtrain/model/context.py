@@ -17,19 +17,40 @@ class SequenceContext:
     mask_B1TT: Tensor | None
 
 
-def make_context(documents_BT: Tensor | None, seq_len: int, head_dim: int, theta: float, device: torch.device) -> SequenceContext:
+def make_context(
+    documents_BT: Tensor | None,
+    seq_len: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    positions_T: Tensor | None = None,
+) -> SequenceContext:
     """The context of sequences whose tokens carry the document numbers `documents_BT`; None: one document each.
+
+    `positions_T` says which tokens of the sequence are here (None: all); `documents_BT` is of the whole sequence all the
+    same, and the mask then has a row for each token here and a column for each of the sequence.
 
     On the CPU, sequences without an inner document start are found here and take the plain causal path. On other
     devices looking would stall the host, so a caller who knows passes None.
     """
+    whole = seq_len if documents_BT is None else documents_BT.size(1)
     if documents_BT is not None and documents_BT.device.type == "cpu" and torch.equal(documents_BT[:, 0], documents_BT[:, -1]):
         documents_BT = None
+    if positions_T is not None:
+        return _context_of_part(documents_BT, positions_T, whole, head_dim, theta)
     mask = None
     if documents_BT is not None:
         same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
         mask = same_BTT.tril_()[:, None]
     return SequenceContext(rope_rotations(seq_len, head_dim, theta, device), documents_BT, mask)
+
+
+def _context_of_part(documents_BT: Tensor | None, positions_T: Tensor, whole: int, head_dim: int, theta: float) -> SequenceContext:
+    rotation_TR = rope_rotations(whole, head_dim, theta, positions_T.device)[positions_T]
+    mask = (positions_T[:, None] >= torch.arange(whole, device=positions_T.device))[None]
+    if documents_BT is not None:
+        mask = mask & (documents_BT[:, positions_T, None] == documents_BT[:, None, :])
+    return SequenceContext(rotation_TR, documents_BT, mask[:, None])
 
 
 def rope_rotations(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Tensor:

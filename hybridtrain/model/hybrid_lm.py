@@ -36,6 +36,7 @@ class HybridLM(nn.Module):
         self.norm = RMSNorm(model.dim, model.norm_eps)
         self.head = None if model.tie_embeddings else nn.Linear(model.dim, vocab_size, bias=False)
         self.rows = StepRows()
+        self.positions_T: Tensor | None = None  # which tokens of a sequence are here; None: all
 
     def forward(
         self,
@@ -54,7 +55,9 @@ class HybridLM(nn.Module):
         if self.memory_layers and memory_index_BTLS is None:
             raise ValueError(f"layers {list(self.memory_layers)} have a memory; the forward pass needs memory_index")
         attention = self.settings.model.attention
-        context = make_context(documents_BT, tokens_BT.size(1), attention.head_dim, attention.rope_theta, tokens_BT.device)
+        context = make_context(
+            documents_BT, tokens_BT.size(1), attention.head_dim, attention.rope_theta, tokens_BT.device, self.positions_T
+        )
         stream = self.residual.start(self.embed(tokens_BT))
         for name, layer in self.layers.items():
             rows_BTSC = None

@@ -1,0 +1,75 @@
+"""Context parallelism: the tokens of a sequence spread over `cp` ranks, keys and values gathered, queries local.
+
+A sequence is cut into 2·cp chunks; rank r holds chunks r and 2·cp-1-r. A causal query reads the keys up to its own
+chunk, so the two chunks together cost every rank the same (the split of Llama 3, arXiv 2407.21783 §3.3.2).
+
+Shape legend: B sequences, T tokens of a whole sequence, t = T / cp tokens here, C = T / (2·cp) tokens of a chunk,
+H heads, X head width, D model width, J kernel taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridtrain.parallel.collectives import Group, all_gather_autograd
+
+Convolution = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
+
+
+class ContextParallel:
+    """This rank's chunks, and the two exchanges that a layer needs: keys and values, and the convolution's left edge."""
+
+    def __init__(self, group: Group, seq_len: int, convolve: Convolution) -> None:
+        self.group, self._convolve = group, convolve
+        self.chunk = seq_len // (2 * group.size)
+        self.chunks = (group.rank, 2 * group.size - 1 - group.rank)
+        every = [chunk for rank in range(group.size) for chunk in (rank, 2 * group.size - 1 - rank)]
+        self._order = [every.index(chunk) for chunk in range(len(every))]  # where chunk i lies among the gathered ones
+
+    def positions(self) -> Tensor:
+        """int64 [t]: the places in the sequence of the tokens that this rank holds, in its order."""
+        return torch.cat([torch.arange(self.chunk) + chunk * self.chunk for chunk in self.chunks])
+
+    def attend(self, q_BtHX: Tensor, k_BtHX: Tensor, v_BtHX: Tensor, context: Any) -> Tensor:
+        """Softmax attention of this rank's queries over the whole sequence; `context.mask_B1TT` is [B, 1, t, T]."""
+        kv = torch.stack([k_BtHX, v_BtHX])  # one exchange for both
+        k_BTHX, v_BTHX = self._gather(kv, dim=2)
+        out = []
+        for place, chunk in enumerate(self.chunks):
+            here, seen = slice(place * self.chunk, (place + 1) * self.chunk), (chunk + 1) * self.chunk
+            out_BHCX = F.scaled_dot_product_attention(
+                q_BtHX[:, here].transpose(1, 2),
+                k_BTHX[:, :seen].transpose(1, 2),
+                v_BTHX[:, :seen].transpose(1, 2),
+                attn_mask=context.mask_B1TT[:, :, here, :seen],
+                enable_gqa=k_BTHX.size(2) != q_BtHX.size(2),
+            )
+            out.append(out_BHCX.transpose(1, 2))
+        return torch.cat(out, dim=1)
+
+    def convolve(self, x_BtD: Tensor, kernel_JD: Tensor, dilation: int, documents_BT: Tensor | None) -> Tensor:
+        """The short convolution, each chunk with the tokens left of it from the rank that has them."""
+        halo = (kernel_JD.size(0) - 1) * dilation
+        tails = torch.stack([chunk[:, self.chunk - halo :] for chunk in x_BtD.chunk(2, dim=1)])
+        gathered = all_gather_autograd(tails, self.group).flatten(0, 1)  # [2 cp, B, halo, D], by rank and place
+        out = []
+        for x_BCD, chunk in zip(x_BtD.chunk(2, dim=1), self.chunks, strict=True):
+            left = gathered[self._order[chunk - 1]] if chunk else torch.zeros_like(gathered[0])
+            documents = None
+            if documents_BT is not None:
+                start = chunk * self.chunk
+                before = documents_BT[:, start - halo : start] if chunk else documents_BT.new_full((len(x_BCD), halo), -1)
+                documents = torch.cat([before, documents_BT[:, start : start + self.chunk]], dim=1)
+            out.append(self._convolve(torch.cat([left, x_BCD], dim=1), kernel_JD, dilation, documents)[:, halo:])
+        return torch.cat(out, dim=1)
+
+    def _gather(self, x: Tensor, dim: int) -> Tensor:
+        """Every rank's chunks along `dim`, in the order of the sequence."""
+        parts = all_gather_autograd(x, self.group)
+        chunks = [chunk for rank in parts for chunk in rank.chunk(2, dim=dim)]
+        return torch.cat([chunks[place] for place in self._order], dim=dim)
