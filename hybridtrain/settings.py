@@ -23,7 +23,7 @@ MEMORY = "memory"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunSettings(_Section):
@@ -236,7 +236,7 @@ def contradictions(s: Settings) -> list[str]:
         )
     elif moe.top_groups > moe.num_groups:
         out.append(f"model.moe.top_groups={moe.top_groups} exceeds num_groups={moe.num_groups}; it may be 1 to {moe.num_groups}")
-    elif moe.top_k > moe.top_groups * (moe.num_experts // moe.num_groups):
+    elif moe.num_experts >= moe.top_k > moe.top_groups * (moe.num_experts // moe.num_groups):
         reach = moe.top_groups * (moe.num_experts // moe.num_groups)
         out.append(
             f"model.moe.top_k={moe.top_k} exceeds the {reach} experts in top_groups={moe.top_groups} groups; it may be 1 to {reach}"
