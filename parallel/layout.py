@@ -177,7 +177,7 @@ class Layout:
             out.append(f"parallel.cp={self.cp}: 2 x cp does not divide train.seq_len={facts.seq_len}; cp may be {choices(legal)}")
         elif self.cp > 1 and facts.conv_reach > chunk:
             out.append(
-                f"parallel.cp={self.cp} leaves chunks of {chunk} tokens and the memory's convolution reaches back {facts.conv_reach}; "
+                f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {facts.conv_reach} of memory.conv's reach; "
                 f"set train.seq_len >= {2 * self.cp * facts.conv_reach} or memory.conv=false"
             )
         if self.pp > facts.num_layers:

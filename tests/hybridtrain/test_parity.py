@@ -23,6 +23,8 @@ LAYOUTS = [
     (4, "parallel.ep=2", "parallel.mem=4"),
     (4, "parallel.ep=4", "parallel.mem=2", "parallel.reshard_after_forward=true"),
     (4, "parallel.ep=1", "parallel.mem=1"),
+    (4, "parallel.dp_replicate=2", "parallel.ep=2", "parallel.mem=4"),
+    (4, "parallel.cp=2", "parallel.ep=4", "parallel.mem=2"),
 ]
 STEP = 0.001 * 5  # optim.lr * memory.lr_multiplier: what one update moves a row by, in each dim
 

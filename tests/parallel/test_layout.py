@@ -173,7 +173,7 @@ def test_impossible_arithmetic_is_refused_with_every_violation(degrees: dict[str
     assert str(caught.value) == "\n".join([f"layout does not fit {degrees['world']} ranks", *(f"  {v}" for v in violations)])
 
 
-UNBUILT = "this version trains over dp_replicate, dp_shard, ep and mem only"
+UNBUILT = "this version trains over dp_replicate, dp_shard, cp, ep and mem only"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,14 @@ UNBUILT = "this version trains over dp_replicate, dp_shard, ep and mem only"
         ),
         ({"world": 4}, {"memory_rows": 3}, ["parallel.mem=4 exceeds the table's 3 rows; set memory.rows_per_head higher or mem=1"]),
         ({"world": 2, "tp": 2}, {}, [f"parallel.tp=2: {UNBUILT}; tp may be 1"]),
-        ({"world": 2, "cp": 2}, {}, [f"parallel.cp=2: {UNBUILT}; cp may be 1"]),
+        (
+            {"world": 4, "cp": 4},
+            {"conv_reach": 9},
+            [
+                "parallel.cp=4 leaves chunks of 8 tokens, fewer than the 9 of memory.conv's reach; "
+                "set train.seq_len >= 72 or memory.conv=false"
+            ],
+        ),
         ({"world": 2, "pp": 2}, {}, [f"parallel.pp=2: {UNBUILT}; pp may be 1"]),
         (
             {"world": 30, "pp": 5, "tp": 3, "ep": 3, "mem": 15},
@@ -224,10 +231,7 @@ UNBUILT = "this version trains over dp_replicate, dp_shard, ep and mem only"
         (
             {"world": 3, "cp": 3},
             {"seq_len": 64},
-            [
-                "parallel.cp=3 does not divide train.seq_len=64; cp may be 1, 2, 4, 8, 16, 32 or 64",
-                f"parallel.cp=3: {UNBUILT}; cp may be 1",
-            ],
+            ["parallel.cp=3: 2 x cp does not divide train.seq_len=64; cp may be 1, 2, 4, 8, 16 or 32"],
         ),
     ],
 )

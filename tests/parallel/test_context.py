@@ -1,0 +1,87 @@
+"""Context parallelism against whole sequences: attention and the memory's convolution, outputs and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridtrain.model.attention import attend
+from hybridtrain.model.context import make_context
+from hybridtrain.model.engram import short_conv
+from hybridtrain.parallel.context import ContextParallel
+from tests.parallel.groups import mesh_here
+from tests.ranks import run_on_ranks
+
+SEQUENCES, TOKENS, HEADS, KV_HEADS, WIDTH = 2, 32, 4, 2, 8
+TAPS, DILATION = 2, 3
+
+
+def documents(kind: str) -> Tensor:
+    starts = torch.zeros(SEQUENCES, TOKENS, dtype=torch.long)
+    if kind == "packed":  # borders inside chunks and on them, and documents of one token
+        starts[0, [3, 4, 16, 30]] = 1
+        starts[1, [8, 9, 10, 24]] = 1
+    return starts.cumsum(1)
+
+
+def check(kind: str) -> None:
+    mesh = mesh_here(cp=torch.distributed.get_world_size())
+    context = ContextParallel(mesh.cp, TOKENS, short_conv)
+    places, docs = context.positions(), documents(kind)
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def here(whole: Tensor) -> Tensor:
+        return whole.detach()[:, places].clone().requires_grad_()
+
+    q, k, v = (randn(SEQUENCES, TOKENS, heads, WIDTH).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS))
+    grad = randn(SEQUENCES, TOKENS, HEADS, WIDTH)
+    expected = attend(q, k, v, make_context(docs, TOKENS, WIDTH, 1e4, q.device))
+    expected.backward(grad)
+    mine = [here(x) for x in (q, k, v)]
+    out = context.attend(*mine, make_context(docs, len(places), WIDTH, 1e4, q.device, places))
+    out.backward(grad[:, places])
+    torch.testing.assert_close(out, expected[:, places])
+    for part, whole in zip(mine, (q, k, v), strict=True):
+        torch.testing.assert_close(part.grad, whole.grad[:, places])
+
+    x, kernel, grad = randn(SEQUENCES, TOKENS, 6).requires_grad_(), randn(TAPS, 6).requires_grad_(), randn(SEQUENCES, TOKENS, 6)
+    expected = short_conv(x, kernel, DILATION, docs)
+    expected.backward(grad)
+    part, own_kernel = here(x), kernel.detach().clone().requires_grad_()
+    out = context.convolve(part, own_kernel, DILATION, docs)
+    out.backward(grad[:, places])
+    torch.testing.assert_close(out, expected[:, places])
+    torch.testing.assert_close(part.grad, x.grad[:, places])
+    torch.distributed.all_reduce(own_kernel.grad)
+    torch.testing.assert_close(own_kernel.grad, kernel.grad)
+
+
+def check_bytes_and_balance() -> None:
+    mesh = mesh_here(cp=torch.distributed.get_world_size())
+    context = ContextParallel(mesh.cp, TOKENS, short_conv)
+    local, size = TOKENS // mesh.cp.size, mesh.cp.size
+    q = torch.randn(SEQUENCES, local, HEADS, WIDTH)
+    kv = [torch.randn(SEQUENCES, local, KV_HEADS, WIDTH, requires_grad=True) for _ in range(2)]
+    context.attend(q, *kv, make_context(documents("one"), local, WIDTH, 1e4, q.device, context.positions())).sum().backward()
+    payload = 2 * SEQUENCES * local * KV_HEADS * WIDTH * 4  # keys and values of this rank
+    assert mesh.traffic.entries() == {
+        ("cp", "all_gather"): (1, (size - 1) * payload),
+        ("cp", "reduce_scatter"): (1, (size - 1) * payload),
+    }
+    keys_read = sum(int(p) + 1 for p in context.positions())
+    assert keys_read * size == TOKENS * (TOKENS + 1) // 2  # every rank reads the same number of keys
+
+
+def check_all() -> None:
+    for kind in ("one", "packed"):
+        check(kind)
+    check_bytes_and_balance()
+
+
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_parts_of_sequences_are_like_whole_ones(nproc: int) -> None:
+    run_on_ranks(check_all, nproc)
