@@ -73,7 +73,7 @@ def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
             return batch.to(mesh.device), plan
 
         try:
-            with Prefetcher(load, start, settings.train.steps) as source, StopSignal() as signal:
+            with Prefetcher(load, start, stop_step=settings.train.steps) as source, StopSignal() as signal:
                 return _loop(parts, folder, source, signal, report, lambda: evaluate(parts, dataset.split("validation")), start)
         finally:
             log.close()
