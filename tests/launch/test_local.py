@@ -53,15 +53,17 @@ def fail_on(number: int, kind: str) -> None:
     raise RuntimeError("a bug")
 
 
-def fail_with_a_follower(folder: str) -> None:
-    """Rank 1 fails, and rank 0 because of it a moment later."""
-    mark = Path(folder) / "mark"
-    if rank() == 1:
-        mark.write_text("")
-        raise ValueError("the reason")
-    while not mark.exists():
+def fail_with_a_follower(folder: str, first: int, kind: str) -> None:
+    """Rank `first` fails, and the other because of it a moment later, before the launcher can end it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (Path(folder) / f"ready-{rank()}").write_text("")
+    mark = Path(folder) / "failed"
+    while not (mark.exists() if rank() != first else (Path(folder) / f"ready-{1 - first}").exists()):
         time.sleep(0.01)
-    time.sleep(0.05)
+    if rank() == first:
+        mark.write_text("")
+        raise TrainingError("the reason") if kind == "user" else ValueError("the reason")
+    time.sleep(0.03)
     raise OSError("connection closed by peer")
 
 
@@ -120,11 +122,18 @@ def test_the_failing_rank_decides_and_ends_the_others(
     assert kind != "bug" or "RuntimeError: a bug" in err
 
 
-def test_the_first_failure_is_the_one_that_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch("fail_with_a_follower", str(tmp_path)) == 1
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "status", "message"),
+    [("bug", 1, "rank {} failed first, 1 other(s) after it:\nTraceback"), ("user", USER_ERROR, "error: the reason\n")],
+)
+def test_the_first_failure_is_the_one_that_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], first: int, kind: str, status: int, message: str
+) -> None:
+    assert launch("fail_with_a_follower", str(tmp_path), first, kind) == status
     err = capfd.readouterr().err
-    assert err.startswith("rank 1 failed first, 1 other(s) after it:\nTraceback")
-    assert "ValueError: the reason" in err
+    assert err.startswith(message.format(first))
+    assert "the reason" in err
     assert "connection closed" not in err
 
 
