@@ -131,7 +131,7 @@ class TrainSettings(_Section):
     global_batch: Positive = Field(32, description="sequences per optimizer step over all ranks; no layout changes it")
     micro_batches: Positive = Field(1, description="gradient-accumulation slices of the global batch")
     eval_every: Natural = Field(100, description="steps between validations; 0: only at the end")
-    eval_batches: Natural = Field(0, description="global batches per validation during the run; 0: the whole split")
+    eval_batches: Natural = Field(0, description="global batches per validation during the run; 0 and at the end: the whole split")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
 
 

@@ -146,16 +146,18 @@ def test_the_run_folder_is_complete(trained: Callable[..., Path], ci_data: Path)
 
 def test_eval_and_generate(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:
     run = trained(2, "parallel.ep=2", "parallel.mem=2")
-    outcome = hybridtrain("eval", run, "--batches", 2, "--json")
+    outcome = hybridtrain("eval", run, "--json")
     assert outcome.status == 0, outcome
     values = json.loads(outcome.out)
-    summary = json.loads((run / "summary.json").read_text())
-    assert values["loss"] == pytest.approx(summary["validation_loss"], rel=1e-6)  # one rank's sum and two ranks'
-    assert values["tokens"] == 2 * 24 * 64
-    worse = json.loads(hybridtrain("eval", run / "checkpoints/step-00000010", "--batches", 2, "--json").out)
-    assert worse["loss"] > values["loss"]
-    table = hybridtrain("eval", run, "--batches", 2).out
-    assert f"loss             {values['loss']:.6g}" in table
+    lines = [line for line in read_metrics(run) if "validation_loss" in line]
+    assert [line["step"] for line in lines] == [10, 20]
+    assert values["loss"] == pytest.approx(lines[1]["validation_loss"], rel=1e-6)  # one rank's sum and two ranks'
+    assert values["tokens"] == lines[1]["validation_tokens"]
+    # during the run over train.eval_batches global batches
+    during = json.loads(hybridtrain("eval", run / "checkpoints/step-00000010", "--batches", 2, "--json").out)
+    assert during["loss"] == pytest.approx(lines[0]["validation_loss"], rel=1e-6)
+    assert during["tokens"] == lines[0]["validation_tokens"] == 2 * 24 * 64
+    assert f"loss             {during['loss']:.6g}" in hybridtrain("eval", run / "checkpoints/step-00000010", "--batches", 2).out
 
     arguments = ["generate", run, "--prompt", "The people", "--tokens", 12]
     first, again, other = (hybridtrain(*arguments, "--seed", seed) for seed in (1, 1, 2))
