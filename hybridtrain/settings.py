@@ -139,11 +139,11 @@ class ParallelSettings(_Section):
     """Degrees of the axes; -1 takes what the world leaves. See docs/parallelism.md."""
 
     pp: Positive = Field(1, description="pipeline stages (not carried by this version)")
-    dp_replicate: Positive = Field(1, description="copies of the sharded model (not carried by this version)")
+    dp_replicate: Positive = Field(1, description="copies of the sharded model, each reading other sequences")
     dp_shard: Axis = Field(
         -1, description="ranks that parameters are sharded over and that read different sequences; -1: what is left"
     )
-    cp: Positive = Field(1, description="ranks that share a sequence (not carried by this version)")
+    cp: Positive = Field(1, description="ranks that share a sequence, each with two of its 2*cp chunks")
     tp: Positive = Field(1, description="ranks that share a matrix (not carried by this version)")
     ep: Positive = Field(1, description="ranks that share one set of experts; divides dp_shard * cp * tp")
     mem: Axis = Field(-1, description="ranks that share one copy of the lookup table; -1: all of them")

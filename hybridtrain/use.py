@@ -17,10 +17,11 @@ from hybridtrain.data.sources import file_digest
 from hybridtrain.errors import CheckpointError, DataError, UserError
 from hybridtrain.evaluate import evaluate
 from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.parallel.layout import DENSE_AXES
 from hybridtrain.parallel.mesh import choose_device, make_mesh
 from hybridtrain.run_folder import find_checkpoint
 
-ONE_RANK = ["parallel.dp_shard=1", "parallel.ep=1", "parallel.mem=1"]
+ONE_RANK = [f"parallel.{axis}=1" for axis in (*DENSE_AXES, "ep", "mem")]
 
 
 def open_checkpoint(path: Path) -> tuple[Parts, Path, int]:

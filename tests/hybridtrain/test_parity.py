@@ -1,9 +1,7 @@
 """One run at many layouts: the same losses over 20 steps, the same rows, row state and parameters.
 
-Layouts sum float32 gradients in different orders, so equality is of real numbers, not of bits. Rounding grows in three places:
-row-wise Adam divides a row's gradient by its own size, also where it nearly cancels; a token whose router scores tie may choose
-another expert; a gate that crosses zero or its floor jumps. The last two change a few tokens' rows at once, and their number
-is bounded.
+Layouts sum float32 gradients in different orders, so equality is of real numbers, not of bits. ci.toml's gate_floor keeps the
+rounding of tokens whose gate is near zero from growing (docs/memory.md).
 """
 
 from __future__ import annotations
@@ -43,23 +41,20 @@ def assert_same_curve(run: Path, reference: Path) -> None:
 
 
 def assert_same_state(run: Path, reference: Path) -> None:
-    ours, theirs = state(run, 10), state(reference, 10)
-    assert ours.keys() == theirs.keys()
-    assert torch.equal(ours["memory.rows.last"], theirs["memory.rows.last"])  # the same rows were touched at the same steps
-    rows = (ours["memory.table"] - theirs["memory.table"]).abs().amax(1)
-    # 1 % of one update of the ten; at most the rows of a few tokens may have taken a jump
-    assert int((rows > STEP / 100).sum()) <= 64, rows.max()
-    # a wrong factor in the gradient, which Adam hides from the table, is bare here
-    v, v_reference = ours["memory.rows.v"], theirs["memory.rows.v"]
-    assert int(((v - v_reference).abs() > 1e-3 * v_reference + 1e-14).sum()) <= 64
-    for name, value in ours.items():
-        if not name.startswith("memory.") and "router." not in name.replace("router.weight", ""):
-            torch.testing.assert_close(value, theirs[name], rtol=0, atol=5e-6, msg=lambda text, n=name: f"{n}: {text}")
-
-    ours, theirs = state(run, 20), state(reference, 20)
-    assert torch.equal(ours["memory.rows.last"], theirs["memory.rows.last"])
-    rows = (ours["memory.table"] - theirs["memory.table"]).abs().amax(1)
-    assert int((rows > STEP / 100).sum()) < 0.05 * len(rows)
+    for step in (10, 20):
+        ours, theirs = state(run, step), state(reference, step)
+        assert ours.keys() == theirs.keys()
+        assert torch.equal(ours["memory.rows.last"], theirs["memory.rows.last"])  # the same rows were touched at the same steps
+        rows = (ours["memory.table"] - theirs["memory.table"]).abs().amax(1)
+        assert float(rows.max()) < STEP / 100  # 1 % of what one update moves a row by
+        # a wrong factor in the gradient, which Adam hides from the table, is bare here
+        v, v_reference = ours["memory.rows.v"], theirs["memory.rows.v"]
+        torch.testing.assert_close(v, v_reference, rtol=1e-2, atol=1e-14)
+        for name, value in ours.items():
+            if not name.startswith("memory.") and "router." not in name.replace("router.weight", ""):
+                torch.testing.assert_close(
+                    value, theirs[name], rtol=0, atol=STEP / 5 / 100, msg=lambda text, n=name: f"{n}: {text}"
+                )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: " ".join(map(str, layout)))
