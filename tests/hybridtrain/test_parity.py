@@ -24,7 +24,8 @@ LAYOUTS = [
     (4, "parallel.dp_replicate=2", "parallel.ep=2", "parallel.mem=4"),
     (4, "parallel.cp=2", "parallel.ep=4", "parallel.mem=2"),
 ]
-STEP = 0.001 * 5  # optim.lr * memory.lr_multiplier: what one update moves a row by, in each dim
+LR = 0.001  # optim.lr: what one update moves a parameter by, at most
+STEP = LR * 5  # optim.lr * memory.lr_multiplier: what one update moves a row by, in each dim
 
 
 def state(run: Path, step: int) -> dict[str, Tensor]:
