@@ -53,9 +53,10 @@ def assert_same_state(run: Path, reference: Path) -> None:
         torch.testing.assert_close(v, v_reference, rtol=1e-2, atol=1e-14)
         for name, value in ours.items():
             if not name.startswith("memory.") and "router." not in name.replace("router.weight", ""):
-                torch.testing.assert_close(
-                    value, theirs[name], rtol=0, atol=STEP / 5 / 100, msg=lambda text, n=name: f"{n}: {text}"
-                )
+                # Adam magnifies the rounding of single elements with hardly any gradient, hence one bound on all and one on each
+                difference = (value - theirs[name]).double()
+                assert float(difference.square().mean().sqrt()) < LR / 1000, name
+                assert float(difference.abs().max()) < LR / 10, name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: " ".join(map(str, layout)))
