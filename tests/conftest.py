@@ -1,7 +1,14 @@
-"""What every test runs under: one CPU thread, since the ranks of the distributed tests share the machine's cores."""
+"""What every test runs under."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and inherited by every process a test starts
+import hypothesis
+
+# before torch is imported, and inherited by every process a test starts: the ranks of the distributed tests share the cores
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# the same examples every time, and no time limit for one of them: on a busy machine it would fail by chance
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")

@@ -76,7 +76,9 @@ def test_groups(degrees: dict[str, int], axis: str, expected: list[list[int]]) -
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
-    dense = {axis: draw(st.sampled_from([1, 1, 2, 3])) for axis in DENSE_AXES}
+    dense = {axis: draw(st.sampled_from([1, 2, 4] if axis == "dp_shard" else [1, 1, 2])) for axis in DENSE_AXES} | {
+        draw(st.sampled_from(["pp", "tp"])): 3
+    }
     world = prod(dense.values())
     folded = dense["dp_shard"] * dense["cp"] * dense["tp"]
     ep = draw(st.sampled_from([d for d in range(1, folded + 1) if folded % d == 0]))
