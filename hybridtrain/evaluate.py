@@ -37,7 +37,7 @@ def evaluate(parts: Parts, split: Split, batches: int | None = None) -> dict[str
         sums += torch.stack([nats.double(), (targets != IGNORED).sum().double()])
     if memory is not None:
         memory.rows.clear()
-    total, tokens = all_reduce_(sums, mesh.dp).tolist()
+    total, tokens = (all_reduce_(sums, mesh.world) / mesh.layout.tp).tolist()  # tp ranks have the same losses
     bytes_per_token = split.num_bytes / (split.num_tokens - 1)
     loss = total / tokens
     return {

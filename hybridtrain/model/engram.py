@@ -31,6 +31,7 @@ class EngramMemory(nn.Module):
         self.h_norm = RMSNorm(dim, eps)
         self.k_norm = RMSNorm(dim, eps)
         self.conv_norm = RMSNorm(dim, eps) if memory.conv else None
+        self.convolve = short_conv  # a parallel layout may hand in another
         self.conv = nn.Parameter(torch.empty(memory.conv_kernel, dim)) if memory.conv else None
 
     def forward(self, h_BTD: Tensor, rows_BTSC: Tensor, documents_BT: Tensor | None) -> Tensor:
@@ -43,7 +44,7 @@ class EngramMemory(nn.Module):
         u_BTD: Tensor = g_BT1 * self.wv(e_BTX)
         if self.conv is None or self.conv_norm is None:
             return u_BTD
-        return F.silu(short_conv(self.conv_norm(u_BTD), self.conv, self.dilation, documents_BT)) + u_BTD
+        return F.silu(self.convolve(self.conv_norm(u_BTD), self.conv, self.dilation, documents_BT)) + u_BTD
 
 
 def gate(h_BTD: Tensor, k_BTD: Tensor, floor: float = 1e-6) -> Tensor:
