@@ -80,6 +80,9 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
             num_kv_heads=model.attention.num_kv_heads,
             num_experts=model.moe.num_experts if any(s.feedforward == "moe" for s in specs) else None,
             memory_rows=slots * settings.memory.rows_per_head if any(s.memory for s in specs) else None,
+            dense_hidden=model.dense.hidden if any(s.feedforward == "dense" for s in specs) else None,
+            shared_hidden=model.moe.num_shared * model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
+            memory_slots=slots if any(s.memory for s in specs) else None,
         )
     )
     return layout

@@ -126,14 +126,14 @@ def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
 
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty((group.size, *x.shape))
-    dist.all_gather_into_tensor(out, x.contiguous()[None], group=group.process_group)
+    dist.all_gather_single(out, x.contiguous()[None], group=group.process_group)
     _count(group, "all_gather", (group.size - 1) * x.numel() * x.element_size())
     return out
 
 
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(x.shape[1:])
-    dist.reduce_scatter_tensor(out[None], x.contiguous(), group=group.process_group)
+    dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group)
     _count(group, "reduce_scatter", (group.size - 1) * out.numel() * out.element_size())
     return out
 

@@ -38,6 +38,9 @@ class ModelFacts:
     num_kv_heads: int
     num_experts: int | None
     memory_rows: int | None
+    dense_hidden: int | None = None
+    shared_hidden: int | None = None  # width of all shared experts together
+    memory_slots: int | None = None  # of one memory layer
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class Layout:
                 f"parallel.ep={self.ep} does not divide model.moe.num_experts={facts.num_experts}; "
                 f"ep may be {choices(divisors(facts.num_experts))}"
             )
-        elif self.ep > 1 and facts.dim % self.edp:
+        elif (self.ep > 1 or self.tp > 1) and facts.num_experts is not None and facts.dim % self.edp:
             out.append(
                 f"parallel: edp = dp_shard x cp x tp / ep = {self.edp} does not divide model.dim={facts.dim}; "
                 f"edp may be {choices(divisors(facts.dim))}"
@@ -162,10 +165,19 @@ class Layout:
             ("tp", "model.attention.num_kv_heads", facts.num_kv_heads),
             ("tp", "model.attention.num_heads", facts.num_heads),
             ("cp", "train.seq_len", facts.seq_len),
+            ("tp", "train.seq_len" if self.cp == 1 else "train.seq_len / cp", facts.seq_len // self.cp),
+            ("tp", "model.dense.hidden", facts.dense_hidden),
+            ("tp", "model.moe.num_shared x hidden", facts.shared_hidden),
+            ("tp", "len(memory.orders) x memory.heads", facts.memory_slots),
         ):
             degree = getattr(self, axis)
-            if number % degree:
+            if number is not None and number % degree:
                 out.append(f"parallel.{axis}={degree} does not divide {key}={number}; {axis} may be {choices(divisors(number))}")
+        if self.tp > 1 and facts.dim % self.dp_shard:  # tp cuts one dim of a matrix, so FSDP cuts the other, evenly
+            out.append(
+                f"parallel.dp_shard={self.dp_shard} does not divide model.dim={facts.dim}, as it must under tp; "
+                f"dp_shard may be {choices(divisors(facts.dim))}"
+            )
         if self.pp > facts.num_layers:
             out.append(f"parallel.pp={self.pp} exceeds the model's {facts.num_layers} layers; pp may be 1 to {facts.num_layers}")
         if facts.memory_rows is not None and facts.memory_rows < self.mem:

@@ -173,7 +173,7 @@ def test_impossible_arithmetic_is_refused_with_every_violation(degrees: dict[str
     assert str(caught.value) == "\n".join([f"layout does not fit {degrees['world']} ranks", *(f"  {v}" for v in violations)])
 
 
-UNBUILT = "this version trains over dp_replicate, dp_shard, ep and mem only"
+UNBUILT = "this version trains over dp_replicate, dp_shard, tp, ep and mem only"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,33 @@ UNBUILT = "this version trains over dp_replicate, dp_shard, ep and mem only"
             ["parallel: edp = dp_shard x cp x tp / ep = 3 does not divide model.dim=44; edp may be 1, 2, 4, 11, 22 or 44"],
         ),
         ({"world": 4}, {"memory_rows": 3}, ["parallel.mem=4 exceeds the table's 3 rows; set memory.rows_per_head higher or mem=1"]),
-        ({"world": 2, "tp": 2}, {}, [f"parallel.tp=2: {UNBUILT}; tp may be 1"]),
+        (
+            {"world": 3, "tp": 3},
+            {"num_heads": 6, "num_kv_heads": 2, "dense_hidden": 96, "shared_hidden": 40, "memory_slots": 8},
+            [
+                "parallel.tp=3 does not divide model.attention.num_kv_heads=2; tp may be 1 or 2",
+                "parallel.tp=3 does not divide train.seq_len=64; tp may be 1, 2, 4, 8, 16, 32 or 64",
+                "parallel.tp=3 does not divide model.moe.num_shared x hidden=40; tp may be 1, 2, 4, 5, 8, 10, 20 or 40",
+                "parallel.tp=3 does not divide len(memory.orders) x memory.heads=8; tp may be 1, 2, 4 or 8",
+            ],
+        ),
+        (
+            {"world": 4, "tp": 4},
+            {"num_heads": 6, "dense_hidden": 98, "seq_len": 66},
+            [
+                "parallel.tp=4 does not divide model.attention.num_heads=6; tp may be 1, 2, 3 or 6",
+                "parallel.tp=4 does not divide train.seq_len=66; tp may be 1, 2, 3, 6, 11, 22, 33 or 66",
+                "parallel.tp=4 does not divide model.dense.hidden=98; tp may be 1, 2, 7, 14, 49 or 98",
+            ],
+        ),
+        (
+            {"world": 6, "tp": 2},
+            {"dim": 44},  # without ep, experts lie on all ranks as well
+            [
+                "parallel: edp = dp_shard x cp x tp / ep = 6 does not divide model.dim=44; edp may be 1, 2, 4, 11, 22 or 44",
+                "parallel.dp_shard=3 does not divide model.dim=44, as it must under tp; dp_shard may be 1, 2, 4, 11, 22 or 44",
+            ],
+        ),
         ({"world": 2, "cp": 2}, {}, [f"parallel.cp=2: {UNBUILT}; cp may be 1"]),
         ({"world": 2, "pp": 2}, {}, [f"parallel.pp=2: {UNBUILT}; pp may be 1"]),
         (
@@ -216,9 +242,9 @@ UNBUILT = "this version trains over dp_replicate, dp_shard, ep and mem only"
             [
                 "parallel.ep=3 does not divide model.moe.num_experts=8; ep may be 1, 2, 4 or 8",
                 "parallel.tp=3 does not divide model.attention.num_kv_heads=2; tp may be 1 or 2",
+                "parallel.tp=3 does not divide train.seq_len=64; tp may be 1, 2, 4, 8, 16, 32 or 64",
                 "parallel.pp=5 exceeds the model's 4 layers; pp may be 1 to 4",
                 f"parallel.pp=5: {UNBUILT}; pp may be 1",
-                f"parallel.tp=3: {UNBUILT}; tp may be 1",
             ],
         ),
         (
@@ -239,6 +265,11 @@ def test_models_that_do_not_fit_are_refused_with_every_violation(
         layout.check(replace(FACTS, **facts))
     assert caught.value.violations == violations
     assert str(caught.value).startswith(f"layout does not fit {degrees['world']} ranks\n  parallel")
+
+
+@pytest.mark.parametrize("degrees", [{"world": 2, "tp": 2}, {"world": 4, "tp": 4}, {"world": 8, "tp": 4, "ep": 8, "mem": 2}])
+def test_models_that_fit_pass_under_tp(degrees: dict[str, int]) -> None:
+    Layout.resolve(**degrees).check(replace(FACTS, dense_hidden=96, shared_hidden=48, memory_slots=8))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 24])
