@@ -152,8 +152,9 @@ def train_step(parts: Parts, step: int, batch: Batch, plan: StepPlan | None, clo
         reset(model)
         params = [p for o in parts.optimizers for g in o.param_groups for p in g["params"]]
         sum_over_tp(params, parts.mesh.tp)
-        grads = local_gradients(params)
-        norm, table_norm = clip_by_global_norm(grads, rows_grad, parts.mesh, settings.optim.clip_norm, tp_copies(params, parts.mesh.tp))
+        norm, table_norm = clip_by_global_norm(
+            local_gradients(params), rows_grad, parts.mesh, settings.optim.clip_norm, tp_copies(params, parts.mesh.tp)
+        )
     totals = Totals(float(sums.pop("loss")), sums, bool(sums.pop("stop") > 0), norm, table_norm)
 
     if math.isfinite(totals.loss) and math.isfinite(norm):

@@ -13,8 +13,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from hybridtrain.parallel.dispatch import AllToAllDispatch
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.plans import TENSOR_PLAN
-from hybridtrain.parallel.tensor import SequenceConvolution, Style, TensorAxis, VocabularyLogits, VocabularyLoss
+from hybridtrain.parallel.plans import TENSOR_PARTS, TENSOR_PLAN
+from hybridtrain.parallel.tensor import Style, TensorAxis
 
 
 def parallelize(
@@ -62,18 +62,17 @@ def write_local(param: Tensor, draw: Callable[[slice], Tensor]) -> None:
 
 
 def _split_tensors(model: nn.Module, axis: TensorAxis, plan: dict[str, Style]) -> None:
-    """Put every module that `plan` names in its style, and hand in what works on sequence shards."""
+    """Hand in what works on sequence shards, and put every module that `plan` names in its style."""
+    for module in model.modules():
+        for attribute, make in TENSOR_PARTS.items():
+            if attribute in vars(module):
+                setattr(module, attribute, make(getattr(module, attribute), axis.group))
     patterns = [(pattern.split("."), style) for pattern, style in plan.items()]
     for name, module in list(model.named_modules()):
         parts = name.split(".")
         for pattern, style in patterns:
             if len(parts) == len(pattern) and all(p in ("*", n) for p, n in zip(pattern, parts, strict=True)):
                 model.set_submodule(name, style(module, axis))
-    for module in model.modules():
-        if hasattr(module, "convolve"):
-            module.convolve = SequenceConvolution(module.convolve, axis.group)
-        if hasattr(module, "head_losses"):
-            module.head_losses, module.project = VocabularyLoss(axis.group), VocabularyLogits(axis.group)
 
 
 def _split_experts(experts: nn.Module, ep: DeviceMesh) -> None:

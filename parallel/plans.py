@@ -6,15 +6,22 @@ spread by `ep` and read sequence shards as well.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
+from hybridtrain.parallel.collectives import Group
 from hybridtrain.parallel.tensor import (
     ColumnLinear,
     RowLinear,
+    SequenceConvolution,
     Style,
     TensorAxis,
     VocabularyEmbedding,
     VocabularyHead,
+    VocabularyLogits,
+    VocabularyLoss,
     gather_input,
 )
 
@@ -23,6 +30,13 @@ def gather_unless_routed(feedforward: nn.Module, axis: TensorAxis) -> nn.Module:
     """A MoE routes the tokens of its sequence shard; its shared experts gather for themselves."""
     return feedforward if hasattr(feedforward, "experts") else gather_input(feedforward, axis)
 
+
+TENSOR_PARTS: dict[str, Callable[[Any, Group], Any]] = {
+    "convolve": SequenceConvolution,  # of the memory
+    "head_losses": lambda _, group: VocabularyLoss(group),
+    "project": lambda _, group: VocabularyLogits(group),  # logits of tied embeddings
+}
+"""What modules hold as plain attributes, from the local default and the group."""
 
 SWIGLU: dict[str, Style] = {"": gather_unless_routed, ".w_gate": ColumnLinear, ".w_up": ColumnLinear, ".w_down": RowLinear}
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism with sequence shards: how one module is cut over the ranks of `tp` (Megatron, arXiv 1909.08053 and 2205.05198).
+"""Tensor parallelism with sequence shards: how one module is cut over `tp` (Megatron, arXiv 1909.08053 and 2205.05198).
 
 Between these modules every rank holds the hidden state of its own part of each sequence. A column-parallel product reads the
 whole sequence and writes its own columns; a row-parallel one reads its own columns and leaves a partial sum, which is summed
@@ -60,7 +60,7 @@ def local(weight: Tensor) -> Tensor:
 
 
 class ColumnLinear(nn.Module):
-    """Rows of the weight [out, in] are cut: whole input to own outputs. Input is gathered by `gather_input`, once for all readers."""
+    """Rows of the weight [out, in] are cut: whole input, gathered by `gather_input` once for all readers, to own outputs."""
 
     def __init__(self, linear: nn.Module, axis: TensorAxis) -> None:
         super().__init__()
@@ -143,9 +143,7 @@ class VocabularyLoss:
 
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, h_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, first: int, ignored: int, group: Group
-    ) -> Tensor:
+    def forward(ctx: Any, h_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, first: int, ignored: int, group: Group) -> Tensor:
         local_N = targets_N - first
         inside_N = (local_N >= 0) & (local_N < len(weight_WD)) & (targets_N != ignored)
         index_N = local_N.where(inside_N, 0)
