@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint test-gpu clean
+.PHONY: help setup train picture test lint test-gpu clean
 
 help:
 	@echo "make train   set up, then train the quickstart on two ranks (runs/quickstart)"
 	@echo "make test    set up, then lint, type-check and test"
+	@echo "make picture train the quickstart without memory too, and draw both curves"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make clean   remove the virtual environment and caches; runs/ stays"
 
@@ -25,6 +26,13 @@ train: $(READY)
 	@$(BIN)/hybridtrain generate runs/quickstart --prompt "The people of the United States" --tokens 100
 	@echo; echo "run files: runs/quickstart   (summary.json, metrics.jsonl, settings.toml, checkpoints/)"
 	@echo "curves:    $(BIN)/tensorboard --logdir runs/quickstart/tensorboard"
+
+# The quickstart again without its memory, and both curves as the picture of README.
+picture: $(READY)
+	$(BIN)/hybridtrain launch --nproc 2 configs/quickstart.toml memory.enabled=false run.dir=runs/quickstart-plain \
+		$(if $(wildcard runs/quickstart-plain/checkpoints/latest),--resume)
+	$(BIN)/python tools/plot_runs.py docs/quickstart.svg runs/quickstart runs/quickstart-plain --label "with memory" --label "without"
+	@$(BIN)/python tools/plot_runs.py --table runs/quickstart runs/quickstart-plain
 
 lint: $(READY)
 	$(BIN)/ruff check .

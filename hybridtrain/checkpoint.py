@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts
@@ -27,6 +28,7 @@ from hybridtrain.settings import Settings
 
 FORMAT = 1
 INFO = "checkpoint.json"
+METADATA = ".metadata"  # torch's index of the tensors
 
 
 def save(parts: Parts, folder: Path, step: int, tokenizer_digest: str) -> Path:
@@ -49,9 +51,9 @@ def save(parts: Parts, folder: Path, step: int, tokenizer_digest: str) -> Path:
     problems = problems or _together(world, lambda: _write(_state(parts), staging, world))
     problems = problems or _together(world, commit if world.rank == 0 else None)
     if problems:
+        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free // 2**20
         if world.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
-        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free // 2**20
         raise CheckpointError(
             f"{final}: the checkpoint of step {step} could not be written ({free} MiB free); the last good one stays: "
             + f"{latest(folder) or 'none'}\n"
@@ -65,12 +67,15 @@ def save(parts: Parts, folder: Path, step: int, tokenizer_digest: str) -> Path:
 def load(parts: Parts, path: Path) -> int:
     """Fill the run's parts from the checkpoint folder `path`, at whatever layout it was written; returns its step."""
     info = read_info(path)
+    if not (path / METADATA).is_file():
+        raise CheckpointError(f"{path}: damaged: {METADATA} is missing")
     state = _state(parts, for_load=True)
     try:
         with _quiet():
             state_dict_loader.load(state, checkpoint_id=path, no_dist=parts.mesh.world.size == 1)
-    except Exception as error:
-        raise CheckpointError(f"{path}: damaged or not of this model: {_reason(error)}") from None
+    except (Exception, CheckpointException) as error:
+        problems = [f"  {p}" for p in _problems(error, parts.mesh.world.rank)]
+        raise CheckpointError("\n".join([f"{path}: damaged or not of this model", *problems])) from None
     if parts.memory is not None:
         parts.memory.load_scalars(info["memory_scalars"])
     return int(info["step"])
@@ -190,13 +195,19 @@ def _write(state: dict[str, Any], staging: Path, world: Group) -> None:
 
 def _together(world: Group, act: Callable[[], object] | None) -> list[str]:
     """Let this rank act, then tell all ranks what went wrong anywhere, so that they go on together."""
-    problem = None
+    problems: list[str] = []
     try:
         if act is not None:
             act()
-    except Exception as error:  # whatever a disk or torch can raise
-        problem = f"rank {world.rank}: {_reason(error)}"
-    return [p for p in gather_objects(problem, world) if p]
+    except (Exception, CheckpointException) as error:  # whatever a disk or torch can raise
+        problems = _problems(error, world.rank)
+    return list(dict.fromkeys(p for of_rank in gather_objects(problems, world) for p in of_rank))
+
+
+def _problems(error: BaseException, rank: int) -> list[str]:
+    """One line for each rank that failed: torch raises what failed anywhere on all ranks, as one BaseException."""
+    failures = {r: e for r, (e, _) in error.failures.items()} if isinstance(error, CheckpointException) else {rank: error}
+    return [f"rank {r}: {type(e).__name__}: {e}".splitlines()[0] for r, e in failures.items()]
 
 
 def _commit(staging: Path, final: Path) -> None:
@@ -238,10 +249,6 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -52,7 +52,7 @@ def dump_settings(settings: Settings) -> str:
 
     def section(name: str, values: dict[str, Any]) -> None:
         lines.append(f"\n[{name}]")
-        lines.extend(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items() if not isinstance(v, dict))
+        lines.extend(f"{k} = {_toml(v)}" for k, v in values.items() if not isinstance(v, dict))
         for k, v in values.items():
             if isinstance(v, dict):
                 section(f"{name}.{k}", v)
@@ -60,6 +60,11 @@ def dump_settings(settings: Settings) -> str:
     for name, values in settings.model_dump(mode="json").items():
         section(name, values)
     return "\n".join(lines).lstrip() + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML: JSON but for the one character that only TOML wants escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> str | None:

@@ -52,7 +52,8 @@ class RunFolder:
             )
         if world.rank == 0:
             folder.path.mkdir(parents=True, exist_ok=True)
-            (folder.path / SETTINGS).write_text(dump_settings(settings), encoding="utf-8")
+            if not resume:
+                folder._write_settings(settings)
         return folder
 
     def prepare_data(self, settings: Settings) -> tuple[Vocabulary, TokenDataset]:
@@ -85,12 +86,18 @@ class RunFolder:
             file_digest(self.path / TOKENIZER),
             addressing.to_json() if addressing is not None else None,
         )
-        return checkpoint.load(parts, last)
+        step = checkpoint.load(parts, last)
+        if self.world.rank == 0:
+            self._write_settings(parts.settings)  # not before: a refused resume leaves the run as it was
+        return step
 
     def save(self, parts: Parts, step: int) -> None:
         if self.world.rank == 0 and parts.memory is not None:
             (self.path / ADDRESSING).write_text(parts.memory.addressing.to_json(), encoding="utf-8")
         checkpoint.save(parts, self.checkpoints, step, file_digest(self.path / TOKENIZER))
+
+    def _write_settings(self, settings: Settings) -> None:
+        (self.path / SETTINGS).write_text(dump_settings(settings), encoding="utf-8")
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:

@@ -23,7 +23,7 @@ MEMORY = "memory"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunSettings(_Section):
@@ -44,7 +44,7 @@ class DataSettings(_Section):
 
 
 class AttentionSettings(_Section):
-    num_heads: Positive = 4
+    num_heads: Positive = Field(4, description="heads of queries")
     num_kv_heads: Positive = Field(4, description="heads of keys and values; divides num_heads")
     head_dim: Positive = Field(32, description="even; num_heads * head_dim need not equal model.dim")
     rope_theta: float = Field(10_000.0, gt=0)
@@ -56,11 +56,11 @@ class DenseSettings(_Section):
 
 
 class MoESettings(_Section):
-    num_experts: Positive = 8
+    num_experts: Positive = Field(8, description="routed experts")
     top_k: Positive = Field(2, description="experts per token")
     hidden: Positive = Field(256, description="width of one expert's SwiGLU")
     num_shared: Natural = Field(0, description="shared experts that see every token, each of width `hidden`")
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Literal["softmax", "sigmoid"] = Field("softmax", description="how router logits become scores")
     normalize_gates: bool = Field(True, description="the chosen experts' gates sum to one")
     gate_scale: float = Field(1.0, gt=0, description="factor on the routed output")
     num_groups: Positive = Field(1, description="expert groups of group-limited routing; 1 turns it off")
@@ -71,14 +71,14 @@ class MoESettings(_Section):
 
 
 class ModelSettings(_Section):
-    dim: Positive = 128
+    dim: Positive = Field(128, description="width of the residual stream")
     layers: tuple[str, ...] = Field(
         ("attention+dense", "memory+attention+moe", "2*attention+moe"),
         description='one entry a layer, "[N*][memory+]MIXER+FEEDFORWARD"; N repeats it',
     )
-    residual: Literal["add"] = "add"
-    tie_embeddings: bool = False
-    norm_eps: float = Field(1e-6, gt=0)
+    residual: Literal["add"] = Field("add", description="how a layer's output joins the stream")
+    tie_embeddings: bool = Field(False, description="the head uses the embedding's matrix")
+    norm_eps: float = Field(1e-6, gt=0, description="added under the root of every RMS norm")
     init_std: float = Field(0.02, gt=0, description="standard deviation of embeddings and matrices at initialisation")
     attention: AttentionSettings = AttentionSettings()
     dense: DenseSettings = DenseSettings()
@@ -96,52 +96,55 @@ class MemorySettings(_Section):
     boundary: Literal["document", "stream"] = Field("document", description="n-grams stop at document starts, or run across")
     gate_floor: float = Field(1e-6, gt=0, description="least |s| under the gate's root; bounds its slope to 1/(2*sqrt(gate_floor))")
     conv: bool = Field(True, description="short convolution after the gate")
-    conv_kernel: Positive = 4
+    conv_kernel: Positive = Field(4, description="taps of the short convolution; its dilation is the longest order")
     init_std: float = Field(0.02, gt=0, description="standard deviation of rows at initialisation")
     checksum: bool = Field(False, description="verify every exchanged payload with a checksum")
     exchange_groups: Positive = Field(1, description="exchanges per step; divides train.micro_batches")
-    optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam"] = "rowwise_adam"
+    optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam"] = Field(
+        "rowwise_adam", description="of the table; adam is the dense reference, with two moments per element and a dense update"
+    )
     lr_multiplier: float = Field(5.0, gt=0, description="learning rate of the table as a multiple of optim.lr")
-    beta2: Fraction = 0.95
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: NonNegative = 0.0
+    beta2: Fraction = Field(0.95, description="decay of the table's second moment per step")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the table's second moment")
+    weight_decay: NonNegative = Field(0.0, description="of the table; decoupled, replayed when a row is next read")
 
 
 class OptimSettings(_Section):
     backbone: Literal["adamw", "muon"] = Field("adamw", description="muon takes the 2-D matrices, AdamW the rest")
     lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
     muon_lr: float = Field(2e-2, gt=0, description="peak learning rate of Muon")
-    muon_momentum: Fraction = 0.95
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    eps: float = Field(1e-8, gt=0)
+    muon_momentum: Fraction = Field(0.95, description="of Muon, in Nesterov's form")
+    beta1: Fraction = Field(0.9, description="decay of AdamW's first moment per step")
+    beta2: Fraction = Field(0.95, description="decay of AdamW's second moment per step")
+    eps: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment")
     weight_decay: NonNegative = Field(0.1, description="decoupled; matrices only")
     clip_norm: NonNegative = Field(1.0, description="bound on the global gradient norm; 0 turns clipping off")
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: Natural = 50
+    schedule: Literal["cosine", "wsd"] = Field("cosine", description="after the warm-up; wsd stays at the peak and decays linearly")
+    warmup_steps: Natural = Field(50, description="steps of the linear rise to the peak")
     decay_fraction: Fraction = Field(0.2, description="share of the steps in wsd's decay")
     final_lr_ratio: Fraction = Field(0.1, description="learning rate at the end as a share of the peak")
 
 
 class TrainSettings(_Section):
-    steps: Positive = 500
+    steps: Positive = Field(500, description="optimizer steps of the whole run")
     seq_len: Positive = Field(128, description="tokens per sequence")
     global_batch: Positive = Field(32, description="sequences per optimizer step over all ranks; no layout changes it")
     micro_batches: Positive = Field(1, description="gradient-accumulation slices of the global batch")
     eval_every: Natural = Field(100, description="steps between validations; 0: only at the end")
-    eval_batches: Natural = Field(0, description="global batches per validation during the run; 0: the whole split")
+    eval_batches: Natural = Field(0, description="global batches per validation during the run; 0 and at the end: the whole split")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
-    engine: Literal["torch"] = "torch"
 
 
 class ParallelSettings(_Section):
     """Degrees of the axes; -1 takes what the world leaves. See docs/parallelism.md."""
 
-    pp: Positive = 1
-    dp_replicate: Positive = 1
-    dp_shard: Axis = -1
-    cp: Positive = 1
-    tp: Positive = 1
+    pp: Positive = Field(1, description="pipeline stages (not carried by this version)")
+    dp_replicate: Positive = Field(1, description="copies of the sharded model (not carried by this version)")
+    dp_shard: Axis = Field(
+        -1, description="ranks that parameters are sharded over and that read different sequences; -1: what is left"
+    )
+    cp: Positive = Field(1, description="ranks that share a sequence (not carried by this version)")
+    tp: Positive = Field(1, description="ranks that share a matrix (not carried by this version)")
     ep: Positive = Field(1, description="ranks that share one set of experts; divides dp_shard * cp * tp")
     mem: Axis = Field(-1, description="ranks that share one copy of the lookup table; -1: all of them")
     reshard_after_forward: bool = Field(False, description="free gathered parameters between forward and backward (ZeRO-3)")
@@ -233,7 +236,7 @@ def contradictions(s: Settings) -> list[str]:
         )
     elif moe.top_groups > moe.num_groups:
         out.append(f"model.moe.top_groups={moe.top_groups} exceeds num_groups={moe.num_groups}; it may be 1 to {moe.num_groups}")
-    elif moe.top_k > moe.top_groups * (moe.num_experts // moe.num_groups):
+    elif moe.num_experts >= moe.top_k > moe.top_groups * (moe.num_experts // moe.num_groups):
         reach = moe.top_groups * (moe.num_experts // moe.num_groups)
         out.append(
             f"model.moe.top_k={moe.top_k} exceeds the {reach} experts in top_groups={moe.top_groups} groups; it may be 1 to {reach}"

@@ -69,11 +69,14 @@ def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
 
         def load(step: int) -> tuple[Batch, StepPlan | None]:
             batch = loader.load(step)
-            return batch, parts.memory.plan(batch) if parts.memory is not None else None
+            plan = parts.memory.plan(batch) if parts.memory is not None else None  # from tokens on the CPU
+            return batch.to(mesh.device), plan
 
         try:
-            with Prefetcher(load, start, settings.train.steps) as source, StopSignal() as signal:
-                return _loop(parts, folder, source, signal, report, lambda: evaluate(parts, dataset.split("validation")), start)
+            with Prefetcher(load, start, stop_step=settings.train.steps) as source, StopSignal() as signal:
+                return _loop(
+                    parts, folder, source, signal, report, lambda n: evaluate(parts, dataset.split("validation"), n), start
+                )
         finally:
             log.close()
     finally:
@@ -86,7 +89,7 @@ def _loop(
     source: Prefetcher[tuple[Batch, StepPlan | None]],
     signal: StopSignal,
     report: Report,
-    validate: Callable[[], dict[str, float]],
+    validate: Callable[[int], dict[str, float]],
     start: int,
 ) -> dict[str, Any]:
     settings, clock = parts.settings, report.clock
@@ -108,7 +111,7 @@ def _loop(
         report.step(done, totals, plan)
         if done == steps or (settings.train.eval_every and done % settings.train.eval_every == 0):
             with report.outside_training():
-                report.validation(done, validate())
+                report.validation(done, validate(settings.train.eval_batches if done < steps else 0))
         if done == steps or totals.stop or (every and done % every == 0):
             with report.outside_training():
                 folder.save(parts, done)

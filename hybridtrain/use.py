@@ -85,8 +85,8 @@ def next_token_logits(parts: Parts, ids: list[int], separator: int) -> torch.Ten
         plan = parts.memory.plan(batch, evaluate=True)
         parts.memory.fetch(plan, plan.exchanges[0])
         index = plan.exchanges[0].index[0]
-    device = parts.mesh.device
-    logits_BTV = parts.model.eval()(tokens[0].to(device), batch.starts[0].to(device).cumsum(-1), index)
+    batch = batch.to(parts.mesh.device)
+    logits_BTV = parts.model.eval()(batch.tokens[0], batch.starts[0].cumsum(-1), index)
     logits: torch.Tensor = logits_BTV[0, -1].float().cpu()
     return logits
 

@@ -58,8 +58,8 @@ def run_ranks(target: str, arguments: tuple[Any, ...], nproc: int, *, threads: i
             for rank in ranks:
                 rank.start()
             status = _wait(ranks)
-        _print_errors(errors)
-        return status
+        told = _print_errors(errors)
+        return told if told and status in (1, USER_ERROR) else status  # which of several failed ranks was seen first is chance
 
 
 def _rank(target: str, arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
@@ -92,15 +92,17 @@ def _end_with_launcher() -> None:
         os._exit(1)
 
 
-def _print_errors(folder: Path) -> None:
-    """The message of the rank that failed first: it is mostly why the others failed."""
+def _print_errors(folder: Path) -> int:
+    """Print the message of the rank that failed first, mostly the reason why others failed; returns its status or 0."""
     messages = sorted(folder.iterdir(), key=lambda path: int(path.name.partition("-")[0]))
-    if messages:
-        text = messages[0].read_text(encoding="utf-8").rstrip()
-        if not text.startswith("error: "):
-            others = f" first, {len(messages) - 1} other(s) after it" if messages[1:] else ""
-            text = f"{messages[0].name.partition('-')[2].replace('-', ' ')} failed{others}:\n{text}"
-        print(text, file=sys.stderr, flush=True)
+    if not messages:
+        return 0
+    text, status = messages[0].read_text(encoding="utf-8").rstrip(), USER_ERROR
+    if not text.startswith("error: "):
+        others = f" first, {len(messages) - 1} other(s) after it" if messages[1:] else ""
+        text, status = f"{messages[0].name.partition('-')[2].replace('-', ' ')} failed{others}:\n{text}", 1
+    print(text, file=sys.stderr, flush=True)
+    return status
 
 
 def _is_user_error(error: Exception) -> bool:
@@ -114,7 +116,7 @@ def _wait(ranks: Sequence[BaseProcess]) -> int:
     deadline = float("inf")
     while any(rank.is_alive() for rank in ranks):
         time.sleep(_POLL_SECONDS)
-        for rank in ranks:
+        for rank in sorted(ranks, key=lambda rank: min(rank.exitcode or 0, 0)):  # killed ranks first: others fail because of them
             if rank.exitcode and failed is None:
                 failed = rank.exitcode if rank.exitcode > 0 else 128 - rank.exitcode
                 deadline = time.monotonic() + _GRACE_SECONDS

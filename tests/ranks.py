@@ -53,22 +53,29 @@ def run_on_ranks(function: Callable[..., Any], nproc: int, *args: Any, timeout: 
 
 
 def _collect(receivers: list[Connection], deadline: float, timeout: float) -> list[Any]:
+    """Every rank's result. Of several failures the earliest is raised, since it is mostly why the others failed."""
     results: dict[int, Any] = {}
-    while len(results) < len(receivers):
-        waiting = [r for i, r in enumerate(receivers) if i not in results]
-        ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+    failures: list[tuple[int, int, str]] = []  # time, rank, text
+    while len(results) + len(failures) < len(receivers):
+        waiting = [r for i, r in enumerate(receivers) if i not in results and i not in [f[1] for f in failures]]
+        ready = wait(waiting, 0.5 if failures else max(0.0, deadline - time.monotonic()))
         if not ready:
-            silent = [i for i in range(len(receivers)) if i not in results]
-            raise RankFailure(f"rank(s) {silent} did not finish within {timeout} s")
+            break
         for receiver in ready:
             number = next(i for i, r in enumerate(receivers) if r is receiver)
             try:
-                good, value = pickle.loads(receiver.recv_bytes())
+                when, good, value = pickle.loads(receiver.recv_bytes())
             except EOFError:
-                raise RankFailure(f"rank {number} died without a word") from None
-            if not good:
-                raise RankFailure(f"rank {number} failed:\n{value}")
-            results[number] = value
+                when, good, value = 0, False, "died without a word"  # before those that could still speak
+            if good:
+                results[number] = value
+            else:
+                failures.append((when, number, value))
+    if failures:
+        _, number, text = min(failures)
+        raise RankFailure(f"rank {number} {text}")
+    if len(results) < len(receivers):
+        raise RankFailure(f"rank(s) {[i for i in range(len(receivers)) if i not in results]} did not finish within {timeout} s")
     return [results[i] for i in range(len(receivers))]
 
 
@@ -84,11 +91,11 @@ def _rank(
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=nproc, timeout=timedelta(seconds=timeout)
         )
-        message = pickle.dumps((True, function(*args)))
+        message = pickle.dumps((0, True, function(*args)))
         if dist.is_initialized():
             dist.barrier()  # none leaves while another still talks to it
     except BaseException:
-        message = pickle.dumps((False, traceback.format_exc()))
+        message = pickle.dumps((time.time_ns(), False, f"failed:\n{traceback.format_exc()}"))
     sender.send_bytes(message)
     sender.close()
     os._exit(0)  # nothing of a test's threads or groups may keep the process

@@ -33,6 +33,9 @@ class Batch:
     targets: Tensor
     starts: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.tokens.to(device), self.targets.to(device), self.starts.to(device))
+
 
 class BatchLoader:
     """Training batches as a function of the step alone.

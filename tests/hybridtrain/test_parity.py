@@ -2,7 +2,8 @@
 
 Layouts sum float32 gradients in different orders, so equality is of real numbers, not of bits. Rounding grows in three places:
 row-wise Adam divides a row's gradient by its own size, also where it nearly cancels; a token whose router scores tie may choose
-another expert; a gate that crosses zero or its floor jumps. The last two change a few tokens' rows at once, whose number is bounded.
+another expert; a gate that crosses zero or its floor jumps. The last two change a few tokens' rows at once, and their number
+is bounded.
 """
 
 from __future__ import annotations

@@ -1,0 +1,100 @@
+"""Settings: what contradicts itself and what the user reads then; the layer pattern."""
+
+from __future__ import annotations
+
+import pytest
+
+from hybridtrain.config import parse_settings
+from hybridtrain.errors import SettingsError
+from hybridtrain.settings import LayerSpec, Settings, layer_specs, memory_layers
+
+LAYER = 'write "[N*][memory+]MIXER+FEEDFORWARD" with MIXER one of attention and FEEDFORWARD one of dense, moe'
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problems"),
+    [
+        (
+            ["model.attention.num_kv_heads=3"],
+            ["model.attention.num_kv_heads=3 does not divide num_heads=4; it may be 1, 2 or 4"],
+        ),
+        (["model.attention.head_dim=7"], ["model.attention.head_dim=7 is odd; RoPE needs an even one, e.g. 8"]),
+        (["model.moe.top_k=9"], ["model.moe.top_k=9 exceeds num_experts=8; it may be 1 to 8"]),
+        (["model.moe.num_groups=3"], ["model.moe.num_groups=3 does not divide num_experts=8; it may be 1, 2, 4 or 8"]),
+        (
+            ["model.moe.num_groups=4", "model.moe.top_groups=5"],
+            ["model.moe.top_groups=5 exceeds num_groups=4; it may be 1 to 4"],
+        ),
+        (
+            ["model.moe.num_groups=4", "model.moe.top_groups=1", "model.moe.top_k=3"],
+            ["model.moe.top_k=3 exceeds the 2 experts in top_groups=1 groups; it may be 1 to 2"],
+        ),
+        (["memory.orders=[3,2]"], ["memory.orders=[3, 2] must be rising n-gram lengths from 2 on, e.g. [2, 3]"]),
+        (["memory.orders=[1,2]"], ["memory.orders=[1, 2] must be rising n-gram lengths from 2 on, e.g. [2, 3]"]),
+        (["memory.orders=[2,2]"], ["memory.orders=[2, 2] must be rising n-gram lengths from 2 on, e.g. [2, 3]"]),
+        (["memory.orders=[]"], ["memory.orders=[] must be rising n-gram lengths from 2 on, e.g. [2, 3]"]),
+        (
+            ["train.global_batch=6", "train.micro_batches=4"],
+            ["train.micro_batches=4 does not divide train.global_batch=6; it may be 1, 2, 3 or 6"],
+        ),
+        (
+            ["train.micro_batches=2", "memory.exchange_groups=3"],
+            ["memory.exchange_groups=3 does not divide train.micro_batches=2; it may be 1 or 2"],
+        ),
+        (
+            ["data.tokenizer=t.json", "data.vocab_size=100"],
+            ["data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out"],
+        ),
+        (["model.layers=[]"], ["model.layers is empty; a model needs at least one layer"]),
+        (['model.layers=["attention+fast"]'], [f'model.layers: "attention+fast" is no layer; {LAYER}']),
+        (['model.layers=["attention"]'], [f'model.layers: "attention" is no layer; {LAYER}']),
+        (['model.layers=["0*attention+moe"]'], [f'model.layers: "0*attention+moe" is no layer; {LAYER}']),
+        (
+            ["model.attention.head_dim=5", "model.moe.top_k=11", "train.micro_batches=5"],
+            [
+                "model.attention.head_dim=5 is odd; RoPE needs an even one, e.g. 6",
+                "model.moe.top_k=11 exceeds num_experts=8; it may be 1 to 8",
+                "train.micro_batches=5 does not divide train.global_batch=32; it may be 1, 2, 4, 8, 16 or 32",
+            ],
+        ),
+    ],
+)
+def test_contradictions_are_all_told_with_what_would_be_legal(overrides: list[str], problems: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings({}, overrides)
+    assert caught.value.problems == problems
+    assert str(caught.value) == "\n".join([f"settings: {len(problems)} problem(s)", *(f"  {p}" for p in problems)])
+
+
+@pytest.mark.parametrize(("key", "width"), [("model.dim", 50), ("model.moe.hidden", 30)])
+def test_widths_that_grouped_products_cannot_have_are_refused_where_there_are_experts(key: str, width: int) -> None:
+    text = f"{key}={width} is no multiple of 4, as grouped products need (rows of 16 bytes); the next is {width + 2}"
+    with pytest.raises(SettingsError) as caught:
+        parse_settings({}, [f"{key}={width}"])
+    assert caught.value.problems == [text]
+    parse_settings({}, [f"{key}={width}", 'model.layers=["attention+dense"]'])
+
+
+def test_layers_are_read_in_order_and_repeated() -> None:
+    settings = parse_settings({}, ['model.layers=["attention+dense", "2 * memory+attention+moe", "attention+moe"]'])
+    memory = LayerSpec(memory=True, mixer="attention", feedforward="moe")
+    assert layer_specs(settings) == (
+        LayerSpec(memory=False, mixer="attention", feedforward="dense"),
+        memory,
+        memory,
+        LayerSpec(memory=False, mixer="attention", feedforward="moe"),
+    )
+    assert memory_layers(settings) == (1, 2)
+
+
+def test_the_memory_can_be_taken_out_of_every_layer() -> None:
+    settings = parse_settings({}, ["memory.enabled=false"])
+    assert memory_layers(settings) == ()
+    assert len(layer_specs(settings)) == 4
+
+
+def test_every_field_is_frozen_and_the_defaults_agree() -> None:
+    settings = Settings()
+    assert settings == parse_settings({})
+    with pytest.raises(ValueError, match="frozen"):
+        settings.train.steps = 3  # type: ignore[misc]
