@@ -66,6 +66,7 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
         tp=parallel.tp,
         ep=parallel.ep,
         mem=parallel.mem,
+        etp=parallel.etp,
     )
     specs = layer_specs(settings)
     slots = len(settings.memory.orders) * settings.memory.heads
@@ -83,6 +84,7 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
             dense_hidden=model.dense.hidden if any(s.feedforward == "dense" for s in specs) else None,
             shared_hidden=model.moe.num_shared * model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
             memory_slots=slots if any(s.memory for s in specs) else None,
+            expert_hidden=model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
         )
     )
     return layout

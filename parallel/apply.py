@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from hybridtrain.parallel.dispatch import AllToAllDispatch
+from hybridtrain.parallel.dispatch import AllToAllDispatch, SharedWidthDispatch
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.plans import TENSOR_PARTS, TENSOR_PLAN
+from hybridtrain.parallel.plans import EXPERT_WIDTH, TENSOR_PARTS, TENSOR_PLAN
 from hybridtrain.parallel.tensor import Style, TensorAxis
 
 
@@ -32,9 +32,11 @@ def parallelize(
     for moe in [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
         if mesh.ep.size > 1 or mesh.tp.size > 1:  # ranks of tp see different tokens: to experts they are data-parallel
             experts = moe.get_submodule("experts")
-            _split_experts(experts, mesh.expert_mesh["ep"])  # first: everything after must see the local experts only
+            _split_experts(experts, mesh.expert_mesh, mesh.layout.etp)  # first: everything after must see the local experts only
             if mesh.ep.size > 1:
                 setattr(moe, "dispatch", AllToAllDispatch(mesh.ep, num_experts))  # noqa: B010  (a plain attribute of nn.Module to mypy)
+            if mesh.layout.etp > 1:  # around the dispatch over ep: that takes each token to all parts of its experts' width
+                setattr(moe, "dispatch", SharedWidthDispatch(getattr(moe, "dispatch"), mesh.tp))  # noqa: B009, B010
             # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,
             # since ep already cuts dim 0 and two cuts of one dim would interleave in checkpoints
             copies = mesh.expert_mesh["dp_replicate", "edp"] if mesh.layout.dp_replicate > 1 else mesh.expert_mesh["edp"]
@@ -75,15 +77,20 @@ def _split_tensors(model: nn.Module, axis: TensorAxis, plan: dict[str, Style]) -
                 model.set_submodule(name, style(module, axis))
 
 
-def _split_experts(experts: nn.Module, ep: DeviceMesh) -> None:
+def _split_experts(experts: nn.Module, mesh: DeviceMesh, etp: int) -> None:
     for name, param in list(experts.named_parameters(recurse=False)):
-        experts.register_parameter(name, nn.Parameter(distribute_tensor(param, ep, [Shard(0)])))
+        if etp > 1:
+            part = distribute_tensor(param, mesh["ep", "etp"], [Shard(0), Shard(EXPERT_WIDTH[name])])
+        else:
+            part = distribute_tensor(param, mesh["ep"], [Shard(0)])
+        experts.register_parameter(name, nn.Parameter(part))
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool, dim: int = 0) -> None:
     def place(param: nn.Parameter) -> Shard:
-        """Dim `dim`, or dim 1 where tp cuts dim 0 already."""
-        return Shard(1) if isinstance(param, DTensor) and param.placements == (Shard(0),) else Shard(dim)
+        """The first dim from `dim` on that is not cut already."""
+        cut = {p.dim for p in param.placements if isinstance(p, Shard)} if isinstance(param, DTensor) else set()
+        return Shard(next(d for d in range(dim, param.ndim) if d not in cut))
 
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, shard_placement_fn=place)
     assert isinstance(module, FSDPModule)  # for the type checker: fully_shard changes the module's class

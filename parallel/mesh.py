@@ -33,7 +33,7 @@ class Mesh:
     timeout: float
 
     dense_mesh: DeviceMesh | None  # ([dp_replicate,] dp_shard[, tp]): what dense parameters are cut over; see `data_mesh`
-    expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep)
+    expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep[, etp])
     memory_mesh: DeviceMesh | None  # (mem_replicate, mem)
 
     @property
@@ -100,7 +100,7 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         mem_replicate=group("mem_replicate"),
         timeout=timeout,
         dense_mesh=_device_mesh(layout, device, (*replicate, "dp_shard", *tensor)),
-        expert_mesh=_device_mesh(layout, device, (*replicate, "edp", "ep")),
+        expert_mesh=_device_mesh(layout, device, (*replicate, "edp", "ep", *(("etp",) if layout.etp > 1 else ()))),
         memory_mesh=_device_mesh(layout, device, MEMORY_AXES),
     )
 

@@ -38,6 +38,9 @@ TENSOR_PARTS: dict[str, Callable[[Any, Group], Any]] = {
 }
 """What modules hold as plain attributes, from the local default and the group."""
 
+EXPERT_WIDTH = {"w_gate": 2, "w_up": 2, "w_down": 1}
+"""The dim of the hidden width in each parameter of a module of experts; cut under etp."""
+
 SWIGLU: dict[str, Style] = {"": gather_unless_routed, ".w_gate": ColumnLinear, ".w_up": ColumnLinear, ".w_down": RowLinear}
 
 TENSOR_PLAN: dict[str, Style] = {

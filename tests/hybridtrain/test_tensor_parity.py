@@ -21,7 +21,7 @@ from tests.training import loss_curve, train_on
 LAYOUTS = [
     (2, "parallel.tp=2", "parallel.ep=2", "parallel.mem=2"),
     (4, "parallel.tp=4", "parallel.mem=4"),
-    (4, "parallel.tp=2", "parallel.ep=2", "parallel.mem=1"),
+    (4, "parallel.tp=2", "parallel.ep=2", "parallel.mem=1", "parallel.etp=2"),
     (4, "parallel.tp=2", "parallel.ep=4", "parallel.mem=2", "parallel.reshard_after_forward=true"),
 ]
 

@@ -203,5 +203,7 @@ def test_a_model_has_the_gradients_of_one_rank() -> None:
         ({"tp": 2}, ()),
         ({"tp": 2, "ep": 4}, ("model.tie_embeddings=true", "parallel.reshard_after_forward=true")),
         ({"tp": 2, "dp_replicate": 2, "ep": 2}, ("memory.conv=false",)),
+        ({"tp": 2, "ep": 2, "etp": 2}, ()),
+        ({"tp": 2, "etp": 2}, ("model.moe.score=sigmoid",)),
     ]
     run_on_ranks(whole_models, 4, cases)
