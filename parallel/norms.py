@@ -23,6 +23,8 @@ def sum_over_tp(params: Iterable[Tensor], tp: Group) -> None:
     if tp.size == 1:
         return
     grads = local_gradients(p for p in params if _is_copied(p))
+    if not grads:
+        return
     flat = all_reduce_(torch.cat([grad.flatten() for grad in grads]), tp)
     for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(total.view_as(grad))
