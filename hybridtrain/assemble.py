@@ -69,6 +69,7 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
         tp=parallel.tp,
         ep=parallel.ep,
         mem=parallel.mem,
+        etp=parallel.etp,
     )
     specs = layer_specs(settings)
     has_conv = settings.memory.conv and any(s.memory for s in specs)
@@ -85,6 +86,10 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
             num_experts=model.moe.num_experts if any(s.feedforward == "moe" for s in specs) else None,
             conv_reach=(settings.memory.conv_kernel - 1) * max(settings.memory.orders) if has_conv else 0,
             memory_rows=slots * settings.memory.rows_per_head if any(s.memory for s in specs) else None,
+            dense_hidden=model.dense.hidden if any(s.feedforward == "dense" for s in specs) else None,
+            shared_hidden=model.moe.num_shared * model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
+            memory_slots=slots if any(s.memory for s in specs) else None,
+            expert_hidden=model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
         )
     )
     return layout

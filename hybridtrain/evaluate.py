@@ -35,7 +35,7 @@ def evaluate(parts: Parts, split: Split, batches: int = 0) -> dict[str, float]:
         sums += torch.stack([nats.double(), (batch.targets[0] != IGNORED).sum().double()])
     if memory is not None:
         memory.rows.clear()
-    total, tokens = all_reduce_(sums, mesh.world).tolist()
+    total, tokens = (all_reduce_(sums, mesh.world) / mesh.layout.tp).tolist()  # tp ranks have the same losses
     bytes_per_token = split.num_bytes / (split.num_tokens - 1)
     loss = total / tokens
     return {

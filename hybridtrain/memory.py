@@ -43,11 +43,14 @@ class TableMemory:
         }
 
     def plan(self, batch: Batch, evaluate: bool = False) -> StepPlan:
-        """Which rows the batch needs, from whom; collective, from tokens alone. Evaluation has its own groups, so that
-        it may plan in the main thread while training plans ahead in another."""
+        """Which rows the batch needs, from whom; collective, from tokens alone. A rank of `tp` takes its own slots only.
+
+        Evaluation has its own groups, so that it may plan in the main thread while training plans ahead in another.
+        """
         ids = row_ids(self.addressing, batch.tokens, batch.starts)  # of whole sequences: n-grams reach over the borders of cp
         if self.positions is not None:
             ids = ids.index_select(2, self.positions)
+        ids = ids.chunk(self.mesh.tp.size, -1)[self.mesh.tp.rank]
         return self._planners["eval_plan" if evaluate else "plan"].plan(ids)
 
     def fetch(self, plan: StepPlan, exchange: RowPlan) -> None:

@@ -207,6 +207,8 @@ def implementations(parts: Parts) -> dict[str, str]:
         "permute": "torch index_select, own backward",
         "head and loss": "torch cross_entropy" if cuda else "blocked over tokens, own backward",
     }
+    if parts.mesh.tp.size > 1:
+        ops["head and loss"] = f"vocabulary over tp={parts.mesh.tp.size}, blocked over tokens, own backward"
     if parts.memory is not None:
         ops |= {
             "engram_hash": "torch int64",

@@ -144,8 +144,9 @@ class ParallelSettings(_Section):
         -1, description="ranks that parameters are sharded over and that read different sequences; -1: what is left"
     )
     cp: Positive = Field(1, description="ranks that share a sequence, each with two of its 2*cp chunks")
-    tp: Positive = Field(1, description="ranks that share a matrix (not carried by this version)")
+    tp: Positive = Field(1, description="ranks that share a matrix and, between matrices, a sequence")
     ep: Positive = Field(1, description="ranks that share one set of experts; divides dp_shard * cp * tp")
+    etp: Positive = Field(1, description="ranks that share the width of an expert: 1, or tp instead of folding experts over it")
     mem: Axis = Field(-1, description="ranks that share one copy of the lookup table; -1: all of them")
     reshard_after_forward: bool = Field(False, description="free gathered parameters between forward and backward (ZeRO-3)")
     timeout: Positive = Field(300, description="seconds a collective may take before the run is ended")

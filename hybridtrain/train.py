@@ -24,7 +24,7 @@ from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.parallel.apply import sync_gradients
 from hybridtrain.parallel.collectives import Group, all_reduce_
 from hybridtrain.parallel.mesh import close_mesh
-from hybridtrain.parallel.norms import clip_by_global_norm, local_gradients
+from hybridtrain.parallel.norms import clip_by_global_norm, local_gradients, sum_over_tp, tp_copies
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.report import Report
 from hybridtrain.run_folder import RunFolder
@@ -150,10 +150,14 @@ def train_step(parts: Parts, step: int, batch: Batch, plan: StepPlan | None, clo
     with clock.phase("reduce"):
         if memory is not None and rows_grad is not None:
             memory.exchange.reduce_replicas(rows_grad)
+        loss /= parts.mesh.layout.tp  # its ranks have the same losses
         sums = reduce_sums({"loss": loss, "stop": torch.tensor(float(stop)), **collect(model)}, parts.mesh.world)
         reset(model)
-        grads = local_gradients(p for o in parts.optimizers for g in o.param_groups for p in g["params"])
-        norm, table_norm = clip_by_global_norm(grads, rows_grad, parts.mesh, settings.optim.clip_norm)
+        params = [p for o in parts.optimizers for g in o.param_groups for p in g["params"]]
+        sum_over_tp(params, parts.mesh.tp)
+        norm, table_norm = clip_by_global_norm(
+            local_gradients(params), rows_grad, parts.mesh, settings.optim.clip_norm, tp_copies(params, parts.mesh.tp)
+        )
     totals = Totals(float(sums.pop("loss")), sums, bool(sums.pop("stop") > 0), norm, table_norm)
 
     if math.isfinite(totals.loss) and math.isfinite(norm):

@@ -12,8 +12,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from hybridtrain.parallel.context import ContextParallel
-from hybridtrain.parallel.dispatch import AllToAllDispatch
+from hybridtrain.parallel.dispatch import AllToAllDispatch, SharedWidthDispatch
 from hybridtrain.parallel.mesh import Mesh
+from hybridtrain.parallel.plans import EXPERT_WIDTH, TENSOR_PARTS, TENSOR_PLAN
+from hybridtrain.parallel.tensor import Style, TensorAxis
 
 
 def parallelize(
@@ -29,25 +31,31 @@ def parallelize(
 
     A MoE module is one that has `experts` (a module of `[E, …]` parameters) and `dispatch` (replaced under ep > 1).
     """
-    if mesh.dense_mesh is None or mesh.expert_mesh is None:
+    if mesh.dense_mesh is None or mesh.data_mesh is None or mesh.expert_mesh is None:
         return
-    if context is not None:  # no parameter changes: before or after the rest makes no difference, so it stands first
+    if context is not None:  # no parameter changes, but tp's convolution goes around this one, so it stands first
         for module in model.modules():
             for name in ("attend", "convolve"):
                 if hasattr(module, name):
                     setattr(module, name, getattr(context, name))
+    if mesh.tp.size > 1:
+        # before ep and FSDP: it decides what a module computes, they only decide where the parts of a parameter lie
+        _split_tensors(model, TensorAxis(mesh.tp, mesh.dense_mesh["tp"]), TENSOR_PLAN)
     for moe in [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
-        if mesh.ep.size > 1:
+        if mesh.ep.size > 1 or mesh.tp.size > 1:  # ranks of tp see different tokens: to experts they are data-parallel
             experts = moe.get_submodule("experts")
-            _split_experts(experts, mesh.expert_mesh["ep"])  # first: everything after must see the local experts only
-            setattr(moe, "dispatch", AllToAllDispatch(mesh.ep, num_experts))  # noqa: B010  (a plain attribute of nn.Module to mypy)
+            _split_experts(experts, mesh.expert_mesh, mesh.layout.etp)  # first: everything after must see the local experts only
+            if mesh.ep.size > 1:
+                setattr(moe, "dispatch", AllToAllDispatch(mesh.ep, num_experts))  # noqa: B010  (a plain attribute of nn.Module to mypy)
+            if mesh.layout.etp > 1:  # around the dispatch over ep: that takes each token to all parts of its experts' width
+                setattr(moe, "dispatch", SharedWidthDispatch(getattr(moe, "dispatch"), mesh.tp))  # noqa: B009, B010
             # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,
             # since ep already cuts dim 0 and two cuts of one dim would interleave in checkpoints
             copies = mesh.expert_mesh["dp_replicate", "edp"] if mesh.layout.dp_replicate > 1 else mesh.expert_mesh["edp"]
             _shard(experts, copies, reshard_after_forward, dim=1)
     for layer in layers:
-        _shard(layer, mesh.dense_mesh, reshard_after_forward)  # layer by layer: one gather per layer, overlapping the one before
-    _shard(model, mesh.dense_mesh, False)  # last: the root takes what no layer holds (embedding, final norm, head)
+        _shard(layer, mesh.data_mesh, reshard_after_forward)  # layer by layer: one gather per layer, overlapping the one before
+    _shard(model, mesh.data_mesh, False)  # last: the root takes what no layer holds (embedding, final norm, head)
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -67,13 +75,36 @@ def write_local(param: Tensor, draw: Callable[[slice], Tensor]) -> None:
     param.to_local().copy_(part)
 
 
-def _split_experts(experts: nn.Module, ep: DeviceMesh) -> None:
+def _split_tensors(model: nn.Module, axis: TensorAxis, plan: dict[str, Style]) -> None:
+    """Hand in what works on sequence shards, and put every module that `plan` names in its style."""
+    for module in model.modules():
+        for attribute, make in TENSOR_PARTS.items():
+            if attribute in vars(module):
+                setattr(module, attribute, make(getattr(module, attribute), axis.group))
+    patterns = [(pattern.split("."), style) for pattern, style in plan.items()]
+    for name, module in list(model.named_modules()):
+        parts = name.split(".")
+        for pattern, style in patterns:
+            if len(parts) == len(pattern) and all(p in ("*", n) for p, n in zip(pattern, parts, strict=True)):
+                model.set_submodule(name, style(module, axis))
+
+
+def _split_experts(experts: nn.Module, mesh: DeviceMesh, etp: int) -> None:
     for name, param in list(experts.named_parameters(recurse=False)):
-        experts.register_parameter(name, nn.Parameter(distribute_tensor(param, ep, [Shard(0)])))
+        if etp > 1:
+            part = distribute_tensor(param, mesh["ep", "etp"], [Shard(0), Shard(EXPERT_WIDTH[name])])
+        else:
+            part = distribute_tensor(param, mesh["ep"], [Shard(0)])
+        experts.register_parameter(name, nn.Parameter(part))
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool, dim: int = 0) -> None:
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, shard_placement_fn=lambda _: Shard(dim))
+    def place(param: nn.Parameter) -> Shard:
+        """The first dim from `dim` on that is not cut already."""
+        cut = {p.dim for p in param.placements if isinstance(p, Shard)} if isinstance(param, DTensor) else set()
+        return Shard(next(d for d in range(dim, param.ndim) if d not in cut))
+
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, shard_placement_fn=place)
     assert isinstance(module, FSDPModule)  # for the type checker: fully_shard changes the module's class
     # every loss is already divided by the tokens of the whole step, so gradients are summed over ranks, never averaged
     module.set_gradient_divide_factor(1.0)

@@ -90,18 +90,22 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        out = x.new_empty((group.size, *x.shape))
-        dist.all_gather_single(out.flatten(0, 1), x.contiguous(), group=group.process_group)
-        _count(group, "all_gather", (group.size - 1) * x.numel() * x.element_size())
-        return out
+        return _all_gather(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        group = ctx.group
-        out = grads[0].new_empty(grads[0].shape[1:])
-        dist.reduce_scatter_single(out, grads[0].contiguous().flatten(0, 1), group=group.process_group)
-        _count(group, "reduce_scatter", (group.size - 1) * out.numel() * out.element_size())
-        return out, None
+        return _reduce_scatter(grads[0], ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _all_gather(grads[0], ctx.group), None
 
 
 def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
@@ -109,6 +113,28 @@ def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return x[None]
     out: Tensor = _AllGather.apply(x, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks of `x[i]` on rank i; dim 0 is the group's size. Its gradient is every rank's, stacked."""
+    if group.size == 1:
+        return x[0]
+    out: Tensor = _ReduceScatter.apply(x, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _all_gather(x: Tensor, group: Group) -> Tensor:
+    out = x.new_empty((group.size, *x.shape))
+    dist.all_gather_single(out, x.contiguous()[None], group=group.process_group)
+    _count(group, "all_gather", (group.size - 1) * x.numel() * x.element_size())
+    return out
+
+
+def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    out = x.new_empty(x.shape[1:])
+    dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group)
+    _count(group, "reduce_scatter", (group.size - 1) * out.numel() * out.element_size())
     return out
 
 

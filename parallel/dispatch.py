@@ -7,13 +7,23 @@ X (received token, local expert) pairs, D model width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridtrain.parallel.collectives import Group, all_to_all, all_to_all_autograd, exchange_counts
+from hybridtrain.parallel.collectives import (
+    Group,
+    all_gather_autograd,
+    all_to_all,
+    all_to_all_autograd,
+    exchange_counts,
+    reduce_scatter_autograd,
+)
 
 Experts = Callable[[Tensor, Tensor], Tensor]  # (x_XD sorted by expert, counts of each local expert) -> y_XD
+
+Dispatch = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # (x_ND, experts_NK, gates_NK, experts) -> y_ND
 
 
 class AllToAllDispatch:
@@ -50,3 +60,16 @@ class AllToAllDispatch:
         y_XD = experts(x_QD.index_select(0, token_X), counts)
         y_XD = y_XD * gates_QK.flatten()[pair_X, None].to(y_XD.dtype)
         return torch.zeros_like(x_QD).index_add(0, token_X, y_XD)
+
+
+class SharedWidthDispatch:
+    """Around another dispatch, for experts whose hidden width is cut over a group: its ranks gather their tokens, each makes
+    a part of every output, and the parts are summed back to the ranks that the tokens came from."""
+
+    def __init__(self, inner: Dispatch, group: Group) -> None:
+        self.inner, self.group = inner, group
+
+    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts) -> Tensor:
+        """As the inner dispatch's, for as many tokens on every rank of the group."""
+        x, chosen, gates = (all_gather_autograd(part, self.group).flatten(0, 1) for part in (x_ND, experts_NK, gates_NK))
+        return reduce_scatter_autograd(self.inner(x, chosen, gates, experts).unflatten(0, (self.group.size, -1)), self.group)

@@ -1,7 +1,7 @@
 """The layout of a run: which rank stands where on every axis, and whether the model fits. Pure Python, no torch.
 
 Dense mesh `pp × dp_replicate × dp_shard × cp × tp`, slowest axis first (tp neighbours are neighbouring ranks).
-Experts fold over `dp_shard × cp × tp` as `edp × ep`; lookup tables over all ranks as `mem_replicate × mem`.
+Experts fold over `dp_shard × cp × tp` as `edp × ep × etp`; lookup tables over all ranks as `mem_replicate × mem`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from math import prod
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep")
+EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep", "etp")
 MEMORY_AXES = ("mem_replicate", "mem")
-CARRIED = "dp_replicate, dp_shard, cp, ep and mem"
+CARRIED = "dp_replicate, dp_shard, cp, tp, ep and mem"
 
 
 class LayoutError(ValueError):
@@ -39,6 +39,10 @@ class ModelFacts:
     num_experts: int | None
     memory_rows: int | None
     conv_reach: int = 0  # tokens that the memory's convolution looks back
+    dense_hidden: int | None = None
+    shared_hidden: int | None = None  # width of all shared experts together
+    memory_slots: int | None = None  # of one memory layer
+    expert_hidden: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Layout:
     tp: int
     ep: int
     mem: int
+    etp: int = 1
 
     @classmethod
     def resolve(
@@ -66,6 +71,7 @@ class Layout:
         tp: int = 1,
         ep: int = 1,
         mem: int = -1,
+        etp: int = 1,
     ) -> Layout:
         """The layout of `world` ranks; `dp_shard=-1` takes the ranks the other axes leave, `mem=-1` takes all.
 
@@ -73,15 +79,17 @@ class Layout:
         """
         others = pp * dp_replicate * cp * tp
         shard = dp_shard if dp_shard != -1 else max(1, world // others)
-        layout = cls(world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem)
+        layout = cls(world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem, etp)
         out: list[str] = []
         if others * shard != world:
             named = [f"{a} {getattr(layout, a)}" for a in DENSE_AXES if getattr(layout, a) > 1]
             mend = f"set dp_shard={world // others} or dp_shard=-1" if world % others == 0 else _mend_world(layout, others)
             out.append(f"parallel: {' x '.join(named) or 'all axes 1'} = {others * shard} ranks, not {world}; {mend}")
-        if layout.ep < 1 or layout.expert_ranks % layout.ep:
+        if etp not in (1, tp):
+            out.append(f"parallel.etp={etp} is neither 1 nor tp; etp may be {choices(sorted({1, tp}))}")
+        elif layout.ep < 1 or layout.expert_ranks % layout.ep:
             out.append(
-                f"parallel.ep={ep} does not divide dp_shard x cp x tp = {layout.expert_ranks}; "
+                f"parallel.ep={ep} does not divide {layout._fold} = {layout.expert_ranks}; "
                 f"ep may be {choices(divisors(layout.expert_ranks))}"
             )
         if layout.mem < 1 or world % layout.mem:
@@ -92,8 +100,12 @@ class Layout:
 
     @property
     def expert_ranks(self) -> int:
-        """Ranks that experts fold over."""
-        return self.dp_shard * self.cp * self.tp
+        """Ranks that whole experts, or under etp groups that share their width, fold over."""
+        return self.dp_shard * self.cp * (self.tp if self.etp == 1 else 1)
+
+    @property
+    def _fold(self) -> str:
+        return "dp_shard x cp x tp" if self.etp == 1 else "dp_shard x cp"
 
     @property
     def fsdp(self) -> int:
@@ -154,22 +166,28 @@ class Layout:
             )
         if self.ep > 1 and facts.num_experts is None:
             out.append(f"parallel.ep={self.ep} but no layer of model.layers is moe; ep may be 1")
+        elif self.etp > 1 and facts.num_experts is None:
+            out.append(f"parallel.etp={self.etp} but no layer of model.layers is moe; etp may be 1")
         elif facts.num_experts is not None and facts.num_experts % self.ep:
             out.append(
                 f"parallel.ep={self.ep} does not divide model.moe.num_experts={facts.num_experts}; "
                 f"ep may be {choices(divisors(facts.num_experts))}"
             )
-        elif self.ep > 1 and facts.dim % self.edp:
+        elif (self.ep > 1 or self.tp > 1) and facts.num_experts is not None and facts.dim % self.edp:
             out.append(
-                f"parallel: edp = dp_shard x cp x tp / ep = {self.edp} does not divide model.dim={facts.dim}; "
+                f"parallel: edp = {self._fold} / ep = {self.edp} does not divide model.dim={facts.dim}; "
                 f"edp may be {choices(divisors(facts.dim))}"
             )
         for axis, key, number in (
             ("tp", "model.attention.num_kv_heads", facts.num_kv_heads),
             ("tp", "model.attention.num_heads", facts.num_heads),
+            ("tp", "train.seq_len" if self.cp == 1 else "train.seq_len / cp", facts.seq_len // self.cp),
+            ("tp", "model.dense.hidden", facts.dense_hidden),
+            ("tp", "model.moe.num_shared x hidden", facts.shared_hidden),
+            ("tp", "len(memory.orders) x memory.heads", facts.memory_slots),
         ):
             degree = getattr(self, axis)
-            if number % degree:
+            if number is not None and number % degree:
                 out.append(f"parallel.{axis}={degree} does not divide {key}={number}; {axis} may be {choices(divisors(number))}")
         chunk = facts.seq_len // (2 * self.cp)
         if self.cp > 1 and facts.seq_len % (2 * self.cp):
@@ -180,17 +198,24 @@ class Layout:
                 f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {facts.conv_reach} of memory.conv's reach; "
                 f"set train.seq_len >= {2 * self.cp * facts.conv_reach} or memory.conv=false"
             )
+        if self.etp > 1 and facts.expert_hidden is not None and facts.expert_hidden % (4 * self.etp):
+            out.append(
+                f"parallel.etp={self.etp} cuts model.moe.hidden={facts.expert_hidden} into no multiples of 4, as grouped products "
+                f"need; set model.moe.hidden={_next_multiple(facts.expert_hidden, 4 * self.etp)} or etp=1"
+            )
+        if self.tp > 1 and facts.dim % self.fsdp:  # tp cuts one dim of a matrix, so FSDP cuts the other, evenly
+            out.append(
+                f"parallel: dp_shard x cp = {self.fsdp} does not divide model.dim={facts.dim}, as it must under tp; "
+                f"it may be {choices(divisors(facts.dim))}"
+            )
         if self.pp > facts.num_layers:
             out.append(f"parallel.pp={self.pp} exceeds the model's {facts.num_layers} layers; pp may be 1 to {facts.num_layers}")
         if facts.memory_rows is not None and facts.memory_rows < self.mem:
             out.append(
                 f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set memory.rows_per_head higher or mem=1"
             )
-        out += [
-            f"parallel.{axis}={getattr(self, axis)}: this version trains over {CARRIED} only; {axis} may be 1"
-            for axis in ("pp", "tp")
-            if getattr(self, axis) > 1
-        ]
+        if self.pp > 1:
+            out.append(f"parallel.pp={self.pp}: this version trains over {CARRIED} only; pp may be 1")
         if out:
             raise LayoutError(self.world, out)
 
@@ -198,7 +223,7 @@ class Layout:
         """The axes above one, in order: `dp_shard 4 · ep 2 · mem 4`."""
         named = [
             f"{axis} {getattr(self, axis)}"
-            for axis in (*DENSE_AXES, "ep", "edp", "mem", "mem_replicate")
+            for axis in (*DENSE_AXES, "ep", "etp", "edp", "mem", "mem_replicate")
             if getattr(self, axis) > 1
         ]
         return " · ".join(named) or "one rank"

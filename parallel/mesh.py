@@ -27,14 +27,23 @@ class Mesh:
     world: Group
     dp: Group
     cp: Group
+    tp: Group
     ep: Group
     mem: Group
     mem_replicate: Group
     timeout: float
 
-    dense_mesh: DeviceMesh | None  # ([dp_replicate,] fsdp): what dense parameters are sharded over, HSDP where it has two dims
-    expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep)
+    dense_mesh: DeviceMesh | None  # ([dp_replicate,] fsdp[, tp]): what dense parameters are cut over; see `data_mesh`
+    expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep[, etp])
     memory_mesh: DeviceMesh | None  # (mem_replicate, mem)
+
+    @property
+    def data_mesh(self) -> DeviceMesh | None:
+        """The dims of `dense_mesh` over which parameters are sharded for memory's sake: HSDP where there are two."""
+        if self.dense_mesh is None or self.layout.tp == 1:
+            return self.dense_mesh
+        assert self.dense_mesh.mesh_dim_names is not None  # for the type checker: _device_mesh names them
+        return self.dense_mesh[self.dense_mesh.mesh_dim_names[:-1]]
 
     def planning_groups(self, name: str) -> tuple[Group, Group]:
         """Own copies of `mem` and `mem_replicate` for one planner: always gloo (ids live on the CPU), never shared between threads.
@@ -74,6 +83,7 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         )
 
     replicate = ("dp_replicate",) if layout.dp_replicate > 1 else ()  # a replicate dim of one would still cost an all-reduce
+    tensor = ("tp",) if layout.tp > 1 else ()
 
     def group(axis: str) -> Group:
         return _group(layout, rank, axis, axis, traffic, timeout)
@@ -86,12 +96,13 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         world=group("world"),
         dp=group("dp"),
         cp=group("cp"),
+        tp=group("tp"),
         ep=group("ep"),
         mem=group("mem"),
         mem_replicate=group("mem_replicate"),
         timeout=timeout,
-        dense_mesh=_device_mesh(layout, device, (*replicate, "fsdp")),
-        expert_mesh=_device_mesh(layout, device, (*replicate, "edp", "ep")),
+        dense_mesh=_device_mesh(layout, device, (*replicate, "fsdp", *tensor)),
+        expert_mesh=_device_mesh(layout, device, (*replicate, "edp", "ep", *(("etp",) if layout.etp > 1 else ()))),
         memory_mesh=_device_mesh(layout, device, MEMORY_AXES),
     )
 

@@ -37,6 +37,8 @@ class HybridLM(nn.Module):
         self.head = None if model.tie_embeddings else nn.Linear(model.dim, vocab_size, bias=False)
         self.rows = StepRows()
         self.positions_T: Tensor | None = None  # which tokens of a sequence are here; None: all
+        # A parallel layout may hand in others: `project` makes the logits of tied embeddings.
+        self.head_losses, self.project = head_losses_sum, F.linear
 
     def forward(
         self,
@@ -66,5 +68,5 @@ class HybridLM(nn.Module):
             stream = layer(stream, context, rows_BTSC)
         h_BTD = self.norm(self.residual.finish(stream))
         if targets_BT is not None:
-            return head_losses_sum(h_BTD, (self.head or self.embed).weight, targets_BT)
-        return F.linear(h_BTD, self.embed.weight) if self.head is None else self.head(h_BTD)
+            return self.head_losses(h_BTD, (self.head or self.embed).weight, targets_BT)
+        return self.project(h_BTD, self.embed.weight) if self.head is None else self.head(h_BTD)

@@ -79,7 +79,7 @@ def build(degrees: dict[str, int] | None, reshard: bool = False) -> Model:
     with torch.device("meta"):
         model = Model()
     mesh = mesh_here(**degrees) if degrees is not None else make_mesh(Layout.resolve(1), 0, torch.device("cpu"), 60)
-    parallelize(model, model.layers, mesh, num_experts=EXPERTS, reshard_after_forward=reshard)
+    parallelize(model, model.layers, mesh, num_experts=EXPERTS, reshard_after_forward=reshard, context=None)
     materialize(model, mesh.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

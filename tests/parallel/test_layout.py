@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridtrain.parallel.layout import DENSE_AXES, EXPERT_AXES, MEMORY_AXES, Layout, LayoutError, ModelFacts
@@ -67,6 +67,10 @@ def test_coordinates(degrees: dict[str, int], rank: int, expected: dict[str, int
         ({"world": 8, "tp": 2, "dp_replicate": 2}, "dp_replicate", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ({"world": 8, "pp": 2, "tp": 2, "ep": 4}, "ep", [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ({"world": 8, "pp": 2, "tp": 2, "ep": 2}, "edp", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        # under etp the ranks of tp share the width of experts, which fold over the rest
+        ({"world": 8, "tp": 2, "ep": 2, "etp": 2}, "ep", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ({"world": 8, "tp": 2, "ep": 2, "etp": 2}, "edp", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ({"world": 8, "tp": 2, "ep": 2, "etp": 2}, "etp", [[0, 1], [2, 3], [4, 5], [6, 7]]),
         ({"world": 8, "pp": 2, "cp": 2, "mem": 4}, "mem", [[0, 1, 2, 3], [4, 5, 6, 7]]),
     ],
 )
@@ -86,6 +90,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     return Layout.resolve(world, **dense, ep=ep, mem=mem)
 
 
+@settings(deadline=None)  # 243 ranks on a busy machine
 @given(layouts())
 def test_groups_partition_the_ranks_and_agree_with_coordinates(layout: Layout) -> None:
     for axes in (DENSE_AXES, EXPERT_AXES, MEMORY_AXES):
@@ -155,6 +160,12 @@ def test_minus_one_takes_what_is_left() -> None:
             {"world": 4, "dp_replicate": 2, "ep": 4},
             ["parallel.ep=4 does not divide dp_shard x cp x tp = 2; ep may be 1 or 2"],
         ),
+        (
+            {"world": 8, "tp": 4, "etp": 2, "ep": 8},
+            ["parallel.etp=2 is neither 1 nor tp; etp may be 1 or 4"],
+        ),
+        ({"world": 2, "etp": 2}, ["parallel.etp=2 is neither 1 nor tp; etp may be 1"]),
+        ({"world": 8, "tp": 4, "etp": 4, "ep": 4}, ["parallel.ep=4 does not divide dp_shard x cp = 2; ep may be 1 or 2"]),
         ({"world": 4, "mem": 3}, ["parallel.mem=3 does not divide the 4 ranks; mem may be -1, 1, 2 or 4"]),
         ({"world": 2, "mem": 4}, ["parallel.mem=4 does not divide the 2 ranks; mem may be -1, 1 or 2"]),
         ({"world": 2, "mem": 0}, ["parallel.mem=0 does not divide the 2 ranks; mem may be -1, 1 or 2"]),
@@ -175,7 +186,7 @@ def test_impossible_arithmetic_is_refused_with_every_violation(degrees: dict[str
     assert str(caught.value) == "\n".join([f"layout does not fit {degrees['world']} ranks", *(f"  {v}" for v in violations)])
 
 
-UNBUILT = "this version trains over dp_replicate, dp_shard, cp, ep and mem only"
+UNBUILT = "this version trains over dp_replicate, dp_shard, cp, tp, ep and mem only"
 
 
 @pytest.mark.parametrize(
@@ -209,13 +220,60 @@ UNBUILT = "this version trains over dp_replicate, dp_shard, cp, ep and mem only"
             ["parallel: edp = dp_shard x cp x tp / ep = 3 does not divide model.dim=44; edp may be 1, 2, 4, 11, 22 or 44"],
         ),
         ({"world": 4}, {"memory_rows": 3}, ["parallel.mem=4 exceeds the table's 3 rows; set memory.rows_per_head higher or mem=1"]),
-        ({"world": 2, "tp": 2}, {}, [f"parallel.tp=2: {UNBUILT}; tp may be 1"]),
         (
             {"world": 4, "cp": 4},
             {"conv_reach": 9},
             [
                 "parallel.cp=4 leaves chunks of 8 tokens, fewer than the 9 of memory.conv's reach; "
                 "set train.seq_len >= 72 or memory.conv=false"
+            ],
+        ),
+        (
+            {"world": 3, "tp": 3},
+            {"num_heads": 6, "num_kv_heads": 2, "dense_hidden": 96, "shared_hidden": 40, "memory_slots": 8},
+            [
+                "parallel.tp=3 does not divide model.attention.num_kv_heads=2; tp may be 1 or 2",
+                "parallel.tp=3 does not divide train.seq_len=64; tp may be 1, 2, 4, 8, 16, 32 or 64",
+                "parallel.tp=3 does not divide model.moe.num_shared x hidden=40; tp may be 1, 2, 4, 5, 8, 10, 20 or 40",
+                "parallel.tp=3 does not divide len(memory.orders) x memory.heads=8; tp may be 1, 2, 4 or 8",
+            ],
+        ),
+        (
+            {"world": 4, "tp": 4},
+            {"num_heads": 6, "dense_hidden": 98, "seq_len": 66},
+            [
+                "parallel.tp=4 does not divide model.attention.num_heads=6; tp may be 1, 2, 3 or 6",
+                "parallel.tp=4 does not divide train.seq_len=66; tp may be 1, 2, 3, 6, 11, 22, 33 or 66",
+                "parallel.tp=4 does not divide model.dense.hidden=98; tp may be 1, 2, 7, 14, 49 or 98",
+            ],
+        ),
+        (
+            {"world": 2, "tp": 2, "etp": 2},
+            {"expert_hidden": 44},
+            [
+                "parallel.etp=2 cuts model.moe.hidden=44 into no multiples of 4, as grouped products need; "
+                "set model.moe.hidden=48 or etp=1"
+            ],
+        ),
+        (
+            {"world": 2, "tp": 2, "etp": 2},
+            {"num_experts": None},
+            ["parallel.etp=2 but no layer of model.layers is moe; etp may be 1"],
+        ),
+        (
+            {"world": 6, "tp": 2, "etp": 2},
+            {"dim": 44},
+            [
+                "parallel: edp = dp_shard x cp / ep = 3 does not divide model.dim=44; edp may be 1, 2, 4, 11, 22 or 44",
+                "parallel: dp_shard x cp = 3 does not divide model.dim=44, as it must under tp; it may be 1, 2, 4, 11, 22 or 44",
+            ],
+        ),
+        (
+            {"world": 6, "tp": 2},
+            {"dim": 44},  # without ep, experts lie on all ranks as well
+            [
+                "parallel: edp = dp_shard x cp x tp / ep = 6 does not divide model.dim=44; edp may be 1, 2, 4, 11, 22 or 44",
+                "parallel: dp_shard x cp = 3 does not divide model.dim=44, as it must under tp; it may be 1, 2, 4, 11, 22 or 44",
             ],
         ),
         ({"world": 2, "pp": 2}, {}, [f"parallel.pp=2: {UNBUILT}; pp may be 1"]),
@@ -225,9 +283,9 @@ UNBUILT = "this version trains over dp_replicate, dp_shard, cp, ep and mem only"
             [
                 "parallel.ep=3 does not divide model.moe.num_experts=8; ep may be 1, 2, 4 or 8",
                 "parallel.tp=3 does not divide model.attention.num_kv_heads=2; tp may be 1 or 2",
+                "parallel.tp=3 does not divide train.seq_len=64; tp may be 1, 2, 4, 8, 16, 32 or 64",
                 "parallel.pp=5 exceeds the model's 4 layers; pp may be 1 to 4",
                 f"parallel.pp=5: {UNBUILT}; pp may be 1",
-                f"parallel.tp=3: {UNBUILT}; tp may be 1",
             ],
         ),
         (
@@ -245,6 +303,11 @@ def test_models_that_do_not_fit_are_refused_with_every_violation(
         layout.check(replace(FACTS, **facts))
     assert caught.value.violations == violations
     assert str(caught.value).startswith(f"layout does not fit {degrees['world']} ranks\n  parallel")
+
+
+@pytest.mark.parametrize("degrees", [{"world": 2, "tp": 2}, {"world": 4, "tp": 4}, {"world": 8, "tp": 4, "ep": 8, "mem": 2}])
+def test_models_that_fit_pass_under_tp(degrees: dict[str, int]) -> None:
+    Layout.resolve(**degrees).check(replace(FACTS, dense_hidden=96, shared_hidden=48, memory_slots=8))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 24])
