@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hybridtrain.parallel.stages import stage_problems
+
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -137,7 +139,12 @@ class TrainSettings(_Section):
 class ParallelSettings(_Section):
     """Degrees of the axes; -1 takes what the world leaves. See docs/parallelism.md."""
 
-    pp: Positive = 1
+    pp: Positive = Field(1, description="ranks that the layers are cut over; each has one or several stages")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = Field(
+        "1f1b", description="order of forward and backward passes under pp"
+    )
+    stages_per_rank: Natural = Field(0, description="0: what the schedule needs, 1 for gpipe and 1f1b, 2 for the others")
+    stage_cuts: tuple[Positive, ...] = Field((), description="layers of each stage; []: balanced by parameters and operations")
     dp_replicate: Positive = 1
     dp_shard: Axis = -1
     cp: Positive = 1
@@ -249,6 +256,25 @@ def contradictions(s: Settings) -> list[str]:
         out.append(
             f"memory.exchange_groups={memory.exchange_groups} does not divide train.micro_batches={s.train.micro_batches}; "
             f"it may be {_divisors(s.train.micro_batches)}"
+        )
+    parallel = s.parallel
+    if not any("model.layers" in problem for problem in out):
+        out += stage_problems(
+            parallel.schedule,
+            parallel.pp,
+            parallel.stages_per_rank,
+            parallel.stage_cuts,
+            len(layer_specs(s)),
+            s.train.micro_batches,
+        )
+    if parallel.pp > 1 and memory.exchange_groups > 1:
+        out.append(
+            f"memory.exchange_groups={memory.exchange_groups}: a pipeline needs the rows of all micro-batches at once; it may be 1"
+        )
+    if parallel.pp > 1 and parallel.reshard_after_forward and parallel.schedule not in ("gpipe", "1f1b"):
+        out.append(
+            f"parallel.reshard_after_forward=true frees parameters that parallel.schedule={parallel.schedule} still needs; "
+            f"it may be false, or parallel.schedule gpipe or 1f1b"
         )
     if s.data.tokenizer and "vocab_size" in s.data.model_fields_set:
         out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")

@@ -20,7 +20,7 @@ from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.parallel.mesh import choose_device, make_mesh
 from hybridtrain.run_folder import find_checkpoint
 
-ONE_RANK = ["parallel.dp_shard=1", "parallel.ep=1", "parallel.mem=1"]
+ONE_RANK = [f"parallel.{axis}=1" for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "mem")]
 
 
 def open_checkpoint(path: Path) -> tuple[Parts, Path, int]:

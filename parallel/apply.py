@@ -18,11 +18,11 @@ from hybridtrain.parallel.mesh import Mesh
 def parallelize(
     model: nn.Module, layers: Iterable[nn.Module], mesh: Mesh, *, num_experts: int, reshard_after_forward: bool
 ) -> None:
-    """Shard `model` (on the meta device) in place over `mesh`; a world of one rank is left as it is.
+    """Shard `model` or a pipeline stage of it (on the meta device) in place over `mesh`; what one rank holds is left as it is.
 
     A MoE module is one that has `experts` (a module of `[E, …]` parameters) and `dispatch` (replaced under ep > 1).
     """
-    if mesh.dense_mesh is None or mesh.expert_mesh is None:
+    if mesh.dense_mesh is None or mesh.expert_mesh is None or mesh.dense_mesh.size() == 1:
         return
     for moe in [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
         if mesh.ep.size > 1:

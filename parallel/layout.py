@@ -13,7 +13,7 @@ from math import prod
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep")
 MEMORY_AXES = ("mem_replicate", "mem")
-CARRIED = "dp_replicate, dp_shard, ep and mem"
+CARRIED = "pp, dp_replicate, dp_shard, ep and mem"
 
 
 class LayoutError(ValueError):
@@ -174,7 +174,7 @@ class Layout:
             )
         out += [
             f"parallel.{axis}={getattr(self, axis)}: this version trains over {CARRIED} only; {axis} may be 1"
-            for axis in ("pp", "cp", "tp")
+            for axis in ("cp", "tp")
             if getattr(self, axis) > 1
         ]
         if out:

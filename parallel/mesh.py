@@ -25,14 +25,17 @@ class Mesh:
     traffic: Traffic
 
     world: Group
+    pp: Group
     dp: Group
     ep: Group
     mem: Group
     mem_replicate: Group
     timeout: float
 
+    # of this rank's pipeline stage:
     dense_mesh: DeviceMesh | None  # ([dp_replicate,] dp_shard): what dense parameters are sharded over, HSDP where it has two dims
     expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep)
+    # of all ranks:
     memory_mesh: DeviceMesh | None  # (mem_replicate, mem)
 
     def planning_groups(self, name: str) -> tuple[Group, Group]:
@@ -83,6 +86,8 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         device=device,
         traffic=traffic,
         world=group("world"),
+        # its own also where it is all ranks: sends between stages must not queue behind collectives of the world
+        pp=_group(layout, rank, "pp", "pp", traffic, timeout, backend="nccl" if device.type == "cuda" else "gloo"),
         dp=group("dp"),
         ep=group("ep"),
         mem=group("mem"),
@@ -113,5 +118,6 @@ def close_mesh() -> None:
 def _device_mesh(layout: Layout, device: torch.device, axes: Sequence[str]) -> DeviceMesh | None:
     if layout.world == 1:
         return None
-    ranks = torch.arange(layout.world).view(layout.shape(axes))
-    return DeviceMesh(device.type, ranks, mesh_dim_names=tuple(axes))
+    names = ("pp", *axes) if layout.pp > 1 and axes is not MEMORY_AXES else tuple(axes)
+    mesh = DeviceMesh(device.type, torch.arange(layout.world).view(layout.shape(names)), mesh_dim_names=names)
+    return mesh[tuple(axes)] if "pp" in names else mesh

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +18,14 @@ def local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
     return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
 
 
-def clip_by_global_norm(grads: list[Tensor], rows_ND: Tensor | None, mesh: Mesh, bound: float) -> tuple[float, float]:
+def clip_by_global_norm(
+    grads: list[Tensor], rows_ND: Tensor | None, mesh: Mesh, bound: float, copies: Sequence[Tensor] = ()
+) -> tuple[float, float]:
     """Scale all gradients in place so that their global L2 norm is at most `bound` (0: only measure).
 
     `grads` are this rank's parts of the backbone, which only its dp_replicate copies hold too; `rows_ND` is the gradient
-    of this rank's touched rows, which every replica of the table holds. Returns (global norm, table's norm), in float64.
+    of this rank's touched rows, which every replica of the table holds. `copies` are gradients that another pipeline stage
+    counts: they are scaled only. Returns (global norm, table's norm), in float64.
     """
     squares = torch.zeros(2, dtype=torch.float64)
     if grads:
@@ -32,5 +35,5 @@ def clip_by_global_norm(grads: list[Tensor], rows_ND: Tensor | None, mesh: Mesh,
     backbone, table = all_reduce_(squares.to(mesh.device), mesh.world).tolist()
     norm = (backbone + table) ** 0.5
     if bound > 0 and norm > bound:
-        torch._foreach_mul_(grads if rows_ND is None else [*grads, rows_ND], bound / (norm + 1e-6))
+        torch._foreach_mul_([*grads, *copies, *([] if rows_ND is None else [rows_ND])], bound / (norm + 1e-6))
     return norm, table**0.5
