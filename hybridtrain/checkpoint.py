@@ -176,14 +176,15 @@ def _state(parts: Parts, stage: int, with_copies: bool = True) -> dict[str, Any]
     The memory goes with the rank's first stage.
     """
     model = parts.stages[stage]
+    values = model.state_dict()  # first: it puts FSDP's sharded parameters back, which a forward pass may have left gathered
     copies = set() if with_copies else set(parts.schedule.copies)
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     left_out = {names[parameter] for parameter in copies if parameter in names}
-    state: dict[str, Any] = {f"model.{name}": value for name, value in model.state_dict().items() if name not in left_out}
+    state: dict[str, Any] = {f"model.{name}": value for name, value in values.items() if name not in left_out}
     for optimizer in parts.optimizers:
-        for parameter, values in optimizer.state.items():
+        for parameter, slots in optimizer.state.items():
             if (name := names.get(parameter)) is not None and name not in left_out:
-                state |= {f"optim.{name}.{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+                state |= {f"optim.{name}.{key}": value for key, value in slots.items() if isinstance(value, Tensor)}
     if parts.memory is not None and stage == 0:
         state |= {f"memory.{name}": value for name, value in parts.memory.state().items()}
     return state

@@ -111,7 +111,7 @@ def stage_problems(schedule: str, pp: int, per_rank: int, cuts: Sequence[int], n
         out.append(f"parallel.stages_per_rank={each} does not go with parallel.schedule={schedule}; it may be {legal}")
     elif stages > num_layers:
         most = num_layers // each
-        mend = f"pp may be {choices(range(1, most + 1))}" if most else "set parallel.schedule=1f1b"
+        mend = f"pp may be {choices(range(1, most + 1))}" if most > 1 else "set parallel.pp=1"
         out.append(f"parallel.pp={pp} x stages_per_rank {each} = {stages} stages exceed the model's {num_layers} layers; {mend}")
     elif cuts and (len(cuts) != stages or sum(cuts) != num_layers):
         even = [num_layers // stages + (i < num_layers % stages) for i in range(stages)]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,13 +16,33 @@ from torch.distributed.tensor import DTensor
 from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing, resolve_layout
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
+from hybridtrain.launch.local import RENDEZVOUS
 from hybridtrain.memory import by_exchange
+from hybridtrain.metrics import read_metrics
 from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.parallel.stages import SCHEDULES
 from hybridtrain.settings import Settings
+from hybridtrain.train import train
+from hybridtrain.use import evaluate_checkpoint, generate_text
+from tests.hybridtrain.test_parity import assert_same_curve, assert_same_state, state
 from tests.ranks import run_on_ranks
-from tests.training import ci_settings, make_data
+from tests.training import ci_settings, loss_curve, make_data, train_on
 
+TIED = "model.tie_embeddings=true"
+WORLDS = {
+    1: {"one": [], "tied one": [TIED]},
+    2: {
+        "1f1b": ["parallel.pp=2"],
+        "gpipe": ["parallel.pp=2", "parallel.schedule=gpipe", "parallel.stage_cuts=[2, 2]"],
+        "dualpipev": ["parallel.pp=2", "parallel.schedule=dualpipev"],
+        "tied": ["parallel.pp=2", TIED],
+    },
+    4: {
+        "pp 4": ["parallel.pp=4", "parallel.mem=2"],
+        "pp 2, dp_shard 2, ep 2": ["parallel.pp=2", "parallel.ep=2", "parallel.reshard_after_forward=true"],
+        "zero_bubble, dp_shard 2": ["parallel.pp=2", "parallel.schedule=zero_bubble", "parallel.mem=1"],
+    },
+}
 AUX = ("model.moe.aux_weight=0.01", "model.moe.z_weight=0.001")  # losses that arise inside stages
 
 
@@ -102,7 +121,95 @@ def test_gradients_of_every_schedule(data: Path, tied: bool) -> None:
     reference = first_step(settings_of(data, *model))
     schedules = list(SCHEDULES)
     runs = run_on_ranks(first_steps, 2, [settings_of(data, *model, "parallel.pp=2", f"parallel.schedule={s}") for s in schedules])
-    for number, schedule in enumerate(schedules):
+    for number in range(len(schedules)):
         ranks = [rank[number] for rank in runs]
-        print(schedule)
         assert_same_gradients(ranks, reference)
+
+
+def train_each(runs: list[Settings], store: str) -> None:
+    """On a rank: whole training runs, one after the other."""
+    if dist.get_world_size() == 1:
+        dist.destroy_process_group()
+    for number, settings in enumerate(runs):
+        os.environ[RENDEZVOUS] = f"file://{store}{number}"  # the first run takes the world that is there
+        train(settings)
+
+
+@pytest.fixture(scope="session")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of finished runs by name. Read only: copy one before changing it."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def settings(name: str, *overrides: str) -> Settings:
+        return ci_settings(folder / name, data, "train.micro_batches=4", *overrides)
+
+    for nproc, each in WORLDS.items():
+        run_on_ranks(train_each, nproc, [settings(n, *o) for n, o in each.items()], str(folder / f"store{nproc}-"), timeout=240)
+    return {name: folder / name for each in WORLDS.values() for name in each}
+
+
+@pytest.mark.parametrize("name", [name for nproc in (2, 4) for name in WORLDS[nproc] if name != "tied"])
+def test_runs_train_alike(runs: dict[str, Path], name: str) -> None:
+    assert_same_curve(runs[name], runs["one"])
+    assert_same_state(runs[name], runs["one"])
+    ours, theirs = (read_metrics(runs[n]) for n in (name, "one"))
+    for mine, other in zip(ours, theirs, strict=True):
+        if "validation_loss" in mine:
+            assert mine["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-5)
+            assert mine["validation_tokens"] == other["validation_tokens"]
+        else:
+            assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+            assert mine["layers.2/expert_load"] == pytest.approx(other["layers.2/expert_load"], abs=2e-3)
+            assert mine["layers.1/gate_mean"] == pytest.approx(other["layers.1/gate_mean"], rel=1e-4)
+
+
+def test_1f1b_and_gpipe_are_bitwise_equal(runs: dict[str, Path]) -> None:
+    assert loss_curve(runs["1f1b"]) == loss_curve(runs["gpipe"])
+    ours, theirs = state(runs["1f1b"], 20), state(runs["gpipe"], 20)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_a_checkpoint_of_a_pipeline_is_used_in_one_process(runs: dict[str, Path]) -> None:
+    run = runs["pp 2, dp_shard 2, ep 2"]
+    values = evaluate_checkpoint(run, "validation", None, 2)
+    last = [line for line in read_metrics(run) if "validation_loss" in line][-1]
+    assert values["loss"] == pytest.approx(last["validation_loss"], rel=1e-5)
+    assert len(generate_text(run, "The people", 5, 0.0, 0, 0)) > len("The people")
+
+
+def resumed(run: Path, folder: Path, nproc: int, data: Path, *overrides: str) -> Path:
+    """A copy of the run without what came after step 10, trained on from there at another layout."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000020")
+    (folder / "checkpoints" / "latest").write_text("step-00000010")
+    train_on(nproc, ci_settings(folder, data, "train.micro_batches=4", *overrides), resume=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "nproc", "overrides"),
+    [
+        ("pp 2, dp_shard 2, ep 2", 1, []),
+        ("one", 2, ["parallel.pp=2", "parallel.schedule=zbv"]),
+        ("dualpipev", 2, ["parallel.pp=2", "parallel.stage_cuts=[3, 1]"]),
+    ],
+    ids=["pp 2 to one rank", "one rank to zbv", "dualpipev to 1f1b"],
+)
+def test_a_run_goes_on_at_another_layout(
+    runs: dict[str, Path], data: Path, tmp_path: Path, name: str, nproc: int, overrides: list[str]
+) -> None:
+    again = resumed(runs[name], tmp_path / "run", nproc, data, *overrides)
+    assert_same_curve(again, runs["one"])
+    assert_same_state(again, runs["one"])
+
+
+def test_tied_embeddings_are_saved_once_and_stay_equal(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    again = resumed(runs["tied"], tmp_path / "run", 2, data, TIED, "parallel.pp=2", "parallel.schedule=zbv")
+    for run in (runs["tied"], again):
+        assert_same_curve(run, runs["tied one"])
+        assert_same_state(run, runs["tied one"])
+    ours, theirs = (read_metrics(runs[name]) for name in ("tied", "tied one"))
+    for mine, other in zip(ours[:5], theirs[:5], strict=True):
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)  # the copy's gradient is not counted
