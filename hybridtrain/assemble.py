@@ -28,7 +28,7 @@ from hybridtrain.parallel.layout import Layout, ModelFacts
 from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, world_from_environment
 from hybridtrain.parallel.pipeline import Pipeline, StageModule
 from hybridtrain.parallel.schedule import Accumulation, Schedule
-from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages
+from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages, stage_problems
 from hybridtrain.settings import Settings, layer_specs, memory_layers
 
 
@@ -98,7 +98,15 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
             num_kv_heads=model.attention.num_kv_heads,
             num_experts=model.moe.num_experts if any(s.feedforward == "moe" for s in specs) else None,
             memory_rows=slots * settings.memory.rows_per_head if any(s.memory for s in specs) else None,
-        )
+        ),
+        stage_problems(
+            parallel.schedule,
+            parallel.pp,
+            parallel.stages_per_rank,
+            parallel.stage_cuts,
+            len(specs),
+            settings.train.micro_batches,
+        ),
     )
     return layout
 

@@ -11,8 +11,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hybridtrain.parallel.stages import stage_problems
-
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -258,15 +256,6 @@ def contradictions(s: Settings) -> list[str]:
             f"it may be {_divisors(s.train.micro_batches)}"
         )
     parallel = s.parallel
-    if not any("model.layers" in problem for problem in out):
-        out += stage_problems(
-            parallel.schedule,
-            parallel.pp,
-            parallel.stages_per_rank,
-            parallel.stage_cuts,
-            len(layer_specs(s)),
-            s.train.micro_batches,
-        )
     if parallel.pp > 1 and memory.exchange_groups > 1:
         out.append(
             f"memory.exchange_groups={memory.exchange_groups}: a pipeline needs the rows of all micro-batches at once; it may be 1"

@@ -135,8 +135,8 @@ class Layout:
         chunk = -(-num_rows // self.mem)
         return [min(i * chunk, num_rows) for i in range(self.mem + 1)]
 
-    def check(self, facts: ModelFacts) -> None:
-        """Raise LayoutError listing every way in which the model does not fit this layout."""
+    def check(self, facts: ModelFacts, others: Sequence[str] = ()) -> None:
+        """Raise LayoutError listing every way in which the model does not fit this layout, and violations found elsewhere."""
         out: list[str] = []
         sequences = facts.global_batch // facts.micro_batches
         if sequences % self.dp:
@@ -177,6 +177,7 @@ class Layout:
             for axis in ("cp", "tp")
             if getattr(self, axis) > 1
         ]
+        out += others
         if out:
             raise LayoutError(self.world, out)
 

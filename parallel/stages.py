@@ -109,11 +109,11 @@ def stage_problems(schedule: str, pp: int, per_rank: int, cuts: Sequence[int], n
     if each < rule.least or (rule.most and each > rule.most):
         legal = str(rule.least) if rule.least == rule.most else f"{rule.least} or more"
         out.append(f"parallel.stages_per_rank={each} does not go with parallel.schedule={schedule}; it may be {legal}")
-    elif stages > num_layers:
+    elif pp <= num_layers < stages:  # more ranks than layers are the layout's to refuse
         most = num_layers // each
         mend = f"pp may be {choices(range(1, most + 1))}" if most > 1 else "set parallel.pp=1"
         out.append(f"parallel.pp={pp} x stages_per_rank {each} = {stages} stages exceed the model's {num_layers} layers; {mend}")
-    elif cuts and (len(cuts) != stages or sum(cuts) != num_layers):
+    elif stages <= num_layers and cuts and (len(cuts) != stages or sum(cuts) != num_layers):
         even = [num_layers // stages + (i < num_layers % stages) for i in range(stages)]
         out.append(
             f"parallel.stage_cuts={list(cuts)} has {len(cuts)} stages with {sum(cuts)} layers, not {stages} with {num_layers}; "

@@ -16,9 +16,11 @@ from torch.distributed.tensor import DTensor
 from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing, resolve_layout
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
+from hybridtrain.errors import SettingsError, TrainingError
 from hybridtrain.launch.local import RENDEZVOUS
 from hybridtrain.memory import by_exchange
 from hybridtrain.metrics import read_metrics
+from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.parallel.stages import SCHEDULES
 from hybridtrain.settings import Settings
@@ -39,8 +41,8 @@ WORLDS = {
     },
     4: {
         "pp 4": ["parallel.pp=4", "parallel.mem=2"],
-        "pp 2, dp_shard 2, ep 2": ["parallel.pp=2", "parallel.ep=2", "parallel.reshard_after_forward=true"],
-        "zero_bubble, dp_shard 2": ["parallel.pp=2", "parallel.schedule=zero_bubble", "parallel.mem=1"],
+        "1f1b, dp_shard 2, ep 2": ["parallel.pp=2", "parallel.ep=2", "parallel.reshard_after_forward=true"],
+        "zero_bubble, dp_shard 2, ep 2": ["parallel.pp=2", "parallel.schedule=zero_bubble", "parallel.ep=2", "parallel.mem=1"],
     },
 }
 AUX = ("model.moe.aux_weight=0.01", "model.moe.z_weight=0.001")  # losses that arise inside stages
@@ -172,7 +174,7 @@ def test_1f1b_and_gpipe_are_bitwise_equal(runs: dict[str, Path]) -> None:
 
 
 def test_a_checkpoint_of_a_pipeline_is_used_in_one_process(runs: dict[str, Path]) -> None:
-    run = runs["pp 2, dp_shard 2, ep 2"]
+    run = runs["1f1b, dp_shard 2, ep 2"]
     values = evaluate_checkpoint(run, "validation", None, 2)
     last = [line for line in read_metrics(run) if "validation_loss" in line][-1]
     assert values["loss"] == pytest.approx(last["validation_loss"], rel=1e-5)
@@ -191,7 +193,7 @@ def resumed(run: Path, folder: Path, nproc: int, data: Path, *overrides: str) ->
 @pytest.mark.parametrize(
     ("name", "nproc", "overrides"),
     [
-        ("pp 2, dp_shard 2, ep 2", 1, []),
+        ("1f1b, dp_shard 2, ep 2", 1, []),
         ("one", 2, ["parallel.pp=2", "parallel.schedule=zbv"]),
         ("dualpipev", 2, ["parallel.pp=2", "parallel.stage_cuts=[3, 1]"]),
     ],
@@ -213,3 +215,36 @@ def test_tied_embeddings_are_saved_once_and_stay_equal(runs: dict[str, Path], da
     ours, theirs = (read_metrics(runs[name]) for name in ("tied", "tied one"))
     for mine, other in zip(ours[:5], theirs[:5], strict=True):
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)  # the copy's gradient is not counted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["memory.exchange_groups=2"],
+            "memory.exchange_groups=2: a pipeline needs the rows of all micro-batches at once; it may be 1",
+        ),
+        (["parallel.schedule=dualpipev", "train.micro_batches=3"], "train.micro_batches=3 is below the 4 stages"),
+        (["parallel.stage_cuts=[3]"], "parallel.stage_cuts=\\[3\\] has 1 stages with 3 layers, not 2 with 4"),
+        (
+            ["parallel.schedule=zbv", "parallel.reshard_after_forward=true"],
+            "parallel.reshard_after_forward=true frees parameters that parallel.schedule=zbv still needs",
+        ),
+    ],
+)
+def test_contradictions_are_refused(data: Path, overrides: list[str], expected: str) -> None:
+    with pytest.raises((SettingsError, LayoutError), match=expected):
+        resolve_layout(settings_of(data, "parallel.pp=2", *overrides), 2)
+
+
+def diverge(settings: Settings) -> str:
+    with pytest.raises(TrainingError) as error:
+        train(settings)
+    return str(error.value)
+
+
+def test_the_source_of_what_is_not_finite_is_named_on_every_rank(data: Path, tmp_path: Path) -> None:
+    run = ["parallel.pp=2", "parallel.schedule=zbv", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0"]
+    first, second = run_on_ranks(diverge, 2, ci_settings(tmp_path / "run", data, "train.micro_batches=4", *run))
+    assert first == second
+    assert "the first values that are not finite come out of layers." in first

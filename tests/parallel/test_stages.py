@@ -115,7 +115,7 @@ def test_our_rules_and_rank_order_are_torchs(schedule: str) -> None:
             ["parallel.stages_per_rank=1 does not go with parallel.schedule=interleaved; it may be 2 or more"],
         ),
         (("zbv", 4, 0, (), 4, 8), ["parallel.pp=4 x stages_per_rank 2 = 8 stages exceed the model's 4 layers; pp may be 1 or 2"]),
-        (("zbv", 2, 0, (), 1, 8), ["parallel.pp=2 x stages_per_rank 2 = 4 stages exceed the model's 1 layers; set parallel.pp=1"]),
+        (("zbv", 2, 0, (), 3, 8), ["parallel.pp=2 x stages_per_rank 2 = 4 stages exceed the model's 3 layers; set parallel.pp=1"]),
         (
             ("1f1b", 2, 0, (2, 3), 4, 4),
             ["parallel.stage_cuts=[2, 3] has 2 stages with 5 layers, not 2 with 4; e.g. [2, 2], or [] to balance them"],
