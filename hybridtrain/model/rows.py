@@ -56,8 +56,8 @@ class _Join(torch.autograd.Function):
     """The identity on `rows`, which in the graph comes from `beside` too, without a gradient to it.
 
     Zero-bubble schedules first go back to a stage's input and then from every node on that way to the weights beside it.
-    Weights that rows alone run through would meet the way later, several at one node and the rows at several nodes: a
-    case that torch 2.13 takes twice. So the rows join the way where they are looked up.
+    Weights that rows alone run through would meet the way later, several at one node and the rows at several nodes, which
+    torch 2.13 goes through twice and fails (docs/log.md). So the rows join the way where they are looked up.
     """
 
     @staticmethod
