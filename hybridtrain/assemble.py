@@ -6,24 +6,31 @@ import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.launch.local import RENDEZVOUS
 from hybridtrain.memory import TableMemory
+from hybridtrain.model.count import stage_costs
 from hybridtrain.model.engram import short_conv
-from hybridtrain.model.hybrid_lm import HybridLM
+from hybridtrain.model.hybrid_lm import HybridLM, Part
 from hybridtrain.model.init import init_parameters
+from hybridtrain.model.rows import StepRows
 from hybridtrain.optim.groups import build_optimizers
 from hybridtrain.parallel.apply import materialize, parallelize, write_local
 from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.layout import Layout, ModelFacts
 from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, world_from_environment
+from hybridtrain.parallel.pipeline import Pipeline, StageModule
+from hybridtrain.parallel.schedule import Accumulation, Schedule
+from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages, stage_problems
 from hybridtrain.settings import Settings, layer_specs, memory_layers
 
 
@@ -42,15 +49,26 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Parts:
-    """A run's moving parts, as this rank holds them."""
+    """A run's moving parts, as this rank holds them. `stages` is the whole model, or under pp this rank's parts of it in order."""
 
     settings: Settings
     mesh: Mesh
     vocabulary: Vocabulary
-    model: HybridLM
+    stages: tuple[HybridLM, ...]
     memory: TableMemory | None
+    schedule: Schedule
     optimizers: list[torch.optim.Optimizer]
     positions: torch.Tensor | None  # under cp: the places in the sequence of this rank's tokens
+
+    @property
+    def model(self) -> HybridLM:
+        """The whole model, where this rank has it (pp 1)."""
+        (model,) = self.stages
+        return model
+
+    def set_mode(self, training: bool) -> None:
+        for stage in self.stages:
+            stage.train(training)
 
     @property
     def tokens_per_step(self) -> int:
@@ -90,7 +108,15 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
             shared_hidden=model.moe.num_shared * model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
             memory_slots=slots if any(s.memory for s in specs) else None,
             expert_hidden=model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
-        )
+        ),
+        stage_problems(
+            parallel.schedule,
+            parallel.pp,
+            parallel.stages_per_rank,
+            parallel.stage_cuts,
+            len(specs),
+            settings.train.micro_batches,
+        ),
     )
     return layout
 
@@ -153,21 +179,65 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
     """Build the model on the meta device, shard it, and draw this rank's part of every parameter and of the table."""
     context = ContextParallel(mesh.cp, settings.train.seq_len, short_conv) if mesh.cp.size > 1 else None
     positions = context.positions() if context is not None else None
-    with torch.device("meta"):
-        model = HybridLM(settings, vocabulary.size)
-    parallelize(
-        model,
-        model.layers.values(),
-        mesh,
-        num_experts=settings.model.moe.num_experts,
-        reshard_after_forward=settings.parallel.reshard_after_forward,
-        context=context,
+    here = [stage for stage in resolve_stages(settings, vocabulary.size) if stage.pp_rank == mesh.pp.rank]
+    rows = StepRows()
+    stages: list[HybridLM] = []
+    for stage in here:
+        with torch.device("meta"):
+            model = HybridLM(settings, vocabulary.size, Part(stage.low, stage.high, stage.is_first, stage.is_last), rows)
+        parallelize(
+            model,
+            model.layers.values(),
+            mesh,
+            num_experts=settings.model.moe.num_experts,
+            reshard_after_forward=settings.parallel.reshard_after_forward,
+            context=context,
+        )
+        materialize(model, mesh.device)
+        model.positions_T = positions.to(mesh.device) if positions is not None else None
+        init_parameters(model, settings, write_local)
+        stages.append(model)
+    layers = tuple(layer for model in stages for layer in model.memory_layers)
+    memory = TableMemory(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
+    schedule = _schedule(settings, mesh, here, stages)
+    optimizers = build_optimizers(nn.ModuleList(stages), settings.optim)
+    return Parts(settings, mesh, vocabulary, tuple(stages), memory, schedule, optimizers, positions)
+
+
+def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
+    """All pipeline stages in order; one without pp."""
+    parallel, num_layers = settings.parallel, len(layer_specs(settings))
+    if parallel.pp == 1:
+        return plan_stages(parallel.schedule, 1, 0, [num_layers])
+    count = parallel.pp * (parallel.stages_per_rank or SCHEDULES[parallel.schedule].default)
+    first, layers, last = stage_costs(settings, vocab_size)
+    cuts = parallel.stage_cuts or balance(layers, first, last, count)
+    return plan_stages(parallel.schedule, parallel.pp, parallel.stages_per_rank, cuts)
+
+
+def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM]) -> Schedule:
+    train = settings.train
+    tokens_per_step = train.global_batch * train.seq_len
+    if mesh.layout.pp == 1:
+        return Accumulation(stages[0], tokens_per_step, mesh.device)
+    parts, column = [], 0
+    for stage, model in zip(here, stages, strict=True):
+        parts.append(StageModule(stage, model, slice(column, column + len(model.memory_layers))))
+        column += len(model.memory_layers)
+    tokens = train.seq_len // mesh.layout.cp
+    tables: dict[bool, Any] = {model.part.first: model.embed.weight for model in stages if model.embed is not None}
+    tied = (tables.get(True), tables.get(False)) if settings.model.tie_embeddings else (None, None)
+    return Pipeline(
+        settings.parallel.schedule,
+        parts,
+        mesh.pp,
+        mesh.device,
+        (train.global_batch // train.micro_batches // mesh.layout.dp, tokens // mesh.layout.tp, settings.model.dim),
+        tokens,
+        train.micro_batches,
+        tokens_per_step,
+        tied,
     )
-    materialize(model, mesh.device)
-    model.positions_T = positions.to(mesh.device) if positions is not None else None
-    init_parameters(model, settings, write_local)
-    memory = TableMemory(settings, addressing, mesh, model.rows, positions) if addressing is not None else None
-    return Parts(settings, mesh, vocabulary, model, memory, build_optimizers(model, settings.optim), positions)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -48,7 +48,7 @@ def save(parts: Parts, folder: Path, step: int, tokenizer_digest: str) -> Path:
         _commit(staging, final)
 
     problems = _together(world, make_staging if world.rank == 0 else None)
-    problems = problems or _together(world, lambda: _write(_state(parts), staging, world))
+    problems = problems or _together(world, lambda: _write(_whole_state(parts), staging, world))
     problems = problems or _together(world, commit if world.rank == 0 else None)
     if problems:
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free // 2**20
@@ -69,10 +69,12 @@ def load(parts: Parts, path: Path) -> int:
     info = read_info(path)
     if not (path / METADATA).is_file():
         raise CheckpointError(f"{path}: damaged: {METADATA} is missing")
-    state = _state(parts, for_load=True)
+    for optimizer in parts.optimizers:
+        _materialize(optimizer)
     try:
         with _quiet():
-            state_dict_loader.load(state, checkpoint_id=path, no_dist=parts.mesh.world.size == 1)
+            for stage in range(len(parts.stages)):  # as many on every rank
+                state_dict_loader.load(_state(parts, stage), checkpoint_id=path, no_dist=parts.mesh.world.size == 1)
     except (Exception, CheckpointException) as error:
         problems = [f"  {p}" for p in _problems(error, parts.mesh.world.rank)]
         raise CheckpointError("\n".join([f"{path}: damaged or not of this model", *problems])) from None
@@ -165,17 +167,30 @@ def _describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
     }
 
 
-def _state(parts: Parts, for_load: bool = False) -> dict[str, Any]:
-    """Every tensor of the run by its logical name; DTensors carry their own place in the whole."""
-    model = parts.model
-    state: dict[str, Any] = {f"model.{name}": value for name, value in model.state_dict().items()}
+def _whole_state(parts: Parts) -> dict[str, Any]:
+    """All that this rank saves. Of a parameter that two stages hold the first stage's is saved."""
+    state: dict[str, Any] = {}
+    for stage in range(len(parts.stages)):
+        state |= _state(parts, stage, with_copies=False)
+    return state
+
+
+def _state(parts: Parts, stage: int, with_copies: bool = True) -> dict[str, Any]:
+    """Every tensor of one of this rank's stages by its name in the whole model; DTensors carry their own place in the whole.
+
+    The memory goes with the rank's first stage.
+    """
+    model = parts.stages[stage]
+    values = model.state_dict()  # first: it puts FSDP's sharded parameters back, which a forward pass may have left gathered
+    copies = set() if with_copies else set(parts.schedule.copies)
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    left_out = {names[parameter] for parameter in copies if parameter in names}
+    state: dict[str, Any] = {f"model.{name}": value for name, value in values.items() if name not in left_out}
     for optimizer in parts.optimizers:
-        if for_load:
-            _materialize(optimizer)
-        for parameter, values in optimizer.state.items():
-            state |= {f"optim.{names[parameter]}.{key}": value for key, value in values.items() if isinstance(value, Tensor)}
-    if parts.memory is not None:
+        for parameter, slots in optimizer.state.items():
+            if (name := names.get(parameter)) is not None and name not in left_out:
+                state |= {f"optim.{name}.{key}": value for key, value in slots.items() if isinstance(value, Tensor)}
+    if parts.memory is not None and stage == 0:
         state |= {f"memory.{name}": value for name, value in parts.memory.state().items()}
     return state
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from hybridtrain.assemble import Parts
 from hybridtrain.data.batches import Batch
+from hybridtrain.memory import by_exchange
 from hybridtrain.parallel.collectives import gather_objects
 from hybridtrain.parallel.rows import StepPlan
+from hybridtrain.settings import layer_specs
 
 
 @torch.no_grad()
@@ -19,41 +21,39 @@ def name_source_of_nonfinite(parts: Parts, batch: Batch, plan: StepPlan | None) 
 
     Collective: every rank calls it with its own part of the step.
     """
-    found: list[str] = []
+    found: list[tuple[int, int, str]] = []  # place in the model: block, module in it
 
-    def watch(name: str) -> Any:
+    def watch(place: tuple[int, int, str]) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
             if not found and any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors):
-                found.append(name)
+                found.append(place)
 
         return hook
 
-    model, memory = parts.model.eval(), parts.memory
-    names = [(n, m) for n, m in model.named_modules() if n.count(".") == 2 or n in ("embed", "norm", "head")]
-    handles = [module.register_forward_hook(watch(name)) for name, module in names]
-    documents = batch.starts.cumsum(-1)
-    for number, exchange in enumerate(plan.exchanges if plan is not None else [None]):
+    parts.set_mode(training=False)
+    memory, num_layers = parts.memory, len(layer_specs(parts.settings))
+    blocks = {"embed": 0, "norm": num_layers + 1, "": num_layers + 2}
+    handles = []
+    for stage in parts.stages:
+        for number, (name, module) in enumerate(stage.named_modules()):
+            if name.count(".") == 2 or name in ("embed", "norm") or (name == "" and stage.part.last):
+                block = blocks[name] if name in blocks else 1 + int(name.split(".")[1])
+                handles.append(module.register_forward_hook(watch((block, number, name or "the head"))))
+    for exchange, micro_batches in by_exchange(batch, plan, parts.mesh.device):
         if memory is not None and plan is not None and exchange is not None:
             memory.fetch(plan, exchange)
             if not all(leaf.isfinite().all() for leaf in memory.rows.parameters()) and not found:
-                found.append("the fetched memory rows")
-        count = len(batch.tokens) if plan is None else len(batch.tokens) // len(plan.exchanges)
-        for i in range(count):
-            m = number * count + i
-            model(batch.tokens[m], documents[m], exchange.index[i] if exchange is not None else None, micro_batch=i)
+                found.append((-1, 0, "the fetched memory rows"))
+        parts.schedule.losses(micro_batches)
     for handle in handles:
         handle.remove()
     if memory is not None:
         memory.rows.clear()
 
-    order = {name: i for i, (name, _) in enumerate(names)}
-    everywhere = [
-        (order.get(name, -1), rank, name)
-        for rank, name in enumerate(gather_objects(found[0] if found else None, parts.mesh.world))
-        if name
-    ]
+    firsts = gather_objects(found[0] if found else None, parts.mesh.world)
+    everywhere = [(first, rank) for rank, first in enumerate(firsts) if first]
     if not everywhere:
         return "every layer's output is finite, so it arose in the backward pass"
-    _, rank, name = min(everywhere)
+    (_, _, name), rank = min(everywhere)
     return f"the first values that are not finite come out of {name} (rank {rank})"

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 
 from hybridtrain.assemble import Parts
-from hybridtrain.data.batches import IGNORED, EvalBatches
+from hybridtrain.data.batches import IGNORED, Batch, EvalBatches
 from hybridtrain.data.shards import Split
+from hybridtrain.memory import by_exchange
 from hybridtrain.parallel.collectives import all_reduce_
+
+
+def together(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """Up to `count` batches as the micro-batches of one, so that all stages of a pipeline have work."""
+    rest = iter(batches)
+    while group := list(islice(rest, count)):
+        yield Batch(*(torch.cat(tensors) for tensors in zip(*((b.tokens, b.targets, b.starts) for b in group), strict=True)))
 
 
 @torch.no_grad()
@@ -20,19 +30,24 @@ def evaluate(parts: Parts, split: Split, batches: int = 0) -> dict[str, float]:
     """
     if split.num_tokens == 0:
         return {}
-    model, memory, mesh, settings = parts.model.eval(), parts.memory, parts.mesh, parts.settings
+    parts.set_mode(training=False)
+    memory, mesh, settings = parts.memory, parts.mesh, parts.settings
     batch_size = settings.train.global_batch // settings.train.micro_batches
     dp_rank = mesh.layout.coordinate(mesh.rank, "dp")
+    holds_head = any(stage.part.last for stage in parts.stages)  # what it counts is counted once along pp
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for batch in EvalBatches(split, settings.train.seq_len, batch_size, dp_rank, mesh.layout.dp, limit=batches):
-        index = None
+    batches_of_one = EvalBatches(split, settings.train.seq_len, batch_size, dp_rank, mesh.layout.dp, limit=batches)
+    for batch in together(batches_of_one, mesh.layout.pp):
+        plan = None
         if memory is not None:
             plan = memory.plan(batch, evaluate=True)
             memory.fetch(plan, plan.exchanges[0])
-            index = plan.exchanges[0].index[0]
-        batch = batch.at(parts.positions).to(mesh.device)
-        nats = model(batch.tokens[0], batch.starts[0].cumsum(-1), index, targets_BT=batch.targets[0])
-        sums += torch.stack([nats.double(), (batch.targets[0] != IGNORED).sum().double()])
+        ((_, micro_batches),) = by_exchange(batch.at(parts.positions), plan, mesh.device)
+        nats = parts.schedule.losses(micro_batches)
+        counted = (micro_batches.targets_MBT != IGNORED).sum() * holds_head
+        for part in nats:
+            sums[0] += part
+        sums[1] += counted
     if memory is not None:
         memory.rows.clear()
     total, tokens = (all_reduce_(sums, mesh.world) / mesh.layout.tp).tolist()  # tp ranks have the same losses

@@ -17,6 +17,7 @@ from hybridtrain.model.rows import StepRows
 from hybridtrain.optim.rowwise import make_row_optimizer
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.rows import RowExchange, RowPlan, RowPlanner, StepPlan
+from hybridtrain.parallel.schedule import MicroBatches
 from hybridtrain.settings import Settings
 
 
@@ -28,9 +29,17 @@ class TableMemory:
     """
 
     def __init__(
-        self, settings: Settings, addressing: Addressing, mesh: Mesh, rows: StepRows, positions: Tensor | None = None
+        self,
+        settings: Settings,
+        addressing: Addressing,
+        mesh: Mesh,
+        rows: StepRows,
+        layers: Sequence[int],
+        positions: Tensor | None = None,
     ) -> None:
+        """`layers` are the memory layers of this rank's part of the model, which alone it plans for; there may be none."""
         memory = settings.memory
+        self._columns = [addressing.layers.index(layer) for layer in layers]
         self.addressing, self.mesh, self.rows, self.positions = addressing, mesh, rows, positions
         bounds = mesh.layout.row_bounds(addressing.num_rows)
         self.low, self.high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
@@ -50,6 +59,8 @@ class TableMemory:
         ids = row_ids(self.addressing, batch.tokens, batch.starts)  # of whole sequences: n-grams reach over the borders of cp
         if self.positions is not None:
             ids = ids.index_select(2, self.positions)
+        if len(self._columns) < len(self.addressing.layers):
+            ids = ids[..., self._columns, :]
         ids = ids.chunk(self.mesh.tp.size, -1)[self.mesh.tp.rank]
         return self._planners["eval_plan" if evaluate else "plan"].plan(ids)
 
@@ -93,6 +104,17 @@ class TableMemory:
         return DTensor.from_local(
             local, mesh, [Replicate(), Shard(0)], run_check=False, shape=torch.Size(shape), stride=_strides(shape)
         )
+
+
+def by_exchange(batch: Batch, plan: StepPlan | None, device: torch.device) -> list[tuple[RowPlan | None, MicroBatches]]:
+    """The batch on the device, cut into the micro-batches that each of the plan's exchanges serves."""
+    exchanges: Sequence[RowPlan | None] = plan.exchanges if plan is not None else [None]
+    whole = (batch.tokens, batch.starts.cumsum(-1), batch.targets)
+    tokens, documents, targets = (t.to(device).chunk(len(exchanges)) for t in whole)
+    return [
+        (exchange, MicroBatches(tokens[i], documents[i], targets[i], exchange.index if exchange is not None else None))
+        for i, exchange in enumerate(exchanges)
+    ]
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hybridtrain import __version__
-from hybridtrain.assemble import Parts
+from hybridtrain.assemble import Parts, resolve_stages
 from hybridtrain.metrics import Clock, MetricsLog, measure_matmul_peak
 from hybridtrain.model.count import count_parameters, flops_per_token
 from hybridtrain.optim.schedule import lr_scale
@@ -57,6 +57,8 @@ class Report:
             ("step", f"{s.train.global_batch} sequences x {s.train.seq_len} tokens in {s.train.micro_batches} micro-batch(es)"),
             ("matmul peak", f"{self.peak / 1e9:.1f} GFLOP/s over all ranks"),
         ]
+        if mesh.layout.pp > 1:
+            rows.append(("pipeline", self._pipeline()))
         if memory is not None:
             rows.append(
                 (
@@ -69,6 +71,13 @@ class Report:
             table.add_row(*row)
         self.log.say(table)
         self._mark = time.perf_counter()
+
+    def _pipeline(self) -> str:
+        """Schedule and layers of each stage, with the rank along pp that has it."""
+        settings = self.parts.settings
+        stages = resolve_stages(settings, self.parts.vocabulary.size)
+        cuts = ", ".join(f"{stage.high - stage.low} on {stage.pp_rank}" for stage in stages)
+        return f"{settings.parallel.schedule}, {len(stages)} stages; layers on pp rank: {cuts}"
 
     def step(self, done: int, totals: Totals, plan: StepPlan | None) -> None:
         """Take in a finished step; every `train.log_every` steps, and after the last, write a line."""
@@ -92,7 +101,7 @@ class Report:
             **{f"seconds/{name}": seconds / steps for name, seconds in phases.items()},
             **self._bytes(steps),
         }
-        if plan is not None:
+        if plan is not None and plan.lookups:  # a rank's own; without a memory layer in its stages there are none
             values |= {
                 "memory/lookups": plan.lookups,
                 "memory/unique_rows": plan.unique,

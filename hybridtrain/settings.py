@@ -138,7 +138,12 @@ class TrainSettings(_Section):
 class ParallelSettings(_Section):
     """Degrees of the axes; -1 takes what the world leaves. See docs/parallelism.md."""
 
-    pp: Positive = Field(1, description="pipeline stages (not carried by this version)")
+    pp: Positive = Field(1, description="ranks that the layers are cut over; each has one or several stages")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = Field(
+        "1f1b", description="order of forward and backward passes under pp"
+    )
+    stages_per_rank: Natural = Field(0, description="0: what the schedule needs, 1 for gpipe and 1f1b, 2 for the others")
+    stage_cuts: tuple[Positive, ...] = Field((), description="layers of each stage; []: balanced by parameters and operations")
     dp_replicate: Positive = Field(1, description="copies of the sharded model, each reading other sequences")
     dp_shard: Axis = Field(
         -1, description="ranks that parameters are sharded over and that read different sequences; -1: what is left"
@@ -253,6 +258,16 @@ def contradictions(s: Settings) -> list[str]:
         out.append(
             f"memory.exchange_groups={memory.exchange_groups} does not divide train.micro_batches={s.train.micro_batches}; "
             f"it may be {_divisors(s.train.micro_batches)}"
+        )
+    parallel = s.parallel
+    if parallel.pp > 1 and memory.exchange_groups > 1:
+        out.append(
+            f"memory.exchange_groups={memory.exchange_groups}: a pipeline needs the rows of all micro-batches at once; it may be 1"
+        )
+    if parallel.pp > 1 and parallel.reshard_after_forward and parallel.schedule not in ("gpipe", "1f1b"):
+        out.append(
+            f"parallel.reshard_after_forward=true frees parameters that parallel.schedule={parallel.schedule} still needs; "
+            f"it may be false, or parallel.schedule gpipe or 1f1b"
         )
     if s.data.tokenizer and "vocab_size" in s.data.model_fields_set:
         out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")

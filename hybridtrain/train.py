@@ -17,11 +17,11 @@ from hybridtrain.data.prefetch import Prefetcher
 from hybridtrain.diagnose import name_source_of_nonfinite
 from hybridtrain.errors import TrainingError
 from hybridtrain.evaluate import evaluate
+from hybridtrain.memory import by_exchange
 from hybridtrain.metrics import Clock, MetricsLog
-from hybridtrain.model.statistics import apply_router_statistics, collect, reset
+from hybridtrain.model.statistics import apply_router_statistics, collect, no_statistics, reset
 from hybridtrain.optim.groups import set_learning_rates
 from hybridtrain.optim.schedule import lr_scale
-from hybridtrain.parallel.apply import sync_gradients
 from hybridtrain.parallel.collectives import Group, all_reduce_
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.parallel.norms import clip_by_global_norm, local_gradients, sum_over_tp, tp_copies
@@ -123,26 +123,17 @@ def _loop(
 
 def train_step(parts: Parts, step: int, batch: Batch, plan: StepPlan | None, clock: Clock, stop: bool) -> Totals:
     """One optimizer step (`step` counts from 0). Nothing is updated where the loss or the gradient is not finite."""
-    model, memory, settings = parts.model.train(), parts.memory, parts.settings
+    stages, memory, settings = parts.stages, parts.memory, parts.settings
+    parts.set_mode(training=True)
     loss = torch.zeros((), dtype=torch.float64, device=parts.mesh.device)
     rows_grad = memory.new_gradient(plan) if memory is not None and plan is not None else None
-    exchanges = plan.exchanges if plan is not None else [None]
-    micro_batches = len(batch.tokens) // len(exchanges)
-    documents = batch.starts.cumsum(-1)
+    groups = by_exchange(batch, plan, parts.mesh.device)
 
-    for number, exchange in enumerate(exchanges):
+    for number, (exchange, micro_batches) in enumerate(groups, 1):
         if memory is not None and plan is not None and exchange is not None:
             with clock.phase("fetch"):
                 memory.fetch(plan, exchange)
-        for i in range(micro_batches):
-            m = number * micro_batches + i
-            sync_gradients(model, m == len(batch.tokens) - 1)  # one reduction per step, whatever the number of micro-batches
-            with clock.phase("forward"):
-                index = exchange.index[i] if exchange is not None else None
-                part = model(batch.tokens[m], documents[m], index, i, batch.targets[m]) / parts.tokens_per_step
-            with clock.phase("backward"):
-                part.backward()
-            loss += part.detach()
+        loss += parts.schedule.step(micro_batches, number == len(groups), clock.phase)  # forward and backward
         if memory is not None and exchange is not None and rows_grad is not None:
             with clock.phase("push"):
                 memory.push(exchange, rows_grad)
@@ -151,12 +142,21 @@ def train_step(parts: Parts, step: int, batch: Batch, plan: StepPlan | None, clo
         if memory is not None and rows_grad is not None:
             memory.exchange.reduce_replicas(rows_grad)
         loss /= parts.mesh.layout.tp  # its ranks have the same losses
-        sums = reduce_sums({"loss": loss, "stop": torch.tensor(float(stop)), **collect(model)}, parts.mesh.world)
-        reset(model)
+        statistics = no_statistics(settings) | {k: v for stage in stages for k, v in collect(stage).items()}
+        sums = reduce_sums({"loss": loss, "stop": torch.tensor(float(stop)), **statistics}, parts.mesh.world)
+        for stage in stages:
+            reset(stage)
         params = [p for o in parts.optimizers for g in o.param_groups for p in g["params"]]
         sum_over_tp(params, parts.mesh.tp)
+        copies = {id(p) for p in parts.schedule.copies}
+        counted = [p for p in params if id(p) not in copies]
         norm, table_norm = clip_by_global_norm(
-            local_gradients(params), rows_grad, parts.mesh, settings.optim.clip_norm, tp_copies(params, parts.mesh.tp)
+            local_gradients(counted),
+            rows_grad,
+            parts.mesh,
+            settings.optim.clip_norm,
+            tp_copies(counted, parts.mesh.tp),
+            local_gradients(parts.schedule.copies),
         )
     totals = Totals(float(sums.pop("loss")), sums, bool(sums.pop("stop") > 0), norm, table_norm)
 
@@ -168,7 +168,8 @@ def train_step(parts: Parts, step: int, batch: Batch, plan: StepPlan | None, clo
                 optimizer.step()
             if memory is not None and plan is not None and rows_grad is not None:
                 memory.update(plan, rows_grad, scale * settings.optim.lr * settings.memory.lr_multiplier)
-            apply_router_statistics(model, sums)
+            for stage in stages:
+                apply_router_statistics(stage, sums)
     for optimizer in parts.optimizers:
         optimizer.zero_grad()
     return totals

@@ -27,11 +27,11 @@ def parallelize(
     reshard_after_forward: bool,
     context: ContextParallel | None,
 ) -> None:
-    """Shard `model` (on the meta device) in place over `mesh`; a world of one rank is left as it is.
+    """Shard `model` or a pipeline stage of it (on the meta device) in place over `mesh`; what one rank holds is left as it is.
 
     A MoE module is one that has `experts` (a module of `[E, …]` parameters) and `dispatch` (replaced under ep > 1).
     """
-    if mesh.dense_mesh is None or mesh.data_mesh is None or mesh.expert_mesh is None:
+    if mesh.dense_mesh is None or mesh.data_mesh is None or mesh.expert_mesh is None or mesh.dense_mesh.size() == 1:
         return
     if context is not None:  # no parameter changes, but tp's convolution goes around this one, so it stands first
         for module in model.modules():

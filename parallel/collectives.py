@@ -189,6 +189,22 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
     return out
 
 
+def swap(x: Tensor, peer: int, group: Group) -> Tensor:
+    """Send `x` to rank `peer` of the group and return that rank's, of the same shape; only the two take part."""
+    out = torch.empty_like(x)
+    pair = group.process_group
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, x.contiguous(), group=pair, group_peer=peer),
+            dist.P2POp(dist.irecv, out, group=pair, group_peer=peer),
+        ]
+    )
+    for work in works:
+        work.wait()
+    _count(group, "swap", x.numel() * x.element_size())
+    return out
+
+
 def barrier(group: Group) -> None:
     if group.size > 1:
         dist.barrier(group=group.process_group)

@@ -13,7 +13,6 @@ from math import prod
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep", "etp")
 MEMORY_AXES = ("mem_replicate", "mem")
-CARRIED = "dp_replicate, dp_shard, cp, tp, ep and mem"
 
 
 class LayoutError(ValueError):
@@ -153,8 +152,8 @@ class Layout:
         chunk = -(-num_rows // self.mem)
         return [min(i * chunk, num_rows) for i in range(self.mem + 1)]
 
-    def check(self, facts: ModelFacts) -> None:
-        """Raise LayoutError listing every way in which the model does not fit this layout."""
+    def check(self, facts: ModelFacts, others: Sequence[str] = ()) -> None:
+        """Raise LayoutError listing every way in which the model does not fit this layout, and violations found elsewhere."""
         out: list[str] = []
         sequences = facts.global_batch // facts.micro_batches
         if sequences % self.dp:
@@ -214,8 +213,7 @@ class Layout:
             out.append(
                 f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set memory.rows_per_head higher or mem=1"
             )
-        if self.pp > 1:
-            out.append(f"parallel.pp={self.pp}: this version trains over {CARRIED} only; pp may be 1")
+        out += others
         if out:
             raise LayoutError(self.world, out)
 

@@ -25,6 +25,7 @@ class Mesh:
     traffic: Traffic
 
     world: Group
+    pp: Group
     dp: Group
     cp: Group
     tp: Group
@@ -33,8 +34,10 @@ class Mesh:
     mem_replicate: Group
     timeout: float
 
+    # of this rank's pipeline stage:
     dense_mesh: DeviceMesh | None  # ([dp_replicate,] fsdp[, tp]): what dense parameters are cut over; see `data_mesh`
     expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep[, etp])
+    # of all ranks:
     memory_mesh: DeviceMesh | None  # (mem_replicate, mem)
 
     @property
@@ -94,6 +97,8 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         device=device,
         traffic=traffic,
         world=group("world"),
+        # its own also where it is all ranks: sends between stages must not queue behind collectives of the world
+        pp=_group(layout, rank, "pp", "pp", traffic, timeout, backend="nccl" if device.type == "cuda" else "gloo"),
         dp=group("dp"),
         cp=group("cp"),
         tp=group("tp"),
@@ -126,5 +131,6 @@ def close_mesh() -> None:
 def _device_mesh(layout: Layout, device: torch.device, axes: Sequence[str]) -> DeviceMesh | None:
     if layout.world == 1:
         return None
-    ranks = torch.arange(layout.world).view(layout.shape(axes))
-    return DeviceMesh(device.type, ranks, mesh_dim_names=tuple(axes))
+    names = ("pp", *axes) if layout.pp > 1 and axes is not MEMORY_AXES else tuple(axes)
+    mesh = DeviceMesh(device.type, torch.arange(layout.world).view(layout.shape(names)), mesh_dim_names=names)
+    return mesh[tuple(axes)] if "pp" in names else mesh

@@ -42,22 +42,28 @@ def _is_copied(param: Tensor) -> bool:
 
 
 def clip_by_global_norm(
-    grads: list[Tensor], rows_ND: Tensor | None, mesh: Mesh, bound: float, copies: Sequence[int] | None = None
+    grads: list[Tensor],
+    rows_ND: Tensor | None,
+    mesh: Mesh,
+    bound: float,
+    held_by: Sequence[int] | None = None,
+    copies: Sequence[Tensor] = (),
 ) -> tuple[float, float]:
     """Scale all gradients in place so that their global L2 norm is at most `bound` (0: only measure).
 
     `grads` are this rank's parts of the backbone, which its dp_replicate copies hold too, and of each as many ranks of tp as
-    `copies` says (None: one); `rows_ND` is the gradient of this rank's touched rows, which every replica of the table
-    holds. Returns (global norm, table's norm), in float64.
+    `held_by` says (None: one); `rows_ND` is the gradient of this rank's touched rows, which every replica of the table
+    holds. `copies` are gradients that another pipeline stage counts: they are scaled only. Returns (global norm, table's
+    norm), in float64.
     """
     squares = torch.zeros(2, dtype=torch.float64)
     if grads:
-        times = torch.tensor(copies or [1] * len(grads), dtype=torch.float64) * mesh.layout.dp_replicate
+        times = torch.tensor(held_by or [1] * len(grads), dtype=torch.float64) * mesh.layout.dp_replicate
         squares[0] = (torch.stack(torch._foreach_norm(grads)).double().square().cpu() / times).sum()
     if rows_ND is not None:
         squares[1] = torch.linalg.vector_norm(rows_ND).double().square().cpu() / mesh.mem_replicate.size
     backbone, table = all_reduce_(squares.to(mesh.device), mesh.world).tolist()
     norm = (backbone + table) ** 0.5
     if bound > 0 and norm > bound:
-        torch._foreach_mul_(grads if rows_ND is None else [*grads, rows_ND], bound / (norm + 1e-6))
+        torch._foreach_mul_([*grads, *copies, *([] if rows_ND is None else [rows_ND])], bound / (norm + 1e-6))
     return norm, table**0.5

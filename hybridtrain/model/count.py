@@ -52,6 +52,27 @@ def flops_per_token(settings: Settings, vocab_size: int) -> float:
     return 6.0 * weights + attention
 
 
+def stage_costs(settings: Settings, vocab_size: int) -> tuple[float, list[float], float]:
+    """(embedding, [layer], norm and head): what each costs a pipeline stage, as its shares of all parameters and of all operations.
+
+    Parameters stand for memory, operations for time; the sum of all costs is 2. The lookup table is on no stage.
+    """
+    model, memory, specs = settings.model, settings.memory, layer_specs(settings)
+    slots_width = len(memory.orders) * memory.heads * memory.head_dim
+    keys = model.attention.num_heads * model.attention.head_dim * (settings.train.seq_len + 1)
+    sizes, products = [], []
+    for spec in specs:
+        feedforward, feedforward_active = _feedforward(settings, spec.feedforward)
+        fusion = 2 * slots_width * model.dim if spec.memory else 0
+        common = _mixer(settings) + fusion
+        sizes.append(common + feedforward)
+        products.append(common + feedforward_active + keys)
+    table = vocab_size * model.dim
+    size, product = sum(sizes) + 2 * table, sum(products) + table
+    costs = [s / size + p / product for s, p in zip(sizes, products, strict=True)]
+    return table / size, costs, table / size + table / product
+
+
 def _mixer(settings: Settings) -> int:
     attention = settings.model.attention
     return 2 * settings.model.dim * attention.head_dim * (attention.num_heads + attention.num_kv_heads)

@@ -5,6 +5,8 @@ B batch, T tokens, D model width, V vocabulary, L memory layers, S slots, C row 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,32 +19,44 @@ from hybridtrain.model.rows import StepRows
 from hybridtrain.settings import Settings, layer_specs, memory_layers
 
 
-class HybridLM(nn.Module):
-    """A causal language model of mixers, dense and expert feed-forwards and lookup memories.
+@dataclass(frozen=True)
+class Part:
+    """Layers `low` to `high-1` of the model, with the embedding before them (`first`) or norm and head behind (`last`)."""
 
-    Its parameters are not meaningful before `init_parameters` (init.py) or a checkpoint fills them. `rows` is where
-    memory layers find their rows.
+    low: int
+    high: int
+    first: bool
+    last: bool
+
+
+class HybridLM(nn.Module):
+    """A causal language model of mixers, dense and expert feed-forwards and lookup memories, or a part of one.
+
+    Its parameters are not meaningful before `init_parameters` (init.py) or a checkpoint fills them; a part's have the names
+    and values that they have in the whole. `rows` is where memory layers find their rows; parts may share it.
     """
 
-    def __init__(self, settings: Settings, vocab_size: int) -> None:
+    def __init__(self, settings: Settings, vocab_size: int, part: Part | None = None, rows: StepRows | None = None) -> None:
         super().__init__()
-        model = settings.model
+        model, specs = settings.model, layer_specs(settings)
         self.settings = settings
-        self.memory_layers = memory_layers(settings)
-        self.embed = nn.Embedding(vocab_size, model.dim)
+        self.part = part or Part(0, len(specs), first=True, last=True)
+        self.memory_layers = tuple(i for i in memory_layers(settings) if self.part.low <= i < self.part.high)
+        with_table = self.part.first or (self.part.last and model.tie_embeddings)
+        self.embed = nn.Embedding(vocab_size, model.dim) if with_table else None
         # A dict and not a list: a pipeline stage that holds some of the layers keeps their names.
-        self.layers = nn.ModuleDict({str(i): Layer(settings, spec) for i, spec in enumerate(layer_specs(settings))})
+        self.layers = nn.ModuleDict({str(i): Layer(settings, specs[i]) for i in range(self.part.low, self.part.high)})
         self.residual = RESIDUALS[model.residual]
-        self.norm = RMSNorm(model.dim, model.norm_eps)
-        self.head = None if model.tie_embeddings else nn.Linear(model.dim, vocab_size, bias=False)
-        self.rows = StepRows()
+        self.norm = RMSNorm(model.dim, model.norm_eps) if self.part.last else None
+        self.head = nn.Linear(model.dim, vocab_size, bias=False) if self.part.last and not model.tie_embeddings else None
+        self.rows = rows if rows is not None else StepRows()
         self.positions_T: Tensor | None = None  # which tokens of a sequence are here; None: all
         # A parallel layout may hand in others: `project` makes the logits of tied embeddings.
         self.head_losses, self.project = head_losses_sum, F.linear
 
     def forward(
         self,
-        tokens_BT: Tensor,
+        inputs: Tensor,
         documents_BT: Tensor | None,
         memory_index_BTLS: Tensor | None = None,
         micro_batch: int = 0,
@@ -50,6 +64,8 @@ class HybridLM(nn.Module):
     ) -> Tensor:
         """Logits [B, T, V] of the next token; with targets their summed loss (loss.py), without ever holding all logits.
 
+        `inputs` are tokens [B, T]; a part that is not the first takes what the part before it returned, and one that is not
+        the last returns what the next one takes, [B, T, D].
         `documents_BT` numbers the documents inside each sequence (rising; None: one per sequence); attention and
         memory convolutions stay inside a document. `memory_index_BTLS` points into the rows of this micro-batch.
         Raises ValueError where memory layers have no index.
@@ -57,16 +73,26 @@ class HybridLM(nn.Module):
         if self.memory_layers and memory_index_BTLS is None:
             raise ValueError(f"layers {list(self.memory_layers)} have a memory; the forward pass needs memory_index")
         attention = self.settings.model.attention
-        context = make_context(
-            documents_BT, tokens_BT.size(1), attention.head_dim, attention.rope_theta, tokens_BT.device, self.positions_T
-        )
-        stream = self.residual.start(self.embed(tokens_BT))
+        # not of a later part's inputs: their tokens may be a tp rank's own
+        tokens = inputs.size(1) if documents_BT is None else documents_BT.size(1)
+        context = make_context(documents_BT, tokens, attention.head_dim, attention.rope_theta, inputs.device, self.positions_T)
+        # without the embedding of a first part, `inputs` are the carry; a scheme with sources would have them in it
+        stream = self.residual.start(self.embed(inputs) if self.part.first and self.embed is not None else inputs)
         for name, layer in self.layers.items():
             rows_BTSC = None
             if int(name) in self.memory_layers and memory_index_BTLS is not None:
-                rows_BTSC = self.rows.gather(memory_index_BTLS[:, :, self.memory_layers.index(int(name))], micro_batch)
+                column = self.memory_layers.index(int(name))
+                rows_BTSC = self.rows.gather(memory_index_BTLS[:, :, column], micro_batch, stream.carry)
             stream = layer(stream, context, rows_BTSC)
+        if self.norm is None:
+            return stream.carry
         h_BTD = self.norm(self.residual.finish(stream))
         if targets_BT is not None:
-            return self.head_losses(h_BTD, (self.head or self.embed).weight, targets_BT)
-        return self.project(h_BTD, self.embed.weight) if self.head is None else self.head(h_BTD)
+            return self.head_losses(h_BTD, self.head_weight_VD, targets_BT)
+        return self.project(h_BTD, self.head_weight_VD) if self.head is None else self.head(h_BTD)
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        head = self.head if self.head is not None else self.embed
+        assert head is not None
+        return head.weight

@@ -5,7 +5,7 @@ U unique rows of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,15 +27,16 @@ class StepRows(nn.Module):
         for micro_batch, leaf in enumerate(leaves):
             self.register_parameter(f"leaf{micro_batch}", nn.Parameter(leaf))
 
-    def gather(self, index: Tensor, micro_batch: int) -> Tensor:
+    def gather(self, index: Tensor, micro_batch: int, beside: Tensor | None = None) -> Tensor:
         """Rows `index` (int64, any shape) of the micro-batch's leaf: [*index.shape, head_dim].
 
-        Raises RuntimeError where that micro-batch has no leaf.
+        `beside` is the hidden state that the rows are about to meet. Raises RuntimeError where that micro-batch has no leaf.
         """
         leaf = self._parameters.get(f"leaf{micro_batch}")
         if leaf is None:
             raise RuntimeError(f"micro-batch {micro_batch} has no memory rows; the step set {len(self._parameters)} leaves")
-        return F.embedding(index, leaf)
+        rows = F.embedding(index, leaf)
+        return rows if beside is None else _join(rows, beside)
 
     def grads(self) -> list[Tensor]:
         """The leaves' gradients in micro-batch order; zeros where none arrived."""
@@ -49,3 +50,23 @@ class StepRows(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+class _Join(torch.autograd.Function):
+    """The identity on `rows`, which in the graph comes from `beside` too, without a gradient to it.
+
+    Zero-bubble schedules first go back to a stage's input and then from every node on that way to the weights beside it.
+    Weights that rows alone run through would meet the way later, several at one node and the rows at several nodes, which
+    torch 2.13 goes through twice and fails (docs/log.md). So the rows join the way where they are looked up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, beside: Tensor) -> Tensor:
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+_join: Callable[[Tensor, Tensor], Tensor] = _Join.apply

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hybridtrain.model.counters import Counters
 from hybridtrain.model.router import Router
+from hybridtrain.settings import Settings, layer_specs
 
 
 def collect(model: nn.Module) -> dict[str, Tensor]:
@@ -21,6 +22,21 @@ def collect(model: nn.Module) -> dict[str, Tensor]:
     (parts of the step's loss, where weighted), gate_sum and gate_count (memory layers).
     """
     return {f"{layer}.{key}": value.double() for layer, counters in _counters(model) for key, value in counters.sums.items()}
+
+
+def no_statistics(settings: Settings) -> dict[str, Tensor]:
+    """Zeros under every key that `collect` has for the whole model, so that ranks with other layers can add up theirs."""
+    moe = settings.model.moe
+    names = ["router_entropy", "router_tokens", *(["aux_loss"] if moe.aux_weight else []), *(["z_loss"] if moe.z_weight else [])]
+    zero = torch.zeros((), dtype=torch.float64)
+    out: dict[str, Tensor] = {}
+    for i, spec in enumerate(layer_specs(settings)):
+        if spec.memory:
+            out |= {f"layers.{i}.gate_sum": zero, f"layers.{i}.gate_count": zero}
+        if spec.feedforward == "moe":
+            out[f"layers.{i}.expert_tokens"] = torch.zeros(moe.num_experts, dtype=torch.float64)
+            out |= {f"layers.{i}.{name}": zero for name in names}
+    return out
 
 
 def reset(model: nn.Module) -> None:

@@ -1,0 +1,83 @@
+"""A model in parts is the whole model: names, values, results and statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridtrain.model.count import count_parameters, flops_per_token, stage_costs
+from hybridtrain.model.hybrid_lm import HybridLM, Part
+from hybridtrain.model.init import init_parameters
+from hybridtrain.model.rows import StepRows
+from hybridtrain.model.statistics import collect, no_statistics
+from hybridtrain.settings import DenseSettings, MemorySettings, ModelSettings, MoESettings, Settings
+
+VOCABULARY = 64
+
+
+def settings(tied: bool = False) -> Settings:
+    layers = ("attention+dense", "memory+attention+moe", "attention+moe", "memory+attention+dense")
+    moe = MoESettings(num_experts=4, hidden=16, aux_weight=0.01, z_weight=0.01)
+    model = ModelSettings(dim=32, layers=layers, tie_embeddings=tied, dense=DenseSettings(hidden=16), moe=moe)
+    return Settings(model=model, memory=MemorySettings(head_dim=8))
+
+
+def build(s: Settings, part: Part | None = None, rows: StepRows | None = None) -> HybridLM:
+    model = HybridLM(s, VOCABULARY, part, rows)
+    init_parameters(model, s)
+    return model
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (2, 12), generator=draw)
+    index = torch.randint(20, (2, 12, 2, 8), generator=draw)
+    return tokens, torch.zeros_like(tokens), index, torch.randn(20, 8, generator=draw)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("cuts", [(2, 2), (1, 1, 2), (1, 3)])
+def test_parts_in_a_row_are_the_whole_model(cuts: tuple[int, ...], tied: bool) -> None:
+    s = settings(tied)
+    tokens, documents, index, rows_UD = inputs()
+    whole = build(s)
+    whole.rows.set([rows_UD])
+    expected = whole(tokens, documents, index, 0, tokens)
+
+    rows = StepRows()
+    rows.set([rows_UD])
+    x, low, column = tokens, 0, 0
+    values: dict[str, Tensor] = {}
+    for number, cut in enumerate(cuts):
+        part = build(s, Part(low, low + cut, number == 0, number == len(cuts) - 1), rows)
+        own = index[:, :, column : column + len(part.memory_layers)]
+        x = part(x, documents, own, 0, tokens if part.part.last else None)
+        low, column = low + cut, column + len(part.memory_layers)
+        values |= part.state_dict()
+    assert torch.equal(x, expected)
+    assert values.keys() == whole.state_dict().keys()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(values[name], value), name
+
+
+def test_the_statistics_of_a_step_are_known_ahead() -> None:
+    s = settings()
+    tokens, documents, index, rows_UD = inputs()
+    model = build(s)
+    model.rows.set([rows_UD])
+    model(tokens, documents, index, 0, tokens)
+    taken, ahead = collect(model), no_statistics(s)
+    assert {k: (v.shape, v.dtype) for k, v in taken.items()} == {k: (v.shape, v.dtype) for k, v in ahead.items()}
+
+
+def test_stage_costs_are_shares_of_parameters_and_operations() -> None:
+    s = settings()
+    first, layers, last = stage_costs(s, VOCABULARY)
+    assert first + sum(layers) + last == pytest.approx(2.0)
+    table = VOCABULARY * s.model.dim
+    products = flops_per_token(s, VOCABULARY) / 6
+    parameters = count_parameters(s, VOCABULARY, 0).total
+    assert last - first == pytest.approx(table / products, rel=1e-6)
+    assert first == pytest.approx(table / parameters, rel=0.05)  # norms and convolutions are not counted
+    assert layers[1] > layers[2] > layers[0]  # a memory and experts, experts, neither
