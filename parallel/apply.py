@@ -23,7 +23,7 @@ def parallelize(
     *,
     num_experts: int,
     reshard_after_forward: bool,
-    context: ContextParallel | None,
+    context: ContextParallel | None = None,
 ) -> None:
     """Shard `model` (on the meta device) in place over `mesh`; a world of one rank is left as it is.
 
