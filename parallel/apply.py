@@ -25,7 +25,7 @@ def parallelize(
     *,
     num_experts: int,
     reshard_after_forward: bool,
-    context: ContextParallel | None,
+    context: ContextParallel | None = None,
 ) -> None:
     """Shard `model` or a pipeline stage of it (on the meta device) in place over `mesh`; what one rank holds is left as it is.
 

@@ -120,7 +120,7 @@ def test_the_run_folder_is_complete(trained: Callable[..., Path], ci_data: Path)
     summary = json.loads((run / "summary.json").read_text())
     lines = read_metrics(run)
     assert summary["steps"] == 20
-    assert summary["tokens"] == 20 * 24 * 64
+    assert summary["tokens"] == 20 * 24 * 80  # steps, sequences and tokens of ci.toml
     assert summary["train_loss"] == lines[-2]["loss"]
     assert summary["validation_loss"] == lines[-1]["validation_loss"]
     assert summary["validation_perplexity"] == pytest.approx(math.exp(summary["validation_loss"]))
@@ -138,7 +138,7 @@ def test_the_run_folder_is_complete(trained: Callable[..., Path], ci_data: Path)
     assert 1 <= first["layers.1/expert_load_max_over_mean"] <= 8
     assert 0 < first["layers.1/gate_mean"] < 1
     assert 0 < first["memory/unique_share"] < 1
-    assert first["memory/lookups"] == 12 * 64 * 2 * 8  # this rank's tokens, memory layers, slots
+    assert first["memory/lookups"] == 12 * 80 * 2 * 8  # this rank's tokens, memory layers, slots
     assert first["bytes/mem"] > 0
     assert first["bytes/ep"] > 0
     assert {f"seconds/{p}" for p in ("data", "fetch", "forward", "backward", "push", "reduce", "optimizer")} <= first.keys()
@@ -156,7 +156,7 @@ def test_eval_and_generate(trained: Callable[..., Path], ci_data: Path, tmp_path
     # during the run over train.eval_batches global batches
     during = json.loads(hybridtrain("eval", run / "checkpoints/step-00000010", "--batches", 2, "--json").out)
     assert during["loss"] == pytest.approx(lines[0]["validation_loss"], rel=1e-6)
-    assert during["tokens"] == lines[0]["validation_tokens"] == 2 * 24 * 64
+    assert during["tokens"] == lines[0]["validation_tokens"] == 2 * 24 * 80
     assert f"loss             {during['loss']:.6g}" in hybridtrain("eval", run / "checkpoints/step-00000010", "--batches", 2).out
 
     arguments = ["generate", run, "--prompt", "The people", "--tokens", 12]
