@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts
+from hybridtrain.data.manifest import sync_folder, write_atomically
 from hybridtrain.errors import CheckpointError
 from hybridtrain.parallel.collectives import Group, gather_objects
 from hybridtrain.settings import Settings
@@ -44,7 +45,7 @@ def save(parts: Parts, folder: Path, step: int, tokenizer_digest: str) -> Path:
         staging.mkdir(parents=True)
 
     def commit() -> None:
-        _write_file(staging / INFO, json.dumps(_describe(parts, step, tokenizer_digest), indent=1))
+        write_atomically(staging / INFO, json.dumps(_describe(parts, step, tokenizer_digest), indent=1).encode())
         _commit(staging, final)
 
     problems = _together(world, make_staging if world.rank == 0 else None)
@@ -229,10 +230,8 @@ def _commit(staging: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final)  # a run that was resumed from before this step writes it anew
     os.rename(staging, final)
-    _sync(final.parent)
-    _write_file(final.parent / "latest.new", final.name)
-    os.replace(final.parent / "latest.new", final.parent / "latest")
-    _sync(final.parent)
+    sync_folder(final.parent)
+    write_atomically(final.parent / "latest", final.name.encode())
 
 
 def _materialize(optimizer: torch.optim.Optimizer) -> None:
@@ -249,21 +248,6 @@ def _prune(folder: Path, keep: int) -> None:
     for old in sorted(folder.glob("step-*"))[:-keep]:
         if old != latest(folder):
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_file(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

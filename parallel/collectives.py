@@ -169,16 +169,6 @@ def all_gather_uneven(x: Tensor, group: Group) -> list[Tensor]:
     ]
 
 
-def broadcast_object(value: Any, group: Group) -> Any:
-    """Rank 0's `value` on every rank (pickled; for settings and decisions, not for tensors)."""
-    if group.size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=group.ranks[0], group=group.process_group)
-    _count(group, "broadcast", len(pickle.dumps(value)) if group.rank == 0 else 0)
-    return box[0]
-
-
 def gather_objects(value: Any, group: Group) -> list[Any]:
     """Every rank's `value`, on every rank (pickled; for messages, not for tensors)."""
     if group.size == 1:

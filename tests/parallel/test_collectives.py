@@ -76,7 +76,6 @@ def check_collectives() -> None:
     assert mesh.traffic.entries()["world", "all_gather"] == (5, gathered)
     assert mesh.traffic.entries()["world", "all_reduce"] == (7, reduced)
 
-    assert c.broadcast_object({"rank": rank}, group) == {"rank": 0}
     assert c.gather_objects(f"rank {rank}", group) == [f"rank {i}" for i in range(size)]
     c.barrier(group)
     assert mesh.traffic.entries()["world", "barrier"] == (1, 0)
@@ -98,7 +97,6 @@ def test_a_group_of_one_rank_moves_and_counts_nothing() -> None:
         c.exchange_counts(x, group),
         c.all_reduce_(x, group),
         c.all_gather_uneven(x, group)[0],
-        c.broadcast_object(x, group),
         c.gather_objects(x, group)[0],
     ]
     c.barrier(group)
