@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
 from hybridtrain.data.shards import TokenDataset
@@ -238,7 +237,3 @@ def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[Hy
         tokens_per_step,
         tied,
     )
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(path))

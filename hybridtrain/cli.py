@@ -98,15 +98,13 @@ def engram(
     as_json: Json = False,
 ) -> None:
     """Size a lookup table: primes, packed rows, parameters and bytes."""
-    from rich.console import Console
-
-    from hybridtrain.engram_report import render, report
+    from hybridtrain.engram_report import print_report, report
 
     sized = report(rows_per_head, _integers("--orders", orders), heads, dim, _integers("--layers", layers))
     if as_json:
         print(json.dumps(sized))
     else:
-        Console().print(render(sized))
+        print_report(sized)
 
 
 @app.command(name="eval")

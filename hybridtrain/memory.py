@@ -100,10 +100,9 @@ class TableMemory:
         mesh = self.mesh.memory_mesh
         if mesh is None:
             return local
-        shape = (self.addressing.num_rows, *local.shape[1:])
-        return DTensor.from_local(
-            local, mesh, [Replicate(), Shard(0)], run_check=False, shape=torch.Size(shape), stride=_strides(shape)
-        )
+        shape = torch.Size((self.addressing.num_rows, *local.shape[1:]))
+        # cut along dim 0, so the whole has the strides of the part
+        return DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False, shape=shape, stride=local.stride())
 
 
 def by_exchange(batch: Batch, plan: StepPlan | None, device: torch.device) -> list[tuple[RowPlan | None, MicroBatches]]:
@@ -115,10 +114,3 @@ def by_exchange(batch: Batch, plan: StepPlan | None, device: torch.device) -> li
         (exchange, MicroBatches(tokens[i], documents[i], targets[i], exchange.index if exchange is not None else None))
         for i, exchange in enumerate(exchanges)
     ]
-
-
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return tuple(strides)

@@ -38,7 +38,7 @@ class Report:
         self.flops = flops_per_token(parts.settings, parts.vocabulary.size)
         peak = torch.tensor(measure_matmul_peak(parts.mesh.device), dtype=torch.float64, device=parts.mesh.device)
         self.peak = float(all_reduce_(peak, parts.mesh.world))
-        self.done = self.start = start
+        self.start = start
         self._seconds = self._total_seconds = 0.0
         self._mark = time.perf_counter()
         self._logged_at = start
@@ -84,7 +84,6 @@ class Report:
         now = time.perf_counter()
         self._seconds += now - self._mark
         self._mark = now
-        self.done = done
         settings = self.parts.settings
         self.log.step(done, totals.loss)
         if done % settings.train.log_every and done != settings.train.steps and not totals.stop:

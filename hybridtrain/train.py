@@ -70,7 +70,7 @@ def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
         def load(step: int) -> tuple[Batch, StepPlan | None]:
             batch = loader.load(step)
             plan = parts.memory.plan(batch) if parts.memory is not None else None  # from tokens on the CPU
-            return batch.at(parts.positions).to(mesh.device), plan
+            return batch.at(parts.positions), plan
 
         try:
             with Prefetcher(load, start, stop_step=settings.train.steps) as source, StopSignal() as signal:

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts, Vocabulary, assemble, load_tokenizer, resolve_layout
+from hybridtrain.assemble import Parts, Vocabulary, assemble, resolve_layout
 from hybridtrain.config import parse_settings
 from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.data.sources import file_digest
+from hybridtrain.data.tokenizer import load_tokenizer
 from hybridtrain.errors import CheckpointError, DataError, UserError
 from hybridtrain.evaluate import evaluate
 from hybridtrain.kernels.engram_hash.addressing import Addressing

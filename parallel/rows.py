@@ -11,7 +11,7 @@ Q rows other ranks (and this one) ask of this rank, N distinct local rows touche
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -74,10 +74,11 @@ class RowPlanner:
         parts = [self._exchange(ids) for ids in ids_MBTLS.chunk(self.exchange_groups)]
         wanted = [part.wanted_Q for part in parts]
         touched = torch.unique(torch.cat(all_gather_uneven(torch.unique(torch.cat(wanted)), self.mem_replicate)))
-        exchanges = [self._with_slots(part, touched) for part in parts]
+        exchanges = [self._place(part, touched) for part in parts]
         return StepPlan(exchanges, touched.to(self.device), ids_MBTLS.numel(), sum(part.num_rows for part in parts))
 
     def _exchange(self, ids_MBTLS: Tensor) -> RowPlan:
+        """All but the slots, on the CPU, where planning and its groups are."""
         self._check_range(ids_MBTLS, 0, int(self.bounds[-1]), "computed here")
         distinct, inverse = zip(*(torch.unique(ids, return_inverse=True) for ids in ids_MBTLS), strict=True)
         if len(distinct) == 1:
@@ -92,13 +93,18 @@ class RowPlanner:
         wanted = checked_all_to_all(rows_U, send, receive, self.mem, "row ids", self.checksum)
         low, high = int(self.bounds[self.mem.rank]), int(self.bounds[self.mem.rank + 1])
         self._check_range(wanted, low, high, f"received by owner {self.mem.rank}")
-        wanted = wanted - low
-        on = self.device
-        return RowPlan([i.to(on) for i in inverse], [s.to(on) for s in select], len(rows_U), send, receive, wanted.to(on), wanted)
+        return RowPlan(list(inverse), select, len(rows_U), send, receive, wanted - low, wanted.new_empty(0))
 
-    def _with_slots(self, part: RowPlan, touched_N: Tensor) -> RowPlan:
-        slots = torch.searchsorted(touched_N, part.slot_Q)
-        return RowPlan(part.index, part.select, part.num_rows, part.send, part.receive, part.wanted_Q, slots.to(self.device))
+    def _place(self, part: RowPlan, touched_N: Tensor) -> RowPlan:
+        """The plan with its slots, on the device."""
+        on = self.device
+        return replace(
+            part,
+            index=[index.to(on) for index in part.index],
+            select=[select.to(on) for select in part.select],
+            wanted_Q=part.wanted_Q.to(on),
+            slot_Q=torch.searchsorted(touched_N, part.wanted_Q).to(on),
+        )
 
     def _check_range(self, ids: Tensor, low: int, high: int, where: str) -> None:
         if ids.numel() == 0:
