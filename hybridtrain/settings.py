@@ -174,6 +174,8 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
+        from hybridtrain.contradictions import contradictions  # here: it imports this module
+
         problems = contradictions(self)
         if problems:
             raise ValueError("\n".join(problems))
@@ -209,72 +211,3 @@ def layer_specs(settings: Settings) -> tuple[LayerSpec, ...]:
 def memory_layers(settings: Settings) -> tuple[int, ...]:
     """0-based ids, in the whole model, of the layers that have a memory."""
     return tuple(i for i, spec in enumerate(layer_specs(settings)) if spec.memory)
-
-
-def contradictions(s: Settings) -> list[str]:
-    """Everything in which the sections do not fit each other, one line each with the nearest legal value."""
-    out: list[str] = []
-    try:
-        layer_specs(s)
-    except ValueError as error:
-        out.append(str(error))
-    if not s.model.layers:
-        out.append("model.layers is empty; a model needs at least one layer")
-    attention, moe, memory = s.model.attention, s.model.moe, s.memory
-    if attention.num_heads % attention.num_kv_heads:
-        out.append(
-            f"model.attention.num_kv_heads={attention.num_kv_heads} does not divide num_heads={attention.num_heads}; "
-            f"it may be {_divisors(attention.num_heads)}"
-        )
-    if attention.head_dim % 2:
-        out.append(f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. {attention.head_dim + 1}")
-    for key, width in (("model.dim", s.model.dim), ("model.moe.hidden", moe.hidden)):
-        if width % 4 and any("moe" in entry for entry in s.model.layers):
-            out.append(
-                f"{key}={width} is no multiple of 4, as grouped products need (rows of 16 bytes); the next is {-(-width // 4) * 4}"
-            )
-    if moe.top_k > moe.num_experts:
-        out.append(f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to {moe.num_experts}")
-    if moe.num_experts % moe.num_groups:
-        out.append(
-            f"model.moe.num_groups={moe.num_groups} does not divide num_experts={moe.num_experts}; "
-            f"it may be {_divisors(moe.num_experts)}"
-        )
-    elif moe.top_groups > moe.num_groups:
-        out.append(f"model.moe.top_groups={moe.top_groups} exceeds num_groups={moe.num_groups}; it may be 1 to {moe.num_groups}")
-    elif moe.num_experts >= moe.top_k > moe.top_groups * (moe.num_experts // moe.num_groups):
-        reach = moe.top_groups * (moe.num_experts // moe.num_groups)
-        out.append(
-            f"model.moe.top_k={moe.top_k} exceeds the {reach} experts in top_groups={moe.top_groups} groups; it may be 1 to {reach}"
-        )
-    if not memory.orders or list(memory.orders) != sorted(set(memory.orders)) or memory.orders[0] < 2:
-        out.append(f"memory.orders={list(memory.orders)} must be rising n-gram lengths from 2 on, e.g. [2, 3]")
-    if s.train.global_batch % s.train.micro_batches:
-        out.append(
-            f"train.micro_batches={s.train.micro_batches} does not divide train.global_batch={s.train.global_batch}; "
-            f"it may be {_divisors(s.train.global_batch)}"
-        )
-    if s.train.micro_batches % memory.exchange_groups:
-        out.append(
-            f"memory.exchange_groups={memory.exchange_groups} does not divide train.micro_batches={s.train.micro_batches}; "
-            f"it may be {_divisors(s.train.micro_batches)}"
-        )
-    parallel = s.parallel
-    if parallel.pp > 1 and memory.exchange_groups > 1:
-        out.append(
-            f"memory.exchange_groups={memory.exchange_groups}: a pipeline needs the rows of all micro-batches at once; it may be 1"
-        )
-    if parallel.pp > 1 and parallel.reshard_after_forward and parallel.schedule not in ("gpipe", "1f1b"):
-        out.append(
-            f"parallel.reshard_after_forward=true frees parameters that parallel.schedule={parallel.schedule} still needs; "
-            f"it may be false, or parallel.schedule gpipe or 1f1b"
-        )
-    if s.data.tokenizer and "vocab_size" in s.data.model_fields_set:
-        out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")
-    return out
-
-
-def _divisors(number: int) -> str:
-    """The divisors of `number` in words: "1, 2 or 4"."""
-    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
-    return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
