@@ -30,6 +30,7 @@ class Mesh:
     cp: Group
     tp: Group
     ep: Group
+    ep_levels: tuple[Group, ...]  # what tokens are dispatched over, one after the other: (ep,) or (ep_inter, ep_intra)
     mem: Group
     mem_replicate: Group
     timeout: float
@@ -64,6 +65,11 @@ def world_from_environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_of_a_node(world: int) -> int:
+    """Ranks on this machine as the launcher says; all of them where none does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
 def choose_device() -> torch.device:
     """The accelerator of this local rank where there is one, else the CPU: the one place where it is decided."""
     if torch.cuda.is_available():
@@ -91,6 +97,7 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
     def group(axis: str) -> Group:
         return _group(layout, rank, axis, axis, traffic, timeout)
 
+    ep = group("ep")
     return Mesh(
         layout=layout,
         rank=rank,
@@ -102,7 +109,8 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         dp=group("dp"),
         cp=group("cp"),
         tp=group("tp"),
-        ep=group("ep"),
+        ep=ep,
+        ep_levels=(group("ep_inter"), group("ep_intra")) if layout.ep_inter > 1 else (ep,),
         mem=group("mem"),
         mem_replicate=group("mem_replicate"),
         timeout=timeout,
