@@ -61,6 +61,15 @@ def check(kind: str) -> None:
     torch.testing.assert_close(own_kernel.grad, kernel.grad)
 
 
+def check_places() -> None:
+    """Lines before experts are of whole sequences."""
+    mesh = mesh_here(cp=torch.distributed.get_world_size())
+    context = ContextParallel(mesh.cp, TOKENS, short_conv, places_in_line)
+    experts = torch.randint(5, (SEQUENCES, TOKENS, 1), generator=torch.Generator().manual_seed(0))
+    here = context.positions()
+    assert torch.equal(context.places_in_line(experts[:, here]), places_in_line(experts)[:, here])
+
+
 def check_bytes_and_balance() -> None:
     mesh = mesh_here(cp=torch.distributed.get_world_size())
     context = ContextParallel(mesh.cp, TOKENS, short_conv, places_in_line)
@@ -80,6 +89,7 @@ def check_bytes_and_balance() -> None:
 def check_all() -> None:
     for kind in ("one", "packed"):
         check(kind)
+    check_places()
     check_bytes_and_balance()
 
 
