@@ -244,7 +244,7 @@ def _dispatch(parts: Parts) -> str:
     levels = ", then ".join(f"{group.name}={group.size}" for group in parts.mesh.ep_levels)
     how = f"all-to-all over {levels}" if parts.mesh.ep.size > 1 else "local"
     if parts.settings.parallel.dispatch == "hierarchical" and parts.mesh.layout.ep_inter == 1:
-        how += ": hierarchical has nothing to do where all ranks of ep x etp are on one node"
+        how += " (hierarchical: ep x etp is on one node)"
     return how
 
 

@@ -64,9 +64,9 @@ def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Gr
     return x if group.size == 1 else _begin_all_to_all(x, send, receive, group)()
 
 
-def all_to_all_autograd(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
+def all_to_all_autograd(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, guard: Guard = nullcontext) -> Tensor:
     """`all_to_all` whose gradient goes back the way its rows came."""
-    return start_all_to_all(x, send, receive, group)()
+    return start_all_to_all(x, send, receive, group, guard)()
 
 
 def start_all_to_all(

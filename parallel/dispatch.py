@@ -22,6 +22,7 @@ from hybridtrain.parallel.collectives import (
     Group,
     all_gather_autograd,
     all_to_all,
+    all_to_all_autograd,
     exchange_counts,
     reduce_scatter_autograd,
     start_all_to_all,
@@ -132,7 +133,7 @@ class Trip:
     def come_home(self, y_QD: Tensor) -> Tensor:
         """Send each received token's result back, and add up those of each token here: [N, D]."""
         with self.load.guard():
-            y_PD = start_all_to_all(y_QD, self.receive, self.send, self.load.group, self.load.guard)()
+            y_PD = all_to_all_autograd(y_QD, self.receive, self.send, self.load.group, self.load.guard)
             return y_PD.new_zeros(self.num_tokens, *y_PD.shape[1:]).index_add(0, self.token_P, y_PD)
 
 

@@ -150,10 +150,10 @@ def test_experts_drop_what_comes_after_their_capacity_in_a_sequence(capacity: fl
     assert totals["layers.3.expert_tokens"].sum() == 3 * 32 * 2  # what was asked for: the bias learns from it
 
     # no other sequence and no later token has a say; a shorter sequence has the same bound
-    torch.testing.assert_close(layer(x[1:2, :20]), out[1:2, :20])
     layer.eval()
+    torch.testing.assert_close(layer(x[1:2, :20]), out[1:2, :20])
     torch.testing.assert_close(layer(x), out)
-    assert collect(_Layers(layer)) == totals
+    assert collect(_Layers(layer))["layers.3.dropped_pairs"] == dropped
 
 
 class _Layers(torch.nn.Module):
