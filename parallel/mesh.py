@@ -85,14 +85,13 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
     The ranks meet at `rendezvous`: torchrun's environment, or a `file://` path that all of them see.
     """
     traffic = Traffic()
-    uncounted = Traffic()  # of what comes before the run
     if layout.world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, init_method=rendezvous, rank=rank, world_size=layout.world, timeout=timedelta(seconds=timeout)
         )
 
-    layouts = gather_objects(layout, _group(layout, rank, "world", "world", uncounted, timeout))
+    layouts = gather_objects(layout, _group(layout, rank, "world", "world", Traffic(), timeout))  # not of the run
     if any(other != layout for other in layouts):  # LOCAL_WORLD_SIZE may differ; ranks would wait for each other in other groups
         said = "; ".join(f"rank {i} has {other.describe()}" for i, other in enumerate(layouts) if other != layouts[i - 1])
         raise LayoutError(layout.world, [f"ranks have resolved different layouts: {said}; set parallel.node_size to one number"])

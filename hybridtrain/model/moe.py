@@ -58,10 +58,12 @@ class LocalDispatch:
     def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts) -> Callable[[], Tensor]:
         num_experts = experts.w_gate.size(0)
         if self.drops:
-            return lambda: gated_sum(x_ND, experts_NK, gates_NK, num_experts, experts)
-        order_P, inverse_NK, counts_E = sort_by_expert(experts_NK, num_experts)
-        y_PD = experts(permute(x_ND, order_P, inverse_NK), counts_E)
-        return lambda: combine(y_PD, gates_NK, order_P, inverse_NK)
+            y_ND = gated_sum(x_ND, experts_NK, gates_NK, num_experts, experts)
+        else:
+            order_P, inverse_NK, counts_E = sort_by_expert(experts_NK, num_experts)
+            y_PD = experts(permute(x_ND, order_P, inverse_NK), counts_E)
+            y_ND = combine(y_PD, gates_NK, order_P, inverse_NK)
+        return lambda: y_ND
 
 
 DROPPED = -1  # no expert's number

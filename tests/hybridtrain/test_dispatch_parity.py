@@ -69,7 +69,7 @@ def train_without_memory(settings: Settings, rank: int) -> None:
         nonlocal seen
         if torch.distributed.get_rank() == rank and x.is_floating_point() and rest[2].name == "ep":
             seen += 1
-            if seen == 13:  # tokens and gates there, results back, their gradients, in two layers: the first of the second step
+            if seen == 13:  # gates and tokens there, results back, their gradients, in two layers or micro-batches: the first again
                 torch.empty(1 << 46)
         return real(x, *rest)
 
@@ -77,11 +77,13 @@ def train_without_memory(settings: Settings, rank: int) -> None:
     train_here(settings, resume=False)
 
 
-def test_a_rank_without_memory_for_its_tokens_names_them(ci_data: Path, tmp_path: Path) -> None:
-    settings = ci_settings(tmp_path / "run", ci_data, "parallel.ep=2", "train.steps=3")
-    even = f"{24 * 80 // 2 * 2:,}"  # tokens of a rank, two experts each
+@pytest.mark.parametrize("layout", [(2, "parallel.ep=2"), (4, "parallel.ep=2", "parallel.pp=2", "train.micro_batches=2")])
+def test_a_rank_without_memory_for_its_tokens_names_them(ci_data: Path, tmp_path: Path, layout: tuple[int, ...]) -> None:
+    world, *overrides = layout
+    settings = ci_settings(tmp_path / "run", ci_data, "train.steps=3", *map(str, overrides))
+    even = f"{24 * 80 // 2 * 2 // settings.train.micro_batches:,}"  # tokens of a rank in a micro-batch, two experts each
     with pytest.raises(RankFailure) as caught:
-        run_on_ranks(train_without_memory, 2, settings, 1)
+        run_on_ranks(train_without_memory, world, settings, 1)
     last = str(caught.value).strip().splitlines()[-1]
     assert last.startswith(
         "hybridtrain.errors.TrainingError: layers.1.feedforward: rank 1 ran out of memory in the exchange over ep: "
