@@ -1,7 +1,8 @@
 """The layout of a run: which rank stands where on every axis, and whether the model fits. Pure Python, no torch.
 
 Dense mesh `pp × dp_replicate × dp_shard × cp × tp`, slowest axis first (tp neighbours are neighbouring ranks).
-Experts fold over `dp_shard × cp × tp` as `edp × ep × etp`; lookup tables over all ranks as `mem_replicate × mem`.
+Experts fold over `dp_shard × cp × tp` as `edp × ep × etp`; lookup tables over all ranks as `mem_replicate × mem`, or, where
+`mem_placement` is far, as `mem × mem_replicate`.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Layout:
     ep: int
     mem: int
     etp: int = 1
+    mem_placement: str = "near"  # or "far"
 
     @classmethod
     def resolve(
@@ -71,6 +73,7 @@ class Layout:
         ep: int = 1,
         mem: int = -1,
         etp: int = 1,
+        mem_placement: str = "near",
     ) -> Layout:
         """The layout of `world` ranks; `dp_shard=-1` takes the ranks the other axes leave, `mem=-1` takes all.
 
@@ -78,7 +81,7 @@ class Layout:
         """
         others = pp * dp_replicate * cp * tp
         shard = dp_shard if dp_shard != -1 else max(1, world // others)
-        layout = cls(world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem, etp)
+        layout = cls(world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem, etp, mem_placement)
         out: list[str] = []
         if others * shard != world:
             named = [f"{a} {getattr(layout, a)}" for a in DENSE_AXES if getattr(layout, a) > 1]
@@ -122,6 +125,11 @@ class Layout:
         return self.world // self.mem
 
     @property
+    def memory_axes(self) -> tuple[str, ...]:
+        """The axes of the tables, slowest first: near, a group is neighbouring ranks; far, ranks spread evenly over the world."""
+        return MEMORY_AXES if self.mem_placement == "near" else MEMORY_AXES[::-1]
+
+    @property
     def dp(self) -> int:
         """Ranks that read different sequences."""
         return self.dp_replicate * self.dp_shard
@@ -133,7 +141,7 @@ class Layout:
         """Where `rank` stands on `axis` (any of the dense, expert or memory axes, or `dp`)."""
         if axis == "dp":
             return self.coordinate(rank, "dp_replicate") * self.dp_shard + self.coordinate(rank, "dp_shard")
-        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, MEMORY_AXES) if axis in axes)
+        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, self.memory_axes) if axis in axes)
         sizes = self.shape(axes)
         place = axes.index(axis)
         return rank // prod(sizes[place + 1 :]) % sizes[place]
@@ -224,6 +232,8 @@ class Layout:
             for axis in (*DENSE_AXES, "ep", "etp", "edp", "mem", "mem_replicate")
             if getattr(self, axis) > 1
         ]
+        if self.mem_placement == "far" and 1 < self.mem < self.world:
+            named.append("mem far")
         return " · ".join(named) or "one rank"
 
 
