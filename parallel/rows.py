@@ -65,9 +65,10 @@ class StepPlan:
     number: int  # of the plan among its planner's
 
     @property
-    def late(self) -> int:
-        """Rows asked for here that the update of the step before changes; 0 where that was not planned."""
-        return sum(sum(part.late.send) for part in self.exchanges if part.late is not None)
+    def late_rows(self) -> int | None:
+        """How many of the first exchange's rows the update of the step before changes; None where that was not planned."""
+        late = self.exchanges[0].late
+        return sum(late.send) if late is not None else None
 
 
 class RowPlanner:
