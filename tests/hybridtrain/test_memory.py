@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +14,54 @@ from torch import Tensor
 
 from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing, resolve_layout, table_device
-from hybridtrain.data.batches import BatchLoader
+from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.evaluate import evaluate
-from hybridtrain.metrics import Clock
+from hybridtrain.metrics import Clock, read_metrics
 from hybridtrain.parallel.mesh import make_mesh
-from hybridtrain.parallel.rows import StepPlan
+from hybridtrain.parallel.rows import Route, StepPlan
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
+from hybridtrain.use import evaluate_checkpoint
 from tests.ranks import run_on_ranks
-from tests.training import ci_settings
+from tests.training import ci_settings, loss_curve, train_on
 
 DECAY = "memory.weight_decay=2.0"
+FAR = "parallel.mem_placement=far"
 CASES = {
     1: {
         "one": [DECAY],
-        "two exchanges": [DECAY, "train.micro_batches=2", "memory.exchange_groups=2"],
+        "one, two exchanges": [DECAY, "train.micro_batches=2", "memory.exchange_groups=2"],
     },
     2: {
         "two": [DECAY, "parallel.ep=2"],
-        "two exchanges": [DECAY, "train.micro_batches=2", "memory.exchange_groups=2", "memory.checksum=true"],
-        "adagrad": ["memory.optimizer=rowwise_adagrad", "memory.checksum=true"],
+        "two exchanges": [DECAY, "train.micro_batches=2", "memory.exchange_groups=2"],
+        "checksum, adagrad": ["memory.optimizer=rowwise_adagrad", "memory.checksum=true"],
         "replicas": ["parallel.mem=1", DECAY],
     },
     4: {
-        "four": [DECAY, "parallel.ep=2"],
         "near": [DECAY, "parallel.mem=2"],
-        "far": [DECAY, "parallel.mem=2", "parallel.mem_placement=far"],
-        "tp": ["parallel.tp=2", "parallel.mem=2", DECAY],
-        "pp": ["parallel.pp=2", "train.micro_batches=4", DECAY],
-        "pp near": ["parallel.pp=2", "train.micro_batches=4", "parallel.mem=2", DECAY],
-        "pp far": ["parallel.pp=2", "train.micro_batches=4", "parallel.mem=2", "parallel.mem_placement=far", DECAY],
+        "far": [DECAY, "parallel.mem=2", FAR],
+        "tp": ["parallel.tp=2", DECAY],
+        "pp": ["parallel.pp=2", "train.micro_batches=2", "parallel.mem=2", DECAY],
+        "pp far": ["parallel.pp=2", "train.micro_batches=2", "parallel.mem=2", FAR, DECAY],
     },
 }
-STEPS = 6
+MODES = ("step", "overlap", "stale", "stale")
+STEPS, SAVED = 5, 3
 
 
 @dataclass
 class Run:
     """What a rank saw of some steps."""
 
-    losses: list[float]
-    validation: list[float]
-    low: int
-    state: dict[str, Tensor]  # this rank's own part of everything that is trained
-    sent: list[int]  # bytes by step: of rows and their gradients
-    due: list[int]  # the same, by the plans
-    late: list[int | None]
+    losses: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)  # bytes by step, of rows and their gradients
+    due: list[int] = field(default_factory=list)  # the same, by the plans
+    late: list[int | None] = field(default_factory=list)
+    low: int = 0
+    state: dict[str, Tensor] = field(default_factory=dict)  # this rank's own part of everything that is trained
 
 
 class Rig:
@@ -81,32 +82,42 @@ class Rig:
         split = self.dataset.split("train")
         self.loader = BatchLoader(split, train.seq_len, train.global_batch, train.micro_batches, dp, mesh.layout.dp, 0)
         self.clock = Clock(device)
+        self.upcoming: tuple[Batch, StepPlan] | None = None
 
-    def due(self, plan: StepPlan) -> int:
-        """Bytes that a step sends: each unique row once from its owner, its gradient once to it, none to itself."""
-        own, width = self.parts.mesh.mem.rank, 4 * self.settings.memory.head_dim
-        foreign = [sum(part.receive) - part.receive[own] + sum(part.send) - part.send[own] for part in plan.exchanges]
-        return sum(foreign) * width
+    def due(self, plan: StepPlan, following: StepPlan) -> int:
+        """Bytes that a step sends to other ranks: rows of here that are fetched during it, and gradients of their rows."""
+        mode = self.settings.memory.fetch
+        (first, *others), ahead = plan.exchanges, following.exchanges[0]
+        routes: dict[str, list[Route | None]] = {
+            "step": [*plan.exchanges],
+            "overlap": [first.late or first, *others, ahead.early],
+            "stale": [ahead] if plan.number > 1 else [first, ahead],
+        }
+        own = self.parts.mesh.mem.rank
+        rows = sum(sum(route.receive) - route.receive[own] for route in routes[mode] if route is not None)
+        grads = sum(sum(part.send) - part.send[own] for part in plan.exchanges)
+        return (rows + grads) * 4 * self.settings.memory.head_dim
 
     def sent(self) -> int:
         entries = self.parts.mesh.traffic.entries()
         return sum(sent for (group, what), (_, sent) in entries.items() if group in ("mem", "mem_ahead") and what == "all_to_all")
 
-    def steps(self, first: int, last: int, validate_after: int = -1, resume: bool = False) -> Run:
-        """Steps `first` to `last-1`, the last of which still reads ahead for the one after it."""
-        plans = [(batch := self.loader.load(step), self.memory.plan(batch)) for step in range(first, last + 1)]
-        if resume:
-            self.memory.resume(plans[0][1])
-        run = Run([], [], self.memory.low, {}, [], [], [])
-        for number, (batch, plan) in enumerate(plans[:-1]):
+    def plan(self, step: int) -> tuple[Batch, StepPlan]:
+        batch = self.loader.load(step)
+        return batch.at(self.parts.positions), self.memory.plan(batch)
+
+    def steps(self, first: int, last: int, validate_after: int = -1) -> Run:
+        """Steps `first` to `last-1`, each with the plan of the one after it, as the training loop does them."""
+        run = Run(low=self.memory.low)
+        self.upcoming = self.upcoming or self.plan(first)
+        for step in range(first, last):
+            (batch, plan), self.upcoming = self.upcoming, self.plan(step + 1)
             before = self.sent()
-            following = plans[number + 1][1]
-            here = batch.at(self.parts.positions)
-            run.losses.append(train_step(self.parts, first + number, here, plan, self.clock, False, following).loss)
+            run.losses.append(train_step(self.parts, step, batch, plan, self.clock, False, self.upcoming[1]).loss)
             run.sent.append(self.sent() - before)
-            run.due.append(self.due(plan))
+            run.due.append(self.due(plan, self.upcoming[1]))
             run.late.append(plan.late_rows)
-            if number == validate_after:
+            if step == validate_after:
                 run.validation.append(evaluate(self.parts, self.dataset.split("validation"), 1)["loss"])
         run.state = own_state(self.parts)
         return run
@@ -120,49 +131,168 @@ def own_state(parts: Parts) -> dict[str, Tensor]:
     return {name: (v.to_local() if hasattr(v, "to_local") else v).clone() for name, v in tensors.items()}
 
 
-def run_modes(cases: dict[str, list[Settings]]) -> dict[str, list[Run]]:
+def run_modes(cases: dict[str, list[Settings]], resumed: dict[str, Settings], folder: str) -> tuple[Any, Any]:
+    """On a rank: every case in all its modes, and what the `resumed` do after a checkpoint of the first of them."""
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
-    return {name: [Rig(s).steps(0, STEPS, validate_after=2) for s in kinds] for name, kinds in cases.items()}
+    modes = {name: [Rig(s).steps(0, STEPS, validate_after=2) for s in kinds] for name, kinds in cases.items()}
+    return modes, save_and_resume(resumed, folder) if resumed else {}
 
 
-MODES = ("step", "overlap", "stale", "stale")
+def save_and_resume(resumed: dict[str, Settings], folder: str) -> dict[str, Run]:
+    """What the first run does after step SAVED, and what every one does that goes on from its checkpoint there."""
+    undisturbed = Rig(next(iter(resumed.values())))
+    undisturbed.steps(0, SAVED)
+    path = checkpoint.save(undisturbed.parts, Path(folder), SAVED, "digest")
+    runs = {"undisturbed": undisturbed.steps(SAVED, STEPS)}
+    for name, settings in resumed.items():
+        rig = Rig(settings)
+        assert checkpoint.load(rig.parts, path) == SAVED
+        rig.upcoming = rig.plan(SAVED)
+        rig.memory.resume(rig.upcoming[1])
+        runs[name] = rig.steps(SAVED, STEPS)
+    return runs
+
+
+def settings_of(data: Path, *overrides: str) -> Settings:
+    return ci_settings(Path("unused"), data, "train.global_batch=8", "optim.warmup_steps=2", *overrides)
 
 
 @pytest.fixture(scope="module")
-def runs(ci_data: Path) -> dict[int, dict[str, list[list[Run]]]]:
-    """By world, case and mode (of MODES, but without stale for several exchanges): what every rank saw."""
-    out: dict[int, dict[str, list[list[Run]]]] = {}
+def runs(ci_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Any, Any]]:
+    """By world: by case and mode, and by resumed run, what every rank saw."""
+    out: dict[int, tuple[Any, Any]] = {}
     for world, cases in CASES.items():
         settings = {
             name: [
-                ci_settings(Path("unused"), ci_data, f"memory.fetch={mode}", *overrides)
+                settings_of(ci_data, f"memory.fetch={mode}", *overrides)
                 for mode in MODES
-                if mode != "stale" or name != "two exchanges"
+                if mode != "stale" or "two exchanges" not in name
             ]
             for name, overrides in cases.items()
         }
-        ranks = run_on_ranks(run_modes, world, settings)
-        out[world] = {name: [[rank[name][mode] for rank in ranks] for mode in range(len(kinds))] for name, kinds in settings.items()}
+        resumed = {name: settings_of(ci_data, *overrides) for name, overrides in RESUMED.get(world, {}).items()}
+        ranks = run_on_ranks(run_modes, world, settings, resumed, str(tmp_path_factory.mktemp("saved")))
+        by_mode = {name: [[rank[0][name][i] for rank in ranks] for i in range(len(kinds))] for name, kinds in settings.items()}
+        out[world] = by_mode, {name: [rank[1][name] for rank in ranks] for name in ("undisturbed", *resumed) if resumed}
     return out
 
 
-def assert_equal_bits(ours: Run, theirs: Run) -> None:
-    assert ours.losses == theirs.losses
-    assert ours.validation == theirs.validation
-    assert ours.state.keys() == theirs.state.keys()
-    for name, value in ours.state.items():
-        assert torch.equal(value, theirs.state[name]), name
+def assert_equal_bits(ours: list[Run], theirs: list[Run]) -> None:
+    """Rank by rank."""
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.losses == other.losses
+        assert mine.validation == other.validation
+        assert mine.state.keys() == other.state.keys()
+        for name, value in mine.state.items():
+            assert torch.equal(value, other.state[name]), name
 
 
 IDS = [(world, name) for world, cases in CASES.items() for name in cases]
+ONE_EXCHANGE = [(world, name) for world, name in IDS if "two exchanges" not in name]
 
 
 @pytest.mark.parametrize(("world", "name"), IDS)
 def test_overlap_changes_no_bit(runs: dict[int, Any], world: int, name: str) -> None:
-    step, overlap, *_ = runs[world][name]
-    for ours, theirs in zip(overlap, step, strict=True):
-        assert_equal_bits(ours, theirs)
-        assert theirs.late == [None] * STEPS
-        assert ours.late[0] is None  # no plan was made before it
-        assert sum(late or 0 for late in ours.late) > 0 or not any(ours.due)
+    step, overlap, *_ = runs[world][0][name]
+    assert_equal_bits(overlap, step)
+    late = torch.tensor([run.late[1:] for run in overlap]).sum(0)
+    assert late.min() > 0  # some rows had to wait for the update
+    assert all(run.late[0] is None for run in overlap)  # no plan was made before it
+    assert all(set(run.late) == {None} for run in step)
+
+
+@pytest.mark.parametrize(("world", "name"), IDS)
+def test_each_unique_row_travels_once_each_way(runs: dict[int, Any], world: int, name: str) -> None:
+    if "checksum" in name:
+        pytest.skip("checksums travel too")
+    for mode in runs[world][0][name]:
+        for run in mode:
+            assert run.sent == run.due
+        assert (sum(sum(run.due) for run in mode) > 0) == (world > 1 and name != "replicas")
+
+
+@pytest.mark.parametrize(("world", "name"), ONE_EXCHANGE)
+def test_stale_repeats_and_is_another_run(runs: dict[int, Any], world: int, name: str) -> None:
+    step, _, stale, again = runs[world][0][name]
+    assert_equal_bits(stale, again)
+    assert stale[0].losses[0] == step[0].losses[0]
+    # the first update has come to all rows in the one, to none in the other
+    assert abs(stale[0].losses[1] - step[0].losses[1]) > 1e-5
+
+
+@pytest.mark.parametrize(("world", "name"), [case for case in ONE_EXCHANGE if "adagrad" not in case[1]])
+def test_every_mode_trains_alike_at_every_layout(runs: dict[int, Any], world: int, name: str) -> None:
+    for mode in range(3):
+        ours, (one,) = runs[world][0][name][mode], runs[1][0]["one"][mode]
+        for run in ours:
+            assert run.losses == pytest.approx(one.losses, rel=1e-5)
+            assert run.validation == pytest.approx(one.validation, rel=1e-5)
+            torch.testing.assert_close(
+                run.state["table"], one.state["table"][run.low : run.low + len(run.state["table"])], rtol=0, atol=5e-5
+            )
+
+
+RESUMED = {
+    2: {"overlap": [DECAY, "memory.fetch=overlap"]},
+    4: {
+        "far": [DECAY, "memory.fetch=stale", "parallel.mem=2", FAR],
+        "near": [DECAY, "memory.fetch=stale", "parallel.mem=2"],
+        "mem 4": [DECAY, "memory.fetch=stale"],
+        "step": [DECAY, "memory.fetch=step", "parallel.mem=2"],
+    },
+}
+
+
+@pytest.mark.parametrize(("world", "name"), [(2, "overlap"), (4, "far")])
+def test_a_resumed_run_goes_on_with_the_same_bits(runs: dict[int, Any], world: int, name: str) -> None:
+    assert_equal_bits(runs[world][1][name], runs[world][1]["undisturbed"])
+
+
+@pytest.mark.parametrize("name", ["near", "mem 4"])
+def test_a_stale_run_resumes_with_other_owners(runs: dict[int, Any], name: str) -> None:
+    undisturbed, other, step = (runs[4][1][kind][0].losses for kind in ("undisturbed", name, "step"))
+    assert other == pytest.approx(undisturbed, rel=1e-6)
+    assert abs(step[0] - undisturbed[0]) > 1e-5  # who forgets the rows read before the checkpoint would see these instead
+
+
+def test_stale_rows_are_those_of_one_update_ago(ci_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(settings_of(ci_data, DECAY, "memory.fetch=stale"))
+    optimizer, everything = rig.memory.optimizer, torch.arange(len(rig.memory.table))
+    seen: list[list[Tensor]] = []
+    real = rig.memory.rows.set
+    monkeypatch.setattr(rig.memory.rows, "set", lambda leaves: (seen.append(list(leaves)), real(leaves)))
+    before: list[Tensor] = []
+    for step in range(4):
+        before.append(optimizer.values(everything))
+        _, plan = rig.upcoming = rig.upcoming or rig.plan(step)
+        rig.steps(step, step + 1)
+        expected = before[max(0, step - 1)][plan.touched_N]
+        assert torch.equal(seen[step][0], expected), step
+        assert step == 0 or not torch.equal(expected, before[step][plan.touched_N])
+
+
+def test_a_run_reports_its_fetches_and_resumes_stale_bitwise(
+    ci_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Through `hybridtrain train`: what the metrics and the summary say, and that a checkpoint of the loop has the rows too."""
+    overrides = ["memory.fetch=stale", "memory.device=host", "train.steps=8", "train.eval_every=4", "checkpoint.every=5"]
+    for name in ("whole", "cut"):
+        (summary,) = train_on(1, ci_settings(tmp_path / name, ci_data, "train.global_batch=8", "train.eval_batches=1", *overrides))
+    written = [line for line in read_metrics(tmp_path / "whole") if "loss" in line]
+    for line in written:
+        assert 0 < line["memory/fetch_exposed_seconds"] <= line["memory/fetch_seconds"] < line["seconds_per_step"]
+        assert line["memory/fetch_exposed_seconds"] == line["seconds/fetch"]
+    mean = sum(line["memory/fetch_seconds"] for line in written) / len(written)
+    assert summary["memory_fetch_seconds"] == pytest.approx(mean)
+    out = " ".join(capfd.readouterr().out.split())
+    assert "stale: all rows come during the step before, one update old" in out
+    assert "in host memory (cpu)" in out
+    assert f"memory rows: {1000 * mean:.1f} ms a step to fetch" in out
+
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-00000008")
+    (tmp_path / "cut/checkpoints/latest").write_text("step-00000005")
+    train_on(1, ci_settings(tmp_path / "cut", ci_data, "train.global_batch=8", "train.eval_batches=1", *overrides), resume=True)
+    assert loss_curve(tmp_path / "cut") == loss_curve(tmp_path / "whole")
+    assert "validation_loss" in read_metrics(tmp_path / "cut")[-1]
+    assert evaluate_checkpoint(tmp_path / "cut", "validation", None, 1).keys() == {"loss", "perplexity", "bits_per_byte", "tokens"}
