@@ -16,6 +16,7 @@ from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.model.init import init_table
 from hybridtrain.model.rows import StepRows
 from hybridtrain.optim.rowwise import make_row_optimizer
+from hybridtrain.parallel.collectives import Pending
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.rows import Arrival, Route, RowExchange, RowPlan, RowPlanner, StepPlan
 from hybridtrain.parallel.schedule import MicroBatches
@@ -74,7 +75,7 @@ class TableMemory:
         }
         self._ahead: Ahead | None = None
         self._saved: list[StaleRows] | None = None
-        self._arrived: list[Arrival] = []
+        self._arrived: list[Pending] = []
 
     def plan(self, batch: Batch, evaluate: bool = False) -> StepPlan:
         """Which rows the batch needs, from whom; collective, from tokens alone. A rank of `tp` takes its own slots only.
@@ -94,7 +95,7 @@ class TableMemory:
         self.optimizer.catch_up(plan.touched_N)
         if self._ahead is not None and self._ahead.exchange is exchange:
             rows_UD = self.exchange.complete(exchange, self._ahead.arrival)
-            self._arrived.append(self._ahead.arrival)
+            self._arrived.append(self._ahead.arrival.pending)
             self._ahead = None
         else:
             rows_UD = self.exchange.fetch(exchange)
@@ -136,12 +137,12 @@ class TableMemory:
 
     def _begin_stale(self, plan: StepPlan, values_ND: Tensor) -> None:
         (exchange,) = plan.exchanges
-        stale = StaleRows(plan.touched_N + self.low, values_ND)
-        self._begin(exchange, exchange, values_ND.index_select(0, exchange.slot_Q.to(values_ND.device)), stale)
+        rows_QD = self.exchange.upload(values_ND).index_select(0, exchange.slot_Q)
+        self._begin(exchange, exchange, rows_QD, StaleRows(plan.touched_N + self.low, values_ND))
 
     def hidden_seconds(self) -> float:
         """How long exchanges ran beside the computation since the last call; on CUDA the device must have come so far."""
-        seconds, self._arrived = sum(arrival.pending.hidden_seconds() for arrival in self._arrived), []
+        seconds, self._arrived = sum(pending.hidden_seconds() for pending in self._arrived), []
         return seconds
 
     def push(self, exchange: RowPlan, total_ND: Tensor) -> None:

@@ -199,12 +199,12 @@ class RowExchange:
 
     def fetch(self, route: Route) -> Tensor:
         """The route's rows as they are now, `[U, D]` where it is a whole plan, in ascending order of their ids: one all-to-all."""
-        rows_QD = self._upload(self.table.index_select(0, route.wanted_Q))
+        rows_QD = self.upload(self.table.index_select(0, route.wanted_Q))
         return checked_all_to_all(rows_QD, route.receive, route.send, self.mem, "rows", self.checksum)
 
     def begin(self, route: Route, rows_QD: Tensor) -> Arrival:
         """Send the rows that this owner is asked for, beside what follows."""
-        return Arrival(self._upload(rows_QD), route, self.ahead, self.checksum)
+        return Arrival(self.upload(rows_QD), route, self.ahead, self.checksum)
 
     def complete(self, plan: RowPlan, arrival: Arrival) -> Tensor:
         """The plan's unique rows `[U, D]`, of which the early ones, or all, were begun: the late ones are fetched now."""
@@ -224,7 +224,7 @@ class RowExchange:
         """Sum the step's row gradients over the replicas of this shard, so that they stay bitwise equal."""
         all_reduce_(total_ND, self.mem_replicate)
 
-    def _upload(self, rows: Tensor) -> Tensor:
+    def upload(self, rows: Tensor) -> Tensor:
         """The rows on the model's device; out of host memory by way of a pinned buffer, so that the thread need not wait."""
         if rows.device == self.device:
             return rows

@@ -18,7 +18,7 @@ from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.evaluate import evaluate
 from hybridtrain.metrics import Clock, read_metrics
-from hybridtrain.parallel.mesh import make_mesh
+from hybridtrain.parallel.mesh import Mesh, make_mesh
 from hybridtrain.parallel.rows import Route, StepPlan
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
@@ -28,26 +28,24 @@ from tests.training import ci_settings, loss_curve, train_on
 
 DECAY = "memory.weight_decay=2.0"
 FAR = "parallel.mem_placement=far"
-CASES = {
+PIPELINE = ("parallel.pp=2", "train.micro_batches=2", "parallel.mem=2", DECAY)
+CASES = {  # by world and name: the ways of memory.fetch, of which "stale" twice where its repetition is looked at, and the rest
     1: {
-        "one": [DECAY],
-        "one, two exchanges": [DECAY, "train.micro_batches=2", "memory.exchange_groups=2"],
+        "one": ("step overlap stale", DECAY),
+        "one, two exchanges": ("step overlap", DECAY, "train.micro_batches=2", "memory.exchange_groups=2"),
     },
     2: {
-        "two": [DECAY, "parallel.ep=2"],
-        "two exchanges": [DECAY, "train.micro_batches=2", "memory.exchange_groups=2"],
-        "checksum, adagrad": ["memory.optimizer=rowwise_adagrad", "memory.checksum=true"],
-        "replicas": ["parallel.mem=1", DECAY],
+        "two": ("step overlap stale stale", DECAY, "parallel.ep=2"),
+        "two exchanges": ("step overlap", DECAY, "train.micro_batches=2", "memory.exchange_groups=2"),
+        "checksum, adagrad": ("step overlap", "memory.optimizer=rowwise_adagrad", "memory.checksum=true"),
+        "replicas": ("step overlap stale", DECAY, "parallel.mem=1"),
     },
     4: {
-        "near": [DECAY, "parallel.mem=2"],
-        "far": [DECAY, "parallel.mem=2", FAR],
-        "tp": ["parallel.tp=2", DECAY],
-        "pp": ["parallel.pp=2", "train.micro_batches=2", "parallel.mem=2", DECAY],
-        "pp far": ["parallel.pp=2", "train.micro_batches=2", "parallel.mem=2", FAR, DECAY],
+        "far": ("step overlap stale", DECAY, "parallel.mem=2", FAR),
+        "pp near": ("step overlap stale", *PIPELINE),
+        "pp far": ("step overlap stale", *PIPELINE, FAR),
     },
 }
-MODES = ("step", "overlap", "stale", "stale")
 STEPS, SAVED = 5, 3
 
 
@@ -67,12 +65,11 @@ class Run:
 class Rig:
     """A run's parts on this rank, stepped by hand."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        alone = not dist.is_initialized()
-        world, rank = (1, 0) if alone else (dist.get_world_size(), dist.get_rank())
-        device = torch.device("cpu")
-        mesh = make_mesh(resolve_layout(settings, world), rank, device, 60, table_device=table_device(settings, device))
+    def __init__(self, settings: Settings, mesh: Mesh | None = None) -> None:
+        """On the mesh of another run of the same layout, or one of its own."""
+        self.settings, device = settings, torch.device("cpu")
+        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        mesh = mesh or make_mesh(resolve_layout(settings, world), rank, device, 60, table_device=table_device(settings, device))
         self.dataset = TokenDataset.open(settings.data.path, verify=False)
         vocabulary = Vocabulary.of(self.dataset)
         self.parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
@@ -135,7 +132,10 @@ def run_modes(cases: dict[str, list[Settings]], resumed: dict[str, Settings], fo
     """On a rank: every case in all its modes, and what the `resumed` do after a checkpoint of the first of them."""
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
-    modes = {name: [Rig(s).steps(0, STEPS, validate_after=2) for s in kinds] for name, kinds in cases.items()}
+    modes: dict[str, list[Run]] = {}
+    for name, kinds in cases.items():
+        mesh = Rig(kinds[0]).parts.mesh
+        modes[name] = [Rig(settings, mesh).steps(0, STEPS, validate_after=2) for settings in kinds]
     return modes, save_and_resume(resumed, folder) if resumed else {}
 
 
@@ -164,12 +164,8 @@ def runs(ci_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, t
     out: dict[int, tuple[Any, Any]] = {}
     for world, cases in CASES.items():
         settings = {
-            name: [
-                settings_of(ci_data, f"memory.fetch={mode}", *overrides)
-                for mode in MODES
-                if mode != "stale" or "two exchanges" not in name
-            ]
-            for name, overrides in cases.items()
+            name: [settings_of(ci_data, f"memory.fetch={way}", *overrides) for way in ways.split()]
+            for name, (ways, *overrides) in cases.items()
         }
         resumed = {name: settings_of(ci_data, *overrides) for name, overrides in RESUMED.get(world, {}).items()}
         ranks = run_on_ranks(run_modes, world, settings, resumed, str(tmp_path_factory.mktemp("saved")))
@@ -189,7 +185,7 @@ def assert_equal_bits(ours: list[Run], theirs: list[Run]) -> None:
 
 
 IDS = [(world, name) for world, cases in CASES.items() for name in cases]
-ONE_EXCHANGE = [(world, name) for world, name in IDS if "two exchanges" not in name]
+STALE = [(world, name) for world, name in IDS if "stale" in CASES[world][name][0]]
 
 
 @pytest.mark.parametrize(("world", "name"), IDS)
@@ -202,35 +198,31 @@ def test_overlap_changes_no_bit(runs: dict[int, Any], world: int, name: str) -> 
     assert all(set(run.late) == {None} for run in step)
 
 
-@pytest.mark.parametrize(("world", "name"), IDS)
+@pytest.mark.parametrize(("world", "name"), [case for case in IDS if "checksum" not in case[1]])  # checksums travel too
 def test_each_unique_row_travels_once_each_way(runs: dict[int, Any], world: int, name: str) -> None:
-    if "checksum" in name:
-        pytest.skip("checksums travel too")
     for mode in runs[world][0][name]:
         for run in mode:
             assert run.sent == run.due
         assert (sum(sum(run.due) for run in mode) > 0) == (world > 1 and name != "replicas")
 
 
-@pytest.mark.parametrize(("world", "name"), ONE_EXCHANGE)
-def test_stale_repeats_and_is_another_run(runs: dict[int, Any], world: int, name: str) -> None:
-    step, _, stale, again = runs[world][0][name]
+def test_stale_repeats_bitwise(runs: dict[int, Any]) -> None:
+    _, _, stale, again = runs[2][0]["two"]
     assert_equal_bits(stale, again)
-    assert stale[0].losses[0] == step[0].losses[0]
-    # the first update has come to all rows in the one, to none in the other
-    assert abs(stale[0].losses[1] - step[0].losses[1]) > 1e-5
 
 
-@pytest.mark.parametrize(("world", "name"), [case for case in ONE_EXCHANGE if "adagrad" not in case[1]])
-def test_every_mode_trains_alike_at_every_layout(runs: dict[int, Any], world: int, name: str) -> None:
-    for mode in range(3):
-        ours, (one,) = runs[world][0][name][mode], runs[1][0]["one"][mode]
-        for run in ours:
+@pytest.mark.parametrize(("world", "name"), STALE)
+def test_every_way_trains_alike_at_every_layout(runs: dict[int, Any], world: int, name: str) -> None:
+    for way in range(3):
+        (one,) = runs[1][0]["one"][way]
+        for run in runs[world][0][name][way]:
             assert run.losses == pytest.approx(one.losses, rel=1e-5)
             assert run.validation == pytest.approx(one.validation, rel=1e-5)
-            torch.testing.assert_close(
-                run.state["table"], one.state["table"][run.low : run.low + len(run.state["table"])], rtol=0, atol=5e-5
-            )
+            whole = one.state["table"][run.low : run.low + len(run.state["table"])]
+            torch.testing.assert_close(run.state["table"], whole, rtol=0, atol=5e-5)
+    step, _, (stale, *_), *_ = runs[world][0][name]
+    assert stale.losses[0] == step[0].losses[0]
+    assert abs(stale.losses[1] - step[0].losses[1]) > 1e-5  # the first update has come to rows of the one only
 
 
 RESUMED = {
@@ -239,7 +231,6 @@ RESUMED = {
         "far": [DECAY, "memory.fetch=stale", "parallel.mem=2", FAR],
         "near": [DECAY, "memory.fetch=stale", "parallel.mem=2"],
         "mem 4": [DECAY, "memory.fetch=stale"],
-        "step": [DECAY, "memory.fetch=step", "parallel.mem=2"],
     },
 }
 
@@ -251,9 +242,12 @@ def test_a_resumed_run_goes_on_with_the_same_bits(runs: dict[int, Any], world: i
 
 @pytest.mark.parametrize("name", ["near", "mem 4"])
 def test_a_stale_run_resumes_with_other_owners(runs: dict[int, Any], name: str) -> None:
-    undisturbed, other, step = (runs[4][1][kind][0].losses for kind in ("undisturbed", name, "step"))
-    assert other == pytest.approx(undisturbed, rel=1e-6)
-    assert abs(step[0] - undisturbed[0]) > 1e-5  # who forgets the rows read before the checkpoint would see these instead
+    undisturbed, other = (runs[4][1][kind] for kind in ("undisturbed", name))
+    assert other[0].losses == pytest.approx(undisturbed[0].losses, rel=1e-6)
+    tables = {run.low: run.state["table"] for run in other}
+    whole = torch.cat([tables[low] for low in sorted(tables)])
+    for run in undisturbed:
+        torch.testing.assert_close(run.state["table"], whole[run.low : run.low + len(run.state["table"])], rtol=0, atol=5e-5)
 
 
 def test_stale_rows_are_those_of_one_update_ago(ci_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +271,7 @@ def test_a_run_reports_its_fetches_and_resumes_stale_bitwise(
 ) -> None:
     """Through `hybridtrain train`: what the metrics and the summary say, and that a checkpoint of the loop has the rows too."""
     overrides = ["memory.fetch=stale", "memory.device=host", "train.steps=8", "train.eval_every=4", "checkpoint.every=5"]
-    for name in ("whole", "cut"):
+    for name in ("cut", "whole"):
         (summary,) = train_on(1, ci_settings(tmp_path / name, ci_data, "train.global_batch=8", "train.eval_batches=1", *overrides))
     written = [line for line in read_metrics(tmp_path / "whole") if "loss" in line]
     for line in written:
