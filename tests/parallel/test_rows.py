@@ -325,6 +325,7 @@ def test_a_table_may_lie_elsewhere_than_the_model() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_table_in_host_memory_serves_a_model_on_cuda() -> None:
     model, host = torch.device("cuda"), torch.device("cpu")
     alone = Group("mem", (0,), 0)
