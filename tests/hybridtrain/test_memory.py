@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,9 @@ from hybridtrain.parallel.rows import Route, StepPlan
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
 from hybridtrain.use import evaluate_checkpoint
+from tests.console import hybridtrain
 from tests.ranks import run_on_ranks
-from tests.training import ci_settings, loss_curve, train_on
+from tests.training import CI, ci_settings, loss_curve
 
 DECAY = "memory.weight_decay=2.0"
 FAR = "parallel.mem_placement=far"
@@ -46,7 +48,7 @@ CASES = {  # by world and name: the ways of memory.fetch, of which "stale" twice
         "pp far": ("step overlap stale", *PIPELINE, FAR),
     },
 }
-STEPS, SAVED = 5, 3
+STEPS, SAVED = 4, 2
 
 
 @dataclass
@@ -135,7 +137,7 @@ def run_modes(cases: dict[str, list[Settings]], resumed: dict[str, Settings], fo
     modes: dict[str, list[Run]] = {}
     for name, kinds in cases.items():
         mesh = Rig(kinds[0]).parts.mesh
-        modes[name] = [Rig(settings, mesh).steps(0, STEPS, validate_after=2) for settings in kinds]
+        modes[name] = [Rig(settings, mesh).steps(0, STEPS, validate_after=1) for settings in kinds]
     return modes, save_and_resume(resumed, folder) if resumed else {}
 
 
@@ -217,7 +219,8 @@ def test_every_way_trains_alike_at_every_layout(runs: dict[int, Any], world: int
         (one,) = runs[1][0]["one"][way]
         for run in runs[world][0][name][way]:
             assert run.losses == pytest.approx(one.losses, rel=1e-5)
-            assert run.validation == pytest.approx(one.validation, rel=1e-5)
+            if "pp" not in name:  # a pipeline takes other batches at a time, so the first are others
+                assert run.validation == pytest.approx(one.validation, rel=1e-5)
             whole = one.state["table"][run.low : run.low + len(run.state["table"])]
             torch.testing.assert_close(run.state["table"], whole, rtol=0, atol=5e-5)
     step, _, (stale, *_), *_ = runs[world][0][name]
@@ -266,27 +269,30 @@ def test_stale_rows_are_those_of_one_update_ago(ci_data: Path, monkeypatch: pyte
         assert step == 0 or not torch.equal(expected, before[step][plan.touched_N])
 
 
-def test_a_run_reports_its_fetches_and_resumes_stale_bitwise(
-    ci_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_reports_its_fetches_and_resumes_stale_bitwise(ci_data: Path, tmp_path: Path) -> None:
     """Through `hybridtrain train`: what the metrics and the summary say, and that a checkpoint of the loop has the rows too."""
-    overrides = ["memory.fetch=stale", "memory.device=host", "train.steps=8", "train.eval_every=4", "checkpoint.every=5"]
-    for name in ("cut", "whole"):
-        (summary,) = train_on(1, ci_settings(tmp_path / name, ci_data, "train.global_batch=8", "train.eval_batches=1", *overrides))
-    written = [line for line in read_metrics(tmp_path / "whole") if "loss" in line]
+    run, again = tmp_path / "run", tmp_path / "again"
+    data = (f"data.path={ci_data}", "train.global_batch=8", "train.eval_every=4", "train.eval_batches=1")
+    overrides = (*data, "memory.fetch=stale", "memory.device=host", "train.steps=8", "checkpoint.every=5")
+    outcome = hybridtrain("train", CI, f"run.dir={run}", *overrides)
+    assert outcome.status == 0, outcome.err
+    written = [line for line in read_metrics(run) if "loss" in line]
     for line in written:
         assert 0 < line["memory/fetch_exposed_seconds"] <= line["memory/fetch_seconds"] < line["seconds_per_step"]
         assert line["memory/fetch_exposed_seconds"] == line["seconds/fetch"]
     mean = sum(line["memory/fetch_seconds"] for line in written) / len(written)
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["memory_fetch_seconds"] == pytest.approx(mean)
-    out = " ".join(capfd.readouterr().out.split())
-    assert "stale: all rows come during the step before, one update old" in out
-    assert "in host memory (cpu)" in out
-    assert f"memory rows: {1000 * mean:.1f} ms a step to fetch" in out
+    assert 0 < summary["memory_fetch_exposed_seconds"] <= summary["memory_fetch_seconds"]
+    said = " ".join(outcome.out.split())
+    assert "stale: all rows come during the step before, one update old" in said
+    assert "here in host memory (cpu)" in said
+    assert f"memory rows: {1000 * mean:.1f} ms a step to fetch" in said
 
-    shutil.rmtree(tmp_path / "cut/checkpoints/step-00000008")
-    (tmp_path / "cut/checkpoints/latest").write_text("step-00000005")
-    train_on(1, ci_settings(tmp_path / "cut", ci_data, "train.global_batch=8", "train.eval_batches=1", *overrides), resume=True)
-    assert loss_curve(tmp_path / "cut") == loss_curve(tmp_path / "whole")
-    assert "validation_loss" in read_metrics(tmp_path / "cut")[-1]
-    assert evaluate_checkpoint(tmp_path / "cut", "validation", None, 1).keys() == {"loss", "perplexity", "bits_per_byte", "tokens"}
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints/step-00000008")
+    (again / "checkpoints/latest").write_text("step-00000005")
+    outcome = hybridtrain("train", CI, f"run.dir={again}", *overrides, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert loss_curve(again) == loss_curve(run)
+    assert evaluate_checkpoint(again, "validation", None, 1).keys() == {"loss", "perplexity", "bits_per_byte", "tokens"}
