@@ -22,6 +22,7 @@ class Mesh:
     layout: Layout
     rank: int
     device: torch.device
+    table_device: torch.device
     traffic: Traffic
 
     world: Group
@@ -39,7 +40,7 @@ class Mesh:
     dense_mesh: DeviceMesh | None  # ([dp_replicate,] fsdp[, tp]): what dense parameters are cut over; see `data_mesh`
     expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep[, etp])
     # of all ranks:
-    memory_mesh: DeviceMesh | None  # (mem_replicate, mem)
+    memory_mesh: DeviceMesh | None  # layout.memory_axes
 
     @property
     def data_mesh(self) -> DeviceMesh | None:
@@ -58,6 +59,11 @@ class Mesh:
         for axis in MEMORY_AXES[::-1]:
             groups.append(_group(self.layout, self.rank, axis, f"{axis}_{name}", self.traffic, self.timeout, backend="gloo"))
         return groups[0], groups[1]
+
+    def own_mem_group(self, name: str) -> Group:
+        """A copy of `mem` for exchanges that neither wait for the step's other collectives nor hold them up. Collective."""
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        return _group(self.layout, self.rank, "mem", f"mem_{name}", self.traffic, self.timeout, backend=backend)
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -79,10 +85,18 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, rendezvous: str = "env://") -> Mesh:
+def make_mesh(
+    layout: Layout,
+    rank: int,
+    device: torch.device,
+    timeout: float,
+    rendezvous: str = "env://",
+    table_device: torch.device | None = None,
+) -> Mesh:
     """Start torch.distributed for `layout.world` ranks and build all groups; `timeout` in seconds bounds every collective.
 
-    The ranks meet at `rendezvous`: torchrun's environment, or a `file://` path that all of them see.
+    The ranks meet at `rendezvous`: torchrun's environment, or a `file://` path that all of them see. `table_device` is where
+    this rank's part of the lookup table lies, None where the model does.
     """
     traffic = Traffic()
     if layout.world > 1 and not dist.is_initialized():
@@ -107,6 +121,7 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         layout=layout,
         rank=rank,
         device=device,
+        table_device=table_device or device,
         traffic=traffic,
         world=group("world"),
         # its own also where it is all ranks: sends between stages must not queue behind collectives of the world
@@ -121,7 +136,7 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         timeout=timeout,
         dense_mesh=_device_mesh(layout, device, (*replicate, "fsdp", *tensor)),
         expert_mesh=_device_mesh(layout, device, (*replicate, "edp", "ep", *(("etp",) if layout.etp > 1 else ()))),
-        memory_mesh=_device_mesh(layout, device, MEMORY_AXES),
+        memory_mesh=_device_mesh(layout, table_device or device, layout.memory_axes),
     )
 
 
@@ -144,6 +159,6 @@ def close_mesh() -> None:
 def _device_mesh(layout: Layout, device: torch.device, axes: Sequence[str]) -> DeviceMesh | None:
     if layout.world == 1:
         return None
-    names = ("pp", *axes) if layout.pp > 1 and axes is not MEMORY_AXES else tuple(axes)
+    names = ("pp", *axes) if layout.pp > 1 and "mem" not in axes else tuple(axes)
     mesh = DeviceMesh(device.type, torch.arange(layout.world).view(layout.shape(names)), mesh_dim_names=names)
     return mesh[tuple(axes)] if "pp" in names else mesh
