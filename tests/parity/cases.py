@@ -1,0 +1,167 @@
+"""Which runs the parity matrix consists of: every layout that the code calls legal, and a few that cover all pairs of axes.
+
+Nothing is listed by hand: degrees are tried by brute force, `resolve_layout` says what is legal, the schedule of a pipeline is
+drawn in turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hybridtrain.assemble import resolve_layout
+from hybridtrain.config import load_settings
+from hybridtrain.errors import SettingsError
+from hybridtrain.parallel.layout import Layout, LayoutError, divisors
+from hybridtrain.parallel.stages import SCHEDULES
+from hybridtrain.settings import Settings
+
+CI = Path(__file__).parents[2] / "configs" / "ci.toml"
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp", "mem")
+DENSE = AXES[:5]
+
+# ci.toml with everything on, in eight layers and eight heads, so that each axis may be 8 and every schedule has its stages at pp 4
+MODEL = (
+    "model.dim=32",
+    'model.layers=["memory+attention+moe", "attention+dense", "attention+moe", "memory+attention+dense", '
+    '"attention+moe", "attention+dense", "memory+attention+moe", "attention+dense"]',
+    "model.tie_embeddings=true",
+    "model.attention.num_heads=8",
+    "model.attention.num_kv_heads=8",
+    "model.attention.head_dim=4",
+    "model.dense.hidden=64",
+    "model.moe.hidden=32",
+    "model.moe.num_shared=1",
+    "model.moe.aux_weight=0.01",
+    "model.moe.z_weight=0.001",
+    "memory.head_dim=8",
+    "memory.rows_per_head=200",
+    "memory.conv_kernel=2",
+    "memory.weight_decay=0.1",
+    "optim.lr=0.003",
+    "optim.clip_norm=0.3",  # below the norm, so that clipping takes part
+    "optim.warmup_steps=2",
+    "train.steps=5",
+    "train.seq_len=48",
+    "train.global_batch=16",
+)
+
+# What else a layout may be combined with: overrides by name. Each variant runs at the covering layouts; "" at all.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "": (),
+    "reshard": ("parallel.reshard_after_forward=true",),
+    "muon, untied": ("optim.backbone=muon", "model.tie_embeddings=false"),
+}
+# Variants that change numbers and not only where they are computed: they are compared with a one-rank run of their own.
+OTHER_NUMBERS = ("muon, untied",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the matrix; `degrees` are those of AXES."""
+
+    world: int
+    degrees: tuple[int, ...]
+    schedule: str = ""  # of a pipeline
+    variant: str = ""
+
+    def __getitem__(self, axis: str) -> int:
+        return self.degrees[AXES.index(axis)]
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        out = [f"parallel.{axis}={degree}" for axis, degree in zip(AXES, self.degrees, strict=True)]
+        out += [f"parallel.schedule={self.schedule}"] if self.schedule else []
+        return (*out, f"train.micro_batches={micro_batches(self['pp'])}", *VARIANTS[self.variant])
+
+    @property
+    def layout(self) -> str:
+        """The degrees above one; `mem` always, since 1 means a table on every rank."""
+        named = [f"{a} {d}" for a, d in zip(AXES, self.degrees, strict=True) if d > 1 and a != "mem"]
+        return " · ".join([*named, f"mem {self['mem']}"])
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (f"{self.world} ranks: {self.layout}", self.schedule, self.variant) if part)
+
+
+def micro_batches(pp: int) -> int:
+    """As many as the hungriest schedule needs, and no more: a micro-batch costs time."""
+    return min(2 * pp, 8)
+
+
+def settings_of(data: Path | str, *overrides: str) -> Settings:
+    return load_settings(CI, [f"data.path={data}", "data.source=[]", *MODEL, *overrides])
+
+
+def is_legal(case: Case) -> bool:
+    try:
+        resolve_layout(settings_of("unused", *case.overrides), case.world)
+    except (LayoutError, SettingsError):
+        return False
+    return True
+
+
+def layouts(world: int) -> list[Case]:
+    """Every legal layout of so many ranks, without schedules."""
+    out = []
+    for degrees in itertools.product(divisors(world), repeat=len(AXES)):
+        try:
+            Layout.resolve(world, **dict(zip(AXES, degrees, strict=True)))
+        except LayoutError:
+            continue
+        if is_legal(case := Case(world, degrees)):
+            out.append(case)
+    return out
+
+
+def with_schedules(cases: Sequence[Case]) -> list[Case]:
+    """Each pipeline with one of the schedules that it may have, in turn; what a `pp` was not given comes once more at the end."""
+    out, given = [], Counter[tuple[int, str]]()
+    for case in cases:
+        if case["pp"] > 1:
+            choices = [c for schedule in SCHEDULES if is_legal(c := replace(case, schedule=schedule))]
+            case = min(choices, key=lambda c: given[c["pp"], c.schedule])
+            given[case["pp"], case.schedule] += 1
+        out.append(case)
+    for case in cases:
+        for schedule in SCHEDULES:
+            if case["pp"] > 1 and not given[case["pp"], schedule] and is_legal(c := replace(case, schedule=schedule)):
+                given[case["pp"], schedule] += 1
+                out.append(c)
+    return out
+
+
+def matrix(world: int) -> list[Case]:
+    """All layouts of 2 and 4 ranks; of 8 a sample."""
+    cases = layouts(world)
+    if world == 8:
+        cases = sorted(random.Random(0).sample(cases, 24), key=lambda case: case.degrees)
+    base = with_schedules(cases)
+    if world != 4:
+        return base
+    others = [replace(case, variant=variant) for variant in VARIANTS if variant for case in covering(base)]
+    return base + [case for case in others if is_legal(case)]
+
+
+def covering(cases: Sequence[Case]) -> list[Case]:
+    """A few of the cases in which every pair of axes that occurs, and every schedule, occurs: the one with most new pairs first."""
+    left = set[object]().union(*(_pairs(case) for case in cases))
+    out: list[Case] = []
+    while left:
+        best = max(cases, key=lambda case: len(_pairs(case) & left))
+        out.append(best)
+        left -= _pairs(best)
+    return out
+
+
+def _pairs(case: Case) -> set[object]:
+    spread = [axis for axis in AXES if case[axis] > 1] + (["mem_replicate"] if case["mem"] < case.world else [])
+    return set[object](itertools.combinations(spread, 2)) | ({case.schedule} if case.schedule else set())
+
+
+def count_by_world(cases: Iterable[Case]) -> dict[int, int]:
+    return dict(Counter(case.world for case in cases))
