@@ -24,11 +24,9 @@ CI = Path(__file__).parents[2] / "configs" / "ci.toml"
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp", "mem")
 DENSE = AXES[:5]
 
-# ci.toml with everything on, in eight layers and eight heads, so that each axis may be 8 and every schedule has its stages at pp 4
+# ci.toml with everything on, and eight heads and experts, so that every axis may be 8
 MODEL = (
     "model.dim=32",
-    'model.layers=["memory+attention+moe", "attention+dense", "attention+moe", "memory+attention+dense", '
-    '"attention+moe", "attention+dense", "memory+attention+moe", "attention+dense"]',
     "model.tie_embeddings=true",
     "model.attention.num_heads=8",
     "model.attention.num_kv_heads=8",
@@ -49,15 +47,26 @@ MODEL = (
     "train.seq_len=48",
     "train.global_batch=16",
 )
+DEEP = (  # two stages a rank at pp 4, one at pp 8
+    'model.layers=["memory+attention+moe", "attention+dense", "attention+moe", "memory+attention+dense", '
+    '"attention+moe", "attention+dense", "memory+attention+moe", "attention+dense"]',
+)
 
-# What else a layout may be combined with: overrides by name. Each variant runs at the covering layouts; "" at all.
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "": (),
-    "reshard": ("parallel.reshard_after_forward=true",),
-    "muon, untied": ("optim.backbone=muon", "model.tie_embeddings=false"),
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings that a layout may be combined with. With `other_numbers` they change what is computed and not only where."""
+
+    overrides: tuple[str, ...] = ()
+    other_numbers: bool = False
+
+
+# "" runs at all layouts, every other at those that cover all pairs of axes. To compare one more way of running, add it here.
+VARIANTS = {
+    "": Variant(),
+    "reshard": Variant(("parallel.reshard_after_forward=true",)),
+    "muon, untied": Variant(("optim.backbone=muon", "model.tie_embeddings=false"), other_numbers=True),
 }
-# Variants that change numbers and not only where they are computed: they are compared with a one-rank run of their own.
-OTHER_NUMBERS = ("muon, untied",)
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,16 @@ class Case:
         return self.degrees[AXES.index(axis)]
 
     @property
+    def numbers(self) -> tuple[str, ...]:
+        """What decides the numbers: cases that share it share the one-rank run that they are compared with."""
+        variant = VARIANTS[self.variant]
+        return (DEEP if self["pp"] > 2 else ()) + (variant.overrides if variant.other_numbers else ())
+
+    @property
     def overrides(self) -> tuple[str, ...]:
         out = [f"parallel.{axis}={degree}" for axis, degree in zip(AXES, self.degrees, strict=True)]
         out += [f"parallel.schedule={self.schedule}"] if self.schedule else []
-        return (*out, f"train.micro_batches={micro_batches(self['pp'])}", *VARIANTS[self.variant])
+        return (*out, f"train.micro_batches={micro_batches(self['pp'])}", *self.numbers, *VARIANTS[self.variant].overrides)
 
     @property
     def layout(self) -> str:

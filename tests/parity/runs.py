@@ -131,11 +131,13 @@ def make_reference(runs: Sequence[Run]) -> Reference:
 
 
 def _rounding(name: str, run: Run) -> float:
-    """The distance that half a unit in the last place of every element makes: weights near 1 move by few such units a step."""
-    if name.startswith("curve.") or not run.end[name].is_floating_point():
-        return 0.0
-    scale = _scale(name, run)
-    return torch.finfo(torch.float32).eps / 2 * float(torch.linalg.vector_norm(run.end[name].double())) / scale if scale else 0.0
+    """What storing it in float32 alone makes: half a unit of every element's last place (weights near 1 move by few of them), of
+    what is a single number one."""
+    unit = torch.finfo(torch.float32).eps
+    if name.startswith("curve."):
+        return unit
+    scale = _scale(name, run) if run.end[name].is_floating_point() else 0.0
+    return unit / 2 * float(torch.linalg.vector_norm(run.end[name].double())) / scale if scale else 0.0
 
 
 def distances(curve: dict[str, list[float]], states: Sequence[State], reference: Run) -> dict[str, float]:
@@ -171,14 +173,14 @@ def kind_of(name: str) -> str:
     return {"curve": "losses", "model": "parameters", "optim": "moments", "memory": "row state"}[name.split(".")[0]]
 
 
-def run_cases(data: str, references: dict[str, str], cases: Sequence[Case], store: str, fault: str = "") -> list[dict[str, float]]:
+def run_cases(data: str, references: dict[tuple[str, ...], str], cases: Sequence[Case], store: str, fault: str = "") -> list[dict[str, float]]:
     """On a rank: every case in a world of its own, and this rank's distances from the reference of its variant.
 
-    `references` are files by variant. `fault` names one of FAULTS, a mistake that the comparison must notice.
+    `references` are files by `Case.numbers`. `fault` names one of FAULTS, a mistake that the comparison must notice.
     """
     rank, world, out = dist.get_rank(), dist.get_world_size(), []
     for number, case in enumerate(cases):
-        reference: Reference = torch.load(references[case.variant], weights_only=False, mmap=True)
+        reference: Reference = torch.load(references[case.numbers], weights_only=False, mmap=True)
         close_mesh()
         _clear_sharding_prop_cache()  # it knows meshes by their shape, and would hand out those of the case before
         try:
