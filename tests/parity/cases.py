@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
 from pathlib import Path
 
 from hybridtrain.assemble import resolve_layout
@@ -23,6 +25,7 @@ from hybridtrain.settings import Settings
 CI = Path(__file__).parents[2] / "configs" / "ci.toml"
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp", "mem")
 DENSE = AXES[:5]
+SAMPLE = 24  # layouts of 8 ranks, drawn from all
 
 # ci.toml with everything on, and eight heads and experts, so that every axis may be 8
 MODEL = (
@@ -120,17 +123,20 @@ def is_legal(case: Case) -> bool:
     return True
 
 
-def layouts(world: int) -> list[Case]:
+@cache
+def layouts(world: int) -> tuple[Case, ...]:
     """Every legal layout of so many ranks, without schedules."""
     out = []
     for degrees in itertools.product(divisors(world), repeat=len(AXES)):
+        if prod(degrees[: len(DENSE)]) != world:  # the rest would be refused one by one, slowly
+            continue
         try:
             Layout.resolve(world, **dict(zip(AXES, degrees, strict=True)))
         except LayoutError:
             continue
         if is_legal(case := Case(world, degrees)):
             out.append(case)
-    return out
+    return tuple(out)
 
 
 def with_schedules(cases: Sequence[Case]) -> list[Case]:
@@ -150,33 +156,29 @@ def with_schedules(cases: Sequence[Case]) -> list[Case]:
     return out
 
 
-def matrix(world: int) -> list[Case]:
-    """All layouts of 2 and 4 ranks; of 8 a sample."""
-    cases = layouts(world)
-    if world == 8:
-        cases = sorted(random.Random(0).sample(cases, 24), key=lambda case: case.degrees)
-    base = with_schedules(cases)
-    if world != 4:
-        return base
-    others = [replace(case, variant=variant) for variant in VARIANTS if variant for case in covering(base)]
-    return base + [case for case in others if is_legal(case)]
+@cache
+def matrix() -> tuple[Case, ...]:
+    """All layouts of 2 and 4 ranks and a sample of those of 8; the variants at the layouts that cover 4 ranks."""
+    two, four, eight = (layouts(world) for world in (2, 4, 8))
+    sample = sorted(random.Random(0).sample(eight, SAMPLE), key=eight.index)
+    base = [*with_schedules(two), *with_schedules(four), *with_schedules(sample)]
+    others = [replace(case, variant=variant) for variant in VARIANTS if variant for case in covering()]
+    return (*base, *(case for case in others if is_legal(case)))
 
 
-def covering(cases: Sequence[Case]) -> list[Case]:
-    """A few of the cases in which every pair of axes that occurs, and every schedule, occurs: the one with most new pairs first."""
+@cache
+def covering() -> tuple[Case, ...]:
+    """A few layouts of 4 ranks in which every pair of axes, and every schedule, occurs: the one with most new pairs first."""
+    cases = with_schedules(layouts(4))
     left = set[object]().union(*(_pairs(case) for case in cases))
     out: list[Case] = []
     while left:
         best = max(cases, key=lambda case: len(_pairs(case) & left))
         out.append(best)
         left -= _pairs(best)
-    return out
+    return tuple(out)
 
 
 def _pairs(case: Case) -> set[object]:
     spread = [axis for axis in AXES if case[axis] > 1] + (["mem_replicate"] if case["mem"] < case.world else [])
     return set[object](itertools.combinations(spread, 2)) | ({case.schedule} if case.schedule else set())
-
-
-def count_by_world(cases: Iterable[Case]) -> dict[int, int]:
-    return dict(Counter(case.world for case in cases))
