@@ -1,33 +1,32 @@
 """Bytes on the wire in a step, by group and rank, against the formulas of docs/parallelism.md: equal to the byte.
 
 Every rank reports what its ledger counted in a run's second step, and what the formulas need: sizes of its parameters, where its
-tokens were routed, which rows its tokens need. Legend: M micro-batches of B sequences, T tokens of a sequence here (under cp
-a part, under tp the whole of that part), D width, K experts per token, n ranks of the group in question.
+tokens were routed, which rows its tokens need.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.assemble import resolve_layout
+from hybridtrain.assemble import Parts, resolve_layout
+from hybridtrain.data.batches import Batch
 from hybridtrain.kernels.engram_hash.op import row_ids
+from hybridtrain.model.hybrid_lm import HybridLM
 from hybridtrain.model.router import Router
 from hybridtrain.parallel.layout import Layout
-from hybridtrain.settings import Settings, layer_specs
+from hybridtrain.settings import Settings
+from tests.parallel.formulas import FLOAT, Facts, Formulas
 from tests.parity.cases import settings_of
 from tests.parity.runs import new_world, start_run, train_steps
 from tests.ranks import run_on_ranks
 from tests.training import make_data
 
-FLOAT, INT = 4, 8
 CASES = {
     2: {
         "dp_shard": ["parallel.dp_shard=2"],
@@ -50,28 +49,9 @@ CASES = {
         "cp 2, tp 2, ep 4": ["parallel.cp=2", "parallel.tp=2", "parallel.ep=4"],
         "cp 4": ["parallel.cp=4"],
         "pp 2, dp_shard 2": ["parallel.pp=2", "parallel.dp_shard=2", "train.micro_batches=4"],
-        "pp 4": ["parallel.pp=4", "train.micro_batches=4"],
+        "pp 4": ["parallel.pp=4", "parallel.mem=2", "train.micro_batches=4"],
     },
 }
-
-
-@dataclass
-class Facts:
-    """What one rank reports of its second step."""
-
-    bytes: dict[str, int] = field(default_factory=dict)
-    calls: dict[tuple[str, str], int] = field(default_factory=dict)
-    layers: int = 0  # bytes of this rank's parts: of parameters of layers, without experts that are sharded on their own
-    root: int = 0  # of embedding, last norm and head
-    experts: int = 0
-    uncut: int = 0  # of those that tp does not cut
-    embedding: int = 0
-    asked: dict[int, int] = field(default_factory=Counter)  # (token, expert rank) pairs of all layers and micro-batches
-    calls_of_experts: int = 0
-    rows: list[int] = field(default_factory=list)  # distinct rows that its tokens need, by owner
-    touched: int = 0  # of its own rows by anyone
-    stages: list[int] = field(default_factory=list)
-    columns: list[int] = field(default_factory=list)  # layers here
 
 
 def second_step(data: str, overrides: list[str], store: str) -> Facts:
@@ -100,9 +80,11 @@ def second_step(data: str, overrides: list[str], store: str) -> Facts:
         for name, parameter in stage.named_parameters():
             _add_parameter(facts, name, parameter, settings, layout)
         facts.columns += range(stage.part.low, stage.part.high)
+        facts.modules += sum(isinstance(m, FSDPModule) for m in stage.modules())
     here = getattr(parts.schedule, "stages", ())
     facts.stages = [part.stage.number for part in here]
-    facts.rows, facts.touched = _rows(parts, load(1)[2], settings)
+    assert parts.memory is not None
+    facts.needed, facts.num_rows = _needed(parts, load(1)[2]), parts.memory.addressing.num_rows
     return facts
 
 
@@ -118,22 +100,16 @@ def _add_parameter(facts: Facts, name: str, parameter: Tensor, settings: Setting
     facts.embedding += size if name == "embed.weight" else 0
 
 
-def _rows(parts: Any, batch: Any, settings: Settings) -> tuple[list[int], int]:
-    """From the tokens alone: which distinct rows this rank needs of each owner, and how many of its own are needed by anyone."""
-    memory, mesh = parts.memory, parts.mesh
+def _needed(parts: Parts, batch: Batch) -> set[int]:
+    """From the tokens alone: the distinct rows that this rank needs."""
+    memory, tp = parts.memory, parts.mesh.tp
+    assert memory is not None
     ids = row_ids(memory.addressing, batch.tokens, batch.starts)
     if parts.positions is not None:
         ids = ids[:, :, parts.positions]
     layers = [memory.addressing.layers.index(i) for stage in parts.stages for i in stage.memory_layers]
-    slots = ids.shape[-1] // mesh.tp.size
-    needed = ids[..., layers, mesh.tp.rank * slots : (mesh.tp.rank + 1) * slots].unique()
-    every: list[Tensor] = [needed] * mesh.world.size
-    dist.all_gather_object(every, needed)
-    chunk = -(-memory.addressing.num_rows // mesh.layout.mem)
-    anyone = torch.cat(every).unique()
-    return [int((needed // chunk == owner).sum()) for owner in range(mesh.layout.mem)], int(
-        (anyone // chunk == mesh.mem.rank).sum()
-    )
+    slots = ids.shape[-1] // tp.size
+    return set(ids[..., layers, tp.rank * slots : (tp.rank + 1) * slots].unique().tolist())
 
 
 def run_all(data: str, cases: list[list[str]], store: str) -> list[Facts]:
@@ -170,149 +146,14 @@ def test_bytes_of_a_step_are_those_of_the_formulas(reports: dict[str, list[Facts
         assert {k: v for k, v in facts.bytes.items() if v} == {k: v for k, v in expected.items() if v}, f"rank {rank}"
 
 
-class Formulas:
-    """What rank `rank` sends in a step, in bytes by group."""
-
-    def __init__(self, settings: Settings, layout: Layout, ranks: list[Facts], rank: int) -> None:
-        self.s, self.layout, self.ranks, self.rank, self.mine = settings, layout, ranks, rank, ranks[rank]
-        train = settings.train
-        self.M = train.micro_batches
-        self.B, self.T = train.global_batch // self.M // layout.dp, train.seq_len // layout.cp
-        self.hidden = self.B * self.T * settings.model.dim * FLOAT  # of a micro-batch, whole along tp
-        self.specs = [layer_specs(settings)[i] for i in self.mine.columns]
-
-    def group(self, axis: str) -> list[int]:
-        return next(group for group in self.layout.groups(axis) if self.rank in group)
-
-    def all(self) -> dict[str, int]:
-        return {
-            "fsdp": self.fsdp(),
-            "edp": self.edp(),
-            "dp_replicate": self.dp_replicate(),
-            "ep": self.ep(),
-            "tp": self.tp(),
-            "cp": self.cp(),
-            "pp": self.pp(),
-            "mem": self.mem(),
-            "mem_plan": self.mem_plan(),
-            "mem_replicate": self.mem_replicate(),
-            "mem_replicate_plan": self.mem_replicate_plan(),
-            "world": self.world(),
-        }
-
-    def padded(self, what: str, axis: str) -> int:
-        """The largest part of any rank of the group: torch fills up smaller ones."""
-        return max(getattr(self.ranks[rank], what) for rank in self.group(axis))
-
-    def gathers(self) -> tuple[int, int]:
-        """How often layers and root are gathered: for every micro-batch, in a pipeline once, since backward passes keep them."""
-        times = self.M if self.layout.pp == 1 else 1
-        return times * (2 if self.s.parallel.reshard_after_forward else 1), times
-
-    def fsdp(self) -> int:
-        """Gathers, and one reduce-scatter whatever M: (n-1)/n of the parameters each, so n-1 parts."""
-        others, (layers, root) = self.layout.fsdp - 1, self.gathers()
-        return others * ((layers + 1) * self.padded("layers", "fsdp") + (root + 1) * self.padded("root", "fsdp"))
-
-    def edp(self) -> int:
-        return (self.layout.edp - 1) * (self.gathers()[0] + 1) * self.padded("experts", "edp")
-
-    def dp_replicate(self) -> int:
-        """One all-reduce of this rank's part of the gradients."""
-        n = self.layout.dp_replicate
-        part = self.padded("layers", "fsdp") + self.padded("root", "fsdp") + self.padded("experts", "edp")
-        return 2 * (n - 1) * part // n
-
-    def ep(self) -> int:
-        """Per token and other rank that has one of its experts: forward the token, its gates and expert numbers there and the sum
-        back; backward the sum's gradient there, the token's and gates' back."""
-        K, hidden = self.s.model.moe.top_k, self.s.model.dim * FLOAT
-        group = self.group("ep")
-        there = sum(self.asked(self.rank, i) for i, rank in enumerate(group) if rank != self.rank)
-        here = sum(self.asked(rank, group.index(self.rank)) for rank in group if rank != self.rank)
-        counts = self.mine.calls_of_experts * (len(group) - 1) * INT
-        return there * (2 * hidden + K * (FLOAT + INT)) + here * (2 * hidden + K * FLOAT) + counts
-
-    def asked(self, rank: int, place: int) -> int:
-        """Copies of tokens that `rank` asks of the `place`-th rank of its ep: under etp of all tokens of its tp."""
-        tp = next(group for group in self.layout.groups("tp") if rank in group)
-        return sum(self.ranks[r].asked.get(place, 0) for r in (tp if self.layout.etp > 1 else [rank]))
-
-    def tp(self) -> int:
-        """(n-1)/n of a hidden state per gather or reduce-scatter, backward as much again; numbers of tokens; uncut gradients."""
-        n, K, out = self.layout.tp, self.s.model.moe.top_k, 0
-        if n == 1:
-            return 0
-        moved = {"attention": 2, "feedforward": 2, "memory": 3}
-        moves = sum(moved["attention"] + moved["feedforward"] + (moved["memory"] if spec.memory else 0) for spec in self.specs)
-        moves += ("first" in self.ends()) + ("last" in self.ends())
-        routed = 0
-        if self.layout.etp > 1:
-            moe = sum(spec.feedforward == "moe" for spec in self.specs)
-            moves += 2 * moe
-            routed = moe * self.B * self.T * K * (2 * FLOAT + INT)  # gates both ways, expert numbers
-        out += self.M * (n - 1) * (2 * moves * self.hidden + routed) // n
-        if "last" in self.ends():
-            out += self.M * 2 * (n - 1) * 3 * self.B * self.T * FLOAT // n
-        return out + 2 * (n - 1) * self.mine.uncut // n
-
-    def ends(self) -> set[str]:
-        low, high = min(self.mine.columns), max(self.mine.columns)
-        return ({"first"} if low == 0 else set()) | ({"last"} if high == len(layer_specs(self.s)) - 1 else set())
-
-    def cp(self) -> int:
-        """Keys and values of this rank's tokens to the n-1 others, and the edges of its two chunks; backward as much again."""
-        attention, memory = self.s.model.attention, self.s.memory
-        heads = attention.num_kv_heads // self.layout.tp
-        kv = len(self.specs) * 2 * self.B * self.T * heads * attention.head_dim
-        reach = (memory.conv_kernel - 1) * memory.orders[-1]
-        edges = sum(spec.memory for spec in self.specs) * 2 * self.B * reach * self.s.model.dim
-        return 2 * self.M * (self.layout.cp - 1) * (kv + edges) * FLOAT
-
-    def pp(self) -> int:
-        """A hidden state for every micro-batch and border to a stage elsewhere, each way; the tied embedding's gradient once."""
-        if self.layout.pp == 1:
-            return 0
-        group = self.group("pp")
-        where = {stage: rank for rank in group for stage in self.ranks[rank].stages}
-        borders = sum(
-            1 for stage in self.mine.stages for other in (stage - 1, stage + 1) if where.get(other, self.rank) != self.rank
-        )
-        ends = {where[0], where[max(where)]}
-        swap = self.mine.embedding if self.rank in ends and len(ends) == 2 else 0
-        return self.M * borders * self.hidden // self.layout.tp + swap
-
-    def mem(self) -> int:
-        """Asked rows to other ranks, and gradients of the rows had from others."""
-        group, width = self.group("mem"), self.s.memory.head_dim * FLOAT
-        place = group.index(self.rank)
-        given = sum(self.ranks[rank].rows[place] for rank in group if rank != self.rank)
-        return (given + self.foreign()) * width
-
-    def foreign(self) -> int:
-        """Rows that this rank needs and does not own."""
-        return sum(self.mine.rows) - self.mine.rows[self.group("mem").index(self.rank)]
-
-    def mem_plan(self) -> int:
-        return (self.layout.mem - 1) * INT + self.foreign() * INT
-
-    def mem_replicate(self) -> int:
-        n = self.layout.mem_replicate
-        return 2 * (n - 1) * self.mine.touched * self.s.memory.head_dim * FLOAT // n
-
-    def mem_replicate_plan(self) -> int:
-        """Every replica's wanted rows to the others, filled up to the longest list, and the lengths."""
-        n = self.layout.mem_replicate
-        if n == 1:
-            return 0
-        wanted = self.mine.bytes["mem_replicate_plan"] - 2 * (n - 1) * n * INT // n
-        assert 0 < wanted <= (n - 1) * self.mine.touched * INT
-        return self.mine.bytes["mem_replicate_plan"]
-
-    def world(self) -> int:
-        """float64: loss, stop flag and the layers' statistics; then two squared norms."""
-        n, moe = self.layout.world, self.s.model.moe
-        statistics = 2 + sum(
-            (moe.num_experts + 4 if spec.feedforward == "moe" else 0) + (2 if spec.memory else 0) for spec in layer_specs(self.s)
-        )
-        return 2 * (n - 1) * statistics * 8 // n + 2 * (n - 1) * 2 * 8 // n
+def test_gradients_are_reduced_once_a_step_and_parameters_gathered_for_every_micro_batch(reports: dict[str, list[Facts]]) -> None:
+    """By calls: one per layer, and the root. With reshard_after_forward layers are gathered twice."""
+    parameters = sum(p.numel() for p in HybridLM(settings_of("unused"), 1024).parameters())
+    for name, gathers in (("dp_shard", [2, 2]), ("dp_shard, resharded", [4, 2])):
+        for facts in reports[name]:
+            layers = facts.modules - 1
+            assert facts.calls["fsdp", "reduce_scatter"] == layers + 1
+            assert facts.calls["fsdp", "all_gather"] == gathers[0] * layers + gathers[1]
+            assert 2 * (facts.layers + facts.root) == parameters * FLOAT  # each of the two ranks sends the half that it has
+    for facts in reports["dp_shard"]:
+        assert facts.bytes["fsdp"] == (2 + 1) * parameters * FLOAT // 2

@@ -55,6 +55,19 @@ DEEP = (  # two stages a rank at pp 4, one at pp 8
     '"attention+moe", "attention+dense", "memory+attention+moe", "attention+dense"]',
 )
 
+UNEVEN = (  # sizes that 2 divides and 4 does not, fewer heads of keys and values, a table whose parts differ
+    "model.dim=36",
+    "model.attention.num_heads=6",
+    "model.attention.num_kv_heads=2",
+    "model.attention.head_dim=6",
+    "model.dense.hidden=90",
+    "model.moe.num_experts=6",
+    "model.moe.hidden=40",
+    "memory.heads=3",
+    "memory.rows_per_head=101",
+    "train.seq_len=52",
+)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -69,6 +82,7 @@ VARIANTS = {
     "": Variant(),
     "reshard": Variant(("parallel.reshard_after_forward=true",)),
     "muon, untied": Variant(("optim.backbone=muon", "model.tie_embeddings=false"), other_numbers=True),
+    "uneven": Variant(UNEVEN, other_numbers=True),
 }
 
 
