@@ -23,11 +23,12 @@ LETTERS = {"gpipe": "g", "1f1b": "f", "interleaved": "i", "zero_bubble": "z", "z
 
 HEAD = f"""# Parity matrix
 
-Written by `python -m tools.parity_matrix`; a test compares its list with the layouts that the code calls legal. Each line is a run of five
-steps at a layout against the same run on one rank: the largest relative difference of a step's loss, and how far losses and gradient norms,
-parameters, optimizer moments, table rows and row state are from the one-rank run's, in multiples of the noise (the worst single tensor of each
-kind). Noise is what the one-rank run differs by from itself when its sums are taken in other orders; the bound is {BOUND:g}. What is compared and how:
-[parallelism.md](parallelism.md), "Every layout gives the numbers of one rank".
+Written by `python -m tools.parity_matrix`; a test compares its list with the layouts that the code calls legal. Each line is
+a run of five steps at a layout against the same run on one rank: the largest relative difference of a step's loss, and how far
+losses and gradient norms, parameters, optimizer moments, table rows and row state are from the one-rank run's, as multiples of the
+noise (the worst single tensor of each kind). Noise is how far the one-rank run is from itself when its sums are taken in other
+orders; the bound is {BOUND:g}. What is compared and how: [parallelism.md](parallelism.md), "Every layout gives the numbers of
+one rank".
 
 | ranks | layout | schedule | variant | loss, relative | losses | parameters | moments | rows | row state |
 |--:|---|---|---|--:|--:|--:|--:|--:|--:|
