@@ -1,7 +1,6 @@
 """Which runs the parity matrix consists of: every layout that the code calls legal, and a few that cover all pairs of axes.
 
-Nothing is listed by hand: degrees are tried by brute force, `resolve_layout` says what is legal, the schedule of a pipeline is
-drawn in turn.
+Nothing is listed by hand: degrees are tried by brute force, `resolve_layout` says what is legal, schedules are drawn.
 """
 
 from __future__ import annotations
@@ -154,12 +153,13 @@ def layouts(world: int) -> tuple[Case, ...]:
 
 
 def with_schedules(cases: Sequence[Case]) -> list[Case]:
-    """Each pipeline with one of the schedules that it may have, in turn; what a `pp` was not given comes once more at the end."""
-    out, given = [], Counter[tuple[int, str]]()
+    """Each pipeline with one of the schedules that it may have, drawn among those that its `pp` was given least; what a `pp` was
+    not given at all comes at the end."""
+    out, given, draw = [], Counter[tuple[int, str]](), random.Random(0)
     for case in cases:
         if case["pp"] > 1:
             choices = [c for schedule in SCHEDULES if is_legal(c := replace(case, schedule=schedule))]
-            case = min(choices, key=lambda c: given[c["pp"], c.schedule])
+            case = min(choices, key=lambda c: (given[c["pp"], c.schedule], draw.random()))
             given[case["pp"], case.schedule] += 1
         out.append(case)
     for case in cases:

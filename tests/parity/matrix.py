@@ -54,6 +54,16 @@ def kind_of(name: str) -> str:
     return {"curve": "losses", "model": "parameters", "optim": "moments", "memory": "row state"}[name.split(".")[0]]
 
 
+def assert_meaningful(references: References) -> None:
+    """The one-rank runs learn, so that equal losses mean equal updates, and no bound is wide."""
+    for reference in references.values():
+        curve = reference.run.curve["loss"]
+        assert curve[-1] < curve[0] - 0.05
+        assert max(reference.noise.values()) * BOUND < CEILING
+        exact = {name for name, value in reference.noise.items() if value == 0}
+        assert exact == {"memory.rows.last"}  # all else is compared as real numbers
+
+
 def make_references(data: Path, cases: Sequence[Case]) -> References:
     """The one-rank runs that these cases are compared with, on two ranks that work side by side."""
     keys = list(dict.fromkeys(case.numbers for case in cases))
