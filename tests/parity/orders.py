@@ -25,7 +25,7 @@ class Order:
 
     micro_batches: int = 1  # sums over tokens in so many parts
     permutation: int = 0  # seed of the order of a step's sequences; 0: as they come
-    parts: int = 1  # products and experts' widths in so many parts, added up
+    parts: int = 1  # products in so many parts, added up; experts' widths in two
 
 
 ORDERS = (Order(), Order(2), Order(4), Order(8), Order(1, 1), Order(4, 2), Order(1, 0, 2), Order(2, 3, 4))
@@ -78,7 +78,8 @@ def _in_parts(parts: int) -> Iterator[None]:
         return torch.cat(outputs, -1)
 
     def swiglu_in_parts(x_PD: Tensor, counts_E: Tensor, *weights: Any) -> Tensor:
-        cut = zip(*(w.chunk(parts, dim) for w, dim in zip(weights, (2, 2, 1), strict=True)), strict=True)
+        halves = min(parts, 2)  # grouped products have widths of multiples of 4
+        cut = zip(*(w.chunk(halves, dim) for w, dim in zip(weights, (2, 2, 1), strict=True)), strict=True)
         return torch.stack([swiglu(x_PD, counts_E, *(w.contiguous() for w in part)) for part in cut]).sum(0)
 
     with patch.object(F, "linear", linear_in_parts), patch.object(moe, "grouped_swiglu", swiglu_in_parts):
