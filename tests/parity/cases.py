@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -70,18 +70,26 @@ UNEVEN = (  # sizes that 2 divides and 4 does not, fewer heads of keys and value
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings that a layout may be combined with. With `other_numbers` they change what is computed and not only where."""
+    """Settings that a layout may be combined with. With `other_numbers` they change what is computed and not only where.
+
+    It runs at those layouts of 4 ranks that `where` holds of, or else at the few that cover all pairs of axes.
+    """
 
     overrides: tuple[str, ...] = ()
     other_numbers: bool = False
+    where: Callable[[Case], bool] | None = None
 
 
-# "" runs at all layouts, every other at those that cover all pairs of axes. To compare one more way of running, add it here.
+# "" runs at all layouts. To compare one more way of running, add it here.
 VARIANTS = {
     "": Variant(),
     "reshard": Variant(("parallel.reshard_after_forward=true",)),
     "muon, untied": Variant(("optim.backbone=muon", "model.tie_embeddings=false"), other_numbers=True),
     "uneven": Variant(UNEVEN, other_numbers=True),
+    "capacity": Variant(("model.moe.capacity=1.0",), other_numbers=True),
+    "hierarchical": Variant(
+        ("parallel.dispatch=hierarchical", "parallel.node_size=2"), where=lambda case: case["ep"] == 4 and case["mem"] == 2
+    ),
 }
 
 
@@ -176,8 +184,11 @@ def matrix() -> tuple[Case, ...]:
     two, four, eight = (layouts(world) for world in (2, 4, 8))
     sample = sorted(random.Random(0).sample(eight, SAMPLE), key=eight.index)
     base = [*with_schedules(two), *with_schedules(four), *with_schedules(sample)]
-    others = [replace(case, variant=variant) for variant in VARIANTS if variant for case in covering()]
-    return (*base, *(case for case in others if is_legal(case)))
+    others = []
+    for name, variant in VARIANTS.items():
+        chosen = covering() if variant.where is None else [case for case in with_schedules(four) if variant.where(case)]
+        others += [other for case in chosen if name and is_legal(other := replace(case, variant=name))]
+    return (*base, *others)
 
 
 @cache
