@@ -1,4 +1,5 @@
-"""Every collective of ours, each counted by group and operation: calls and the bytes this rank sends to others.
+"""Every collective of ours, each counted by group and operation: calls and the bytes this rank sends to others. What torch
+sends for FSDP (fsdp.py) and between pipeline stages (pipeline.py) is counted in the same ledger.
 
 Bytes are payload by the ring or pairwise algorithm: what the fabric must carry for this rank, not what a backend
 adds. Groups of one rank do nothing and count nothing.
@@ -242,14 +243,14 @@ def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty((group.size, *x.shape))
     dist.all_gather_single(out, x.contiguous()[None], group=group.process_group)
-    _count(group, "all_gather", (group.size - 1) * x.numel() * x.element_size())
+    count_all_gather(x, group)
     return out
 
 
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(x.shape[1:])
     dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group)
-    _count(group, "reduce_scatter", (group.size - 1) * out.numel() * out.element_size())
+    count_reduce_scatter(out, group)
     return out
 
 
@@ -263,7 +264,7 @@ def all_reduce_(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.Redu
     """Reduce `x` in place over the group; every rank gets bitwise the same result."""
     if group.size > 1:
         dist.all_reduce(x, op=op, group=group.process_group)
-        _count(group, "all_reduce", 2 * (group.size - 1) * x.numel() * x.element_size() // group.size)
+        count_all_reduce(x, group)
     return x
 
 
@@ -278,7 +279,7 @@ def all_gather_uneven(x: Tensor, group: Group) -> list[Tensor]:
     padded[: x.shape[0]] = x
     out = padded.new_empty((group.size * max(lengths), *x.shape[1:]))
     dist.all_gather_single(out, padded, group=group.process_group)
-    _count(group, "all_gather", (group.size - 1) * padded.numel() * x.element_size())
+    count_all_gather(padded, group)
     return [
         part[:length] for part, length in zip(out.chunk(group.size) if max(lengths) else [x] * group.size, lengths, strict=True)
     ]
@@ -306,7 +307,7 @@ def swap(x: Tensor, peer: int, group: Group) -> Tensor:
     )
     for work in works:
         work.wait()
-    _count(group, "swap", x.numel() * x.element_size())
+    count_send(x, group, "swap")
     return out
 
 
@@ -314,6 +315,24 @@ def barrier(group: Group) -> None:
     if group.size > 1:
         dist.barrier(group=group.process_group)
         _count(group, "barrier", 0)
+
+
+def count_all_gather(mine: Tensor, group: Group) -> None:
+    """An all-gather in which every rank has as much as `mine`."""
+    _count(group, "all_gather", (group.size - 1) * mine.nbytes)
+
+
+def count_reduce_scatter(mine: Tensor, group: Group) -> None:
+    """A reduce-scatter that leaves every rank as much as `mine`."""
+    _count(group, "reduce_scatter", (group.size - 1) * mine.nbytes)
+
+
+def count_all_reduce(x: Tensor, group: Group) -> None:
+    _count(group, "all_reduce", 2 * (group.size - 1) * x.nbytes // group.size)
+
+
+def count_send(x: Tensor, group: Group, operation: str = "send") -> None:
+    _count(group, operation, x.nbytes)
 
 
 def _row_bytes(x: Tensor) -> int:

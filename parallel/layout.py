@@ -163,8 +163,8 @@ class Layout:
         return rank // prod(sizes[place + 1 :]) % sizes[place]
 
     def groups(self, axis: str) -> list[list[int]]:
-        """All groups of ranks that differ only on `axis`, each in the order of their coordinate."""
-        along = ("dp_replicate", "dp_shard") if axis == "dp" else (axis,)
+        """All groups of ranks that differ only on `axis` (also `dp` and `fsdp`), each in the order of their coordinate."""
+        along = {"dp": ("dp_replicate", "dp_shard"), "fsdp": ("dp_shard", "cp")}.get(axis, (axis,))
         axes = next(a for a in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEMORY_AXES) if along[0] in a)
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world):

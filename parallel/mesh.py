@@ -34,6 +34,10 @@ class Mesh:
     ep_levels: tuple[Group, ...]  # what tokens are dispatched over, one after the other: (ep,) or (ep_inter, ep_intra)
     mem: Group
     mem_replicate: Group
+    # the groups of the meshes below, over which FSDP communicates:
+    fsdp: Group
+    edp: Group
+    dp_replicate: Group
     timeout: float
 
     # of this rank's pipeline stage:
@@ -116,6 +120,14 @@ def make_mesh(
     def group(axis: str) -> Group:
         return _group(layout, rank, axis, axis, traffic, timeout)
 
+    dense_mesh = _device_mesh(layout, device, (*replicate, "fsdp", *tensor))
+    expert_mesh = _device_mesh(layout, device, (*replicate, "edp", "ep", *(("etp",) if layout.etp > 1 else ())))
+
+    def group_of(mesh: DeviceMesh | None, axis: str) -> Group:
+        ranks = next(ranks for ranks in layout.groups(axis) if rank in ranks)
+        process_group = mesh[axis].get_group() if mesh is not None and len(ranks) > 1 else None
+        return Group(axis, tuple(ranks), ranks.index(rank), process_group, traffic)
+
     ep = group("ep")
     return Mesh(
         layout=layout,
@@ -133,9 +145,12 @@ def make_mesh(
         ep_levels=(group("ep_inter"), group("ep_intra")) if layout.ep_inter > 1 else (ep,),
         mem=group("mem"),
         mem_replicate=group("mem_replicate"),
+        fsdp=group_of(dense_mesh, "fsdp"),
+        edp=group_of(expert_mesh, "edp"),
+        dp_replicate=group_of(dense_mesh, "dp_replicate"),
         timeout=timeout,
-        dense_mesh=_device_mesh(layout, device, (*replicate, "fsdp", *tensor)),
-        expert_mesh=_device_mesh(layout, device, (*replicate, "edp", "ep", *(("etp",) if layout.etp > 1 else ()))),
+        dense_mesh=dense_mesh,
+        expert_mesh=expert_mesh,
         memory_mesh=_device_mesh(layout, table_device or device, layout.memory_axes),
     )
 
