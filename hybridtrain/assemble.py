@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hybridtrain.data.shards import TokenDataset
+from hybridtrain.contradictions import unfit_widths
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.launch.local import RENDEZVOUS
@@ -106,6 +107,7 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
             dense_hidden=model.dense.hidden if any(s.feedforward == "dense" for s in specs) else None,
             shared_hidden=model.moe.num_shared * model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
             memory_slots=slots if any(s.memory for s in specs) else None,
+            expert_multiple=8 if settings.train.precision == "bfloat16" else 4,
             expert_hidden=model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
         ),
         stage_problems(
@@ -129,7 +131,21 @@ def join_world(settings: Settings) -> Mesh:
     device = choose_device()
     if device.type == "cpu":
         keep_freed_memory()
-    return make_mesh(layout, rank, device, settings.parallel.timeout, os.environ.get(RENDEZVOUS, "env://"))
+    mixed = compute_dtype(settings, device) != torch.float32
+    return make_mesh(layout, rank, device, settings.parallel.timeout, os.environ.get(RENDEZVOUS, "env://"), always=mixed)
+
+
+def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """What the layers compute in on `device`; parameters, their gradients, router, losses and table are float32 always.
+
+    Raises SettingsError where `auto` means bfloat16 and the experts' widths do not go with it.
+    """
+    precision = settings.train.precision
+    if precision == "float32" or (precision == "auto" and device.type != "cuda"):
+        return torch.float32
+    if problems := unfit_widths(settings, 2):
+        raise SettingsError(f"train.precision={precision} is bfloat16 on {device.type}", problems)
+    return torch.bfloat16
 
 
 def keep_freed_memory() -> None:
@@ -178,6 +194,7 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
     """Build the model on the meta device, shard it, and draw this rank's part of every parameter and of the table."""
     context = ContextParallel(mesh.cp, settings.train.seq_len, short_conv) if mesh.cp.size > 1 else None
     positions = context.positions() if context is not None else None
+    dtype = compute_dtype(settings, mesh.device)
     here = [stage for stage in resolve_stages(settings, vocabulary.size) if stage.pp_rank == mesh.pp.rank]
     rows = StepRows()
     stages: list[HybridLM] = []
@@ -186,11 +203,14 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
             model = HybridLM(settings, vocabulary.size, Part(stage.low, stage.high, stage.is_first, stage.is_last), rows)
         parallelize(
             model,
-            model.layers.values(),
+            list(model.layers.values()),
             mesh,
             num_experts=settings.model.moe.num_experts,
             reshard_after_forward=settings.parallel.reshard_after_forward,
             context=context,
+            recompute=settings.train.recompute,
+            compiled=settings.train.compile,
+            dtype=dtype,
         )
         materialize(model, mesh.device)
         model.positions_T = positions.to(mesh.device) if positions is not None else None
@@ -198,7 +218,7 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
         stages.append(model)
     layers = tuple(layer for model in stages for layer in model.memory_layers)
     memory = TableMemory(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
-    schedule = _schedule(settings, mesh, here, stages)
+    schedule = _schedule(settings, mesh, here, stages, dtype)
     optimizers = build_optimizers(nn.ModuleList(stages), settings.optim)
     return Parts(settings, mesh, vocabulary, tuple(stages), memory, schedule, optimizers, positions)
 
@@ -214,7 +234,7 @@ def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
     return plan_stages(parallel.schedule, parallel.pp, parallel.stages_per_rank, cuts)
 
 
-def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM]) -> Schedule:
+def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype) -> Schedule:
     train = settings.train
     tokens_per_step = train.global_batch * train.seq_len
     if mesh.layout.pp == 1:
@@ -232,6 +252,7 @@ def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[Hy
         mesh.pp,
         mesh.device,
         (train.global_batch // train.micro_batches // mesh.layout.dp, tokens // mesh.layout.tp, settings.model.dim),
+        dtype,
         tokens,
         train.micro_batches,
         tokens_per_step,

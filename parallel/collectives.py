@@ -1,7 +1,8 @@
 """Every collective of ours, each counted by group and operation: calls and the bytes this rank sends to others.
 
 Bytes are payload by the ring or pairwise algorithm: what the fabric must carry for this rank, not what a backend
-adds. Groups of one rank do nothing and count nothing.
+adds. Groups of one rank do nothing and count nothing. What a layer calls is marked `replayed` (replay.py), so that a
+recomputed layer sends nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hybridtrain.parallel.replay import refuse_again, replayed
 
 
 class Traffic:
@@ -56,6 +59,7 @@ class Group:
         return len(self.ranks)
 
 
+@replayed
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """Send `send[i]` rows of `x` (dim 0, in order) to rank i and return the `receive[j]` rows of every rank j, in rank order."""
     if group.size == 1:
@@ -124,6 +128,7 @@ def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+@replayed
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty((group.size, *x.shape))
     dist.all_gather_single(out, x.contiguous()[None], group=group.process_group)
@@ -131,6 +136,7 @@ def _all_gather(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+@replayed
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(x.shape[1:])
     dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group)
@@ -206,4 +212,5 @@ def _row_bytes(x: Tensor) -> int:
 
 
 def _count(group: Group, operation: str, sent: int) -> None:
+    refuse_again(f"{operation} over {group.name}")
     group.traffic.add(group.name, operation, sent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from hybridtrain.parallel.layout import MEMORY_AXES, Layout
 
 @dataclass(frozen=True)
 class Mesh:
-    """Everything distributed that is handed to the run. In a world of one rank nothing here needs torch.distributed."""
+    """Everything distributed that is handed to the run. A world of one rank needs no torch.distributed, unless it mixes precisions."""
 
     layout: Layout
     rank: int
@@ -73,20 +74,28 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, rendezvous: str = "env://") -> Mesh:
+def make_mesh(
+    layout: Layout, rank: int, device: torch.device, timeout: float, rendezvous: str = "env://", *, always: bool = False
+) -> Mesh:
     """Start torch.distributed for `layout.world` ranks and build all groups; `timeout` in seconds bounds every collective.
 
-    The ranks meet at `rendezvous`: torchrun's environment, or a `file://` path that all of them see.
+    The ranks meet at `rendezvous`: torchrun's environment, or a `file://` path that all of them see. With `always` a world of
+    one rank has device meshes too, for FSDP, which then does nothing but mix precisions.
     """
     traffic = Traffic()
-    if layout.world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if layout.world == 1 and always and not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(close_mesh)  # evaluation and generation, unlike training, have no end of their own
+    elif layout.world > 1 and not dist.is_initialized():
         dist.init_process_group(
             backend, init_method=rendezvous, rank=rank, world_size=layout.world, timeout=timedelta(seconds=timeout)
         )
 
+    meshes = layout.world > 1 or always
     replicate = ("dp_replicate",) if layout.dp_replicate > 1 else ()  # a replicate dim of one would still cost an all-reduce
     tensor = ("tp",) if layout.tp > 1 else ()
+    etp = ("etp",) if layout.etp > 1 else ()
 
     def group(axis: str) -> Group:
         return _group(layout, rank, axis, axis, traffic, timeout)
@@ -98,7 +107,7 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         traffic=traffic,
         world=group("world"),
         # its own also where it is all ranks: sends between stages must not queue behind collectives of the world
-        pp=_group(layout, rank, "pp", "pp", traffic, timeout, backend="nccl" if device.type == "cuda" else "gloo"),
+        pp=_group(layout, rank, "pp", "pp", traffic, timeout, backend=backend),
         dp=group("dp"),
         cp=group("cp"),
         tp=group("tp"),
@@ -106,9 +115,9 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         mem=group("mem"),
         mem_replicate=group("mem_replicate"),
         timeout=timeout,
-        dense_mesh=_device_mesh(layout, device, (*replicate, "fsdp", *tensor)),
-        expert_mesh=_device_mesh(layout, device, (*replicate, "edp", "ep", *(("etp",) if layout.etp > 1 else ()))),
-        memory_mesh=_device_mesh(layout, device, MEMORY_AXES),
+        dense_mesh=_device_mesh(layout, device, (*replicate, "fsdp", *tensor)) if meshes else None,
+        expert_mesh=_device_mesh(layout, device, (*replicate, "edp", "ep", *etp)) if meshes else None,
+        memory_mesh=_device_mesh(layout, device, MEMORY_AXES) if layout.world > 1 else None,
     )
 
 
@@ -128,9 +137,7 @@ def close_mesh() -> None:
         dist.destroy_process_group()
 
 
-def _device_mesh(layout: Layout, device: torch.device, axes: Sequence[str]) -> DeviceMesh | None:
-    if layout.world == 1:
-        return None
+def _device_mesh(layout: Layout, device: torch.device, axes: Sequence[str]) -> DeviceMesh:
     names = ("pp", *axes) if layout.pp > 1 and axes is not MEMORY_AXES else tuple(axes)
     mesh = DeviceMesh(device.type, torch.arange(layout.world).view(layout.shape(names)), mesh_dim_names=names)
     return mesh[tuple(axes)] if "pp" in names else mesh

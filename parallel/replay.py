@@ -1,0 +1,68 @@
+"""What the exchanges of a layer returned, kept for the time when the layer is run again in the backward pass.
+
+Recomputation (recompute.py) runs a layer's forward pass twice. Nothing is sent the second time: every collective that a layer
+calls is marked `replayed`, and answers from here, in the order of the first time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import TracebackType
+from typing import ParamSpec
+
+from torch import Tensor
+
+P = ParamSpec("P")
+
+
+class Replay:
+    """The results of one forward pass. Entered once with `again` False, which keeps them, then with True, which hands them out."""
+
+    def __init__(self) -> None:
+        self.again = False
+        self._kept: deque[tuple[Tensor, int]] = deque()
+
+    def __enter__(self) -> None:
+        self._token = _active.set(self)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _active.reset(self._token)
+        if self.again:
+            self._kept.clear()  # recomputation ends with the last tensor that the backward pass needs; the rest is not asked for
+        self.again = True
+
+    def result(self, collective: Callable[[], Tensor]) -> Tensor:
+        if not self.again:
+            out = collective()
+            self._kept.append((out.detach(), out._version))
+            return out
+        if not self._kept:
+            raise RuntimeError("a recomputed layer asks for more exchanges than its forward pass made, or a second time")
+        out, version = self._kept.popleft()
+        if out._version != version:
+            raise RuntimeError(f"the result of an exchange, {list(out.shape)}, was changed in place and cannot be given again")
+        return out
+
+
+def replayed(collective: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """A collective whose result a recomputed layer keeps instead of asking for it again. It must not change what it is given."""
+
+    @functools.wraps(collective)
+    def once(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        replay = _active.get()
+        return collective(*args, **kwargs) if replay is None else replay.result(lambda: collective(*args, **kwargs))
+
+    return once
+
+
+def refuse_again(what: str) -> None:
+    """Raise RuntimeError inside a recomputation: for whatever must happen once and is not `replayed`."""
+    replay = _active.get()
+    if replay is not None and replay.again:
+        raise RuntimeError(f"{what} would run a second time in the backward pass; mark it `replayed`")
+
+
+_active: ContextVar[Replay | None] = ContextVar("replay", default=None)
