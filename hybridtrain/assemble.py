@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hybridtrain.data.shards import TokenDataset
 from hybridtrain.contradictions import unfit_widths
+from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.launch.local import RENDEZVOUS
@@ -25,6 +25,7 @@ from hybridtrain.model.init import init_parameters
 from hybridtrain.model.rows import StepRows
 from hybridtrain.optim.groups import build_optimizers
 from hybridtrain.parallel.apply import materialize, parallelize, write_local
+from hybridtrain.parallel.compile import missing_compiler
 from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.layout import Layout, ModelFacts
 from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, world_from_environment
@@ -126,6 +127,7 @@ def join_world(settings: Settings) -> Mesh:
     """Start this rank: threads, device, process groups. Raises LayoutError before anything is started."""
     rank, world = world_from_environment()
     layout = resolve_layout(settings, world)
+    check_compiler(settings)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     device = choose_device()
@@ -133,6 +135,15 @@ def join_world(settings: Settings) -> Mesh:
         keep_freed_memory()
     mixed = compute_dtype(settings, device) != torch.float32
     return make_mesh(layout, rank, device, settings.parallel.timeout, os.environ.get(RENDEZVOUS, "env://"), always=mixed)
+
+
+def check_compiler(settings: Settings) -> None:
+    """Raise SettingsError where `train.compile` asks for a compiler that this machine has not."""
+    if settings.train.compile and (name := missing_compiler()) is not None:
+        problem = (
+            f"torch.compile needs a C++ compiler and there is no {name}; install one, name yours in CXX, or train.compile=false"
+        )
+        raise SettingsError("train.compile=true", [problem])
 
 
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:

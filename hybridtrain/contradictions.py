@@ -64,12 +64,13 @@ def contradictions(s: Settings) -> list[str]:
         )
     if parallel.pp > 1 and s.train.recompute != "none" and parallel.schedule not in WHOLE_BACKWARD:
         out.append(
-            f"train.recompute={s.train.recompute}: parallel.schedule={parallel.schedule} goes back through a layer in many parts and "
-            f"would run it again for each; it may be none, or parallel.schedule {', '.join(WHOLE_BACKWARD[:-1])} or {WHOLE_BACKWARD[-1]}"
+            f"train.recompute={s.train.recompute}: parallel.schedule={parallel.schedule} goes back through a layer in parts "
+            f"and would run it again for each; it may be none, or parallel.schedule one of {', '.join(WHOLE_BACKWARD)}"
         )
     if s.train.compile and s.train.recompute == "selective":
         out.append(
-            "train.recompute=selective: in compiled layers single products are not seen; it may be none or full, or train.compile=false"
+            "train.recompute=selective: the products inside compiled layers are not seen; it may be none or full, "
+            "or train.compile=false"
         )
     if s.data.tokenizer and "vocab_size" in s.data.model_fields_set:
         out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")
@@ -82,7 +83,8 @@ def unfit_widths(s: Settings, bytes_per_element: int) -> list[str]:
     if not any("moe" in entry for entry in s.model.layers):
         return []
     return [
-        f"{key}={width} is no multiple of {step}, as grouped products need (rows of 16 bytes); the next is {-(-width // step) * step}"
+        f"{key}={width} is no multiple of {step}, as grouped products need (rows of 16 bytes); "
+        f"the next is {-(-width // step) * step}"
         for key, width in (("model.dim", s.model.dim), ("model.moe.hidden", s.model.moe.hidden))
         if width % step
     ]

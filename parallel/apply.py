@@ -33,7 +33,7 @@ def parallelize(
     compiled: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Shard `model` or a pipeline stage of it (on the meta device) in place over `mesh`; parameters of one rank are left as they are.
+    """Shard `model` or a pipeline stage of it (on the meta device) in place over `mesh`; one rank's stay as they are.
 
     A MoE module is one that has `experts` (a module of `[E, …]` parameters) and `dispatch` (replaced under ep > 1). Layers
     compute in `dtype`; parameters and their gradients are float32.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable would import the compiler here, for seconds
 
 from hybridtrain.parallel.replay import refuse_again, replayed
 
@@ -82,6 +83,7 @@ class _AllToAll(torch.autograd.Function):
         return all_to_all(grads[0], receive, send, ctx.group), None, None, None
 
 
+@uncompiled
 def all_to_all_autograd(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """`all_to_all` whose gradient goes back the way its rows came."""
     if group.size == 1:
@@ -112,6 +114,7 @@ class _ReduceScatter(torch.autograd.Function):
         return _all_gather(grads[0], ctx.group), None
 
 
+@uncompiled
 def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
     """Every rank's `x` (all of one shape), stacked along a new dim 0; the gradient of each is summed over the ranks."""
     if group.size == 1:
@@ -120,6 +123,7 @@ def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+@uncompiled
 def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
     """The sum over the ranks of `x[i]` on rank i; dim 0 is the group's size. Its gradient is every rank's, stacked."""
     if group.size == 1:

@@ -200,8 +200,8 @@ class Layout:
             )
         if self.etp > 1 and facts.expert_hidden is not None and facts.expert_hidden % (facts.expert_multiple * self.etp):
             out.append(
-                f"parallel.etp={self.etp} cuts model.moe.hidden={facts.expert_hidden} into no multiples of {facts.expert_multiple}, as "
-                f"grouped products need; set model.moe.hidden="
+                f"parallel.etp={self.etp} cuts model.moe.hidden={facts.expert_hidden} into no multiples of "
+                f"{facts.expert_multiple}, as grouped products need; set model.moe.hidden="
                 f"{_next_multiple(facts.expert_hidden, facts.expert_multiple * self.etp)} or etp=1"
             )
         if self.tp > 1 and facts.dim % self.fsdp:  # tp cuts one dim of a matrix, so FSDP cuts the other, evenly

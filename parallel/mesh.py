@@ -18,7 +18,7 @@ from hybridtrain.parallel.layout import MEMORY_AXES, Layout
 
 @dataclass(frozen=True)
 class Mesh:
-    """Everything distributed that is handed to the run. A world of one rank needs no torch.distributed, unless it mixes precisions."""
+    """Everything distributed that a run is handed. A world of one rank needs no torch.distributed unless it mixes precisions."""
 
     layout: Layout
     rank: int

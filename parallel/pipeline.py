@@ -46,8 +46,8 @@ class StageModule:
 
 
 class Pipeline:
-    """This rank's stages, ascending. `hidden` and `dtype` are the shape [B, T, D] and type of what passes between stages, `tokens` those of a
-    sequence that go into the first: more than T where ranks share the hidden state of a sequence.
+    """This rank's stages, ascending. `hidden` and `dtype` are shape [B, T, D] and type of what passes between stages, `tokens`
+    those of a sequence that go into the first: more than T where ranks share the hidden state of a sequence.
 
     `tied` are the parameters that the first and the last stage both hold, (first stage's, last stage's), None where a stage
     is not here; their gradients are summed, so that equal optimizers keep them equal.

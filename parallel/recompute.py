@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from hybridtrain.parallel.replay import Replay
 
@@ -41,8 +42,8 @@ def recompute_layer(layer: nn.Module, mode: str) -> None:
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         replay = Replay()
-        first, again = create_selective_checkpoint_contexts(_policy) if mode == "selective" else (ExitStack(), ExitStack())
-        return _all(replay, first), _all(replay, again, *(counter.paused() for counter in counters))
+        products = [_KeepProducts(replay)] if mode == "selective" else []
+        return _all(replay, *products), _all(replay, *products, *(counter.paused() for counter in counters))
 
     def recomputed(*args: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -53,8 +54,21 @@ def recompute_layer(layer: nn.Module, mode: str) -> None:
     setattr(layer, "forward", recomputed)  # noqa: B010  (a method to mypy); not a wrapping module: names must not change
 
 
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+class _KeepProducts(TorchDispatchMode):
+    """Keeps the results of PRODUCTS and gives them again.
+
+    Not torch's own contexts for this: they count every operation, and FSDP's hooks inside a layer do not do the same twice.
+    """
+
+    def __init__(self, replay: Replay) -> None:
+        super().__init__()
+        self._replay = replay
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def run() -> Any:
+            return operation(*args, **(kwargs or {}))
+
+        return self._replay.result(run) if operation in PRODUCTS else run()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the exchanges of a layer returned, kept for the time when the layer is run again in the backward pass.
+"""What parts of a layer returned, kept for the time when the layer is run again in the backward pass.
 
 Recomputation (recompute.py) runs a layer's forward pass twice. Nothing is sent the second time: every collective that a layer
 calls is marked `replayed`, and answers from here, in the order of the first time.
@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
-from typing import ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Replay:
@@ -23,7 +25,7 @@ class Replay:
 
     def __init__(self) -> None:
         self.again = False
-        self._kept: deque[tuple[Tensor, int]] = deque()
+        self._kept: deque[Any] = deque()
 
     def __enter__(self) -> None:
         self._token = _active.set(self)
@@ -34,17 +36,30 @@ class Replay:
             self._kept.clear()  # recomputation ends with the last tensor that the backward pass needs; the rest is not asked for
         self.again = True
 
-    def result(self, collective: Callable[[], Tensor]) -> Tensor:
+    def result(self, function: Callable[[], T]) -> T:
+        """What `function` returns, a tensor or a tuple with tensors in it; the second time what it returned the first time."""
         if not self.again:
-            out = collective()
-            self._kept.append((out.detach(), out._version))
+            out = function()
+            self._kept.append(tree_map_only(Tensor, _Kept, out))
             return out
         if not self._kept:
-            raise RuntimeError("a recomputed layer asks for more exchanges than its forward pass made, or a second time")
-        out, version = self._kept.popleft()
-        if out._version != version:
-            raise RuntimeError(f"the result of an exchange, {list(out.shape)}, was changed in place and cannot be given again")
-        return out
+            raise RuntimeError("a recomputed layer asks for more results than its forward pass had, or for the third time")
+        kept: T = tree_map_only(_Kept, _Kept.tensor, self._kept.popleft())
+        return kept
+
+
+class _Kept:
+    """A tensor without its graph, and the version at which it was kept."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor.detach(), tensor._version
+
+    def tensor(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                f"a result {list(self._tensor.shape)} that a layer kept was changed in place and cannot be given again"
+            )
+        return self._tensor
 
 
 def replayed(collective: Callable[P, Tensor]) -> Callable[P, Tensor]:

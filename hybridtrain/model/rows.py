@@ -30,7 +30,8 @@ class StepRows(nn.Module):
     def gather(self, index: Tensor, micro_batch: int, beside: Tensor | None = None) -> Tensor:
         """Rows `index` (int64, any shape) of the micro-batch's leaf: [*index.shape, head_dim].
 
-        `beside` is the hidden state that the rows are about to meet, whose dtype they get. Raises RuntimeError where that micro-batch has no leaf.
+        `beside` is the hidden state that the rows are about to meet, whose dtype they get. Raises RuntimeError where
+        that micro-batch has no leaf.
         """
         leaf = self._parameters.get(f"leaf{micro_batch}")
         if leaf is None:
