@@ -134,10 +134,11 @@ class TrainSettings(_Section):
     eval_batches: Natural = Field(0, description="global batches per validation during the run; 0 and at the end: the whole split")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the layers' arithmetic; auto: bfloat16 on CUDA, float32 elsewhere. Parameters are float32"
+        "auto", description="of the layers' arithmetic; auto: bfloat16 on CUDA, float32 elsewhere. Parameters stay float32"
     )
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="what a layer computes again in the backward pass: all but matrix products, or all; exchanges never"
+        "none",
+        description="what layers compute again in the backward pass: all but products and attention, or all; exchanges never",
     )
     compile: bool = Field(
         False, description="torch.compile of every layer, between its exchanges and experts; needs a C++ compiler"

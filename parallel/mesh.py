@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 
 from hybridtrain.parallel.collectives import Group, Traffic
@@ -85,7 +86,7 @@ def make_mesh(
     traffic = Traffic()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if layout.world == 1 and always and not dist.is_initialized():
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         atexit.register(close_mesh)  # evaluation and generation, unlike training, have no end of their own
     elif layout.world > 1 and not dist.is_initialized():
         dist.init_process_group(

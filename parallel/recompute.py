@@ -38,7 +38,7 @@ def recompute_layer(layer: nn.Module, mode: str) -> None:
     if mode == "none":
         return
     forward: Callable[..., Any] = layer.forward
-    counters = [module.counters for module in layer.modules() if hasattr(module, "counters")]
+    counters: list[Any] = [module.counters for module in layer.modules() if hasattr(module, "counters")]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         replay = Replay()
@@ -61,7 +61,7 @@ class _KeepProducts(TorchDispatchMode):
     """
 
     def __init__(self, replay: Replay) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._replay = replay
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

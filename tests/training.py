@@ -114,12 +114,12 @@ def train_on_a_full_disk(settings: Settings, rank: int, step: int) -> None:
 
 @dataclass(frozen=True)
 class Trace:
-    """What some steps came to on one rank, bit for bit; `gradients` by parameter as the optimizers got them, of every step."""
+    """What some steps came to on one rank, bit for bit: losses, and the gradients that the optimizers got, whole."""
 
     losses: list[float]
     statistics: list[dict[str, Tensor]]
     gradients: list[dict[str, Tensor]]
-    state: dict[str, Tensor]  # parameters and table, this rank's parts
+    state: dict[str, Tensor]  # parameters, and this rank's part of the table
     traffic: dict[tuple[str, str], tuple[int, int]]
 
 
@@ -144,7 +144,7 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
     named = {f"{i}.{name}": p for i, stage in enumerate(parts.stages) for name, p in stage.named_parameters()}
 
     def note(*_: Any) -> None:
-        out.gradients[-1].update({name: local(p.grad) for name, p in named.items() if p.grad is not None})
+        out.gradients[-1].update({name: _whole(p.grad) for name, p in named.items() if p.grad is not None})
 
     for optimizer in parts.optimizers:
         optimizer.register_step_pre_hook(note)
@@ -155,7 +155,7 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
         totals = train_step(parts, number, batch.at(parts.positions), plan, Clock(parts.mesh.device), False)
         out.losses.append(totals.loss)
         out.statistics.append(totals.statistics)
-    out.state.update({name: local(p) for name, p in named.items()} | {"table": parts.memory.table.clone()})
+    out.state.update({name: _whole(p) for name, p in named.items()} | {"table": parts.memory.table.clone()})
     out.traffic.update({key: value for key, value in parts.mesh.traffic.entries().items() if "plan" not in key[0]})
     return out
 
@@ -165,6 +165,5 @@ def traces(runs: list[Settings], steps: int = 3) -> list[Trace]:
     return [trace(settings, steps) for settings in runs]
 
 
-def local(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone()
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
