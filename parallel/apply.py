@@ -18,6 +18,7 @@ from hybridtrain.parallel.dispatch import AllToAllDispatch, SharedWidthDispatch
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.plans import EXPERT_WIDTH, TENSOR_PARTS, TENSOR_PLAN
 from hybridtrain.parallel.recompute import recompute_layer
+from hybridtrain.parallel.reduce import RankOrderSum
 from hybridtrain.parallel.tensor import Style, TensorAxis
 
 
@@ -127,6 +128,8 @@ def _shard(module: nn.Module, mesh: DeviceMesh, dim: int = 0, *, reshard_after_f
     # every loss is already divided by the tokens of the whole step, so gradients are summed over ranks, never averaged
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
+    if mesh.device_type == "cpu":
+        module.set_custom_reduce_scatter(RankOrderSum())  # type: ignore[arg-type]  (torch asks for its private base class)
 
 
 def sync_gradients(model: nn.Module, on: bool) -> None:

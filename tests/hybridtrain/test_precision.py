@@ -15,11 +15,12 @@ from hybridtrain.errors import SettingsError
 from hybridtrain.launch.local import RENDEZVOUS
 from hybridtrain.metrics import read_metrics
 from hybridtrain.parallel.mesh import close_mesh
+from hybridtrain.parallel.reduce import RankOrderSum
 from hybridtrain.settings import Settings
 from hybridtrain.train import train
 from hybridtrain.use import evaluate_checkpoint, generate_text, open_checkpoint
 from tests.ranks import run_on_ranks
-from tests.training import Trace, ci_settings, loss_curve, trace, traces
+from tests.training import Trace, ci_settings, loss_curve, traces
 
 SHORT = ("train.micro_batches=2", "train.global_batch=8", "model.moe.aux_weight=0.01")
 HALF = "train.precision=bfloat16"
@@ -42,23 +43,21 @@ def test_auto_is_float32_on_the_cpu_and_bfloat16_on_cuda() -> None:
 
 
 def spied(runs: list[Settings]) -> tuple[list[Trace], set[torch.dtype], set[torch.dtype]]:
-    """On a rank: the traces, and what was reduced and gathered in the first of them, which has no tp and so FSDP's alone."""
+    """On a rank: the traces, and in what FSDP added up gradients and parameters were gathered (by FSDP and tp)."""
     reduced: set[torch.dtype] = set()
     gathered: set[torch.dtype] = set()
-    real_reduce, real_gather = dist.reduce_scatter_single, dist.all_gather_single
+    real_reduce, real_gather = RankOrderSum.__call__, dist.all_gather_single
 
-    def reduce(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-        reduced.add(input.dtype)
-        return real_reduce(output, input, *args, **kwargs)
+    def reduce(self: Any, output_tensor: Any, input_tensor: Any, **kwargs: Any) -> None:
+        reduced.update((output_tensor.dtype, input_tensor.dtype))
+        real_reduce(self, output_tensor, input_tensor, **kwargs)
 
     def gather(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
         gathered.add(input.dtype)
         return real_gather(output, input, *args, **kwargs)
 
-    dist.reduce_scatter_single, dist.all_gather_single = reduce, gather
-    first = trace(runs[0])
-    dist.reduce_scatter_single, dist.all_gather_single = real_reduce, real_gather
-    return [first, *traces(runs[1:])], reduced, gathered
+    RankOrderSum.__call__, dist.all_gather_single = reduce, gather  # type: ignore[method-assign]
+    return traces(runs), reduced, gathered
 
 
 def assert_close(ours: Trace, theirs: Trace) -> None:
@@ -75,7 +74,8 @@ def test_layouts_compute_alike(ci_data: Path) -> None:
     for name, grad in half.gradients[0].items():
         reference = single.gradients[0][name]
         assert grad.dtype == torch.float32
-        assert float((grad - reference).norm()) < 0.1 * float(reference.norm()) + 1e-6, name
+        bound = 0.25 if "router" in name else 0.1  # some tokens go to other experts
+        assert float((grad - reference).norm()) < bound * float(reference.norm()) + 1e-6, name
     for traced, reduced, gathered in run_on_ranks(spied, 2, settings):
         assert reduced == {torch.float32}
         assert torch.bfloat16 in gathered
