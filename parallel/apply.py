@@ -129,7 +129,7 @@ def _shard(module: nn.Module, mesh: DeviceMesh, dim: int = 0, *, reshard_after_f
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
     if mesh.device_type == "cpu":
-        module.set_custom_reduce_scatter(RankOrderSum())  # type: ignore[arg-type]  (torch asks for its private base class)
+        module.set_custom_reduce_scatter(RankOrderSum())
 
 
 def sync_gradients(model: nn.Module, on: bool) -> None:

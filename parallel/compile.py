@@ -1,4 +1,4 @@
-"""torch.compile, layer by layer. Graphs end at every exchange, at the experts and at running sums, which run as they are."""
+"""torch.compile, layer by layer. Graphs end at every exchange, router, experts and running sums; those run as they are."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def compile_layer(layer: nn.Module) -> None:
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
     for module in layer.modules():
         if hasattr(module, "dispatch"):  # shapes that only the data know, and products that inductor does not take in float32
-            setattr(module, "dispatch", torch.compiler.disable(getattr(module, "dispatch")))  # noqa: B009, B010  (as in apply.py)
+            _leave_out(module, "dispatch")
+            _leave_out(getattr(module, "router"), "forward")  # noqa: B009  (a module to mypy); many sums between few operations
         if hasattr(module, "counters"):
-            counters: Any = module.counters
-            counters.add = torch.compiler.disable(counters.add)
+            _leave_out(module.counters, "add")
     forward = layer.forward
     compiled = torch.compile(forward, dynamic=False)
 
@@ -32,6 +32,10 @@ def compile_layer(layer: nn.Module) -> None:
         return compiled(*args) if torch.is_grad_enabled() else forward(*args)
 
     setattr(layer, "forward", run)  # noqa: B010  (a method to mypy)
+
+
+def _leave_out(owner: object, attribute: str) -> None:
+    setattr(owner, attribute, torch.compiler.disable(getattr(owner, attribute)))
 
 
 def missing_compiler() -> str | None:

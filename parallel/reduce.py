@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 
-class RankOrderSum:
+class RankOrderSum(ReduceScatter):
     """In place of FSDP's reduce-scatter: one all-to-all, and each rank adds up its parts, rank 0's first.
 
     A ring adds each part up from another rank on. On gloo, whose reduce-scatter is an all-reduce of the whole, this sends half

@@ -139,7 +139,7 @@ def build_here(settings: Settings) -> tuple[Parts, BatchLoader]:
 
 def trace(settings: Settings, steps: int = 3) -> Trace:
     parts, loader = build_here(settings)
-    assert parts.memory is not None
+    memory = parts.memory
     out = Trace([], [], [], {}, {})
     named = {f"{i}.{name}": p for i, stage in enumerate(parts.stages) for name, p in stage.named_parameters()}
 
@@ -150,12 +150,14 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
         optimizer.register_step_pre_hook(note)
     for number in range(steps):
         batch = loader.load(number)
-        plan = parts.memory.plan(batch)
+        plan = memory.plan(batch) if memory is not None else None
         out.gradients.append({})
         totals = train_step(parts, number, batch.at(parts.positions), plan, Clock(parts.mesh.device), False)
         out.losses.append(totals.loss)
         out.statistics.append(totals.statistics)
-    out.state.update({name: _whole(p) for name, p in named.items()} | {"table": parts.memory.table.clone()})
+    out.state.update({name: _whole(p) for name, p in named.items()})
+    if memory is not None:
+        out.state["table"] = memory.table.clone()
     out.traffic.update({key: value for key, value in parts.mesh.traffic.entries().items() if "plan" not in key[0]})
     return out
 

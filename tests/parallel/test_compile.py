@@ -14,7 +14,7 @@ from tests.ranks import run_on_ranks
 from tests.training import Trace, ci_settings, make_data, trace, traces
 
 SHORT = ("train.micro_batches=2", "train.global_batch=8", "train.seq_len=32", "model.moe.aux_weight=0.01")
-ONE_LAYER = 'model.layers=["memory+attention+moe"]'
+ONE_LAYER = 'model.layers=["attention+dense"]'
 COMPILE = "train.compile=true"
 
 
@@ -54,6 +54,15 @@ def test_a_compiled_layer_computes_the_same(data: Path, monkeypatch: pytest.Monk
     recomputed = trace(ci_settings(Path("unused"), data, *SHORT, ONE_LAYER, COMPILE, "train.recompute=full"))
     assert recomputed.losses == compiled.losses
     assert all(torch.equal(value, compiled.state[name]) for name, value in recomputed.state.items())
+
+
+@pytest.mark.parity
+def test_compiled_layers_of_every_kind(data: Path) -> None:
+    plain, compiled, recomputed = traces(
+        [ci_settings(Path("unused"), data, *SHORT, *also) for also in ([], [COMPILE], [COMPILE, "train.recompute=full"])]
+    )
+    assert_alike(compiled, plain)
+    assert recomputed.losses == compiled.losses
 
 
 @pytest.mark.parity
