@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -71,11 +72,13 @@ def test_layouts_compute_alike(ci_data: Path) -> None:
     single, half = run_on_ranks(traces, 1, [ci_settings(Path("unused"), ci_data, *SHORT, *p) for p in ([], [HALF])])[0]
     assert half.losses != single.losses
     assert_close(half, single)
-    for name, grad in half.gradients[0].items():
-        reference = single.gradients[0][name]
-        assert grad.dtype == torch.float32
-        bound = 0.25 if "router" in name else 0.1  # some tokens go to other experts
-        assert float((grad - reference).norm()) < bound * float(reference.norm()) + 1e-6, name
+    assert {grad.dtype for grad in half.gradients[0].values()} == {torch.float32}
+    off = {
+        name: float((g - single.gradients[0][name]).norm() / single.gradients[0][name].norm())
+        for name, g in half.gradients[0].items()
+    }
+    assert max(off.values()) < 0.2, off  # gates near zero and tokens that go to other experts magnify rounding
+    assert median(off.values()) < 0.05
     for traced, reduced, gathered in run_on_ranks(spied, 2, settings):
         assert reduced == {torch.float32}
         assert torch.bfloat16 in gathered
