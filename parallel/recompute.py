@@ -30,7 +30,7 @@ PRODUCTS = {
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
 }
-"""What `selective` keeps: nearly all of a layer's operations, and about half of what it would keep without recomputation."""
+"""What `selective` keeps: the results of nearly all of a layer's arithmetic."""
 
 
 def recompute_layer(layer: nn.Module, mode: str) -> None:
