@@ -45,7 +45,7 @@ def parallelize(
     shard = partial(_shard, reshard_after_forward=reshard_after_forward, dtype=dtype)
     if context is not None:  # no parameter changes, but tp's convolution goes around this one, so it stands first
         for module in model.modules():
-            for name in ("attend", "convolve"):
+            for name in ("attend", "convolve", "places_in_line"):
                 if hasattr(module, name):
                     setattr(module, name, getattr(context, name))
     if mesh.tp.size > 1 and mesh.dense_mesh is not None:
@@ -53,11 +53,12 @@ def parallelize(
         _split_tensors(model, TensorAxis(mesh.tp, mesh.dense_mesh["tp"]), TENSOR_PLAN)
     if (mesh.ep.size > 1 or mesh.tp.size > 1) and mesh.expert_mesh is not None:
         # ranks of tp see different tokens: to experts they are data-parallel
-        for moe in [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
+        for name, moe in [(n, m) for n, m in model.named_modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
             experts = moe.get_submodule("experts")
             _split_experts(experts, mesh.expert_mesh, mesh.layout.etp)  # first: everything after must see the local experts only
             if mesh.ep.size > 1:
-                setattr(moe, "dispatch", AllToAllDispatch(mesh.ep, num_experts))  # noqa: B010  (a plain attribute of nn.Module to mypy)
+                dispatch = AllToAllDispatch(mesh.ep_levels, num_experts, name)
+                setattr(moe, "dispatch", dispatch)  # noqa: B010  (a plain attribute of nn.Module to mypy)
             if mesh.layout.etp > 1:  # around the dispatch over ep: that takes each token to all parts of its experts' width
                 setattr(moe, "dispatch", SharedWidthDispatch(getattr(moe, "dispatch"), mesh.tp))  # noqa: B009, B010
             # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,

@@ -1,4 +1,4 @@
-"""torch.compile, layer by layer. Graphs end at every exchange, router, experts and running sums; those run as they are."""
+"""torch.compile, layer by layer. Graphs end at every exchange, at MoEs and at running sums; those run as they are."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ def compile_layer(layer: nn.Module) -> None:
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
     for module in layer.modules():
         if hasattr(module, "dispatch"):  # shapes that only the data know, and products that inductor does not take in float32
-            _leave_out(module, "dispatch")
-            _leave_out(getattr(module, "router"), "forward")  # noqa: B009  (a module to mypy); many sums between few operations
+            _leave_out(module, "forward")
         if hasattr(module, "counters"):
             _leave_out(module.counters, "add")
     forward = layer.forward

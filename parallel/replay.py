@@ -73,6 +73,24 @@ def replayed(collective: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return once
 
 
+def replayed_start(start: Callable[P, Callable[[], Tensor]]) -> Callable[P, Callable[[], Tensor]]:
+    """`replayed` for a collective that is begun and returns what ends it: the second time neither happens."""
+
+    @functools.wraps(start)
+    def once(*args: P.args, **kwargs: P.kwargs) -> Callable[[], Tensor]:
+        replay = _active.get()
+        if replay is None:
+            return start(*args, **kwargs)
+        finish = _never if replay.again else start(*args, **kwargs)
+        return lambda: replay.result(finish)
+
+    return once
+
+
+def _never() -> Tensor:
+    raise RuntimeError("an exchange that was not begun cannot end")
+
+
 def refuse_again(what: str) -> None:
     """Raise RuntimeError inside a recomputation: for whatever must happen once and is not `replayed`."""
     replay = _active.get()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from hybridtrain.parallel.collectives import Group, barrier
-from hybridtrain.parallel.replay import Replay, refuse_again, replayed
+from hybridtrain.parallel.replay import Replay, refuse_again, replayed, replayed_start
 
 calls: list[float] = []
 
@@ -34,6 +36,23 @@ def test_the_second_pass_gets_the_first_ones_results() -> None:
     assert calls[-1] == 1.0
     with replay, pytest.raises(RuntimeError, match="asks for more results than its forward pass had, or for the third time"):
         double(torch.ones(3))
+
+
+def test_what_is_begun_is_not_begun_again() -> None:
+    begun: list[int] = []
+
+    @replayed_start
+    def start(number: int) -> Callable[[], Tensor]:
+        begun.append(number)
+        return lambda: torch.full((2,), float(number))
+
+    replay = Replay()
+    for _ in range(2):
+        with replay:
+            first, second = start(1), start(2)
+            assert [float(finish()[0]) for finish in (second, first)] == [2.0, 1.0]  # kept in the order in which they ended
+    assert begun == [1, 2]
+    assert float(start(3)()[0]) == 3.0
 
 
 def test_tuples_are_kept_with_what_is_no_tensor() -> None:
