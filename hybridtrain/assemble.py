@@ -25,6 +25,8 @@ from hybridtrain.model.rows import StepRows
 from hybridtrain.optim.groups import build_optimizers
 from hybridtrain.parallel.apply import materialize, parallelize, write_local
 from hybridtrain.parallel.context import ContextParallel
+from hybridtrain.parallel.deepspeed import DeepSpeedEngine, missing
+from hybridtrain.parallel.engine import Engine, NativeEngine
 from hybridtrain.parallel.layout import Layout, ModelFacts
 from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, world_from_environment
 from hybridtrain.parallel.pipeline import Pipeline, StageModule
@@ -55,8 +57,7 @@ class Parts:
     vocabulary: Vocabulary
     stages: tuple[HybridLM, ...]
     memory: TableMemory | None
-    schedule: Schedule
-    optimizers: list[torch.optim.Optimizer]
+    engine: Engine
     positions: torch.Tensor | None  # under cp: the places in the sequence of this rank's tokens
 
     @property
@@ -64,6 +65,10 @@ class Parts:
         """The whole model, where this rank has it (pp 1)."""
         (model,) = self.stages
         return model
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.engine.schedule
 
     def set_mode(self, training: bool) -> None:
         for stage in self.stages:
@@ -121,7 +126,9 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
 
 
 def join_world(settings: Settings) -> Mesh:
-    """Start this rank: threads, device, process groups. Raises LayoutError before anything is started."""
+    """Start this rank: threads, device, process groups. Raises LayoutError or SettingsError before anything is started."""
+    if settings.train.engine == "deepspeed" and (problem := missing()):
+        raise SettingsError("train.engine=deepspeed", [problem])
     rank, world = world_from_environment()
     layout = resolve_layout(settings, world)
     if settings.run.threads:
@@ -191,6 +198,7 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
             num_experts=settings.model.moe.num_experts,
             reshard_after_forward=settings.parallel.reshard_after_forward,
             context=context,
+            fsdp=settings.train.engine == "native",
         )
         materialize(model, mesh.device)
         model.positions_T = positions.to(mesh.device) if positions is not None else None
@@ -198,9 +206,8 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
         stages.append(model)
     layers = tuple(layer for model in stages for layer in model.memory_layers)
     memory = TableMemory(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
-    schedule = _schedule(settings, mesh, here, stages)
-    optimizers = build_optimizers(nn.ModuleList(stages), settings.optim)
-    return Parts(settings, mesh, vocabulary, tuple(stages), memory, schedule, optimizers, positions)
+    engine = _engine(settings, mesh, here, stages)
+    return Parts(settings, mesh, vocabulary, tuple(stages), memory, engine, positions)
 
 
 def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
@@ -212,6 +219,26 @@ def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
     first, layers, last = stage_costs(settings, vocab_size)
     cuts = parallel.stage_cuts or balance(layers, first, last, count)
     return plan_stages(parallel.schedule, parallel.pp, parallel.stages_per_rank, cuts)
+
+
+def _engine(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM]) -> Engine:
+    """What trains this rank's stages."""
+    train = settings.train
+    if train.engine == "native":
+        optimizers = build_optimizers(nn.ModuleList(stages), settings.optim)
+        return NativeEngine(stages, _schedule(settings, mesh, here, stages), optimizers, mesh)
+    (model,) = stages
+    return DeepSpeedEngine(
+        model,
+        lambda m: build_optimizers(m, settings.optim)[0],
+        mesh,
+        model.rows,
+        zero_stage=settings.deepspeed.zero_stage,
+        offload_optimizer=settings.deepspeed.offload_optimizer,
+        micro_batch=train.global_batch // train.micro_batches // mesh.layout.dp,
+        micro_batches=train.micro_batches,
+        tokens_per_step=train.global_batch * train.seq_len,
+    )
 
 
 def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM]) -> Schedule:

@@ -22,7 +22,7 @@ from hybridtrain.parallel.layout import DENSE_AXES
 from hybridtrain.parallel.mesh import choose_device, make_mesh
 from hybridtrain.run_folder import find_checkpoint
 
-ONE_RANK = [f"parallel.{axis}=1" for axis in (*DENSE_AXES, "ep", "etp", "mem")]
+ONE_RANK = [f"parallel.{axis}=1" for axis in (*DENSE_AXES, "ep", "etp", "mem")] + ["train.engine=native"]
 
 
 def open_checkpoint(path: Path) -> tuple[Parts, Path, int]:

@@ -26,8 +26,11 @@ def parallelize(
     num_experts: int,
     reshard_after_forward: bool,
     context: ContextParallel | None = None,
+    fsdp: bool = True,
 ) -> None:
     """Shard `model` or a pipeline stage of it (on the meta device) in place over `mesh`; what one rank holds is left as it is.
+
+    Without `fsdp` every rank keeps whole parameters, of the experts its own; another engine then reduces gradients.
 
     A MoE module is one that has `experts` (a module of `[E, …]` parameters) and `dispatch` (replaced under ep > 1).
     """
@@ -52,7 +55,10 @@ def parallelize(
             # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,
             # since ep already cuts dim 0 and two cuts of one dim would interleave in checkpoints
             copies = mesh.expert_mesh["dp_replicate", "edp"] if mesh.layout.dp_replicate > 1 else mesh.expert_mesh["edp"]
-            _shard(experts, copies, reshard_after_forward, dim=1)
+            if fsdp:
+                _shard(experts, copies, reshard_after_forward, dim=1)
+    if not fsdp:
+        return
     for layer in layers:
         _shard(layer, mesh.data_mesh, reshard_after_forward)  # layer by layer: one gather per layer, overlapping the one before
     _shard(model, mesh.data_mesh, False)  # last: the root takes what no layer holds (embedding, final norm, head)
