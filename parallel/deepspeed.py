@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -200,6 +201,8 @@ class _Groups:
 
 
 def _import(device: torch.device) -> Any:
+    """The package, for this device; what it would compile or warn of without need is turned off."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # it calls them by old names
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
     import deepspeed.moe.layer
