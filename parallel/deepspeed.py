@@ -63,6 +63,7 @@ class DeepSpeedEngine:
         """
         deepspeed = _import(mesh.device)
         if not dist.is_initialized():  # a single rank, for which mesh.py starts nothing
+            os.environ.setdefault("LOCAL_RANK", "0")
             dist.init_process_group("nccl" if mesh.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
         self.name = f"deepspeed {deepspeed.__version__}, ZeRO-{zero_stage}" + (
             ", optimizer on the CPU" if offload_optimizer else ""
@@ -80,6 +81,7 @@ class DeepSpeedEngine:
         elements = sum(p.numel() for p in self.params.values())
         config = _config(zero_stage, offload_optimizer, elements, micro_batch, micro_batches, mesh.device)
         self.engine, *_ = deepspeed.initialize(model=root, optimizer=self.optimizer, config=config, mpu=_Groups(mesh))
+        self.allocate_state()
         self.optimizers: Sequence[torch.optim.Optimizer] = [self.optimizer]
         self.schedule: Schedule = _EngineAccumulation(self.engine, tokens_per_step, mesh.device)
 
@@ -98,8 +100,11 @@ class DeepSpeedEngine:
         self.engine.optimizer.zero_grad()
 
     def allocate_state(self) -> None:
+        """Done at the start: DeepSpeed's links to moments are made in the first group's first step, when other groups have none."""
+        if self.optimizer.state:
+            return
         for part in self._parts():
-            self.optimizer.state[part] |= {"step": torch.zeros((), device=part.device)}
+            self.optimizer.state[part] = {"step": torch.zeros((), device=part.device)}
             self.optimizer.state[part] |= {key: torch.zeros_like(part) for key in MOMENTS}
         if self.zero_stage in (1, 2):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
