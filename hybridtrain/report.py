@@ -86,7 +86,9 @@ class Report:
         self._seconds += now - self._mark
         self._mark = now
         settings = self.parts.settings
-        self.log.step(done, totals.loss)
+        share = dropped_share(totals.statistics)
+        dropped = f"  dropped {share:.2%}" if share is not None else ""
+        self.log.step(done, f"loss {totals.loss:.4f}{dropped}")
         if done % settings.train.log_every and done != settings.train.steps and not totals.stop:
             return
         steps = done - self._logged_at
@@ -111,7 +113,7 @@ class Report:
         if not self.log.active or not self.log.console.is_terminal:
             self.log.say(
                 f"step {done:6d}  loss {totals.loss:.4f}  grad norm {totals.grad_norm:.3f}  "
-                f"{values['tokens_per_second']:,.0f} tokens/s"
+                f"{values['tokens_per_second']:,.0f} tokens/s{dropped}"
             )
         self._last = values
         self._total_seconds += self._seconds
@@ -201,9 +203,20 @@ def layer_statistics(totals: dict[str, Tensor]) -> dict[str, Any]:
             out[f"{layer}/router_entropy"] = float(value / totals[f"{layer}.router_tokens"])
         elif what == "gate_sum":
             out[f"{layer}/gate_mean"] = float(value / totals[f"{layer}.gate_count"])
+        elif what == "dropped_pairs":
+            out[f"{layer}/dropped_share"] = float(value / totals[f"{layer}.expert_tokens"].sum())
         elif what in ("aux_loss", "z_loss"):
             out[f"{layer}/{what}"] = float(value)
     return out
+
+
+def dropped_share(totals: dict[str, Tensor]) -> float | None:
+    """Of the step's token-expert pairs over all layers, those that full experts dropped; None without a capacity."""
+    dropped, pairs = (
+        sum(float(value.sum()) for name, value in totals.items() if name.endswith(what))
+        for what in (".dropped_pairs", ".expert_tokens")
+    )
+    return dropped / pairs if any(name.endswith(".dropped_pairs") for name in totals) else None
 
 
 def implementations(parts: Parts) -> dict[str, str]:
@@ -224,8 +237,16 @@ def implementations(parts: Parts) -> dict[str, str]:
             "segment_sum": "torch sort + embedding_bag" if cuda else "torch index_add",
             "row optimizer": type(parts.memory.optimizer).__name__,
         }
-    ops["dispatch"] = f"all-to-all over ep={parts.mesh.ep.size}" if parts.mesh.ep.size > 1 else "local"
+    ops["dispatch"] = _dispatch(parts)
     return ops
+
+
+def _dispatch(parts: Parts) -> str:
+    levels = ", then ".join(f"{group.name}={group.size}" for group in parts.mesh.ep_levels)
+    how = f"all-to-all over {levels}" if parts.mesh.ep.size > 1 else "local"
+    if parts.settings.parallel.dispatch == "hierarchical" and parts.mesh.layout.ep_inter == 1:
+        how += " (hierarchical: ep x etp is on one node)"
+    return how
 
 
 def _short(count: int) -> str:

@@ -23,6 +23,7 @@ from hybridtrain.model.statistics import apply_router_statistics, collect, no_st
 from hybridtrain.optim.groups import set_learning_rates
 from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.parallel.collectives import Group, all_reduce_
+from hybridtrain.parallel.dispatch import DispatchMemoryError
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.report import Report
@@ -78,6 +79,8 @@ def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
                 )
         finally:
             log.close()
+    except DispatchMemoryError as error:
+        raise TrainingError(str(error)) from error
     finally:
         close_mesh()
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Guard = Callable[[], AbstractContextManager[None]]
 
 
 class Traffic:
@@ -58,32 +61,89 @@ class Group:
 
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """Send `send[i]` rows of `x` (dim 0, in order) to rank i and return the `receive[j]` rows of every rank j, in rank order."""
-    if group.size == 1:
-        return x
-    out = x.new_empty((sum(receive), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=group.process_group)
-    _count(group, "all_to_all", (sum(send) - send[group.rank]) * _row_bytes(x))
-    return out
+    return x if group.size == 1 else _begin_all_to_all(x, send, receive, group)()
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
-        ctx.splits, ctx.group = (send, receive), group
-        return all_to_all(x, send, receive, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        send, receive = ctx.splits
-        return all_to_all(grads[0], receive, send, ctx.group), None, None, None
-
-
-def all_to_all_autograd(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
+def all_to_all_autograd(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, guard: Guard = nullcontext) -> Tensor:
     """`all_to_all` whose gradient goes back the way its rows came."""
+    return start_all_to_all(x, send, receive, group, guard)()
+
+
+def start_all_to_all(
+    x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, guard: Guard = nullcontext
+) -> Callable[[], Tensor]:
+    """Begin `all_to_all_autograd`; what is returned ends it and must be called once.
+
+    What is computed in between runs while the rows travel, and so does its backward pass while their gradients travel back.
+    `guard` is entered around whatever allocates the rows received, there and back.
+    """
     if group.size == 1:
-        return x
-    out: Tensor = _AllToAll.apply(x, send, receive, group)  # type: ignore[no-untyped-call]
-    return out
+        return lambda: x
+    flight = _Flight(send, receive, group, guard)
+    token: Tensor = _Depart.apply(x, flight)  # type: ignore[no-untyped-call]
+
+    def finish() -> Tensor:
+        out: Tensor = _Arrive.apply(token, flight)  # type: ignore[no-untyped-call]
+        return out
+
+    return finish
+
+
+@dataclass
+class _Flight:
+    """One exchange: what both its ends need, and how to end what is under way, the rows or later their gradients."""
+
+    send: Sequence[int]
+    receive: Sequence[int]
+    group: Group
+    guard: Guard
+    finish: Callable[[], Tensor] | None = None
+
+    def begin(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """An empty tensor, which ties the two ends together for autograd and carries nothing."""
+        with self.guard():
+            self.finish = _begin_all_to_all(x, send, receive, self.group)
+        return x.new_empty(0)
+
+    def end(self) -> Tensor:
+        assert self.finish is not None, "an exchange ends once for every time that it begins"
+        finish, self.finish = self.finish, None
+        return finish()
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.begin(x, flight.send, flight.receive)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.end(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.end()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.begin(grads[0], ctx.flight.receive, ctx.flight.send), None
+
+
+def _begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Callable[[], Tensor]:
+    x = x.contiguous()
+    out = x.new_empty((sum(receive), *x.shape[1:]))
+    work = dist.all_to_all_single(out, x, list(receive), list(send), group=group.process_group, async_op=True)
+    _count(group, "all_to_all", (sum(send) - send[group.rank]) * _row_bytes(x))
+
+    def finish() -> Tensor:
+        work.wait()
+        return out
+
+    return finish
 
 
 class _AllGather(torch.autograd.Function):

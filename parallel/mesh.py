@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from hybridtrain.parallel.collectives import Group, Traffic
-from hybridtrain.parallel.layout import MEMORY_AXES, Layout
+from hybridtrain.parallel.collectives import Group, Traffic, gather_objects
+from hybridtrain.parallel.layout import MEMORY_AXES, Layout, LayoutError
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Mesh:
     cp: Group
     tp: Group
     ep: Group
+    ep_levels: tuple[Group, ...]  # what tokens are dispatched over, one after the other: (ep,) or (ep_inter, ep_intra)
     mem: Group
     mem_replicate: Group
     timeout: float
@@ -64,6 +65,11 @@ def world_from_environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_of_a_node(world: int) -> int:
+    """Ranks on this machine as the launcher says; all of them where none does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
 def choose_device() -> torch.device:
     """The accelerator of this local rank where there is one, else the CPU: the one place where it is decided."""
     if torch.cuda.is_available():
@@ -85,12 +91,18 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
             backend, init_method=rendezvous, rank=rank, world_size=layout.world, timeout=timedelta(seconds=timeout)
         )
 
+    layouts = gather_objects(layout, _group(layout, rank, "world", "world", Traffic(), timeout))  # not of the run
+    if any(other != layout for other in layouts):  # LOCAL_WORLD_SIZE may differ; ranks would wait for each other in other groups
+        said = "; ".join(f"rank {i} has {other.describe()}" for i, other in enumerate(layouts) if other != layouts[i - 1])
+        raise LayoutError(layout.world, [f"ranks have resolved different layouts: {said}; set parallel.node_size to one number"])
+
     replicate = ("dp_replicate",) if layout.dp_replicate > 1 else ()  # a replicate dim of one would still cost an all-reduce
     tensor = ("tp",) if layout.tp > 1 else ()
 
     def group(axis: str) -> Group:
         return _group(layout, rank, axis, axis, traffic, timeout)
 
+    ep = group("ep")
     return Mesh(
         layout=layout,
         rank=rank,
@@ -102,7 +114,8 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, r
         dp=group("dp"),
         cp=group("cp"),
         tp=group("tp"),
-        ep=group("ep"),
+        ep=ep,
+        ep_levels=(group("ep_inter"), group("ep_intra")) if layout.ep_inter > 1 else (ep,),
         mem=group("mem"),
         mem_replicate=group("mem_replicate"),
         timeout=timeout,
