@@ -92,7 +92,7 @@ def _beyond_deepspeed(s: Settings) -> list[str]:
     if s.deepspeed.offload_optimizer and stage == 0:
         out.append("deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3")
     elif s.deepspeed.offload_optimizer and experts:
-        out.append("deepspeed.offload_optimizer=true with moe layers: WHY; it may be false")
+        out.append("deepspeed.offload_optimizer=true with moe layers: experts were never tried on that path; it may be false")
     return out
 
 
