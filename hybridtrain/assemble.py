@@ -94,6 +94,7 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
         mem=parallel.mem,
         etp=parallel.etp,
         node_size=(parallel.node_size or ranks_of_a_node(world)) if parallel.dispatch == "hierarchical" else 0,
+        mem_placement=parallel.mem_placement,
     )
     specs = layer_specs(settings)
     has_conv = settings.memory.conv and any(s.memory for s in specs)
@@ -138,7 +139,13 @@ def join_world(settings: Settings) -> Mesh:
     device = choose_device()
     if device.type == "cpu":
         keep_freed_memory()
-    return make_mesh(layout, rank, device, settings.parallel.timeout, os.environ.get(RENDEZVOUS, "env://"))
+    rendezvous = os.environ.get(RENDEZVOUS, "env://")
+    return make_mesh(layout, rank, device, settings.parallel.timeout, rendezvous, table_device(settings, device))
+
+
+def table_device(settings: Settings, device: torch.device) -> torch.device:
+    """Where this rank's part of the lookup table lies beside a model on `device`."""
+    return torch.device("cpu") if settings.memory.device == "host" else device
 
 
 def keep_freed_memory() -> None:

@@ -11,8 +11,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from hybridtrain.parallel.collectives import Group
 from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.dispatch import AllToAllDispatch, SharedWidthDispatch
+from hybridtrain.parallel.fsdp import count_collectives
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.plans import EXPERT_WIDTH, TENSOR_PARTS, TENSOR_PLAN
 from hybridtrain.parallel.tensor import Style, TensorAxis
@@ -57,12 +59,15 @@ def parallelize(
             # since ep already cuts dim 0 and two cuts of one dim would interleave in checkpoints
             copies = mesh.expert_mesh["dp_replicate", "edp"] if mesh.layout.dp_replicate > 1 else mesh.expert_mesh["edp"]
             if fsdp:
-                _shard(experts, copies, reshard_after_forward, dim=1)
+                _shard(experts, copies, (mesh.edp, mesh.dp_replicate), reshard_after_forward, dim=1)
     if not fsdp:
         return
+    groups = (mesh.fsdp, mesh.dp_replicate)
     for layer in layers:
-        _shard(layer, mesh.data_mesh, reshard_after_forward)  # layer by layer: one gather per layer, overlapping the one before
-    _shard(model, mesh.data_mesh, False)  # last: the root takes what no layer holds (embedding, final norm, head)
+        _shard(
+            layer, mesh.data_mesh, groups, reshard_after_forward
+        )  # layer by layer: one gather per layer, overlapping the one before
+    _shard(model, mesh.data_mesh, groups, False)  # last: the root takes what no layer holds (embedding, final norm, head)
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -105,7 +110,9 @@ def _split_experts(experts: nn.Module, mesh: DeviceMesh, etp: int) -> None:
         experts.register_parameter(name, nn.Parameter(part))
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool, dim: int = 0) -> None:
+def _shard(module: nn.Module, mesh: DeviceMesh, groups: tuple[Group, Group], reshard_after_forward: bool, dim: int = 0) -> None:
+    """`groups` are those of the mesh, sharded and replicated, that what is sent is counted for."""
+
     def place(param: nn.Parameter) -> Shard:
         """The first dim from `dim` on that is not cut already."""
         cut = {p.dim for p in param.placements if isinstance(p, Shard)} if isinstance(param, DTensor) else set()
@@ -116,6 +123,7 @@ def _shard(module: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool, dim
     # every loss is already divided by the tokens of the whole step, so gradients are summed over ranks, never averaged
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
+    count_collectives(module, *groups)
 
 
 def sync_gradients(model: nn.Module, on: bool) -> None:

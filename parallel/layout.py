@@ -2,7 +2,7 @@
 
 Dense mesh `pp × dp_replicate × dp_shard × cp × tp`, slowest axis first (tp neighbours are neighbouring ranks).
 Experts fold over `dp_shard × cp × tp` as `edp × ep × etp`, with `ep` = `ep_inter × ep_intra` where tokens are dispatched over
-nodes first; lookup tables fold over all ranks as `mem_replicate × mem`.
+nodes first; lookup tables fold over all ranks as `mem_replicate × mem`, or, where `mem_placement` is far, as `mem × mem_replicate`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Layout:
     mem: int
     etp: int = 1
     ep_inter: int = 1  # nodes that the ranks of ep are on, where dispatch is hierarchical
+    mem_placement: str = "near"  # or "far"
 
     @classmethod
     def resolve(
@@ -75,6 +76,7 @@ class Layout:
         mem: int = -1,
         etp: int = 1,
         node_size: int = 0,
+        mem_placement: str = "near",
     ) -> Layout:
         """The layout of `world` ranks; `dp_shard=-1` takes the ranks the other axes leave, `mem=-1` takes all.
 
@@ -83,8 +85,8 @@ class Layout:
         """
         others = pp * dp_replicate * cp * tp
         shard = dp_shard if dp_shard != -1 else max(1, world // others)
-        nodes = ep * etp // node_size if node_size else 1
-        layout = cls(world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem, etp, max(1, nodes))
+        nodes = max(1, ep * etp // node_size) if node_size else 1
+        layout = cls(world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem, etp, nodes, mem_placement)
         out: list[str] = []
         if others * shard != world:
             named = [f"{a} {getattr(layout, a)}" for a in DENSE_AXES if getattr(layout, a) > 1]
@@ -139,6 +141,11 @@ class Layout:
         return self.world // self.mem
 
     @property
+    def memory_axes(self) -> tuple[str, ...]:
+        """The axes of the tables, slowest first: near, a group is neighbouring ranks; far, ranks spread evenly over the world."""
+        return MEMORY_AXES if self.mem_placement == "near" else MEMORY_AXES[::-1]
+
+    @property
     def dp(self) -> int:
         """Ranks that read different sequences."""
         return self.dp_replicate * self.dp_shard
@@ -150,14 +157,14 @@ class Layout:
         """Where `rank` stands on `axis` (any of the dense, expert or memory axes, or `dp`)."""
         if axis == "dp":
             return self.coordinate(rank, "dp_replicate") * self.dp_shard + self.coordinate(rank, "dp_shard")
-        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEMORY_AXES) if axis in axes)
+        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, self.memory_axes) if axis in axes)
         sizes = self.shape(axes)
         place = axes.index(axis)
         return rank // prod(sizes[place + 1 :]) % sizes[place]
 
     def groups(self, axis: str) -> list[list[int]]:
-        """All groups of ranks that differ only on `axis`, each in the order of their coordinate."""
-        along = ("dp_replicate", "dp_shard") if axis == "dp" else (axis,)
+        """All groups of ranks that differ only on `axis` (also `dp` and `fsdp`), each in the order of their coordinate."""
+        along = {"dp": ("dp_replicate", "dp_shard"), "fsdp": ("dp_shard", "cp")}.get(axis, (axis,))
         axes = next(a for a in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEMORY_AXES) if along[0] in a)
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world):
@@ -241,6 +248,8 @@ class Layout:
             for axis in (*DENSE_AXES, "ep", "ep_inter", "etp", "edp", "mem", "mem_replicate")
             if getattr(self, axis) > 1
         ]
+        if self.mem_placement == "far" and 1 < self.mem < self.world:
+            named.append("mem far")
         return " · ".join(named) or "one rank"
 
 

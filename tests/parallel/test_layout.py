@@ -79,6 +79,10 @@ def test_coordinates(degrees: dict[str, int], rank: int, expected: dict[str, int
         ({"world": 8, "ep": 4, "node_size": 1}, "ep_inter", [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ({"world": 8, "tp": 2, "etp": 2, "ep": 4, "node_size": 4}, "ep_inter", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ({"world": 8, "tp": 2, "etp": 2, "ep": 4, "node_size": 4}, "ep_intra", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        # far: spread evenly over the world, so over the stages too
+        ({"world": 8, "pp": 2, "mem": 4, "mem_placement": "far"}, "mem", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ({"world": 8, "pp": 2, "mem": 4, "mem_placement": "far"}, "mem_replicate", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ({"world": 4, "mem": 4, "mem_placement": "far"}, "mem", [[0, 1, 2, 3]]),
     ],
 )
 def test_groups(degrees: dict[str, int], axis: str, expected: list[list[int]]) -> None:
@@ -95,13 +99,14 @@ def layouts(draw: st.DrawFn) -> Layout:
     ep = draw(st.sampled_from([d for d in range(1, folded + 1) if folded % d == 0]))
     mem = draw(st.sampled_from([d for d in range(1, world + 1) if world % d == 0]))
     node_size = draw(st.sampled_from([0, 2 * ep, *(d for d in range(1, ep + 1) if ep % d == 0)]))
-    return Layout.resolve(world, **dense, ep=ep, mem=mem, node_size=node_size)
+    placement = draw(st.sampled_from(["near", "far"]))
+    return Layout.resolve(world, **dense, ep=ep, mem=mem, node_size=node_size, mem_placement=placement)
 
 
 @settings(deadline=None)  # 243 ranks on a busy machine
 @given(layouts())
 def test_groups_partition_the_ranks_and_agree_with_coordinates(layout: Layout) -> None:
-    for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEMORY_AXES):
+    for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, layout.memory_axes):
         assert prod(layout.shape(axes)) == layout.world
         places = [tuple(coordinates(layout, rank, axes).values()) for rank in range(layout.world)]
         assert places == sorted(set(places))  # distinct, and slowest axis first
@@ -156,6 +161,9 @@ def test_minus_one_takes_what_is_left() -> None:
     assert layout.describe() == "dp_shard 4 · tp 2 · ep 4 · edp 2 · mem 2 · mem_replicate 4"
     assert Layout.resolve(8, ep=4, node_size=2).describe() == "dp_shard 8 · ep 4 · ep_inter 2 · edp 2 · mem 8"
     assert Layout.resolve(1).describe() == "one rank"
+    far = {"mem_placement": "far"}
+    assert Layout.resolve(4, mem=2, **far).describe() == "dp_shard 4 · edp 4 · mem 2 · mem_replicate 2 · mem far"
+    assert Layout.resolve(4, **far).describe() == Layout.resolve(4).describe()  # all ranks: near and far are the same
 
 
 @pytest.mark.parametrize(
@@ -170,6 +178,7 @@ def test_minus_one_takes_what_is_left() -> None:
         ({"world": 4, "tp": 3}, ["parallel: tp 3 = 3 ranks, not 4; tp = 3 fits 3 or 6 ranks"]),
         ({"world": 2, "tp": 2, "pp": 2}, ["parallel: pp 2 x tp 2 = 4 ranks, not 2; pp x tp = 4 fits 4 ranks"]),
         ({"world": 4, "ep": 3}, ["parallel.ep=3 does not divide dp_shard x cp x tp = 4; ep may be 1, 2 or 4"]),
+        ({"world": 2, "ep": 0}, ["parallel.ep=0 does not divide dp_shard x cp x tp = 2; ep may be 1 or 2"]),
         ({"world": 4, "ep": 8}, ["parallel.ep=8 does not divide dp_shard x cp x tp = 4; ep may be 1, 2 or 4"]),
         (
             {"world": 4, "dp_replicate": 2, "ep": 4},
@@ -320,6 +329,11 @@ def test_impossible_arithmetic_is_refused_with_every_violation(degrees: dict[str
             ],
         ),
         (
+            {"world": 8, "cp": 2, "tp": 4},  # tp cuts the part of a sequence that cp leaves
+            {"seq_len": 76},
+            ["parallel.tp=4 does not divide train.seq_len / cp=38; tp may be 1, 2, 19 or 38"],
+        ),
+        (
             {"world": 3, "cp": 3},
             {"seq_len": 64},
             ["parallel.cp=3: 2 x cp does not divide train.seq_len=64; cp may be 1, 2, 4, 8, 16 or 32"],
@@ -334,6 +348,15 @@ def test_models_that_do_not_fit_are_refused_with_every_violation(
         layout.check(replace(FACTS, **facts))
     assert caught.value.violations == violations
     assert str(caught.value).startswith(f"layout does not fit {degrees['world']} ranks\n  parallel")
+
+
+def test_what_others_found_is_told_with_the_layouts_own() -> None:
+    with pytest.raises(LayoutError) as caught:
+        Layout.resolve(10, pp=5, dp_shard=2).check(FACTS, ["of the schedule", "of the stages"])
+    expected = ["parallel.pp=5 exceeds the model's 4 layers; pp may be 1 to 4", "of the schedule", "of the stages"]
+    assert caught.value.violations == expected
+    with pytest.raises(LayoutError, match="of the schedule"):
+        Layout.resolve(2).check(FACTS, ["of the schedule"])
 
 
 @pytest.mark.parametrize("degrees", [{"world": 2, "tp": 2}, {"world": 4, "tp": 4}, {"world": 8, "tp": 4, "ep": 8, "mem": 2}])
