@@ -28,6 +28,8 @@ from hybridtrain.optim.groups import build_optimizers
 from hybridtrain.parallel.apply import materialize, parallelize, write_local
 from hybridtrain.parallel.compile import missing_compiler
 from hybridtrain.parallel.context import ContextParallel
+from hybridtrain.parallel.deepspeed import DeepSpeedEngine, missing
+from hybridtrain.parallel.engine import Engine, NativeEngine
 from hybridtrain.parallel.layout import Layout, ModelFacts
 from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, ranks_of_a_node, world_from_environment
 from hybridtrain.parallel.pipeline import Pipeline, StageModule
@@ -58,8 +60,7 @@ class Parts:
     vocabulary: Vocabulary
     stages: tuple[HybridLM, ...]
     memory: TableMemory | None
-    schedule: Schedule
-    optimizers: list[torch.optim.Optimizer]
+    engine: Engine
     positions: torch.Tensor | None  # under cp: the places in the sequence of this rank's tokens
 
     @property
@@ -67,6 +68,10 @@ class Parts:
         """The whole model, where this rank has it (pp 1)."""
         (model,) = self.stages
         return model
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.engine.schedule
 
     def set_mode(self, training: bool) -> None:
         for stage in self.stages:
@@ -127,7 +132,9 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
 
 
 def join_world(settings: Settings) -> Mesh:
-    """Start this rank: threads, device, process groups. Raises LayoutError before anything is started."""
+    """Start this rank: threads, device, process groups. Raises LayoutError or SettingsError before anything is started."""
+    if settings.train.engine == "deepspeed" and (problem := missing()):
+        raise SettingsError("train.engine=deepspeed", [problem])
     rank, world = world_from_environment()
     layout = resolve_layout(settings, world)
     check_compiler(settings)
@@ -161,7 +168,8 @@ def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     Raises SettingsError where `auto` means bfloat16 and the experts' widths do not go with it.
     """
     precision = settings.train.precision
-    if precision == "float32" or (precision == "auto" and device.type != "cuda"):
+    by_name = device.type != "cuda" or settings.train.engine == "deepspeed"
+    if precision == "float32" or (precision == "auto" and by_name):
         return torch.float32
     if problems := unfit_widths(settings, 2):
         raise SettingsError(f"train.precision={precision} is bfloat16 on {device.type}", problems)
@@ -231,6 +239,7 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
             recompute=settings.train.recompute,
             compiled=settings.train.compile,
             dtype=dtype,
+            fsdp=settings.train.engine == "native",
         )
         materialize(model, mesh.device)
         model.positions_T = positions.to(mesh.device) if positions is not None else None
@@ -238,9 +247,8 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
         stages.append(model)
     layers = tuple(layer for model in stages for layer in model.memory_layers)
     memory = TableMemory(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
-    schedule = _schedule(settings, mesh, here, stages, dtype)
-    optimizers = build_optimizers(nn.ModuleList(stages), settings.optim)
-    return Parts(settings, mesh, vocabulary, tuple(stages), memory, schedule, optimizers, positions)
+    engine = _engine(settings, mesh, here, stages, dtype)
+    return Parts(settings, mesh, vocabulary, tuple(stages), memory, engine, positions)
 
 
 def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
@@ -252,6 +260,26 @@ def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
     first, layers, last = stage_costs(settings, vocab_size)
     cuts = parallel.stage_cuts or balance(layers, first, last, count)
     return plan_stages(parallel.schedule, parallel.pp, parallel.stages_per_rank, cuts)
+
+
+def _engine(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype) -> Engine:
+    """What trains this rank's stages."""
+    train = settings.train
+    if train.engine == "native":
+        optimizers = build_optimizers(nn.ModuleList(stages), settings.optim)
+        return NativeEngine(stages, _schedule(settings, mesh, here, stages, dtype), optimizers, mesh)
+    (model,) = stages
+    return DeepSpeedEngine(
+        model,
+        lambda m: build_optimizers(m, settings.optim)[0],
+        mesh,
+        model.rows,
+        zero_stage=settings.deepspeed.zero_stage,
+        offload_optimizer=settings.deepspeed.offload_optimizer,
+        micro_batch=train.global_batch // train.micro_batches // mesh.layout.dp,
+        micro_batches=train.micro_batches,
+        tokens_per_step=train.global_batch * train.seq_len,
+    )
 
 
 def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype) -> Schedule:

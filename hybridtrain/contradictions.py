@@ -81,6 +81,8 @@ def contradictions(s: Settings) -> list[str]:
             "train.recompute=selective: the products inside compiled layers are not seen; it may be none or full, "
             "or train.compile=false"
         )
+    if s.train.engine == "deepspeed":
+        out += _beyond_deepspeed(s)
     if s.data.tokenizer and "vocab_size" in s.data.model_fields_set:
         out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")
     return out
@@ -97,6 +99,36 @@ def unfit_widths(s: Settings, bytes_per_element: int) -> list[str]:
         for key, width in (("model.dim", s.model.dim), ("model.moe.hidden", s.model.moe.hidden))
         if width % step
     ]
+
+
+def _beyond_deepspeed(s: Settings) -> list[str]:
+    """What DeepSpeed cannot do with this model, or would do wrong without a word (docs/deepspeed.md)."""
+    engine, out = "train.engine=deepspeed", []
+    for axis in ("pp", "tp", "etp", "dp_replicate"):
+        if (degree := getattr(s.parallel, axis)) > 1:
+            out.append(f"parallel.{axis}={degree} with {engine}, which spreads over dp_shard, cp, ep and mem; {axis} may be 1")
+    if s.parallel.reshard_after_forward:
+        out.append(
+            f"parallel.reshard_after_forward=true with {engine}, which shards them by deepspeed.zero_stage=3; it may be false"
+        )
+    if s.optim.backbone != "adamw":
+        out.append(
+            f"optim.backbone={s.optim.backbone} with {engine}, whose flat parts of parameters are no matrices; it may be adamw"
+        )
+    if s.train.precision == "bfloat16":
+        out.append(
+            f"train.precision=bfloat16 with {engine}, which computes in the parameters' float32 here; it may be auto or float32"
+        )
+    stage, experts = s.deepspeed.zero_stage, any("moe" in entry for entry in s.model.layers)
+    if experts and stage == 3:
+        out.append(
+            "deepspeed.zero_stage=3 with moe layers: it would add up different experts of different ranks; it may be 0, 1 or 2"
+        )
+    if s.deepspeed.offload_optimizer and stage == 0:
+        out.append("deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3")
+    elif s.deepspeed.offload_optimizer and experts:
+        out.append("deepspeed.offload_optimizer=true with moe layers: experts were never tried on that path; it may be false")
+    return out
 
 
 def _divisors(number: int) -> str:

@@ -24,7 +24,7 @@ def together(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
 
 @torch.no_grad()
 def evaluate(parts: Parts, split: Split, batches: int = 0) -> dict[str, float]:
-    """`loss` (nats per token), `perplexity`, `bits_per_byte` and `tokens` of the split, or of its first `batches` global batches (0: all).
+    """`loss` (nats per token), `perplexity`, `bits_per_byte` and `tokens` of the split, or of its first global batches (0: all).
 
     Bits per byte spread the split's bytes evenly over its tokens; over a whole split that is exact. An empty split gives {}.
     """

@@ -63,6 +63,7 @@ class Report:
             ("layout", f"{mesh.layout.describe()} on {mesh.device.type}, {torch.get_num_threads()} thread(s) a rank"),
             ("parameters", " · ".join(f"{name} {_short(n)}" for name, n in self.counts.items())),
             ("step", f"{s.train.global_batch} sequences x {s.train.seq_len} tokens in {s.train.micro_batches} micro-batch(es)"),
+            ("engine", self.parts.engine.name),
             ("matmul peak", f"{self.peak / 1e9:.1f} GFLOP/s over all ranks"),
         ]
         if mesh.layout.pp > 1:

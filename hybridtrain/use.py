@@ -22,7 +22,8 @@ from hybridtrain.parallel.layout import DENSE_AXES
 from hybridtrain.parallel.mesh import choose_device, make_mesh
 from hybridtrain.run_folder import find_checkpoint
 
-ONE_RANK = [*(f"parallel.{axis}=1" for axis in (*DENSE_AXES, "ep", "etp", "mem")), "train.compile=false"]  # which is for training
+# compilation and engines are for training
+ONE_RANK = [*(f"parallel.{axis}=1" for axis in (*DENSE_AXES, "ep", "etp", "mem")), "train.compile=false", "train.engine=native"]
 
 
 def open_checkpoint(path: Path) -> tuple[Parts, Path, int]:

@@ -34,11 +34,13 @@ def parallelize(
     recompute: str = "none",
     compiled: bool = False,
     dtype: torch.dtype = torch.float32,
+    fsdp: bool = True,
 ) -> None:
     """Shard `model` or a pipeline stage of it (on the meta device) in place over `mesh`; one rank's stay as they are.
 
     A MoE module is one that has `experts` (a module of `[E, …]` parameters) and `dispatch` (replaced under ep > 1). Layers
-    compute in `dtype`; parameters and their gradients are float32.
+    compute in `dtype`; parameters and their gradients are float32. Without `fsdp` every rank keeps whole parameters, of the
+    experts its own; another engine then reduces gradients.
     """
     if dtype != torch.float32 and mesh.data_mesh is None:
         raise ValueError(f"computing in {dtype} needs a mesh, also of one rank: make_mesh(…, always=True)")
@@ -65,13 +67,14 @@ def parallelize(
             # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,
             # since ep already cuts dim 0 and two cuts of one dim would interleave in checkpoints
             copies = mesh.expert_mesh["dp_replicate", "edp"] if mesh.layout.dp_replicate > 1 else mesh.expert_mesh["edp"]
-            shard(experts, copies, (mesh.edp, mesh.dp_replicate), dim=1)
+            if fsdp:
+                shard(experts, copies, (mesh.edp, mesh.dp_replicate), dim=1)
     groups = (mesh.fsdp, mesh.dp_replicate)
     for layer in layers:
         if compiled:  # behind all that changes what a layer computes, and inside recomputation, which runs what was compiled again
             compile_layer(layer)
         recompute_layer(layer, recompute)  # before FSDP: its hooks stay outside, so that gathering and reducing are not run again
-    if mesh.data_mesh is not None and (shared or dtype != torch.float32):
+    if fsdp and mesh.data_mesh is not None and (shared or dtype != torch.float32):
         for layer in layers:
             shard(layer, mesh.data_mesh, groups)  # layer by layer: one gather per layer, overlapping the one before
         # last: the root takes what no layer holds (embedding, final norm, head)

@@ -146,7 +146,7 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
     def note(*_: Any) -> None:
         out.gradients[-1].update({name: _whole(p.grad) for name, p in named.items() if p.grad is not None})
 
-    for optimizer in parts.optimizers:
+    for optimizer in parts.engine.optimizers:
         optimizer.register_step_pre_hook(note)
     for number in range(steps):
         batch = loader.load(number)
