@@ -80,13 +80,17 @@ class Subject:
 
 
 def measure(case: Case, names: list[str], rounds: int, steps: int, warmup: int) -> list[Round]:
-    """All subjects in turns, forwards and backwards, `steps` steps each a round."""
+    """All subjects in turns, forwards and backwards, `steps` steps each a round. Raises RuntimeError where the models differ in size."""
     subjects: list[Subject] = []
+    parameters: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
         try:
             for name in names:
                 subjects.append(Subject(name, case, Path(folder)))
-                subjects[-1].answer()  # one after the other: each starts with the machine to itself
+                size = json.loads(subjects[-1].answer()[0])  # one after the other: each starts with the machine to itself
+                parameters |= {} if size is None else {name: size}
+            if len(set(parameters.values())) > 1:
+                raise RuntimeError(f"not the same model: {parameters} parameters")
             out = []
             for number in range(warmup + rounds):
                 order = subjects if number % 2 == 0 else subjects[::-1]
@@ -123,7 +127,7 @@ def _seconds(answers: list[dict[str, float]]) -> float:
 
 def _spread(values: list[float]) -> list[float]:
     """[median, lower quartile, upper quartile]"""
-    low, _, high = quantiles(values, n=4)
+    low, _, high = quantiles(values, n=4, method="inclusive")
     return [median(values), low, high]
 
 

@@ -1,7 +1,9 @@
 """The subjects of bench_peers.py: one MoE language model as hybridtrain, transformers and DeepSpeed train it, and its products alone.
 
-A subject is a function from a case to a step: something to call that trains one step. It runs in a process of its own, one a rank,
-that does as many steps as it is told on its standard input and answers with the seconds.
+A subject is a function from a case to (step, parameters): something to call that trains one step, and how many parameters the whole
+model has, by which the models are compared; None where there is no model. It runs in a process of its own, one a rank,
+that does as many steps as it is told on its standard input and answers with the seconds; first it answers with
+the number of parameters.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
 
 Step = Callable[[], object]
+Made = tuple[Step, int | None]
 AUX_WEIGHT, LEARNING_RATE, CLIP_NORM = 0.01, 1e-3, 1.0
 
 
@@ -68,26 +71,27 @@ class Case:
         return whole.chunk(self.ranks)[int(os.environ["RANK"])]
 
 
-def hybridtrain(case: Case) -> Step:
+def hybridtrain(case: Case) -> Made:
     """The project's own step, as its loop runs it."""
     settings = case.settings()
     parts = assemble(settings, join_world(settings), Vocabulary(case.vocab, 0, torch.zeros(case.vocab).numpy()), None)
     tokens, clock = case.tokens()[None], Clock(torch.device("cpu"))
     batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), torch.zeros_like(tokens[..., 1:], dtype=torch.bool))
-    return lambda: train_step(parts, 100, batch, None, clock, stop=False)
+    return lambda: train_step(parts, 100, batch, None, clock, stop=False), sum(p.numel() for p in parts.model.parameters())
 
 
-def transformers(case: Case, experts: str = "grouped_mm") -> Step:
+def transformers(case: Case, experts: str = "grouped_mm") -> Made:
     """Mixtral of transformers: SDPA, fused AdamW, DDP over ranks; `experts` is its way to run them: grouped_mm, batched_mm, eager."""
     model: nn.Module = _mixtral(case, experts, with_router_loss=True)
+    parameters = sum(p.numel() for p in model.parameters())
     if case.ranks > 1:
         dist.init_process_group("gloo")
         model = nn.parallel.DistributedDataParallel(model)
     tokens = case.tokens()[:, :-1].contiguous()
-    return _torch_step(model, lambda: model(input_ids=tokens, labels=tokens).loss, lambda: None)
+    return _torch_step(model, lambda: model(input_ids=tokens, labels=tokens).loss, lambda: None), parameters
 
 
-def deepspeed(case: Case) -> Step:
+def deepspeed(case: Case) -> Made:
     """DeepSpeed's MoE layer, without drops, in the same Mixtral; experts over all ranks, AdamW of torch as for the others.
 
     Without DeepSpeed's engine, which adds work at every step and nothing to what is measured here: the gradients of what is not
@@ -111,6 +115,7 @@ def deepspeed(case: Case) -> Step:
         moes.append(moe)
         layer.mlp = _First(moe)
     shared = [p for p in model.parameters() if getattr(p, "allreduce", True)]
+    num_shared, num_here = (sum(p.numel() for p in parameters) for parameters in (shared, model.parameters()))
     tokens = case.tokens()[:, :-1].contiguous()
 
     def loss() -> Tensor:
@@ -127,10 +132,10 @@ def deepspeed(case: Case) -> Step:
                 [p.grad.view(-1) for p in shared if p.grad is not None], flat.split([p.numel() for p in shared if p.grad is not None])
             )
 
-    return _torch_step(model, loss, reduce)
+    return _torch_step(model, loss, reduce), num_shared + case.ranks * (num_here - num_shared)
 
 
-def matmul(case: Case) -> Step:
+def matmul(case: Case) -> Made:
     """A large product, 2048 x 1024 by 1024 x 1024, on each rank: the peak that shares refer to. MATMUL_FLOPS operations."""
     a, b, out = torch.randn(2048, 1024), torch.randn(1024, 1024), torch.empty(2048, 1024)
 
@@ -138,14 +143,14 @@ def matmul(case: Case) -> Step:
         for _ in range(MATMUL_TIMES):
             torch.mm(a, b, out=out)
 
-    return step
+    return step, None
 
 
 MATMUL_TIMES = 8
 MATMUL_FLOPS = 2.0 * 2048 * 1024 * 1024 * MATMUL_TIMES
 
 
-def products(case: Case) -> Step:
+def products(case: Case) -> Made:
     """Only the step's weight products, forward and backward, of evenly loaded experts, into buffers that are there: what no
     trainer on these products can go below."""
     tokens, width = case.batch // case.ranks * case.seq_len, case.dim
@@ -166,7 +171,7 @@ def products(case: Case) -> Step:
             y.zero_()
             x.zero_()
 
-    return step
+    return step, None
 
 
 class _First(nn.Module):
@@ -217,7 +222,7 @@ def _torch_step(model: nn.Module, loss: Callable[[], Tensor], reduce: Step) -> S
     return step
 
 
-SUBJECTS: dict[str, Callable[..., Step]] = {
+SUBJECTS: dict[str, Callable[..., Made]] = {
     "hybridtrain": hybridtrain,
     "transformers": transformers,
     "deepspeed": deepspeed,
@@ -226,7 +231,7 @@ SUBJECTS: dict[str, Callable[..., Step]] = {
 }
 
 
-def make(name: str, case: Case) -> Step:
+def make(name: str, case: Case) -> Made:
     """The subject called `name`; what stands behind a colon is handed to it, as in transformers:eager."""
     kind, _, variant = name.partition(":")
     return SUBJECTS[kind](case, *([variant] if variant else []))
@@ -238,9 +243,9 @@ def serve(name: str, case: Case) -> None:
     os.dup2(2, 1)  # libraries print
     torch.set_num_threads(case.threads)
     keep_freed_memory()  # all subjects alike, as hybridtrain does by itself
-    step = make(name, case)
+    step, parameters = make(name, case)
     step()
-    answers.write("ready\n")
+    answers.write(f"{json.dumps(parameters)}\n")
     answers.flush()
     for line in sys.stdin:
         if dist.is_initialized():

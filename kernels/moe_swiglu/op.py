@@ -10,7 +10,6 @@ N tokens, K choices per token, P = N*K pairs sorted by expert, E experts, D widt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -74,17 +73,18 @@ class _MoESwiGLU(torch.autograd.Function):
         gate_PF, up_PF = (x_ND.new_empty(len(order_P), w_gate_EDF.size(2)) for _ in range(2))
         y_PD = _with_zero_row(x_ND, len(order_P))
 
+        tokens, weights, gates, ups, outs = (t.split(counts) for t in (token_P, weight_P1, gate_PF, up_PF, y_PD[:-1]))
+        w_gate, w_up, w_down = (w.unbind() for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+
         def work(experts: Iterator[int]) -> None:
             x_MD, hidden_MF = (x_ND.new_empty(max(counts), width) for width in (x_ND.size(1), gate_PF.size(1)))
             for e in experts:
-                rows, size = pieces[e], counts[e]
-                x = torch.index_select(x_ND, 0, token_P[rows], out=x_MD[:size])
-                gate = torch.mm(x, w_gate_EDF[e], out=gate_PF[rows])
-                up = torch.mm(x, w_up_EDF[e], out=up_PF[rows])
-                hidden = _silu(gate, out=hidden_MF[:size]).mul_(up).mul_(weight_P1[rows])
-                torch.mm(hidden, w_down_EFD[e], out=y_PD[rows])
+                x = torch.index_select(x_ND, 0, tokens[e], out=x_MD[: counts[e]])
+                torch.mm(x, w_gate[e], out=gates[e])
+                torch.mm(x, w_up[e], out=ups[e])
+                hidden = _silu(gates[e], out=hidden_MF[: counts[e]]).mul_(ups[e]).mul_(weights[e])
+                torch.mm(hidden, w_down[e], out=outs[e])
 
-        pieces = _slices(counts)
         share_out(work, _largest_first(counts))
         ctx.counts = counts
         ctx.save_for_backward(
@@ -99,26 +99,29 @@ class _MoESwiGLU(torch.autograd.Function):
         grad_x_PD, grad_weight_P = _with_zero_row(x_ND, len(token_P)), x_ND.new_zeros(len(token_P) + 1)
         grad_gate_EDF, grad_up_EDF, grad_down_EFD = (torch.empty_like(w) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
 
+        per_pair = (token_P, weight_P1, gate_PF, up_PF, grad_x_PD[:-1], grad_weight_P[:-1])
+        tokens, weights, gates, ups, grad_xs, grad_weights = (t.split(counts) for t in per_pair)
+        w_gate_t, w_up_t, w_down_t = (w.mT.unbind() for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+        grads_gate, grads_up, grads_down = (w.unbind() for w in (grad_gate_EDF, grad_up_EDF, grad_down_EFD))
+
         def work(experts: Iterator[int]) -> None:
             x_MD, grad_MD = (x_ND.new_empty(max(counts), width) for _ in range(2))
-            silu_MF, hidden_MF, grad_MF, product_MF = (x_ND.new_empty(max(counts), hidden_width) for _ in range(4))
+            buffers = [x_ND.new_empty(max(counts), hidden_width) for _ in range(4)]
             for e in experts:
-                rows, size = pieces[e], counts[e]
-                gate, up, weight = gate_PF[rows], up_PF[rows], weight_P1[rows]
-                x = torch.index_select(x_ND, 0, token_P[rows], out=x_MD[:size])
-                grad_y = torch.index_select(grad_ND, 0, token_P[rows], out=grad_MD[:size])
-                silu = _silu(gate, out=silu_MF[:size])
-                hidden = torch.mul(silu, up, out=hidden_MF[:size])
-                grad = torch.mm(grad_y, w_down_EFD[e].t(), out=grad_MF[:size])
-                torch.sum(torch.mul(grad, hidden, out=product_MF[:size]), -1, out=grad_weight_P[rows])
-                torch.mm(hidden.mul_(weight).t(), grad_y, out=grad_down_EFD[e])
-                grad_up = silu.mul_(grad.mul_(weight))
-                grad_gate = _silu_backward(grad.mul_(up), gate, grad_input=grad)
-                torch.mm(x.t(), grad_gate, out=grad_gate_EDF[e])
-                torch.mm(x.t(), grad_up, out=grad_up_EDF[e])
-                torch.mm(grad_gate, w_gate_EDF[e].t(), out=grad_x_PD[rows]).addmm_(grad_up, w_up_EDF[e].t())
+                silu_MF, hidden_MF, grad_MF, product_MF = (buffer[: counts[e]] for buffer in buffers)
+                x = torch.index_select(x_ND, 0, tokens[e], out=x_MD[: counts[e]])
+                grad_y = torch.index_select(grad_ND, 0, tokens[e], out=grad_MD[: counts[e]])
+                silu = _silu(gates[e], out=silu_MF)
+                hidden = torch.mul(silu, ups[e], out=hidden_MF)
+                grad = torch.mm(grad_y, w_down_t[e], out=grad_MF)
+                torch.sum(torch.mul(grad, hidden, out=product_MF), -1, out=grad_weights[e])
+                torch.mm(hidden.mul_(weights[e]).t(), grad_y, out=grads_down[e])
+                grad_up = silu.mul_(grad.mul_(weights[e]))
+                grad_gate = _silu_backward(grad.mul_(ups[e]), gates[e], grad_input=grad)
+                torch.mm(x.t(), grad_gate, out=grads_gate[e])
+                torch.mm(x.t(), grad_up, out=grads_up[e])
+                torch.mm(grad_gate, w_gate_t[e], out=grad_xs[e]).addmm_(grad_up, w_up_t[e])
 
-        pieces = _slices(counts)
         share_out(work, _largest_first(counts))
         grad_gates_NK = grad_weight_P[inverse_NK].to(gates_NK.dtype)
         grad_x_ND = F.embedding_bag(inverse_NK, grad_x_PD, mode="sum")
@@ -130,11 +133,6 @@ def _with_zero_row(x_ND: Tensor, num_pairs: int) -> Tensor:
     out = x_ND.new_empty(num_pairs + 1, x_ND.size(1))
     out[-1] = 0
     return out
-
-
-def _slices(counts: list[int]) -> list[slice]:
-    """Where each expert's pairs lie."""
-    return [slice(low, high) for low, high in pairwise(accumulate(counts, initial=0))]
 
 
 def _largest_first(counts: list[int]) -> list[int]:
