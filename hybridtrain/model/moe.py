@@ -26,7 +26,7 @@ class GroupedExperts(nn.Module):
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden, dim))
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, absent: bool = False) -> Tensor:
-        """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 are none of these and count nothing."""
+        """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 count nothing."""
         w_gate, w_up, w_down = (_local(w) for w in (self.w_gate, self.w_up, self.w_down))
         return moe_swiglu(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down, absent)
 

@@ -4,7 +4,8 @@ On the CPU nothing of [pairs, D] is gathered beforehand or weighted afterwards: 
 weighted while they lie in a core's cache, and its hidden rows take the gates, which are narrower. Sums have one order, whatever
 the number of threads.
 
-N tokens, K choices per token, P = N*K pairs sorted by expert, E experts, D width, F hidden width. See reference.py for the definition.
+N tokens, K choices per token, P = N*K pairs sorted by expert, E experts, D width, F hidden width, M pairs of one expert.
+See reference.py for the definition.
 """
 
 from __future__ import annotations
@@ -87,9 +88,7 @@ class _MoESwiGLU(torch.autograd.Function):
 
         share_out(work, _largest_first(counts))
         ctx.counts = counts
-        ctx.save_for_backward(
-            x_ND, gates_NK, inverse_NK, token_P, weight_P1, gate_PF, up_PF, w_gate_EDF, w_up_EDF, w_down_EFD
-        )
+        ctx.save_for_backward(x_ND, gates_NK, inverse_NK, token_P, weight_P1, gate_PF, up_PF, w_gate_EDF, w_up_EDF, w_down_EFD)
         return F.embedding_bag(inverse_NK, y_PD, mode="sum")
 
     @staticmethod
