@@ -35,18 +35,19 @@ def parallelize(
         return
     if context is not None:  # no parameter changes, but tp's convolution goes around this one, so it stands first
         for module in model.modules():
-            for name in ("attend", "convolve"):
+            for name in ("attend", "convolve", "places_in_line"):
                 if hasattr(module, name):
                     setattr(module, name, getattr(context, name))
     if mesh.tp.size > 1:
         # before ep and FSDP: it decides what a module computes, they only decide where the parts of a parameter lie
         _split_tensors(model, TensorAxis(mesh.tp, mesh.dense_mesh["tp"]), TENSOR_PLAN)
-    for moe in [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
+    for name, moe in [(n, m) for n, m in model.named_modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
         if mesh.ep.size > 1 or mesh.tp.size > 1:  # ranks of tp see different tokens: to experts they are data-parallel
             experts = moe.get_submodule("experts")
             _split_experts(experts, mesh.expert_mesh, mesh.layout.etp)  # first: everything after must see the local experts only
             if mesh.ep.size > 1:
-                setattr(moe, "dispatch", AllToAllDispatch(mesh.ep, num_experts))  # noqa: B010  (a plain attribute of nn.Module to mypy)
+                dispatch = AllToAllDispatch(mesh.ep_levels, num_experts, name)
+                setattr(moe, "dispatch", dispatch)  # noqa: B010  (a plain attribute of nn.Module to mypy)
             if mesh.layout.etp > 1:  # around the dispatch over ep: that takes each token to all parts of its experts' width
                 setattr(moe, "dispatch", SharedWidthDispatch(getattr(moe, "dispatch"), mesh.tp))  # noqa: B009, B010
             # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,

@@ -87,7 +87,12 @@ class Pipeline:
             for stage in self._torch_stages:
                 stage.batch = batch
             # torch wants a target to call the loss function at all; the real ones go into the last stage
-            self._schedule.step(target=self._numbers, losses=losses, return_outputs=False)
+            try:
+                self._schedule.step(target=self._numbers, losses=losses, return_outputs=False)
+            except RuntimeError as error:  # torch's own, around what went wrong in a stage
+                if isinstance(error.__cause__, MemoryError):
+                    raise error.__cause__ from None
+                raise
             for stage in self._torch_stages:
                 stage.batch = None
             self._sum_tied_gradients()

@@ -42,6 +42,17 @@ LAYER = 'write "[N*][memory+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ["memory.exchange_groups=3 does not divide train.micro_batches=2; it may be 1 or 2"],
         ),
         (
+            ["memory.fetch=overlap", "memory.optimizer=adam"],
+            [
+                'memory.fetch="overlap" needs rows that an update leaves alone, and memory.optimizer="adam" changes all; '
+                'it may be "step" or "stale"'
+            ],
+        ),
+        (
+            ["memory.fetch=stale", "train.micro_batches=2", "memory.exchange_groups=2"],
+            ['memory.exchange_groups=2: memory.fetch="stale" reads all rows of a step at once; it may be 1'],
+        ),
+        (
             ["data.tokenizer=t.json", "data.vocab_size=100"],
             ["data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out"],
         ),
