@@ -1,7 +1,9 @@
-"""Every collective of ours, each counted by group and operation: calls and the bytes this rank sends to others.
+"""Every collective of ours, each counted by group and operation: calls and the bytes this rank sends to others. What torch
+sends for FSDP (fsdp.py) and between pipeline stages (pipeline.py) is counted in the same ledger.
 
 Bytes are payload by the ring or pairwise algorithm: what the fabric must carry for this rank, not what a backend
-adds. Groups of one rank do nothing and count nothing.
+adds. Groups of one rank do nothing and count nothing. What a layer calls is marked `replayed` (replay.py), so that a
+recomputed layer sends nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable would import the compiler here, for seconds
+
+from hybridtrain.parallel.replay import refuse_again, replayed, replayed_start
 
 Guard = Callable[[], AbstractContextManager[None]]
 
@@ -182,6 +187,7 @@ class _Arrive(torch.autograd.Function):
         return ctx.flight.begin(grads[0], ctx.flight.receive, ctx.flight.send), None
 
 
+@replayed_start
 def _begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Callable[[], Tensor]:
     out, _, work = _post_all_to_all(x, send, receive, group)
 
@@ -223,6 +229,7 @@ class _ReduceScatter(torch.autograd.Function):
         return _all_gather(grads[0], ctx.group), None
 
 
+@uncompiled
 def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
     """Every rank's `x` (all of one shape), stacked along a new dim 0; the gradient of each is summed over the ranks."""
     if group.size == 1:
@@ -231,6 +238,7 @@ def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+@uncompiled
 def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
     """The sum over the ranks of `x[i]` on rank i; dim 0 is the group's size. Its gradient is every rank's, stacked."""
     if group.size == 1:
@@ -239,17 +247,19 @@ def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+@replayed
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty((group.size, *x.shape))
     dist.all_gather_single(out, x.contiguous()[None], group=group.process_group)
-    _count(group, "all_gather", (group.size - 1) * x.numel() * x.element_size())
+    count_all_gather(x, group)
     return out
 
 
+@replayed
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(x.shape[1:])
     dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group)
-    _count(group, "reduce_scatter", (group.size - 1) * out.numel() * out.element_size())
+    count_reduce_scatter(out, group)
     return out
 
 
@@ -263,7 +273,7 @@ def all_reduce_(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.Redu
     """Reduce `x` in place over the group; every rank gets bitwise the same result."""
     if group.size > 1:
         dist.all_reduce(x, op=op, group=group.process_group)
-        _count(group, "all_reduce", 2 * (group.size - 1) * x.numel() * x.element_size() // group.size)
+        count_all_reduce(x, group)
     return x
 
 
@@ -278,7 +288,7 @@ def all_gather_uneven(x: Tensor, group: Group) -> list[Tensor]:
     padded[: x.shape[0]] = x
     out = padded.new_empty((group.size * max(lengths), *x.shape[1:]))
     dist.all_gather_single(out, padded, group=group.process_group)
-    _count(group, "all_gather", (group.size - 1) * padded.numel() * x.element_size())
+    count_all_gather(padded, group)
     return [
         part[:length] for part, length in zip(out.chunk(group.size) if max(lengths) else [x] * group.size, lengths, strict=True)
     ]
@@ -306,7 +316,7 @@ def swap(x: Tensor, peer: int, group: Group) -> Tensor:
     )
     for work in works:
         work.wait()
-    _count(group, "swap", x.numel() * x.element_size())
+    count_send(x, group, "swap")
     return out
 
 
@@ -316,9 +326,28 @@ def barrier(group: Group) -> None:
         _count(group, "barrier", 0)
 
 
+def count_all_gather(mine: Tensor, group: Group) -> None:
+    """An all-gather in which every rank has as much as `mine`."""
+    _count(group, "all_gather", (group.size - 1) * mine.nbytes)
+
+
+def count_reduce_scatter(mine: Tensor, group: Group) -> None:
+    """A reduce-scatter that leaves every rank as much as `mine`."""
+    _count(group, "reduce_scatter", (group.size - 1) * mine.nbytes)
+
+
+def count_all_reduce(x: Tensor, group: Group) -> None:
+    _count(group, "all_reduce", 2 * (group.size - 1) * x.nbytes // group.size)
+
+
+def count_send(x: Tensor, group: Group, operation: str = "send") -> None:
+    _count(group, operation, x.nbytes)
+
+
 def _row_bytes(x: Tensor) -> int:
     return x[:1].numel() * x.element_size() if x.shape[0] else 0
 
 
 def _count(group: Group, operation: str, sent: int) -> None:
+    refuse_again(f"{operation} over {group.name}")
     group.traffic.add(group.name, operation, sent)

@@ -56,6 +56,28 @@ LAYER = 'write "[N*][memory+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ["data.tokenizer=t.json", "data.vocab_size=100"],
             ["data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out"],
         ),
+        (
+            ["parallel.pp=2", "train.micro_batches=4", "memory.exchange_groups=2"],
+            ["memory.exchange_groups=2: a pipeline needs the rows of all micro-batches at once; it may be 1"],
+        ),
+        (
+            ["parallel.pp=2", "parallel.reshard_after_forward=true", "parallel.schedule=zero_bubble"],
+            [
+                "parallel.reshard_after_forward=true frees parameters that parallel.schedule=zero_bubble still needs; "
+                "it may be false, or parallel.schedule gpipe or 1f1b"
+            ],
+        ),
+        (
+            ["train.compile=true", "train.recompute=selective"],
+            [
+                "train.recompute=selective: the products inside compiled layers are not seen; it may be none or full, "
+                "or train.compile=false"
+            ],
+        ),
+        (
+            ["train.precision=bfloat16", "model.dim=36"],
+            ["model.dim=36 is no multiple of 8, as grouped products need (rows of 16 bytes); the next is 40"],
+        ),
         (["model.layers=[]"], ["model.layers is empty; a model needs at least one layer"]),
         (['model.layers=["attention+fast"]'], [f'model.layers: "attention+fast" is no layer; {LAYER}']),
         (['model.layers=["attention"]'], [f'model.layers: "attention" is no layer; {LAYER}']),

@@ -178,6 +178,7 @@ def test_minus_one_takes_what_is_left() -> None:
         ({"world": 4, "tp": 3}, ["parallel: tp 3 = 3 ranks, not 4; tp = 3 fits 3 or 6 ranks"]),
         ({"world": 2, "tp": 2, "pp": 2}, ["parallel: pp 2 x tp 2 = 4 ranks, not 2; pp x tp = 4 fits 4 ranks"]),
         ({"world": 4, "ep": 3}, ["parallel.ep=3 does not divide dp_shard x cp x tp = 4; ep may be 1, 2 or 4"]),
+        ({"world": 2, "ep": 0}, ["parallel.ep=0 does not divide dp_shard x cp x tp = 2; ep may be 1 or 2"]),
         ({"world": 4, "ep": 8}, ["parallel.ep=8 does not divide dp_shard x cp x tp = 4; ep may be 1, 2 or 4"]),
         (
             {"world": 4, "dp_replicate": 2, "ep": 4},
@@ -328,6 +329,11 @@ def test_impossible_arithmetic_is_refused_with_every_violation(degrees: dict[str
             ],
         ),
         (
+            {"world": 8, "cp": 2, "tp": 4},  # tp cuts the part of a sequence that cp leaves
+            {"seq_len": 76},
+            ["parallel.tp=4 does not divide train.seq_len / cp=38; tp may be 1, 2, 19 or 38"],
+        ),
+        (
             {"world": 3, "cp": 3},
             {"seq_len": 64},
             ["parallel.cp=3: 2 x cp does not divide train.seq_len=64; cp may be 1, 2, 4, 8, 16 or 32"],
@@ -342,6 +348,15 @@ def test_models_that_do_not_fit_are_refused_with_every_violation(
         layout.check(replace(FACTS, **facts))
     assert caught.value.violations == violations
     assert str(caught.value).startswith(f"layout does not fit {degrees['world']} ranks\n  parallel")
+
+
+def test_what_others_found_is_told_with_the_layouts_own() -> None:
+    with pytest.raises(LayoutError) as caught:
+        Layout.resolve(10, pp=5, dp_shard=2).check(FACTS, ["of the schedule", "of the stages"])
+    expected = ["parallel.pp=5 exceeds the model's 4 layers; pp may be 1 to 4", "of the schedule", "of the stages"]
+    assert caught.value.violations == expected
+    with pytest.raises(LayoutError, match="of the schedule"):
+        Layout.resolve(2).check(FACTS, ["of the schedule"])
 
 
 @pytest.mark.parametrize("degrees", [{"world": 2, "tp": 2}, {"world": 4, "tp": 4}, {"world": 8, "tp": 4, "ep": 8, "mem": 2}])
