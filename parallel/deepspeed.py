@@ -64,7 +64,8 @@ class DeepSpeedEngine:
         deepspeed = _import(mesh.device)
         if not dist.is_initialized():  # a single rank, for which mesh.py starts nothing
             os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group("nccl" if mesh.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("nccl" if mesh.device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
         self.name = f"deepspeed {deepspeed.__version__}, ZeRO-{zero_stage}" + (
             ", optimizer on the CPU" if offload_optimizer else ""
         )
