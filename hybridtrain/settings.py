@@ -145,6 +145,16 @@ class TrainSettings(_Section):
     eval_every: Natural = Field(100, description="steps between validations; 0: only at the end")
     eval_batches: Natural = Field(0, description="global batches per validation during the run; 0 and at the end: the whole split")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the layers' arithmetic; auto: bfloat16 on CUDA, float32 elsewhere. Parameters stay float32"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what layers compute again in the backward pass: all but products and attention, or all; exchanges never",
+    )
+    compile: bool = Field(
+        False, description="torch.compile of every layer, between its exchanges and experts; needs a C++ compiler"
+    )
     engine: Literal["native", "deepspeed"] = Field(
         "native",
         description="what shards, reduces and updates the backbone: FSDP2, or DeepSpeed's ZeRO (docs/deepspeed.md)",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
@@ -64,8 +65,7 @@ class DeepSpeedEngine:
         deepspeed = _import(mesh.device)
         if not dist.is_initialized():  # a single rank, for which mesh.py starts nothing
             os.environ.setdefault("LOCAL_RANK", "0")
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group("nccl" if mesh.device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+            dist.init_process_group("nccl" if mesh.device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
         self.name = f"deepspeed {deepspeed.__version__}, ZeRO-{zero_stage}" + (
             ", optimizer on the CPU" if offload_optimizer else ""
         )

@@ -157,6 +157,13 @@ AXES = "with train.engine=deepspeed, which spreads over dp_shard, cp, ep and mem
             ],
         ),
         (
+            ["train.precision=bfloat16"],
+            [
+                "train.precision=bfloat16 with train.engine=deepspeed, which computes in its parameters' float32; "
+                "it may be auto or float32"
+            ],
+        ),
+        (
             ['optim.backbone="muon"'],
             ["optim.backbone=muon with train.engine=deepspeed, whose flat parts of parameters are no matrices; it may be adamw"],
         ),
