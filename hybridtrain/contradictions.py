@@ -116,18 +116,14 @@ def _beyond_deepspeed(s: Settings) -> list[str]:
             f"optim.backbone={s.optim.backbone} with {engine}, whose flat parts of parameters are no matrices; it may be adamw"
         )
     if s.train.precision == "bfloat16":
+        out.append(f"train.precision=bfloat16 with {engine}, which computes in its parameters' float32; it may be auto or float32")
+    if s.parallel.ep > 1 and s.deepspeed.zero_stage == 3:
         out.append(
-            f"train.precision=bfloat16 with {engine}, which computes in the parameters' float32 here; it may be auto or float32"
+            f"deepspeed.zero_stage=3 with parallel.ep={s.parallel.ep} would add up different experts of different ranks; "
+            "zero_stage may be 0, 1 or 2, or ep may be 1"
         )
-    stage, experts = s.deepspeed.zero_stage, any("moe" in entry for entry in s.model.layers)
-    if experts and stage == 3:
-        out.append(
-            "deepspeed.zero_stage=3 with moe layers: it would add up different experts of different ranks; it may be 0, 1 or 2"
-        )
-    if s.deepspeed.offload_optimizer and stage == 0:
+    if s.deepspeed.offload_optimizer and s.deepspeed.zero_stage == 0:
         out.append("deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3")
-    elif s.deepspeed.offload_optimizer and experts:
-        out.append("deepspeed.offload_optimizer=true with moe layers: experts were never tried on that path; it may be false")
     return out
 
 
