@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridtrain import train
 from hybridtrain.data.batches import Batch
 from hybridtrain.model import moe
 from tests.parity.cases import settings_of
@@ -25,7 +26,7 @@ class Order:
 
     micro_batches: int = 1  # sums over tokens in so many parts
     permutation: int = 0  # seed of the order of a step's sequences; 0: as they come
-    parts: int = 1  # products in so many parts, added up; experts' widths in two
+    parts: int = 1  # products and norms in so many parts, added up; experts' widths in two
 
 
 ORDERS = (Order(), Order(2), Order(4), Order(8), Order(1, 1), Order(4, 2), Order(1, 0, 2), Order(2, 3, 4))
@@ -64,13 +65,15 @@ def _one_rank(data: str, overrides: tuple[str, ...], order: Order) -> Run:
 
 @contextmanager
 def _in_parts(parts: int) -> Iterator[None]:
-    """Add up every matrix product in so many parts, forward and backward, as tensor parallelism does."""
+    """Add up every matrix product in so many parts, forward and backward, as tensor parallelism does, and every gradient's
+    norm, as sharding does."""
+    if parts == 1:
+        yield
+        return
     linear: Callable[..., Tensor] = F.linear
-    swiglu = moe.grouped_swiglu
+    swiglu, gradients = moe.grouped_swiglu, train.local_gradients
 
     def linear_in_parts(x: Tensor, weight: Tensor, bias: None = None) -> Tensor:
-        if parts == 1:
-            return linear(x, weight)
         outputs = [
             torch.stack([linear(a, b) for a, b in zip(x.chunk(parts, -1), rows.chunk(parts, 1), strict=True)]).sum(0)
             for rows in weight.chunk(parts, 0)
@@ -82,7 +85,15 @@ def _in_parts(parts: int) -> Iterator[None]:
         cut = zip(*(w.chunk(halves, dim) for w, dim in zip(weights, (2, 2, 1), strict=True)), strict=True)
         return torch.stack([swiglu(x_PD, counts_E, *(w.contiguous() for w in part)) for part in cut]).sum(0)
 
-    with patch.object(F, "linear", linear_in_parts), patch.object(moe, "grouped_swiglu", swiglu_in_parts):
+    def gradients_in_parts(params: Any) -> list[Tensor]:
+        return [part for grad in gradients(params) for part in grad.view(-1).chunk(parts)]
+
+    with (
+        patch.object(F, "linear", linear_in_parts),
+        patch.object(moe, "grouped_swiglu", swiglu_in_parts),
+        patch.object(train, "local_gradients", gradients_in_parts),
+        patch.object(train, "tp_copies", lambda params, tp: None),  # one rank holds each part
+    ):
         yield
 
 
