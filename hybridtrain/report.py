@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hybridtrain import __version__
-from hybridtrain.assemble import Parts, resolve_stages
+from hybridtrain.assemble import Parts, compute_dtype, resolve_stages
 from hybridtrain.metrics import Clock, MetricsLog, measure_matmul_peak
 from hybridtrain.model.count import count_parameters, flops_per_token
 from hybridtrain.optim.schedule import lr_scale
@@ -25,6 +25,13 @@ from hybridtrain.run_folder import SUMMARY
 
 if TYPE_CHECKING:
     from hybridtrain.train import Totals
+
+
+FETCH = {
+    "step": "rows come before their step",
+    "overlap": "rows that the step before leaves alone come during it",
+    "stale": "all rows come during the step before, one update old",
+}
 
 
 class Report:
@@ -43,6 +50,7 @@ class Report:
         self._mark = time.perf_counter()
         self._logged_at = start
         self._traffic: dict[str, int] = {}
+        self._fetch_seconds, self._exposed_seconds = 0.0, 0.0
         self._last: dict[str, Any] = {}
         self._validation: dict[str, float] = {}
 
@@ -55,17 +63,16 @@ class Report:
             ("layout", f"{mesh.layout.describe()} on {mesh.device.type}, {torch.get_num_threads()} thread(s) a rank"),
             ("parameters", " · ".join(f"{name} {_short(n)}" for name, n in self.counts.items())),
             ("step", f"{s.train.global_batch} sequences x {s.train.seq_len} tokens in {s.train.micro_batches} micro-batch(es)"),
+            ("engine", self.parts.engine.name),
             ("matmul peak", f"{self.peak / 1e9:.1f} GFLOP/s over all ranks"),
         ]
         if mesh.layout.pp > 1:
             rows.append(("pipeline", self._pipeline()))
         if memory is not None:
-            rows.append(
-                (
-                    "table",
-                    f"{memory.addressing.num_rows:,} rows x {s.memory.head_dim}, rows {memory.low:,} to {memory.high - 1:,} here",
-                )
-            )
+            here = f"rows {memory.low:,} to {memory.high - 1:,} here"
+            where = f"in {s.memory.device} memory ({memory.table.device.type})"
+            rows.append(("table", f"{memory.addressing.num_rows:,} rows x {s.memory.head_dim}, {here} {where}"))
+            rows.append(("fetch", f"{s.memory.fetch}: {FETCH[s.memory.fetch]}"))
         rows += [(f"op {name}", how) for name, how in implementations(self.parts).items()]
         for row in rows:
             table.add_row(*row)
@@ -102,12 +109,8 @@ class Report:
             **{f"seconds/{name}": seconds / steps for name, seconds in phases.items()},
             **self._bytes(steps),
         }
-        if plan is not None and plan.lookups:  # a rank's own; without a memory layer in its stages there are none
-            values |= {
-                "memory/lookups": plan.lookups,
-                "memory/unique_rows": plan.unique,
-                "memory/unique_share": plan.unique / plan.lookups,
-            }
+        if plan is not None:
+            values |= self._memory(plan, phases["fetch"], steps)
         self.log.write(done, values)
         if not self.log.active or not self.log.console.is_terminal:
             self.log.say(
@@ -117,6 +120,23 @@ class Report:
         self._last = values
         self._total_seconds += self._seconds
         self._seconds, self._logged_at = 0.0, done
+
+    def _memory(self, plan: StepPlan, exposed: float, steps: int) -> dict[str, float]:
+        """This rank's rows of the last step, and how long its fetches took: `exposed` seconds of them the loop waited."""
+        assert self.parts.memory is not None
+        seconds = exposed + self.parts.memory.hidden_seconds()
+        self._fetch_seconds += seconds
+        self._exposed_seconds += exposed
+        values = {"memory/fetch_seconds": seconds / steps, "memory/fetch_exposed_seconds": exposed / steps}
+        if plan.lookups:  # without a memory layer in its stages there are none
+            values |= {
+                "memory/lookups": plan.lookups,
+                "memory/unique_rows": plan.unique,
+                "memory/unique_share": plan.unique / plan.lookups,
+            }
+        if plan.late_rows is not None:
+            values["memory/late_rows"] = plan.late_rows
+        return values
 
     @contextmanager
     def outside_training(self) -> Iterator[None]:
@@ -147,6 +167,11 @@ class Report:
 
     def finish(self, done: int) -> dict[str, Any]:
         summary = self._summarise(done, stopped=False)
+        if self.parts.memory is not None:
+            self.log.say(
+                f"memory rows: {1000 * summary['memory_fetch_seconds']:.1f} ms a step to fetch, of which the step waited "
+                f"{1000 * summary['memory_fetch_exposed_seconds']:.1f} ms (memory.fetch={self.parts.settings.memory.fetch})"
+            )
         self.log.say(f"run files: {self.folder}    curves: tensorboard --logdir {self.folder / 'tensorboard'}")
         return summary
 
@@ -163,6 +188,7 @@ class Report:
             "train_seconds": seconds,
             "tokens_per_second": tokens / seconds if seconds else None,
             "share_of_matmul_peak": tokens * self.flops / seconds / self.peak if seconds else None,
+            **self._fetches(done - self.start),
             **{f"params_{name}": count for name, count in self.counts.items()},
             "layout": self.parts.mesh.layout.describe(),
             "world": self.parts.mesh.layout.world,
@@ -173,6 +199,15 @@ class Report:
         if self.log.active:
             (self.folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         return summary
+
+    def _fetches(self, steps: int) -> dict[str, float]:
+        if self.parts.memory is None:
+            return {}
+        steps = max(steps, 1)
+        return {
+            "memory_fetch_seconds": self._fetch_seconds / steps,
+            "memory_fetch_exposed_seconds": self._exposed_seconds / steps,
+        }
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         rate = steps * self.parts.tokens_per_step / seconds
@@ -221,12 +256,16 @@ def dropped_share(totals: dict[str, Tensor]) -> float | None:
 def implementations(parts: Parts) -> dict[str, str]:
     """What carries each operation in this run."""
     cuda = parts.mesh.device.type == "cuda"
+    train, dtype = parts.settings.train, compute_dtype(parts.settings, parts.mesh.device)
+    blocked = not cuda and dtype == torch.float32
+    compiled = " · compiled between exchanges" if train.compile else ""
     ops = {
+        "layers": f"{str(dtype).removeprefix('torch.')} · recompute {train.recompute}{compiled}",
         "attention": "torch scaled_dot_product_attention",
-        "rms_norm": "torch rms_norm" if cuda else "torch, own backward",
+        "rms_norm": "torch, own backward" if blocked else "torch rms_norm",
         "grouped_mlp": "torch grouped_mm",
         "permute": "torch index_select, own backward",
-        "head and loss": "torch cross_entropy" if cuda else "blocked over tokens, own backward",
+        "head and loss": "blocked over tokens, own backward" if blocked else "torch product, then cross_entropy",
     }
     if parts.mesh.tp.size > 1:
         ops["head and loss"] = f"vocabulary over tp={parts.mesh.tp.size}, blocked over tokens, own backward"

@@ -2,13 +2,15 @@
 sends for FSDP (fsdp.py) and between pipeline stages (pipeline.py) is counted in the same ledger.
 
 Bytes are payload by the ring or pairwise algorithm: what the fabric must carry for this rank, not what a backend
-adds. Groups of one rank do nothing and count nothing.
+adds. Groups of one rank do nothing and count nothing. What a layer calls is marked `replayed` (replay.py), so that a
+recomputed layer sends nothing.
 """
 
 from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable would import the compiler here, for seconds
+
+from hybridtrain.parallel.replay import refuse_again, replayed, replayed_start
 
 Guard = Callable[[], AbstractContextManager[None]]
 
@@ -63,6 +68,54 @@ class Group:
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """Send `send[i]` rows of `x` (dim 0, in order) to rank i and return the `receive[j]` rows of every rank j, in rank order."""
     return x if group.size == 1 else _begin_all_to_all(x, send, receive, group)()
+
+
+class Pending:
+    """An all-to-all under way beside the computation; it holds what is sent until `wait` has given the result."""
+
+    def __init__(self, out: Tensor, sent: Tensor, work: dist.Work | None) -> None:
+        self._out, self._sent, self._work = out, sent, work
+        self._times: list[float] = []  # begun, waited for and ended, in any order of the last two
+        self._events: list[torch.cuda.Event] = []
+        if work is not None and out.is_cuda:
+            self._mark()
+        elif work is not None:
+            self._times.append(time.perf_counter())
+            work.get_future().add_done_callback(lambda _: self._times.append(time.perf_counter()))
+
+    def wait(self) -> Tensor:
+        """The rows of every rank, in rank order; on CUDA the current stream waits and not this thread. Call it once."""
+        out, work = self._out, self._work
+        if work is not None and out.is_cuda:
+            self._mark()
+            with torch.cuda.stream(torch.cuda.Stream(out.device)):
+                work.wait()
+                self._mark()
+        elif work is not None:
+            self._times.append(time.perf_counter())
+        if work is not None:
+            work.wait()
+        del self._out, self._sent, self._work
+        return out
+
+    def hidden_seconds(self) -> float:
+        """How long it travelled before it was waited for; to be asked after `wait`, on CUDA when the device has come so far."""
+        if self._events:
+            begun, *others = self._events
+            return float(min(begun.elapsed_time(event) for event in others)) / 1000
+        return min(self._times[1:]) - self._times[0] if self._times else 0.0
+
+    def _mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+
+def begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Pending:
+    """`all_to_all` that runs on beside what follows. Every rank begins it at the same place among the group's collectives."""
+    if group.size == 1:
+        return Pending(x, x, None)
+    return Pending(*_post_all_to_all(x, send, receive, group))
 
 
 def all_to_all_autograd(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, guard: Guard = nullcontext) -> Tensor:
@@ -134,17 +187,24 @@ class _Arrive(torch.autograd.Function):
         return ctx.flight.begin(grads[0], ctx.flight.receive, ctx.flight.send), None
 
 
+@replayed_start
 def _begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Callable[[], Tensor]:
-    x = x.contiguous()
-    out = x.new_empty((sum(receive), *x.shape[1:]))
-    work = dist.all_to_all_single(out, x, list(receive), list(send), group=group.process_group, async_op=True)
-    _count(group, "all_to_all", (sum(send) - send[group.rank]) * _row_bytes(x))
+    out, _, work = _post_all_to_all(x, send, receive, group)
 
     def finish() -> Tensor:
         work.wait()
         return out
 
     return finish
+
+
+def _post_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> tuple[Tensor, Tensor, dist.Work]:
+    """What will be received, what is sent and must live as long, and the work to wait for."""
+    x = x.contiguous()
+    out = x.new_empty((sum(receive), *x.shape[1:]))
+    work = dist.all_to_all_single(out, x, list(receive), list(send), group=group.process_group, async_op=True)
+    _count(group, "all_to_all", (sum(send) - send[group.rank]) * _row_bytes(x))
+    return out, x, work
 
 
 class _AllGather(torch.autograd.Function):
@@ -169,6 +229,7 @@ class _ReduceScatter(torch.autograd.Function):
         return _all_gather(grads[0], ctx.group), None
 
 
+@uncompiled
 def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
     """Every rank's `x` (all of one shape), stacked along a new dim 0; the gradient of each is summed over the ranks."""
     if group.size == 1:
@@ -177,6 +238,7 @@ def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+@uncompiled
 def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
     """The sum over the ranks of `x[i]` on rank i; dim 0 is the group's size. Its gradient is every rank's, stacked."""
     if group.size == 1:
@@ -185,6 +247,7 @@ def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+@replayed
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty((group.size, *x.shape))
     dist.all_gather_single(out, x.contiguous()[None], group=group.process_group)
@@ -192,6 +255,7 @@ def _all_gather(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+@replayed
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(x.shape[1:])
     dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group)
@@ -285,4 +349,5 @@ def _row_bytes(x: Tensor) -> int:
 
 
 def _count(group: Group, operation: str, sent: int) -> None:
+    refuse_again(f"{operation} over {group.name}")
     group.traffic.add(group.name, operation, sent)

@@ -2,7 +2,7 @@
 
 Dense mesh `pp × dp_replicate × dp_shard × cp × tp`, slowest axis first (tp neighbours are neighbouring ranks).
 Experts fold over `dp_shard × cp × tp` as `edp × ep × etp`, with `ep` = `ep_inter × ep_intra` where tokens are dispatched over
-nodes first; lookup tables fold over all ranks as `mem_replicate × mem`.
+nodes first; lookup tables fold over all ranks as `mem_replicate × mem`, or, where `mem_placement` is far, as `mem × mem_replicate`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class ModelFacts:
     shared_hidden: int | None = None  # width of all shared experts together
     memory_slots: int | None = None  # of one memory layer
     expert_hidden: int | None = None
+    expert_multiple: int = 4  # elements of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Layout:
     mem: int
     etp: int = 1
     ep_inter: int = 1  # nodes that the ranks of ep are on, where dispatch is hierarchical
+    mem_placement: str = "near"  # or "far"
 
     @classmethod
     def resolve(
@@ -75,6 +77,7 @@ class Layout:
         mem: int = -1,
         etp: int = 1,
         node_size: int = 0,
+        mem_placement: str = "near",
     ) -> Layout:
         """The layout of `world` ranks; `dp_shard=-1` takes the ranks the other axes leave, `mem=-1` takes all.
 
@@ -83,8 +86,8 @@ class Layout:
         """
         others = pp * dp_replicate * cp * tp
         shard = dp_shard if dp_shard != -1 else max(1, world // others)
-        nodes = ep * etp // node_size if node_size else 1
-        layout = cls(world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem, etp, max(1, nodes))
+        nodes = max(1, ep * etp // node_size) if node_size else 1
+        layout = cls(world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem, etp, nodes, mem_placement)
         out: list[str] = []
         if others * shard != world:
             named = [f"{a} {getattr(layout, a)}" for a in DENSE_AXES if getattr(layout, a) > 1]
@@ -139,6 +142,11 @@ class Layout:
         return self.world // self.mem
 
     @property
+    def memory_axes(self) -> tuple[str, ...]:
+        """The axes of the tables, slowest first: near, a group is neighbouring ranks; far, ranks spread evenly over the world."""
+        return MEMORY_AXES if self.mem_placement == "near" else MEMORY_AXES[::-1]
+
+    @property
     def dp(self) -> int:
         """Ranks that read different sequences."""
         return self.dp_replicate * self.dp_shard
@@ -150,7 +158,7 @@ class Layout:
         """Where `rank` stands on `axis` (any of the dense, expert or memory axes, or `dp`)."""
         if axis == "dp":
             return self.coordinate(rank, "dp_replicate") * self.dp_shard + self.coordinate(rank, "dp_shard")
-        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEMORY_AXES) if axis in axes)
+        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, self.memory_axes) if axis in axes)
         sizes = self.shape(axes)
         place = axes.index(axis)
         return rank // prod(sizes[place + 1 :]) % sizes[place]
@@ -214,10 +222,11 @@ class Layout:
                 f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {facts.conv_reach} of memory.conv's reach; "
                 f"set train.seq_len >= {2 * self.cp * facts.conv_reach} or memory.conv=false"
             )
-        if self.etp > 1 and facts.expert_hidden is not None and facts.expert_hidden % (4 * self.etp):
+        if self.etp > 1 and facts.expert_hidden is not None and facts.expert_hidden % (facts.expert_multiple * self.etp):
             out.append(
-                f"parallel.etp={self.etp} cuts model.moe.hidden={facts.expert_hidden} into no multiples of 4, as grouped products "
-                f"need; set model.moe.hidden={_next_multiple(facts.expert_hidden, 4 * self.etp)} or etp=1"
+                f"parallel.etp={self.etp} cuts model.moe.hidden={facts.expert_hidden} into no multiples of "
+                f"{facts.expert_multiple}, as grouped products need; set model.moe.hidden="
+                f"{_next_multiple(facts.expert_hidden, facts.expert_multiple * self.etp)} or etp=1"
             )
         if self.tp > 1 and facts.dim % self.fsdp:  # tp cuts one dim of a matrix, so FSDP cuts the other, evenly
             out.append(
@@ -241,6 +250,8 @@ class Layout:
             for axis in (*DENSE_AXES, "ep", "ep_inter", "etp", "edp", "mem", "mem_replicate")
             if getattr(self, axis) > 1
         ]
+        if self.mem_placement == "far" and 1 < self.mem < self.world:
+            named.append("mem far")
         return " · ".join(named) or "one rank"
 
 

@@ -79,6 +79,10 @@ def test_coordinates(degrees: dict[str, int], rank: int, expected: dict[str, int
         ({"world": 8, "ep": 4, "node_size": 1}, "ep_inter", [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ({"world": 8, "tp": 2, "etp": 2, "ep": 4, "node_size": 4}, "ep_inter", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ({"world": 8, "tp": 2, "etp": 2, "ep": 4, "node_size": 4}, "ep_intra", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        # far: spread evenly over the world, so over the stages too
+        ({"world": 8, "pp": 2, "mem": 4, "mem_placement": "far"}, "mem", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ({"world": 8, "pp": 2, "mem": 4, "mem_placement": "far"}, "mem_replicate", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ({"world": 4, "mem": 4, "mem_placement": "far"}, "mem", [[0, 1, 2, 3]]),
     ],
 )
 def test_groups(degrees: dict[str, int], axis: str, expected: list[list[int]]) -> None:
@@ -95,13 +99,14 @@ def layouts(draw: st.DrawFn) -> Layout:
     ep = draw(st.sampled_from([d for d in range(1, folded + 1) if folded % d == 0]))
     mem = draw(st.sampled_from([d for d in range(1, world + 1) if world % d == 0]))
     node_size = draw(st.sampled_from([0, 2 * ep, *(d for d in range(1, ep + 1) if ep % d == 0)]))
-    return Layout.resolve(world, **dense, ep=ep, mem=mem, node_size=node_size)
+    placement = draw(st.sampled_from(["near", "far"]))
+    return Layout.resolve(world, **dense, ep=ep, mem=mem, node_size=node_size, mem_placement=placement)
 
 
 @settings(deadline=None)  # 243 ranks on a busy machine
 @given(layouts())
 def test_groups_partition_the_ranks_and_agree_with_coordinates(layout: Layout) -> None:
-    for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEMORY_AXES):
+    for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, layout.memory_axes):
         assert prod(layout.shape(axes)) == layout.world
         places = [tuple(coordinates(layout, rank, axes).values()) for rank in range(layout.world)]
         assert places == sorted(set(places))  # distinct, and slowest axis first
@@ -156,6 +161,9 @@ def test_minus_one_takes_what_is_left() -> None:
     assert layout.describe() == "dp_shard 4 · tp 2 · ep 4 · edp 2 · mem 2 · mem_replicate 4"
     assert Layout.resolve(8, ep=4, node_size=2).describe() == "dp_shard 8 · ep 4 · ep_inter 2 · edp 2 · mem 8"
     assert Layout.resolve(1).describe() == "one rank"
+    far = {"mem_placement": "far"}
+    assert Layout.resolve(4, mem=2, **far).describe() == "dp_shard 4 · edp 4 · mem 2 · mem_replicate 2 · mem far"
+    assert Layout.resolve(4, **far).describe() == Layout.resolve(4).describe()  # all ranks: near and far are the same
 
 
 @pytest.mark.parametrize(
