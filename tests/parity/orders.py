@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain import train
 from hybridtrain.data.batches import Batch
 from hybridtrain.model import moe
+from hybridtrain.parallel import engine
 from tests.parity.cases import settings_of
 from tests.parity.runs import Run, curves, distances, scale_of, stage_states, start_run, train_steps
 
@@ -71,7 +71,7 @@ def _in_parts(parts: int) -> Iterator[None]:
         yield
         return
     linear: Callable[..., Tensor] = F.linear
-    swiglu, gradients = moe.grouped_swiglu, train.local_gradients
+    swiglu, gradients = moe.moe_swiglu, engine.local_gradients
 
     def linear_in_parts(x: Tensor, weight: Tensor, bias: None = None) -> Tensor:
         outputs = [
@@ -80,19 +80,20 @@ def _in_parts(parts: int) -> Iterator[None]:
         ]
         return torch.cat(outputs, -1)
 
-    def swiglu_in_parts(x_PD: Tensor, counts_E: Tensor, *weights: Any) -> Tensor:
+    def swiglu_in_parts(x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, *rest: Any) -> Tensor:
+        *weights, absent = rest
         halves = min(parts, 2)  # grouped products have widths of multiples of 4
         cut = zip(*(w.chunk(halves, dim) for w, dim in zip(weights, (2, 2, 1), strict=True)), strict=True)
-        return torch.stack([swiglu(x_PD, counts_E, *(w.contiguous() for w in part)) for part in cut]).sum(0)
+        return torch.stack([swiglu(x_ND, experts_NK, gates_NK, *(w.contiguous() for w in part), absent) for part in cut]).sum(0)
 
     def gradients_in_parts(params: Any) -> list[Tensor]:
         return [part for grad in gradients(params) for part in grad.view(-1).chunk(parts)]
 
     with (
         patch.object(F, "linear", linear_in_parts),
-        patch.object(moe, "grouped_swiglu", swiglu_in_parts),
-        patch.object(train, "local_gradients", gradients_in_parts),
-        patch.object(train, "tp_copies", lambda params, tp: None),  # one rank holds each part
+        patch.object(moe, "moe_swiglu", swiglu_in_parts),
+        patch.object(engine, "local_gradients", gradients_in_parts),
+        patch.object(engine, "tp_copies", lambda params, tp: None),  # one rank holds each part
     ):
         yield
 
