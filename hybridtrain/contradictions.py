@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridtrain.settings import Settings, layer_specs
+from hybridtrain.settings import DataSettings, Settings, layer_specs
 
 
 def contradictions(s: Settings) -> list[str]:
@@ -63,7 +63,7 @@ def contradictions(s: Settings) -> list[str]:
             f"parallel.reshard_after_forward=true frees parameters that parallel.schedule={parallel.schedule} still needs; "
             f"it may be false, or parallel.schedule gpipe or 1f1b"
         )
-    if s.data.tokenizer and "vocab_size" in s.data.model_fields_set:
+    if s.data.tokenizer and s.data.vocab_size != DataSettings().vocab_size:  # written-out settings have the default too
         out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")
     return out
 
