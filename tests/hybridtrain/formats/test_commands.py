@@ -1,0 +1,34 @@
+"""`hybridtrain import` and `hybridtrain export` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.console import hybridtrain, refused
+from tests.hybridtrain.formats.tiny import save_theirs, their_model
+
+
+def test_there_and_back_and_what_is_refused(ci_data: Path, tmp_path: Path) -> None:
+    theirs = save_theirs(their_model("llama"), tmp_path / "theirs", ci_data)
+    done = hybridtrain("import", theirs, tmp_path / "ours", "--seq-len", 32)
+    assert done.status == 0, done
+    assert done.out.startswith(f"{tmp_path / 'ours'}: 3*attention+dense; train from it with hybridtrain train")
+    done = hybridtrain("export", tmp_path / "ours", tmp_path / "back", "--max-shard-size", "100KB")
+    assert (done.status, done.out) == (0, f"{tmp_path / 'back'}: llama\n"), done
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (theirs, tmp_path / "back"))
+    assert after["max_position_embeddings"] == 32
+    for key in ("architectures", "head_dim", "hidden_size", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"):
+        assert after[key] == before[key]
+
+    ours, out = tmp_path / "ours", tmp_path / "other"
+    for options, expected in (
+        (["--format", "gguf"], '--format "gguf": it may be hf'),
+        (["--max-shard-size", "5 apples"], '--max-shard-size "5 apples": write a number of bytes'),
+        (["--family", "gpt"], '--family "gpt": it may be auto, llama, qwen3'),
+        (["--dtype", "int8"], '--dtype "int8": it may be float32, bfloat16'),
+    ):
+        assert expected in refused(hybridtrain("export", ours, out, *options))
+    assert not out.exists()
+    assert "back exists and is not empty; choose another folder" in refused(hybridtrain("export", ours, tmp_path / "back"))
+    assert f"{out / 'config.json'}: cannot be read: No such file" in refused(hybridtrain("import", out, tmp_path / "new"))
