@@ -28,6 +28,7 @@ from hybridtrain.stored import LazyTensor, StoredTensors
 from hybridtrain.weights import COMPANIONS
 
 AUTO = "auto"
+_ROUTER_STATE = ("router.load_E", "router.bias_E")  # of training; biases that are not zero are a misfit
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -121,16 +122,21 @@ def _config(transformers: Any, family: Family, settings: Settings, common: Mappi
 
 
 def _tensors(stored: StoredTensors, settings: Settings, family: Family) -> dict[str, LazyTensor]:
-    """Their tensors, to be made of ours."""
-    head_dim, out = settings.model.attention.head_dim, {}
+    """Their tensors, to be made of ours. Raises FormatError where one of ours would be left behind."""
+    head_dim, out, left = settings.model.attention.head_dim, {}, []
     for stored_name, shape in stored.shapes.items():
         if not stored_name.startswith("model."):
             continue
         name = stored_name.removeprefix("model.")
-        for number, theirs in enumerate(family.their_names(name, settings.model.moe.num_experts)):
+        names = family.their_names(name, settings.model.moe.num_experts)
+        if not names and not name.endswith(_ROUTER_STATE):
+            left.append(f"{name} has no place in {family.architecture}")
+        for number, theirs in enumerate(names):
             expert = number if is_stacked(name) else None
             make = partial(_make, stored, name, expert, head_dim)
             out[theirs] = LazyTensor(their_shape(name, shape), torch.float32, make)
+    if left:
+        raise FormatError(str(stored.path), left)
     return out
 
 

@@ -15,14 +15,13 @@ import torch
 
 from hybridtrain.data.manifest import COMPRESSION
 from hybridtrain.errors import CheckpointError
-from hybridtrain.formats import modeling_hybridtrain
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.settings import Settings, layer_specs, memory_layers
 from hybridtrain.stored import LazyTensor, StoredTensors
 from hybridtrain.weights import read_rows
 
 NAME = "hybridtrain"
-MODELLING_FILE = Path(modeling_hybridtrain.__file__)
+MODELLING_FILE = Path(__file__).with_name("modeling_hybridtrain.py")
 _TRAINING_ONLY = "router.load_E"
 _ADDRESSING = ("layers", "orders", "heads", "multipliers", "primes", "pad_id", "boundary")
 

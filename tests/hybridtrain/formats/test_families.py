@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hybridtrain.config import load_settings
 from hybridtrain.errors import FormatError
+from hybridtrain.formats.families import FAMILIES
 from hybridtrain.formats.hf_export import export_hf
 from hybridtrain.formats.hf_import import import_hf
 from hybridtrain.use import evaluate_checkpoint, open_checkpoint
@@ -175,3 +177,13 @@ def test_a_family_that_is_another_model_is_refused_with_every_reason(ci_data: Pa
         f"the routers have selection biases (model.moe.bias_rate); {name} has none",
     ]
     assert not (tmp_path / "out").exists()
+
+
+def test_no_tensor_is_left_behind_unsaid(ci_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = FAMILIES["llama"]
+    layer = {ours: theirs for ours, theirs in llama.layer.items() if ours != "mixer.wo.weight"}
+    monkeypatch.setitem(FAMILIES, "llama", dataclasses.replace(llama, layer=layer))
+    run = random_run(tmp_path / "run", ci_data, NO_MEMORY, *OURS["llama"])
+    with pytest.raises(FormatError) as caught:
+        export_hf(run, tmp_path / "out")
+    assert caught.value.problems == [f"layers.{i}.mixer.wo.weight has no place in LlamaForCausalLM" for i in (0, 1)]
