@@ -21,12 +21,13 @@ from hybridtrain.model.count import stage_costs
 from hybridtrain.model.engram import short_conv
 from hybridtrain.model.hybrid_lm import HybridLM, Part
 from hybridtrain.model.init import init_parameters
+from hybridtrain.model.moe import places_in_line
 from hybridtrain.model.rows import StepRows
 from hybridtrain.optim.groups import build_optimizers
 from hybridtrain.parallel.apply import materialize, parallelize, write_local
 from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.layout import Layout, ModelFacts
-from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, world_from_environment
+from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, ranks_of_a_node, world_from_environment
 from hybridtrain.parallel.pipeline import Pipeline, StageModule
 from hybridtrain.parallel.schedule import Accumulation, Schedule
 from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages, stage_problems
@@ -92,6 +93,8 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
         ep=parallel.ep,
         mem=parallel.mem,
         etp=parallel.etp,
+        node_size=(parallel.node_size or ranks_of_a_node(world)) if parallel.dispatch == "hierarchical" else 0,
+        mem_placement=parallel.mem_placement,
     )
     specs = layer_specs(settings)
     has_conv = settings.memory.conv and any(s.memory for s in specs)
@@ -134,7 +137,13 @@ def join_world(settings: Settings) -> Mesh:
     device = choose_device()
     if device.type == "cpu":
         keep_freed_memory()
-    return make_mesh(layout, rank, device, settings.parallel.timeout, os.environ.get(RENDEZVOUS, "env://"))
+    rendezvous = os.environ.get(RENDEZVOUS, "env://")
+    return make_mesh(layout, rank, device, settings.parallel.timeout, rendezvous, table_device(settings, device))
+
+
+def table_device(settings: Settings, device: torch.device) -> torch.device:
+    """Where this rank's part of the lookup table lies beside a model on `device`."""
+    return torch.device("cpu") if settings.memory.device == "host" else device
 
 
 def keep_freed_memory() -> None:
@@ -181,7 +190,7 @@ def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | 
 
 def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing: Addressing | None) -> Parts:
     """Build the model on the meta device, shard it, and draw this rank's part of every parameter and of the table."""
-    context = ContextParallel(mesh.cp, settings.train.seq_len, short_conv) if mesh.cp.size > 1 else None
+    context = ContextParallel(mesh.cp, settings.train.seq_len, short_conv, places_in_line) if mesh.cp.size > 1 else None
     positions = context.positions() if context is not None else None
     here = [stage for stage in resolve_stages(settings, vocabulary.size) if stage.pp_rank == mesh.pp.rank]
     rows = StepRows()

@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts
 from hybridtrain.data.manifest import sync_folder, write_atomically
 from hybridtrain.errors import CheckpointError
+from hybridtrain.memory import TableMemory
 from hybridtrain.parallel.collectives import Group, gather_objects
 from hybridtrain.settings import Settings
+from hybridtrain.stale import PREFIX, names_for
 
 FORMAT = 1
 INFO = "checkpoint.json"
@@ -80,6 +83,8 @@ def load(parts: Parts, path: Path) -> int:
         read_into(state, path, parts.mesh.world)
     if parts.memory is not None and not weights_only:
         parts.memory.load_scalars(info["memory_scalars"])
+        if parts.settings.memory.fetch == "stale":
+            _load_stale(parts.memory, path, no_dist=parts.mesh.world.size == 1)
     return int(info["step"])
 
 
@@ -211,6 +216,22 @@ def _state(parts: Parts, stage: int, with_copies: bool = True) -> dict[str, Any]
     if parts.memory is not None and stage == 0:
         state |= {f"memory.{name}": value for name, value in parts.memory.state().items()}
     return state
+
+
+def _load_stale(memory: TableMemory, path: Path, no_dist: bool) -> None:
+    """The rows that the run had read ahead, where the checkpoint has any: this owner's, out of whatever pieces they lie in."""
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    section = "memory."
+    names = [name.removeprefix(section) for name in metadata if name.startswith(section + PREFIX)]
+    if not names:
+        return
+    state: dict[str, Any] = {}
+    for name in names_for(names, memory.low, memory.high):
+        entry: Any = metadata[section + name]
+        state[section + name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    with _quiet():
+        state_dict_loader.load(state, checkpoint_id=path, no_dist=no_dist)
+    memory.load_stale({name.removeprefix(section): value for name, value in state.items()})
 
 
 @contextmanager

@@ -53,6 +53,15 @@ def contradictions(s: Settings) -> list[str]:
             f"memory.exchange_groups={memory.exchange_groups} does not divide train.micro_batches={s.train.micro_batches}; "
             f"it may be {_divisors(s.train.micro_batches)}"
         )
+    if memory.fetch == "overlap" and memory.optimizer == "adam":
+        out.append(
+            'memory.fetch="overlap" needs rows that an update leaves alone, and memory.optimizer="adam" changes all; '
+            'it may be "step" or "stale"'
+        )
+    if memory.fetch == "stale" and memory.exchange_groups > 1:
+        out.append(
+            f'memory.exchange_groups={memory.exchange_groups}: memory.fetch="stale" reads all rows of a step at once; it may be 1'
+        )
     parallel = s.parallel
     if parallel.pp > 1 and memory.exchange_groups > 1:
         out.append(

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from hybridtrain.train import Totals
 
 
+FETCH = {
+    "step": "rows come before their step",
+    "overlap": "rows that the step before leaves alone come during it",
+    "stale": "all rows come during the step before, one update old",
+}
+
+
 class Report:
     """Collects what `train_step` returns and writes it out every `train.log_every` steps."""
 
@@ -43,6 +50,7 @@ class Report:
         self._mark = time.perf_counter()
         self._logged_at = start
         self._traffic: dict[str, int] = {}
+        self._fetch_seconds, self._exposed_seconds = 0.0, 0.0
         self._last: dict[str, Any] = {}
         self._validation: dict[str, float] = {}
 
@@ -60,12 +68,10 @@ class Report:
         if mesh.layout.pp > 1:
             rows.append(("pipeline", self._pipeline()))
         if memory is not None:
-            rows.append(
-                (
-                    "table",
-                    f"{memory.addressing.num_rows:,} rows x {s.memory.head_dim}, rows {memory.low:,} to {memory.high - 1:,} here",
-                )
-            )
+            here = f"rows {memory.low:,} to {memory.high - 1:,} here"
+            where = f"in {s.memory.device} memory ({memory.table.device.type})"
+            rows.append(("table", f"{memory.addressing.num_rows:,} rows x {s.memory.head_dim}, {here} {where}"))
+            rows.append(("fetch", f"{s.memory.fetch}: {FETCH[s.memory.fetch]}"))
         rows += [(f"op {name}", how) for name, how in implementations(self.parts).items()]
         for row in rows:
             table.add_row(*row)
@@ -85,7 +91,9 @@ class Report:
         self._seconds += now - self._mark
         self._mark = now
         settings = self.parts.settings
-        self.log.step(done, totals.loss)
+        share = dropped_share(totals.statistics)
+        dropped = f"  dropped {share:.2%}" if share is not None else ""
+        self.log.step(done, f"loss {totals.loss:.4f}{dropped}")
         if done % settings.train.log_every and done != settings.train.steps and not totals.stop:
             return
         steps = done - self._logged_at
@@ -100,21 +108,34 @@ class Report:
             **{f"seconds/{name}": seconds / steps for name, seconds in phases.items()},
             **self._bytes(steps),
         }
-        if plan is not None and plan.lookups:  # a rank's own; without a memory layer in its stages there are none
+        if plan is not None:
+            values |= self._memory(plan, phases["fetch"], steps)
+        self.log.write(done, values)
+        if not self.log.active or not self.log.console.is_terminal:
+            self.log.say(
+                f"step {done:6d}  loss {totals.loss:.4f}  grad norm {totals.grad_norm:.3f}  "
+                f"{values['tokens_per_second']:,.0f} tokens/s{dropped}"
+            )
+        self._last = values
+        self._total_seconds += self._seconds
+        self._seconds, self._logged_at = 0.0, done
+
+    def _memory(self, plan: StepPlan, exposed: float, steps: int) -> dict[str, float]:
+        """This rank's rows of the last step, and how long its fetches took: `exposed` seconds of them the loop waited."""
+        assert self.parts.memory is not None
+        seconds = exposed + self.parts.memory.hidden_seconds()
+        self._fetch_seconds += seconds
+        self._exposed_seconds += exposed
+        values = {"memory/fetch_seconds": seconds / steps, "memory/fetch_exposed_seconds": exposed / steps}
+        if plan.lookups:  # without a memory layer in its stages there are none
             values |= {
                 "memory/lookups": plan.lookups,
                 "memory/unique_rows": plan.unique,
                 "memory/unique_share": plan.unique / plan.lookups,
             }
-        self.log.write(done, values)
-        if not self.log.active or not self.log.console.is_terminal:
-            self.log.say(
-                f"step {done:6d}  loss {totals.loss:.4f}  grad norm {totals.grad_norm:.3f}  "
-                f"{values['tokens_per_second']:,.0f} tokens/s"
-            )
-        self._last = values
-        self._total_seconds += self._seconds
-        self._seconds, self._logged_at = 0.0, done
+        if plan.late_rows is not None:
+            values["memory/late_rows"] = plan.late_rows
+        return values
 
     @contextmanager
     def outside_training(self) -> Iterator[None]:
@@ -145,6 +166,11 @@ class Report:
 
     def finish(self, done: int) -> dict[str, Any]:
         summary = self._summarise(done, stopped=False)
+        if self.parts.memory is not None:
+            self.log.say(
+                f"memory rows: {1000 * summary['memory_fetch_seconds']:.1f} ms a step to fetch, of which the step waited "
+                f"{1000 * summary['memory_fetch_exposed_seconds']:.1f} ms (memory.fetch={self.parts.settings.memory.fetch})"
+            )
         self.log.say(f"run files: {self.folder}    curves: tensorboard --logdir {self.folder / 'tensorboard'}")
         return summary
 
@@ -161,6 +187,7 @@ class Report:
             "train_seconds": seconds,
             "tokens_per_second": tokens / seconds if seconds else None,
             "share_of_matmul_peak": tokens * self.flops / seconds / self.peak if seconds else None,
+            **self._fetches(done - self.start),
             **{f"params_{name}": count for name, count in self.counts.items()},
             "layout": self.parts.mesh.layout.describe(),
             "world": self.parts.mesh.layout.world,
@@ -171,6 +198,15 @@ class Report:
         if self.log.active:
             (self.folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         return summary
+
+    def _fetches(self, steps: int) -> dict[str, float]:
+        if self.parts.memory is None:
+            return {}
+        steps = max(steps, 1)
+        return {
+            "memory_fetch_seconds": self._fetch_seconds / steps,
+            "memory_fetch_exposed_seconds": self._exposed_seconds / steps,
+        }
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         rate = steps * self.parts.tokens_per_step / seconds
@@ -200,9 +236,20 @@ def layer_statistics(totals: dict[str, Tensor]) -> dict[str, Any]:
             out[f"{layer}/router_entropy"] = float(value / totals[f"{layer}.router_tokens"])
         elif what == "gate_sum":
             out[f"{layer}/gate_mean"] = float(value / totals[f"{layer}.gate_count"])
+        elif what == "dropped_pairs":
+            out[f"{layer}/dropped_share"] = float(value / totals[f"{layer}.expert_tokens"].sum())
         elif what in ("aux_loss", "z_loss"):
             out[f"{layer}/{what}"] = float(value)
     return out
+
+
+def dropped_share(totals: dict[str, Tensor]) -> float | None:
+    """Of the step's token-expert pairs over all layers, those that full experts dropped; None without a capacity."""
+    dropped, pairs = (
+        sum(float(value.sum()) for name, value in totals.items() if name.endswith(what))
+        for what in (".dropped_pairs", ".expert_tokens")
+    )
+    return dropped / pairs if any(name.endswith(".dropped_pairs") for name in totals) else None
 
 
 def implementations(parts: Parts) -> dict[str, str]:
@@ -223,8 +270,16 @@ def implementations(parts: Parts) -> dict[str, str]:
             "segment_sum": "torch sort + embedding_bag" if cuda else "torch index_add",
             "row optimizer": type(parts.memory.optimizer).__name__,
         }
-    ops["dispatch"] = f"all-to-all over ep={parts.mesh.ep.size}" if parts.mesh.ep.size > 1 else "local"
+    ops["dispatch"] = _dispatch(parts)
     return ops
+
+
+def _dispatch(parts: Parts) -> str:
+    levels = ", then ".join(f"{group.name}={group.size}" for group in parts.mesh.ep_levels)
+    how = f"all-to-all over {levels}" if parts.mesh.ep.size > 1 else "local"
+    if parts.settings.parallel.dispatch == "hierarchical" and parts.mesh.layout.ep_inter == 1:
+        how += " (hierarchical: ep x etp is on one node)"
+    return how
 
 
 def _short(count: int) -> str:

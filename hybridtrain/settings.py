@@ -68,6 +68,10 @@ class MoESettings(_Section):
     bias_rate: NonNegative = Field(0.001, description="step of the auxiliary-loss-free selection bias; 0 turns it off")
     aux_weight: NonNegative = Field(0.0, description="weight of the global load-balance loss")
     z_weight: NonNegative = Field(0.0, description="weight of the router z-loss")
+    capacity: NonNegative = Field(
+        0.0,
+        description="pairs that an expert takes of a sequence, as a multiple of the even share; it drops the later tokens'; 0: all",
+    )
 
 
 class ModelSettings(_Section):
@@ -101,6 +105,14 @@ class MemorySettings(_Section):
     init_std: float = Field(0.02, gt=0, description="standard deviation of rows at initialisation")
     checksum: bool = Field(False, description="verify every exchanged payload with a checksum")
     exchange_groups: Positive = Field(1, description="exchanges per step; divides train.micro_batches")
+    fetch: Literal["step", "overlap", "stale"] = Field(
+        "step",
+        description="when rows are read: before their step; those that the step before leaves alone already during it (the same "
+        "numbers); or all of them during it, one update old",
+    )
+    device: Literal["device", "host"] = Field(
+        "device", description="table, row state and row update: with the model, or on the CPU"
+    )
     optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam"] = Field(
         "rowwise_adam", description="of the table; adam is the dense reference, with two moments per element and a dense update"
     )
@@ -154,7 +166,16 @@ class ParallelSettings(_Section):
     tp: Positive = Field(1, description="ranks that share a matrix and, between matrices, a sequence")
     ep: Positive = Field(1, description="ranks that share one set of experts; divides dp_shard * cp * tp")
     etp: Positive = Field(1, description="ranks that share the width of an expert: 1, or tp instead of folding experts over it")
+    dispatch: Literal["flat", "hierarchical"] = Field(
+        "flat", description="how tokens reach experts: from rank to rank, or once to each node and from there to its ranks"
+    )
+    node_size: Natural = Field(
+        0, description="neighbouring ranks that hierarchical dispatch takes as a node; 0: the launcher's LOCAL_WORLD_SIZE"
+    )
     mem: Axis = Field(-1, description="ranks that share one copy of the lookup table; -1: all of them")
+    mem_placement: Literal["near", "far"] = Field(
+        "near", description="a copy lies on neighbouring ranks, or on ranks spread evenly over stages and nodes"
+    )
     reshard_after_forward: bool = Field(False, description="free gathered parameters between forward and backward (ZeRO-3)")
     timeout: Positive = Field(300, description="seconds a collective may take before the run is ended")
 

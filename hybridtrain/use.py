@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts, Vocabulary, assemble, resolve_layout
+from hybridtrain.assemble import Parts, Vocabulary, assemble, resolve_layout, table_device
 from hybridtrain.config import parse_settings
 from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
@@ -39,7 +39,8 @@ def open_checkpoint(path: Path) -> tuple[Parts, Path, int]:
     compression = np.load(run / COMPRESSION)
     vocabulary = Vocabulary(info["vocab_size"], info["separator_id"], compression)
     addressing = Addressing.from_json(info["addressing"], compression) if info["addressing"] else None
-    mesh = make_mesh(resolve_layout(settings, 1), 0, choose_device(), settings.parallel.timeout)
+    device = choose_device()
+    mesh = make_mesh(resolve_layout(settings, 1), 0, device, settings.parallel.timeout, table_device=table_device(settings, device))
     parts = assemble(settings, mesh, vocabulary, addressing)
     checkpoint.load(parts, saved)
     return parts, run, vocabulary.separator_id

@@ -11,8 +11,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from hybridtrain.parallel.collectives import Group
 from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.dispatch import AllToAllDispatch, SharedWidthDispatch
+from hybridtrain.parallel.fsdp import count_collectives
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.plans import EXPERT_WIDTH, TENSOR_PARTS, TENSOR_PLAN
 from hybridtrain.parallel.tensor import Style, TensorAxis
@@ -35,27 +37,31 @@ def parallelize(
         return
     if context is not None:  # no parameter changes, but tp's convolution goes around this one, so it stands first
         for module in model.modules():
-            for name in ("attend", "convolve"):
+            for name in ("attend", "convolve", "places_in_line"):
                 if hasattr(module, name):
                     setattr(module, name, getattr(context, name))
     if mesh.tp.size > 1:
         # before ep and FSDP: it decides what a module computes, they only decide where the parts of a parameter lie
         _split_tensors(model, TensorAxis(mesh.tp, mesh.dense_mesh["tp"]), TENSOR_PLAN)
-    for moe in [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
+    for name, moe in [(n, m) for n, m in model.named_modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
         if mesh.ep.size > 1 or mesh.tp.size > 1:  # ranks of tp see different tokens: to experts they are data-parallel
             experts = moe.get_submodule("experts")
             _split_experts(experts, mesh.expert_mesh, mesh.layout.etp)  # first: everything after must see the local experts only
             if mesh.ep.size > 1:
-                setattr(moe, "dispatch", AllToAllDispatch(mesh.ep, num_experts))  # noqa: B010  (a plain attribute of nn.Module to mypy)
+                dispatch = AllToAllDispatch(mesh.ep_levels, num_experts, name)
+                setattr(moe, "dispatch", dispatch)  # noqa: B010  (a plain attribute of nn.Module to mypy)
             if mesh.layout.etp > 1:  # around the dispatch over ep: that takes each token to all parts of its experts' width
                 setattr(moe, "dispatch", SharedWidthDispatch(getattr(moe, "dispatch"), mesh.tp))  # noqa: B009, B010
             # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,
             # since ep already cuts dim 0 and two cuts of one dim would interleave in checkpoints
             copies = mesh.expert_mesh["dp_replicate", "edp"] if mesh.layout.dp_replicate > 1 else mesh.expert_mesh["edp"]
-            _shard(experts, copies, reshard_after_forward, dim=1)
+            _shard(experts, copies, (mesh.edp, mesh.dp_replicate), reshard_after_forward, dim=1)
+    groups = (mesh.fsdp, mesh.dp_replicate)
     for layer in layers:
-        _shard(layer, mesh.data_mesh, reshard_after_forward)  # layer by layer: one gather per layer, overlapping the one before
-    _shard(model, mesh.data_mesh, False)  # last: the root takes what no layer holds (embedding, final norm, head)
+        _shard(
+            layer, mesh.data_mesh, groups, reshard_after_forward
+        )  # layer by layer: one gather per layer, overlapping the one before
+    _shard(model, mesh.data_mesh, groups, False)  # last: the root takes what no layer holds (embedding, final norm, head)
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -98,7 +104,9 @@ def _split_experts(experts: nn.Module, mesh: DeviceMesh, etp: int) -> None:
         experts.register_parameter(name, nn.Parameter(part))
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool, dim: int = 0) -> None:
+def _shard(module: nn.Module, mesh: DeviceMesh, groups: tuple[Group, Group], reshard_after_forward: bool, dim: int = 0) -> None:
+    """`groups` are those of the mesh, sharded and replicated, that what is sent is counted for."""
+
     def place(param: nn.Parameter) -> Shard:
         """The first dim from `dim` on that is not cut already."""
         cut = {p.dim for p in param.placements if isinstance(p, Shard)} if isinstance(param, DTensor) else set()
@@ -109,6 +117,7 @@ def _shard(module: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool, dim
     # every loss is already divided by the tokens of the whole step, so gradients are summed over ranks, never averaged
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
+    count_collectives(module, *groups)
 
 
 def sync_gradients(model: nn.Module, on: bool) -> None:

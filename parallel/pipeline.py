@@ -18,7 +18,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.parallel.collectives import Group, swap
+from hybridtrain.parallel.collectives import Group, count_send, swap
 from hybridtrain.parallel.schedule import MicroBatches, Phase
 from hybridtrain.parallel.stages import SCHEDULES, Stage
 
@@ -87,7 +87,12 @@ class Pipeline:
             for stage in self._torch_stages:
                 stage.batch = batch
             # torch wants a target to call the loss function at all; the real ones go into the last stage
-            self._schedule.step(target=self._numbers, losses=losses, return_outputs=False)
+            try:
+                self._schedule.step(target=self._numbers, losses=losses, return_outputs=False)
+            except RuntimeError as error:  # torch's own, around what went wrong in a stage
+                if isinstance(error.__cause__, MemoryError):
+                    raise error.__cause__ from None
+                raise
             for stage in self._torch_stages:
                 stage.batch = None
             self._sum_tied_gradients()
@@ -113,6 +118,7 @@ class Pipeline:
                     kept.append(result)
                 else:
                     work = dist.isend(result, group=self.pp.process_group, group_dst=peer)
+                    count_send(result, self.pp)
                     sent.append((work, result))  # the tensor must live until it has left
         for work, _ in sent:
             work.wait()
@@ -154,7 +160,7 @@ class _TorchStage(PipelineStage):
             output_args=loss if stage.is_last else h_BTD,
             group=pp.process_group,
         )
-        self.part = part
+        self.part, self.pp = part, pp
         self.batch: MicroBatches | None = None
 
     def rank_of(self, stage: int) -> int:
@@ -168,6 +174,17 @@ class _TorchStage(PipelineStage):
         first, *others = _inputs(self.part, self.batch, fwd_chunk_id, None)
         named = dict(zip(("documents_BT", "memory_index_BTLS", "micro_batch", "targets_BT"), others, strict=True))
         return super().forward_one_chunk(fwd_chunk_id, (first,), named, save_forward_output)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._counted(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._counted(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _counted(self, sends: list[dist.P2POp]) -> list[dist.P2POp]:
+        for send in sends:
+            count_send(send.tensor, self.pp)
+        return sends
 
 
 def _inputs(part: StageModule, batch: MicroBatches, m: int, h_BTD: Tensor | None) -> tuple[Any, ...]:
