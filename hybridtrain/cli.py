@@ -149,12 +149,12 @@ def export(
     """Write a checkpoint in another format."""
     from hybridtrain.formats.folder import need_transformers
 
+    if to != "hf":
+        raise UserError(f'--format "{to}": it may be hf')
     need_transformers()
     from hybridtrain.formats.hf_export import export_hf
     from hybridtrain.formats.shards import parse_size
 
-    if to != "hf":
-        raise UserError(f'--format "{to}": it may be hf')
     written = export_hf(run, out, family=family, max_shard_bytes=parse_size(max_shard_size), dtype=dtype)
     print(f"{out}: {written}")
 

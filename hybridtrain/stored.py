@@ -89,7 +89,7 @@ class StoredTensors:
 def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Write a checkpoint's tensors into `folder`, one in memory at a time. Raises CheckpointError where that fails."""
     state = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
-    writer = FileSystemWriter(folder, single_file_per_rank=True)
+    writer = FileSystemWriter(folder, single_file_per_rank=False)  # it keeps what it wrote to a file until the file is done
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a world of one rank is meant to be one
         try:

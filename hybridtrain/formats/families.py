@@ -53,7 +53,15 @@ _KEYS = {  # config key to setting below `model`
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-_SOFTMAX = {"moe.score": "softmax", "moe.num_shared": 0, "moe.gate_scale": 1.0, "moe.num_groups": 1, "moe.top_groups": 1}
+_ALL_PAIRS = {"moe.capacity": 0.0}  # no expert drops a token
+_SOFTMAX = {
+    "moe.score": "softmax",
+    "moe.num_shared": 0,
+    "moe.gate_scale": 1.0,
+    "moe.num_groups": 1,
+    "moe.top_groups": 1,
+    **_ALL_PAIRS,
+}
 
 
 @dataclass(frozen=True)
@@ -171,7 +179,7 @@ FAMILIES = {
                 "n_group": "moe.num_groups",
                 "topk_group": "moe.top_groups",
             },
-            fixed={"moe.score": "sigmoid"},
+            fixed={"moe.score": "sigmoid", **_ALL_PAIRS},
             layer=_ATTENTION | _DENSE | _EXPERTS | _BIASED_AND_SHARED,
             kinds=lambda config: ["dense" if i < config.first_k_dense_replace else "moe" for i in range(config.num_hidden_layers)],
             arrange=_dense_first,

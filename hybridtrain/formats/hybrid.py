@@ -6,6 +6,7 @@ Tensors keep their names. The packed table is cut into one matrix per memory lay
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ _ADDRESSING = ("layers", "orders", "heads", "multipliers", "primes", "pad_id", "
 def config(settings: Settings, info: dict[str, Any]) -> dict[str, Any]:
     """config.json of a checkpoint whose description is `info`."""
     model, module = settings.model, MODELLING_FILE.stem
-    moe = model.moe.model_dump(exclude={"bias_rate", "aux_weight", "z_weight"})
+    moe = model.moe.model_dump(exclude={"bias_rate", "aux_weight", "z_weight", "capacity"})
+    # of the length that was trained: an expert drops the pairs of a text beyond it
+    moe["most"] = math.ceil(model.moe.capacity * settings.train.seq_len * model.moe.top_k / model.moe.num_experts)
     out: dict[str, Any] = {
         "model_type": NAME,
         "architectures": ["HybridTrainForCausalLM"],

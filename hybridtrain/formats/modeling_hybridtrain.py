@@ -163,14 +163,26 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     def __init__(self, dim, moe):
         super().__init__()
+        self.most = moe["most"]  # tokens that an expert takes of a text; 0: all
         self.router = Router(dim, moe)
         self.experts = Experts(moe["num_experts"], dim, moe["hidden"])
         self.shared = SwiGLU(dim, moe["num_shared"] * moe["hidden"]) if moe["num_shared"] else None
 
-    def forward(self, x_BTD):
+    def forward(self, x_BTD, real_BT=None):
         x_ND = x_BTD.flatten(0, -2)
-        y_BTD = self.experts(x_ND, *self.router(x_ND)).view_as(x_BTD)
+        experts_NK, gates_NK = self.router(x_ND)
+        if self.most:
+            gates_NK = self.drop(experts_NK.view(*x_BTD.shape[:2], -1), gates_NK, real_BT)
+        y_BTD = self.experts(x_ND, experts_NK, gates_NK).view_as(x_BTD)
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
+
+    def drop(self, experts_BTK, gates_NK, real_BT):
+        """The gates, zero where `most` earlier tokens of the text chose the same expert; padding (not `real_BT`) takes no place."""
+        chosen_BTE = F.one_hot(experts_BTK, self.router.weight.size(0)).sum(2)
+        if real_BT is not None:
+            chosen_BTE = chosen_BTE * real_BT[:, :, None]
+        place_BTK = (chosen_BTE.cumsum(1) - chosen_BTE).gather(2, experts_BTK)
+        return gates_NK * (place_BTK < self.most).view_as(gates_NK)
 
 
 class Memory(nn.Module):
@@ -239,8 +251,8 @@ class Layer(nn.Module):
         self.memory = Memory(config, number) if has_memory else None
         self.mixer_norm, self.feedforward_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self.mixer = Attention(config)
-        dense = config.feedforwards[number] == "dense"
-        self.feedforward = SwiGLU(dim, config.intermediate_size) if dense else MoE(dim, config.moe)
+        self.is_moe = config.feedforwards[number] == "moe"
+        self.feedforward = MoE(dim, config.moe) if self.is_moe else SwiGLU(dim, config.intermediate_size)
 
 
 class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
@@ -274,20 +286,21 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids, attention_mask=None, labels=None, logits_to_keep=0, **kwargs):
         """Logits [B, T, V], or of the last `logits_to_keep` tokens; `attention_mask` [B, T] is 0 on padding, left or right."""
         starts_BT = input_ids == self.config.separator_token_id
-        if attention_mask is not None:
-            real_BT = attention_mask.bool()
+        real_BT = None if attention_mask is None else attention_mask.bool()
+        if real_BT is not None:
             starts_BT = starts_BT | (real_BT & ~F.pad(real_BT, (1, 0))[:, :-1])  # padding is a document of its own
         documents_BT = starts_BT.cumsum(-1)
         length = input_ids.size(1)
         mask_B1TT = (documents_BT[:, :, None] == documents_BT[:, None, :]).tril()[:, None]
         rotation_TR = rotations(length, self.config.head_dim, self.config.rope_theta, input_ids.device)
-        compressed_BT, reach_BT = self.grams(input_ids, starts_BT, attention_mask)
+        compressed_BT, reach_BT = self.grams(input_ids, starts_BT, real_BT)
         h_BTD = self.embed(input_ids)
         for layer in self.layers:
             if layer.memory is not None:
                 h_BTD = h_BTD + layer.memory(h_BTD, compressed_BT, reach_BT, documents_BT)
             h_BTD = h_BTD + layer.mixer(layer.mixer_norm(h_BTD), rotation_TR, mask_B1TT)
-            h_BTD = h_BTD + layer.feedforward(layer.feedforward_norm(h_BTD))
+            x_BTD = layer.feedforward_norm(h_BTD)
+            h_BTD = h_BTD + (layer.feedforward(x_BTD, real_BT) if layer.is_moe else layer.feedforward(x_BTD))
         if labels is None and logits_to_keep:
             h_BTD = h_BTD[:, -logits_to_keep:]
         logits_BTV = F.linear(self.norm(h_BTD), self.embed.weight if self.head is None else self.head.weight)
@@ -296,7 +309,7 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
             loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV)
 
-    def grams(self, input_ids, starts_BT, attention_mask) -> tuple[Tensor | None, Tensor | None]:
+    def grams(self, input_ids, starts_BT, real_BT) -> tuple[Tensor | None, Tensor | None]:
         """Compressed ids [B, T] and how many tokens to the left an n-gram may see: to its document, or to the text's beginning."""
         memory = self.config.memory
         if memory is None:
@@ -305,7 +318,7 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
         bounds_BT = starts_BT
         if memory["boundary"] == "stream":
             bounds_BT = torch.zeros_like(starts_BT)
-            if attention_mask is not None:
-                bounds_BT = F.pad(attention_mask.bool(), (1, 0))[:, :-1].logical_not() & attention_mask.bool()
+            if real_BT is not None:
+                bounds_BT = real_BT & ~F.pad(real_BT, (1, 0))[:, :-1]
         reach_BT = position_T - torch.where(bounds_BT, position_T, 0).cummax(-1).values
         return self.compression[input_ids], reach_BT

@@ -76,7 +76,7 @@ def test_training_goes_on_from_the_weights_at_any_layout(imported: Path, ci_data
     assert two == pytest.approx(one, rel=1e-4)
     before = evaluate_checkpoint(imported, "train", ci_data, batches=2)["loss"]
     assert one[0] == pytest.approx(before, rel=0.05)  # other windows of the same texts; a new model would have ln 1032 = 6.9
-    assert before > 8
+    assert before > 7.5
 
 
 def test_a_trained_table_is_taken_with_the_decay_that_it_owes(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:

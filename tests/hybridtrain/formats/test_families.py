@@ -130,12 +130,12 @@ def test_what_our_model_lacks_is_refused_by_name_all_at_once(ci_data: Path, tmp_
     folder = save_theirs(their_model("llama"), tmp_path / "theirs", ci_data)
     scaled = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaled["original_max_position_embeddings"] = 64
-    edit_config(folder, attention_bias=True, hidden_act="gelu", head_dim=25, vocab_size=1000, rope_parameters=scaled)
+    edit_config(folder, attention_bias=True, hidden_act="gelu", num_key_value_heads=3, vocab_size=1000, rope_parameters=scaled)
     assert refusal(folder, tmp_path / "ours") == [
         "attention_bias=true: biases in attention",
         'hidden_act="gelu": an activation other than SiLU',
         'rope_parameters.rope_type="llama3": scaled rotations',
-        "model.attention.head_dim=25 is odd; RoPE needs an even one, e.g. 26",
+        "model.attention.num_kv_heads=3 does not divide num_heads=4; it may be 1, 2 or 4",
         "tokenizer.json has 1024 entries, the embedding 1000 rows",
     ]
 
@@ -154,7 +154,7 @@ def test_tensors_that_are_not_the_configs_are_all_named(ci_data: Path, tmp_path:
     model = their_model("qwen3")
     model.model.layers[1].self_attn.extra = torch.nn.Linear(2, 3, bias=False)
     folder = save_theirs(model, tmp_path / "theirs", ci_data)
-    edit_config(folder, intermediate_size=100, num_hidden_layers=4)
+    edit_config(folder, intermediate_size=100, num_hidden_layers=4, layer_types=None)
     problems = refusal(folder, tmp_path / "ours")
     assert "model.layers.3.self_attn.q_norm.weight is missing" in problems
     assert "model.layers.0.mlp.down_proj.weight has shape [64, 96], must have [64, 100]" in problems
