@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -74,13 +73,14 @@ def load(parts: Parts, path: Path) -> int:
     if not (path / METADATA).is_file():
         raise CheckpointError(f"{path}: damaged: {METADATA} is missing")
     weights_only = bool(info.get("weights_only"))
-    for optimizer in [] if weights_only else parts.optimizers:
-        _materialize(optimizer)
+    if not weights_only:
+        parts.engine.allocate_state()
     for stage in range(len(parts.stages)):  # as many on every rank
         state = _state(parts, stage)
         if weights_only:
             state = {name: value for name, value in state.items() if name.startswith("model.") or name == "memory.table"}
         read_into(state, path, parts.mesh.world)
+        parts.engine.load_state(stage, state)
     if parts.memory is not None and not weights_only:
         parts.memory.load_scalars(info["memory_scalars"])
         if parts.settings.memory.fetch == "stale":
@@ -199,20 +199,11 @@ def _whole_state(parts: Parts) -> dict[str, Any]:
 
 
 def _state(parts: Parts, stage: int, with_copies: bool = True) -> dict[str, Any]:
-    """Every tensor of one of this rank's stages by its name in the whole model; DTensors carry their own place in the whole.
+    """Every tensor of one of this rank's stages by its name in the whole model, from the engine and the memory.
 
     The memory goes with the rank's first stage.
     """
-    model = parts.stages[stage]
-    values = model.state_dict()  # first: it puts FSDP's sharded parameters back, which a forward pass may have left gathered
-    copies = set() if with_copies else set(parts.schedule.copies)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    left_out = {names[parameter] for parameter in copies if parameter in names}
-    state: dict[str, Any] = {f"model.{name}": value for name, value in values.items() if name not in left_out}
-    for optimizer in parts.optimizers:
-        for parameter, slots in optimizer.state.items():
-            if (name := names.get(parameter)) is not None and name not in left_out:
-                state |= {f"optim.{name}.{key}": value for key, value in slots.items() if isinstance(value, Tensor)}
+    state: dict[str, Any] = {**parts.engine.state(stage, with_copies)}
     if parts.memory is not None and stage == 0:
         state |= {f"memory.{name}": value for name, value in parts.memory.state().items()}
     return state
@@ -271,16 +262,6 @@ def commit_folder(staging: Path, final: Path) -> None:
     os.rename(staging, final)
     sync_folder(final.parent)
     write_atomically(final.parent / "latest", final.name.encode())
-
-
-def _materialize(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer allocate its state, by a step that changes nothing: torch does it on the first step only."""
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # the loop sets it anew before every step
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def _prune(folder: Path, keep: int) -> None:

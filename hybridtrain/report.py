@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hybridtrain import __version__
-from hybridtrain.assemble import Parts, resolve_stages
+from hybridtrain.assemble import Parts, compute_dtype, resolve_stages
 from hybridtrain.metrics import Clock, MetricsLog, measure_matmul_peak
 from hybridtrain.model.count import count_parameters, flops_per_token
 from hybridtrain.optim.schedule import lr_scale
@@ -63,6 +63,7 @@ class Report:
             ("layout", f"{mesh.layout.describe()} on {mesh.device.type}, {torch.get_num_threads()} thread(s) a rank"),
             ("parameters", " · ".join(f"{name} {_short(n)}" for name, n in self.counts.items())),
             ("step", f"{s.train.global_batch} sequences x {s.train.seq_len} tokens in {s.train.micro_batches} micro-batch(es)"),
+            ("engine", self.parts.engine.name),
             ("matmul peak", f"{self.peak / 1e9:.1f} GFLOP/s over all ranks"),
         ]
         if mesh.layout.pp > 1:
@@ -255,12 +256,16 @@ def dropped_share(totals: dict[str, Tensor]) -> float | None:
 def implementations(parts: Parts) -> dict[str, str]:
     """What carries each operation in this run."""
     cuda = parts.mesh.device.type == "cuda"
+    train, dtype = parts.settings.train, compute_dtype(parts.settings, parts.mesh.device)
+    blocked = not cuda and dtype == torch.float32
+    compiled = " · compiled between exchanges" if train.compile else ""
     ops = {
+        "layers": f"{str(dtype).removeprefix('torch.')} · recompute {train.recompute}{compiled}",
         "attention": "torch scaled_dot_product_attention",
-        "rms_norm": "torch rms_norm" if cuda else "torch, own backward",
+        "rms_norm": "torch, own backward" if blocked else "torch rms_norm",
         "grouped_mlp": "torch grouped_mm",
         "permute": "torch index_select, own backward",
-        "head and loss": "torch cross_entropy" if cuda else "blocked over tokens, own backward",
+        "head and loss": "blocked over tokens, own backward" if blocked else "torch product, then cross_entropy",
     }
     if parts.mesh.tp.size > 1:
         ops["head and loss"] = f"vocabulary over tp={parts.mesh.tp.size}, blocked over tokens, own backward"

@@ -147,6 +147,20 @@ class TrainSettings(_Section):
     eval_every: Natural = Field(100, description="steps between validations; 0: only at the end")
     eval_batches: Natural = Field(0, description="global batches per validation during the run; 0 and at the end: the whole split")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the layers' arithmetic; auto: bfloat16 on CUDA, float32 elsewhere. Parameters stay float32"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what layers compute again in the backward pass: all but products and attention, or all; exchanges never",
+    )
+    compile: bool = Field(
+        False, description="torch.compile of every layer, between its exchanges and experts; needs a C++ compiler"
+    )
+    engine: Literal["native", "deepspeed"] = Field(
+        "native",
+        description="what shards, reduces and updates the backbone: FSDP2, or DeepSpeed's ZeRO (docs/deepspeed.md)",
+    )
 
 
 class ParallelSettings(_Section):
@@ -180,6 +194,15 @@ class ParallelSettings(_Section):
     timeout: Positive = Field(300, description="seconds a collective may take before the run is ended")
 
 
+class DeepSpeedSettings(_Section):
+    """Of `train.engine=deepspeed` alone. See docs/deepspeed.md."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what ranks cut among themselves: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters"
+    )
+    offload_optimizer: bool = Field(False, description="optimizer state and update on the CPU")
+
+
 class CheckpointSettings(_Section):
     every: Natural = Field(100, description="steps between checkpoints; 0: only at the end and on a signal")
     keep: Positive = Field(2, description="checkpoints kept")
@@ -193,6 +216,7 @@ class Settings(_Section):
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
     parallel: ParallelSettings = ParallelSettings()
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
 
     @model_validator(mode="after")

@@ -26,7 +26,6 @@ from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.parallel.collectives import Group, all_reduce_
 from hybridtrain.parallel.dispatch import DispatchMemoryError
 from hybridtrain.parallel.mesh import close_mesh
-from hybridtrain.parallel.norms import clip_by_global_norm, local_gradients, sum_over_tp, tp_copies
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.report import Report
 from hybridtrain.run_folder import RunFolder
@@ -172,31 +171,18 @@ def train_step(
         sums = reduce_sums({"loss": loss, "stop": torch.tensor(float(stop)), **statistics}, parts.mesh.world)
         for stage in stages:
             reset(stage)
-        params = [p for o in parts.optimizers for g in o.param_groups for p in g["params"]]
-        sum_over_tp(params, parts.mesh.tp)
-        copies = {id(p) for p in parts.schedule.copies}
-        counted = [p for p in params if id(p) not in copies]
-        norm, table_norm = clip_by_global_norm(
-            local_gradients(counted),
-            rows_grad,
-            parts.mesh,
-            settings.optim.clip_norm,
-            tp_copies(counted, parts.mesh.tp),
-            local_gradients(parts.schedule.copies),
-        )
+        norm, table_norm = parts.engine.clip(rows_grad, settings.optim.clip_norm)
     totals = Totals(float(sums.pop("loss")), sums, bool(sums.pop("stop") > 0), norm, table_norm)
 
     if math.isfinite(totals.loss) and math.isfinite(norm):
         with clock.phase("optimizer"):
-            set_learning_rates(parts.optimizers, scale)
-            for optimizer in parts.optimizers:
-                optimizer.step()
+            set_learning_rates(parts.engine.optimizers, scale)
+            parts.engine.step()
             if memory is not None and plan is not None and rows_grad is not None:
                 memory.update(plan, rows_grad, table_lr)
             for stage in stages:
                 apply_router_statistics(stage, sums)
-    for optimizer in parts.optimizers:
-        optimizer.zero_grad()
+    parts.engine.clear_gradients()
     return totals
 
 

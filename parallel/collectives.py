@@ -2,7 +2,8 @@
 sends for FSDP (fsdp.py) and between pipeline stages (pipeline.py) is counted in the same ledger.
 
 Bytes are payload by the ring or pairwise algorithm: what the fabric must carry for this rank, not what a backend
-adds. Groups of one rank do nothing and count nothing.
+adds. Groups of one rank do nothing and count nothing. What a layer calls is marked `replayed` (replay.py), so that a
+recomputed layer sends nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable would import the compiler here, for seconds
+
+from hybridtrain.parallel.replay import refuse_again, replayed, replayed_start
 
 Guard = Callable[[], AbstractContextManager[None]]
 
@@ -183,6 +187,7 @@ class _Arrive(torch.autograd.Function):
         return ctx.flight.begin(grads[0], ctx.flight.receive, ctx.flight.send), None
 
 
+@replayed_start
 def _begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Callable[[], Tensor]:
     out, _, work = _post_all_to_all(x, send, receive, group)
 
@@ -224,6 +229,7 @@ class _ReduceScatter(torch.autograd.Function):
         return _all_gather(grads[0], ctx.group), None
 
 
+@uncompiled
 def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
     """Every rank's `x` (all of one shape), stacked along a new dim 0; the gradient of each is summed over the ranks."""
     if group.size == 1:
@@ -232,6 +238,7 @@ def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+@uncompiled
 def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
     """The sum over the ranks of `x[i]` on rank i; dim 0 is the group's size. Its gradient is every rank's, stacked."""
     if group.size == 1:
@@ -240,6 +247,7 @@ def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+@replayed
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty((group.size, *x.shape))
     dist.all_gather_single(out, x.contiguous()[None], group=group.process_group)
@@ -247,6 +255,7 @@ def _all_gather(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+@replayed
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(x.shape[1:])
     dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group)
@@ -340,4 +349,5 @@ def _row_bytes(x: Tensor) -> int:
 
 
 def _count(group: Group, operation: str, sent: int) -> None:
+    refuse_again(f"{operation} over {group.name}")
     group.traffic.add(group.name, operation, sent)

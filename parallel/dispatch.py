@@ -17,7 +17,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hybridtrain.kernels.permute.op import Experts, gated_sum
 from hybridtrain.parallel.collectives import (
     Group,
     all_gather_autograd,
@@ -27,6 +26,8 @@ from hybridtrain.parallel.collectives import (
     reduce_scatter_autograd,
     start_all_to_all,
 )
+
+Experts = Callable[..., Tensor]  # (x_QD, experts_QK, gates_QK, absent=True) -> each token's gated sum over the experts here
 
 Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Callable[[], Tensor]]  # (x_ND, experts_NK, gates_NK, experts) -> finish
 
@@ -88,7 +89,7 @@ class AllToAllDispatch:
                 arrived = trips[-1].arrive()
             x_QD, experts_QK, gates_QK = arrived
             with trips[-1].load.guard():
-                y_QD = gated_sum(x_QD, experts_QK, gates_QK, trips[-1].here, experts)
+                y_QD = experts(x_QD, experts_QK, gates_QK, absent=True)
             for trip in reversed(trips):
                 y_QD = trip.come_home(y_QD)
             return y_QD

@@ -44,6 +44,7 @@ class ModelFacts:
     shared_hidden: int | None = None  # width of all shared experts together
     memory_slots: int | None = None  # of one memory layer
     expert_hidden: int | None = None
+    expert_multiple: int = 4  # elements of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -221,10 +222,11 @@ class Layout:
                 f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {facts.conv_reach} of memory.conv's reach; "
                 f"set train.seq_len >= {2 * self.cp * facts.conv_reach} or memory.conv=false"
             )
-        if self.etp > 1 and facts.expert_hidden is not None and facts.expert_hidden % (4 * self.etp):
+        if self.etp > 1 and facts.expert_hidden is not None and facts.expert_hidden % (facts.expert_multiple * self.etp):
             out.append(
-                f"parallel.etp={self.etp} cuts model.moe.hidden={facts.expert_hidden} into no multiples of 4, as grouped products "
-                f"need; set model.moe.hidden={_next_multiple(facts.expert_hidden, 4 * self.etp)} or etp=1"
+                f"parallel.etp={self.etp} cuts model.moe.hidden={facts.expert_hidden} into no multiples of "
+                f"{facts.expert_multiple}, as grouped products need; set model.moe.hidden="
+                f"{_next_multiple(facts.expert_hidden, facts.expert_multiple * self.etp)} or etp=1"
             )
         if self.tp > 1 and facts.dim % self.fsdp:  # tp cuts one dim of a matrix, so FSDP cuts the other, evenly
             out.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 
 from hybridtrain.parallel.collectives import Group, Traffic, gather_objects
@@ -17,7 +19,7 @@ from hybridtrain.parallel.layout import MEMORY_AXES, Layout, LayoutError
 
 @dataclass(frozen=True)
 class Mesh:
-    """Everything distributed that is handed to the run. In a world of one rank nothing here needs torch.distributed."""
+    """Everything distributed that a run is handed. A world of one rank needs no torch.distributed unless it mixes precisions."""
 
     layout: Layout
     rank: int
@@ -96,19 +98,26 @@ def make_mesh(
     timeout: float,
     rendezvous: str = "env://",
     table_device: torch.device | None = None,
+    *,
+    always: bool = False,
 ) -> Mesh:
     """Start torch.distributed for `layout.world` ranks and build all groups; `timeout` in seconds bounds every collective.
 
     The ranks meet at `rendezvous`: torchrun's environment, or a `file://` path that all of them see. `table_device` is where
-    this rank's part of the lookup table lies, None where the model does.
+    this rank's part of the lookup table lies, None where the model does. With `always` a world of one rank has device meshes
+    too, for FSDP, which then does nothing but mix precisions.
     """
     traffic = Traffic()
-    if layout.world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if layout.world == 1 and always and not dist.is_initialized():
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        atexit.register(close_mesh)  # evaluation and generation, unlike training, have no end of their own
+    elif layout.world > 1 and not dist.is_initialized():
         dist.init_process_group(
             backend, init_method=rendezvous, rank=rank, world_size=layout.world, timeout=timedelta(seconds=timeout)
         )
 
+    meshes = layout.world > 1 or always
     layouts = gather_objects(layout, _group(layout, rank, "world", "world", Traffic(), timeout))  # not of the run
     if any(other != layout for other in layouts):  # LOCAL_WORLD_SIZE may differ; ranks would wait for each other in other groups
         said = "; ".join(f"rank {i} has {other.describe()}" for i, other in enumerate(layouts) if other != layouts[i - 1])
@@ -116,12 +125,13 @@ def make_mesh(
 
     replicate = ("dp_replicate",) if layout.dp_replicate > 1 else ()  # a replicate dim of one would still cost an all-reduce
     tensor = ("tp",) if layout.tp > 1 else ()
+    etp = ("etp",) if layout.etp > 1 else ()
 
     def group(axis: str) -> Group:
         return _group(layout, rank, axis, axis, traffic, timeout)
 
-    dense_mesh = _device_mesh(layout, device, (*replicate, "fsdp", *tensor))
-    expert_mesh = _device_mesh(layout, device, (*replicate, "edp", "ep", *(("etp",) if layout.etp > 1 else ())))
+    dense_mesh = _device_mesh(layout, device, (*replicate, "fsdp", *tensor)) if meshes else None
+    expert_mesh = _device_mesh(layout, device, (*replicate, "edp", "ep", *etp)) if meshes else None
 
     def group_of(mesh: DeviceMesh | None, axis: str) -> Group:
         ranks = next(ranks for ranks in layout.groups(axis) if rank in ranks)
@@ -137,7 +147,7 @@ def make_mesh(
         traffic=traffic,
         world=group("world"),
         # its own also where it is all ranks: sends between stages must not queue behind collectives of the world
-        pp=_group(layout, rank, "pp", "pp", traffic, timeout, backend="nccl" if device.type == "cuda" else "gloo"),
+        pp=_group(layout, rank, "pp", "pp", traffic, timeout, backend=backend),
         dp=group("dp"),
         cp=group("cp"),
         tp=group("tp"),
@@ -151,7 +161,7 @@ def make_mesh(
         timeout=timeout,
         dense_mesh=dense_mesh,
         expert_mesh=expert_mesh,
-        memory_mesh=_device_mesh(layout, table_device or device, layout.memory_axes),
+        memory_mesh=_device_mesh(layout, table_device or device, layout.memory_axes) if layout.world > 1 else None,
     )
 
 
@@ -171,9 +181,7 @@ def close_mesh() -> None:
         dist.destroy_process_group()
 
 
-def _device_mesh(layout: Layout, device: torch.device, axes: Sequence[str]) -> DeviceMesh | None:
-    if layout.world == 1:
-        return None
+def _device_mesh(layout: Layout, device: torch.device, axes: Sequence[str]) -> DeviceMesh:
     names = ("pp", *axes) if layout.pp > 1 and "mem" not in axes else tuple(axes)
     mesh = DeviceMesh(device.type, torch.arange(layout.world).view(layout.shape(names)), mesh_dim_names=names)
     return mesh[tuple(axes)] if "pp" in names else mesh

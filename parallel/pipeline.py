@@ -46,8 +46,8 @@ class StageModule:
 
 
 class Pipeline:
-    """This rank's stages, ascending. `hidden` is the shape [B, T, D] of what passes between stages, `tokens` those of a
-    sequence that go into the first: more than T where ranks share the hidden state of a sequence.
+    """This rank's stages, ascending. `hidden` and `dtype` are shape [B, T, D] and type of what passes between stages, `tokens`
+    those of a sequence that go into the first: more than T where ranks share the hidden state of a sequence.
 
     `tied` are the parameters that the first and the last stage both hold, (first stage's, last stage's), None where a stage
     is not here; their gradients are summed, so that equal optimizers keep them equal.
@@ -60,16 +60,18 @@ class Pipeline:
         pp: Group,
         device: torch.device,
         hidden: tuple[int, int, int],
+        dtype: torch.dtype,
         tokens: int,
         micro_batches: int,
         tokens_per_step: int,
         tied: tuple[nn.Parameter | None, nn.Parameter | None] = (None, None),
     ) -> None:
-        self.stages, self.pp, self.device, self.hidden, self.tied = stages, pp, device, hidden, tied
+        self.stages, self.pp, self.device, self.tied = stages, pp, device, tied
+        self._hidden = torch.empty(hidden, dtype=dtype, device="meta", requires_grad=True)
         self.copies: Sequence[nn.Parameter] = [tied[1]] if tied[1] is not None else []
         last_rank = 0 if SCHEDULES[name].mirrored else pp.size - 1
         self._pair = (0, last_rank) if pp.rank in (0, last_rank) else None
-        self._torch_stages = [_TorchStage(stage, pp, device, hidden, tokens) for stage in stages]
+        self._torch_stages = [_TorchStage(stage, pp, device, self._hidden, tokens) for stage in stages]
         several = issubclass(_CLASSES[name], torch_schedules.PipelineScheduleMulti)
         self._schedule = _CLASSES[name](
             self._torch_stages if several else self._torch_stages[0],
@@ -127,7 +129,7 @@ class Pipeline:
     def _receive(self, stage: _TorchStage) -> Tensor | None:
         if stage.is_first:
             return None
-        h_BTD = torch.empty(self.hidden, device=self.device)
+        h_BTD = torch.empty_like(self._hidden, device=self.device, requires_grad=False)
         dist.recv(h_BTD, group=self.pp.process_group, group_src=stage.rank_of(stage.stage_index - 1))
         return h_BTD
 
@@ -145,11 +147,10 @@ class Pipeline:
 class _TorchStage(PipelineStage):
     """Torch's stage, whose inputs are looked up by micro-batch number instead of cut out of one large batch."""
 
-    def __init__(self, part: StageModule, pp: Group, device: torch.device, hidden: tuple[int, int, int], tokens: int) -> None:
+    def __init__(self, part: StageModule, pp: Group, device: torch.device, h_BTD: Tensor, tokens: int) -> None:
         stage = part.stage
         # with all shapes known torch exchanges none
-        h_BTD = torch.empty(hidden, device="meta", requires_grad=True)
-        tokens_BT = torch.empty((hidden[0], tokens), dtype=torch.int64, device="meta")
+        tokens_BT = torch.empty((len(h_BTD), tokens), dtype=torch.int64, device="meta")
         loss = torch.empty((), device="meta", requires_grad=True)
         super().__init__(
             part.module,

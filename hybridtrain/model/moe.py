@@ -12,8 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.kernels.grouped_mlp.op import grouped_swiglu
-from hybridtrain.kernels.permute.op import combine, gated_sum, permute, sort_by_expert
+from hybridtrain.kernels.moe_swiglu.op import moe_swiglu
 from hybridtrain.model.counters import Counters
 from hybridtrain.model.feedforward import SwiGLU
 from hybridtrain.model.router import Router
@@ -21,7 +20,7 @@ from hybridtrain.settings import Settings
 
 
 class GroupedExperts(nn.Module):
-    """One SwiGLU per expert, on rows sorted by expert."""
+    """One SwiGLU per expert."""
 
     def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
         super().__init__()
@@ -29,10 +28,10 @@ class GroupedExperts(nn.Module):
         self.w_up = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden, dim))
 
-    def forward(self, x_PD: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows through their experts: [P, D]. `counts_E` int64 counts the rows of each local expert and sums to P."""
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, absent: bool = False) -> Tensor:
+        """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 count nothing."""
         w_gate, w_up, w_down = (_local(w) for w in (self.w_gate, self.w_up, self.w_down))
-        return grouped_swiglu(x_PD, counts_E, w_gate, w_up, w_down)
+        return moe_swiglu(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down, absent)
 
 
 def _local(weight: Tensor) -> Tensor:
@@ -56,13 +55,7 @@ class LocalDispatch:
         self.drops = drops
 
     def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts) -> Callable[[], Tensor]:
-        num_experts = experts.w_gate.size(0)
-        if self.drops:
-            y_ND = gated_sum(x_ND, experts_NK, gates_NK, num_experts, experts)
-        else:
-            order_P, inverse_NK, counts_E = sort_by_expert(experts_NK, num_experts)
-            y_PD = experts(permute(x_ND, order_P, inverse_NK), counts_E)
-            y_ND = combine(y_PD, gates_NK, order_P, inverse_NK)
+        y_ND: Tensor = experts(x_ND, experts_NK, gates_NK, absent=self.drops)
         return lambda: y_ND
 
 

@@ -1,6 +1,6 @@
 """The permutation with hand-written gradients: gathers both ways, no scatter, no atomics, one fixed order of summation.
 
-N tokens, K experts per token, P = N*K pairs, X of them present, D width. See reference.py for the definition.
+N tokens, K experts per token, P = N*K pairs, D width. See reference.py for the definition.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridtrain.kernels.permute.reference import Experts, sort_by_expert
+from hybridtrain.kernels.permute.reference import sort_by_expert
 
-__all__ = ["Experts", "combine", "gated_sum", "permute", "sort_by_expert"]
+__all__ = ["combine", "permute", "sort_by_expert"]
 
 
 def permute(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
@@ -24,20 +24,6 @@ def permute(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
 def combine(y_PD: Tensor, gates_NK: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
     """Each token's sum over its pairs, weighted by the gates, k rising: [N, D] in the dtype of `y_PD`."""
     return _combine(y_PD, gates_NK, order_P, inverse_NK)
-
-
-def gated_sum(x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, num_experts: int, experts: Experts) -> Tensor:
-    """Each token's sum over those of its experts that are 0 to num_experts-1, weighted by the gates: [N, D].
-
-    For pairs of which many are absent (numbers outside, of experts elsewhere or of pairs that were dropped): they cost nothing.
-    """
-    flat_P = experts_NK.flatten()
-    pair_X = ((flat_P >= 0) & (flat_P < num_experts)).nonzero().flatten()
-    pair_X = pair_X[torch.argsort(flat_P[pair_X], stable=True)]
-    token_X = pair_X // experts_NK.shape[1]
-    y_XD = experts(x_ND.index_select(0, token_X), torch.bincount(flat_P[pair_X], minlength=num_experts))
-    y_XD = y_XD * gates_NK.flatten()[pair_X, None].to(y_XD.dtype)
-    return torch.zeros_like(x_ND).index_add(0, token_X, y_XD)
 
 
 class _Permute(torch.autograd.Function):

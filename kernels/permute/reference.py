@@ -5,12 +5,8 @@ N tokens, K experts per token, P = N*K pairs, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-
-Experts = Callable[[Tensor, Tensor], Tensor]  # (rows [P, D] sorted by expert, counts [E]) -> [P, D]
 
 
 def sort_by_expert(experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,14 +29,3 @@ def permute(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
 def combine(y_PD: Tensor, gates_NK: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
     """Each token's sum over its pairs, weighted by the gates, k rising: [N, D]."""
     return (y_PD[inverse_NK] * gates_NK[:, :, None]).sum(1)
-
-
-def gated_sum(x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, num_experts: int, experts: Experts) -> Tensor:
-    """Each token's sum over those of its experts that are 0 to num_experts-1, weighted by the gates: [N, D]."""
-    out_ND = torch.zeros_like(x_ND)
-    for expert in range(num_experts):
-        token_X, k_X = (experts_NK == expert).nonzero(as_tuple=True)
-        counts_E = torch.zeros(num_experts, dtype=torch.int64, device=x_ND.device)
-        counts_E[expert] = len(token_X)
-        out_ND = out_ND.index_add(0, token_X, experts(x_ND[token_X], counts_E) * gates_NK[token_X, k_X, None])
-    return out_ND

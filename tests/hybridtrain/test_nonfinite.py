@@ -36,7 +36,7 @@ def poison(parts: Parts, plan: StepPlan, where: str) -> None:
 def snapshot(parts: Parts) -> dict[str, torch.Tensor]:
     assert parts.memory is not None
     state = {f"memory.{name}": value for name, value in parts.memory.state().items()} | parts.model.state_dict()
-    for number, optimizer in enumerate(parts.optimizers):
+    for number, optimizer in enumerate(parts.engine.optimizers):
         for place, values in enumerate(optimizer.state.values()):
             state |= {f"optim.{number}.{place}.{key}": value for key, value in values.items()}
     return {name: (v.to_local() if hasattr(v, "to_local") else v).clone() for name, v in state.items()}

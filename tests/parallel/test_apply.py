@@ -81,7 +81,7 @@ def build(degrees: dict[str, int] | None, reshard: bool = False) -> Model:
     with torch.device("meta"):
         model = Model()
     mesh = mesh_here(**degrees) if degrees is not None else make_mesh(Layout.resolve(1), 0, torch.device("cpu"), 60)
-    parallelize(model, model.layers, mesh, num_experts=EXPERTS, reshard_after_forward=reshard, context=None)
+    parallelize(model, list(model.layers), mesh, num_experts=EXPERTS, reshard_after_forward=reshard, context=None)
     materialize(model, mesh.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -175,3 +175,11 @@ def test_write_local_asks_for_the_rows_that_are_here(rows: int) -> None:
         write_local(parameter, lambda part: asked.append(part) or torch.ones(rows, 2)[part])  # type: ignore[func-returns-value]
     assert asked == [slice(0, rows)]
     assert bool((parameter == 1).all())
+
+
+def test_another_precision_needs_a_mesh() -> None:
+    with torch.device("meta"):
+        model = Model()
+    mesh = make_mesh(Layout.resolve(1), 0, torch.device("cpu"), 60)
+    with pytest.raises(ValueError, match=r"torch.bfloat16 needs a mesh, also of one rank: make_mesh\(…, always=True\)"):
+        parallelize(model, list(model.layers), mesh, num_experts=EXPERTS, reshard_after_forward=False, dtype=torch.bfloat16)

@@ -162,7 +162,7 @@ def gradients(parts: Parts, batch: Batch) -> dict[str, Any]:
     rows = memory.new_gradient(plan)
     memory.push(plan.exchanges[0], rows)
     memory.exchange.reduce_replicas(rows)
-    params = [p for o in parts.optimizers for g in o.param_groups for p in g["params"]]
+    params = [p for o in parts.engine.optimizers for g in o.param_groups for p in g["params"]]
     sum_over_tp(params, mesh.tp)
     norm, table_norm = clip_by_global_norm(local_gradients(params), rows, mesh, 0.0, tp_copies(params, mesh.tp))
     grads = {name: full(p.grad) for name, p in model.named_parameters()}
