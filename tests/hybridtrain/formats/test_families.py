@@ -108,7 +108,7 @@ def test_the_imported_folder_is_evaluated_and_says_how_to_go_on(ci_data: Path, t
     assert (settings.train.init_from, settings.train.seq_len) == (str(tmp_path / "ours"), 64)
     assert settings.model.layers == ("3*attention+dense",)
     values = evaluate_checkpoint(tmp_path / "ours", "validation", ci_data, batches=1)
-    assert values["tokens"] == 4 * 64
+    assert values["tokens"] == 32 * 64
     assert values["perplexity"] > 100  # of random weights
     export_hf(tmp_path / "ours", tmp_path / "back")
     assert (tmp_path / "back/chat_template.jinja").read_text() == "{{ messages }}"
