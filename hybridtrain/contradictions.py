@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridtrain.settings import Settings, layer_specs
+from hybridtrain.settings import DataSettings, Settings, layer_specs
 
 WHOLE_BACKWARD = ("gpipe", "1f1b", "interleaved")
 """Schedules that take a micro-batch back through a stage at once, inputs and weights together."""
@@ -83,7 +83,12 @@ def contradictions(s: Settings) -> list[str]:
         )
     if s.train.engine == "deepspeed":
         out += _beyond_deepspeed(s)
-    if s.data.tokenizer and "vocab_size" in s.data.model_fields_set:
+        if s.train.init_from:
+            out.append(
+                "train.init_from: DeepSpeed keeps copies of the weights that would not be filled; "
+                "start with train.engine=native, and go on with --resume train.engine=deepspeed"
+            )
+    if s.data.tokenizer and s.data.vocab_size != DataSettings().vocab_size:  # written-out settings have the default too
         out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")
     return out
 
