@@ -16,7 +16,7 @@ from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.model.init import init_table
 from hybridtrain.model.rows import StepRows
 from hybridtrain.optim.rowwise import make_row_optimizer
-from hybridtrain.parallel.collectives import Pending
+from hybridtrain.parallel.flights import Pending
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.rows import Arrival, Route, RowExchange, RowPlan, RowPlanner, StepPlan
 from hybridtrain.parallel.schedule import MicroBatches

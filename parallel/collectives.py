@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +20,6 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable would import the compiler here, for seconds
 
 from hybridtrain.parallel.replay import refuse_again, replayed, replayed_start
-
-Guard = Callable[[], AbstractContextManager[None]]
 
 
 class Traffic:
@@ -67,129 +63,13 @@ class Group:
 
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """Send `send[i]` rows of `x` (dim 0, in order) to rank i and return the `receive[j]` rows of every rank j, in rank order."""
-    return x if group.size == 1 else _begin_all_to_all(x, send, receive, group)()
-
-
-class Pending:
-    """An all-to-all under way beside the computation; it holds what is sent until `wait` has given the result."""
-
-    def __init__(self, out: Tensor, sent: Tensor, work: dist.Work | None) -> None:
-        self._out, self._sent, self._work = out, sent, work
-        self._times: list[float] = []  # begun, waited for and ended, in any order of the last two
-        self._events: list[torch.cuda.Event] = []
-        if work is not None and out.is_cuda:
-            self._mark()
-        elif work is not None:
-            self._times.append(time.perf_counter())
-            work.get_future().add_done_callback(lambda _: self._times.append(time.perf_counter()))
-
-    def wait(self) -> Tensor:
-        """The rows of every rank, in rank order; on CUDA the current stream waits and not this thread. Call it once."""
-        out, work = self._out, self._work
-        if work is not None and out.is_cuda:
-            self._mark()
-            with torch.cuda.stream(torch.cuda.Stream(out.device)):
-                work.wait()
-                self._mark()
-        elif work is not None:
-            self._times.append(time.perf_counter())
-        if work is not None:
-            work.wait()
-        del self._out, self._sent, self._work
-        return out
-
-    def hidden_seconds(self) -> float:
-        """How long it travelled before it was waited for; to be asked after `wait`, on CUDA when the device has come so far."""
-        if self._events:
-            begun, *others = self._events
-            return float(min(begun.elapsed_time(event) for event in others)) / 1000
-        return min(self._times[1:]) - self._times[0] if self._times else 0.0
-
-    def _mark(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._events.append(event)
-
-
-def begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Pending:
-    """`all_to_all` that runs on beside what follows. Every rank begins it at the same place among the group's collectives."""
-    if group.size == 1:
-        return Pending(x, x, None)
-    return Pending(*_post_all_to_all(x, send, receive, group))
-
-
-def all_to_all_autograd(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, guard: Guard = nullcontext) -> Tensor:
-    """`all_to_all` whose gradient goes back the way its rows came."""
-    return start_all_to_all(x, send, receive, group, guard)()
-
-
-def start_all_to_all(
-    x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, guard: Guard = nullcontext
-) -> Callable[[], Tensor]:
-    """Begin `all_to_all_autograd`; what is returned ends it and must be called once.
-
-    What is computed in between runs while the rows travel, and so does its backward pass while their gradients travel back.
-    `guard` is entered around whatever allocates the rows received, there and back.
-    """
-    if group.size == 1:
-        return lambda: x
-    flight = _Flight(send, receive, group, guard)
-    token: Tensor = _Depart.apply(x, flight)  # type: ignore[no-untyped-call]
-
-    def finish() -> Tensor:
-        out: Tensor = _Arrive.apply(token, flight)  # type: ignore[no-untyped-call]
-        return out
-
-    return finish
-
-
-@dataclass
-class _Flight:
-    """One exchange: what both its ends need, and how to end what is under way, the rows or later their gradients."""
-
-    send: Sequence[int]
-    receive: Sequence[int]
-    group: Group
-    guard: Guard
-    finish: Callable[[], Tensor] | None = None
-
-    def begin(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """An empty tensor, which ties the two ends together for autograd and carries nothing."""
-        with self.guard():
-            self.finish = _begin_all_to_all(x, send, receive, self.group)
-        return x.new_empty(0)
-
-    def end(self) -> Tensor:
-        assert self.finish is not None, "an exchange ends once for every time that it begins"
-        finish, self.finish = self.finish, None
-        return finish()
-
-
-class _Depart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.begin(x, flight.send, flight.receive)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.end(), None
-
-
-class _Arrive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.end()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.begin(grads[0], ctx.flight.receive, ctx.flight.send), None
+    return x if group.size == 1 else launch_all_to_all(x, send, receive, group)()
 
 
 @replayed_start
-def _begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Callable[[], Tensor]:
-    out, _, work = _post_all_to_all(x, send, receive, group)
+def launch_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Callable[[], Tensor]:
+    """Begin an all-to-all; what is returned waits for it and gives the rows of every rank, in rank order."""
+    out, _, work = post_all_to_all(x, send, receive, group)
 
     def finish() -> Tensor:
         work.wait()
@@ -198,7 +78,7 @@ def _begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], gr
     return finish
 
 
-def _post_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> tuple[Tensor, Tensor, dist.Work]:
+def post_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> tuple[Tensor, Tensor, dist.Work]:
     """What will be received, what is sent and must live as long, and the work to wait for."""
     x = x.contiguous()
     out = x.new_empty((sum(receive), *x.shape[1:]))

@@ -21,11 +21,10 @@ from hybridtrain.parallel.collectives import (
     Group,
     all_gather_autograd,
     all_to_all,
-    all_to_all_autograd,
     exchange_counts,
     reduce_scatter_autograd,
-    start_all_to_all,
 )
+from hybridtrain.parallel.flights import all_to_all_autograd, start_all_to_all
 
 Experts = Callable[..., Tensor]  # (x_QD, experts_QK, gates_QK, absent=True) -> each token's gated sum over the experts here
 

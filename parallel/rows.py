@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hybridtrain.kernels.segment_sum import segment_sum
-from hybridtrain.parallel.collectives import Group, all_gather_uneven, all_reduce_, all_to_all, begin_all_to_all, exchange_counts
+from hybridtrain.parallel.collectives import Group, all_gather_uneven, all_reduce_, all_to_all, exchange_counts
+from hybridtrain.parallel.flights import begin_all_to_all
 
 
 class ExchangeError(RuntimeError):

@@ -63,7 +63,7 @@ def test_the_terminal_tells_the_way_of_tokens_and_what_was_dropped(ci_data: Path
 
 def train_without_memory(settings: Settings, rank: int) -> None:
     """On a rank: train; in the second step rank `rank` cannot allocate what a layer sends it."""
-    real, seen = collectives._begin_all_to_all, 0
+    real, seen = collectives.launch_all_to_all, 0
 
     def begin(x: torch.Tensor, *rest: Any) -> Any:
         nonlocal seen
@@ -73,7 +73,7 @@ def train_without_memory(settings: Settings, rank: int) -> None:
                 torch.empty(1 << 46)
         return real(x, *rest)
 
-    collectives._begin_all_to_all = begin  # type: ignore[assignment]
+    collectives.launch_all_to_all = begin  # type: ignore[assignment]
     train_here(settings, resume=False)
 
 

@@ -261,7 +261,7 @@ def check_overlap() -> None:
 
 def check_memory_errors() -> None:
     """An allocation fails on the way there, in the experts, on the way back; on both ranks at once, so that none waits."""
-    mesh, real = mesh_here(ep=2), collectives._begin_all_to_all
+    mesh, real = mesh_here(ep=2), collectives.launch_all_to_all
     out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     tokens = sum(TOKENS[:2]) if mesh.rank == 1 else 0  # all go to rank 1
     even = 2 * TOKENS[mesh.rank]
@@ -296,13 +296,13 @@ def check_memory_errors() -> None:
     own = experts_of(mesh.rank * 4, 4)
     for place in (1, 2, 3, 4):  # tokens there, results back, and in the backward pass their gradients
         seen.clear()
-        collectives._begin_all_to_all = failing_at(place)  # type: ignore[assignment]
+        collectives.launch_all_to_all = failing_at(place)  # type: ignore[assignment]
         with pytest.raises(DispatchMemoryError) as caught:
             run(own)
         assert str(caught.value).startswith(said)
         assert str(caught.value).endswith("(OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.)")
         assert len(seen) == place
-    collectives._begin_all_to_all = real
+    collectives.launch_all_to_all = real
     with pytest.raises(DispatchMemoryError) as caught:
         run(too_large)
     assert str(caught.value).startswith(said)
