@@ -31,6 +31,7 @@ _TYPES = {
 _ALIGNED = [["tt.divisibility", 16]]
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _SASS_ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.E(?:\.[A-Z0-9_]+)*")
+_SASS_SPILL = re.compile(r"\bSTL(?:\.[A-Z0-9_]+)*")
 _AMD_ACCESS = re.compile(r"\b(?:global|buffer)_(load|store)_(dwordx?\d*|[us]?byte|[us]?short)")
 _AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
 
@@ -88,10 +89,11 @@ def _read_nvidia(cubin: bytes, shared: int) -> Machine:
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         sass = _tool("nvdisasm", "-c", file.name)
-    registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    registers = int(re.search(r"\bREG:(\d+)", usage)[1])  # type: ignore[index]
+    spilled = sum(_sass_bits(instruction) for instruction in _SASS_SPILL.findall(sass)) // 8
     accesses = [(m[1] != "STG", _sass_bits(m[0])) for m in _SASS_ACCESS.finditer(sass)]
     matrix = len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|IMMA|QGMMA)\b", sass))
-    return Machine(registers, stack + local, shared, *_widths(accesses), matrix)
+    return Machine(registers, spilled, shared, *_widths(accesses), matrix)
 
 
 def _sass_bits(instruction: str) -> int:
