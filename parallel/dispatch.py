@@ -1,7 +1,6 @@
 """Expert parallelism's token exchange: a token travels once to each rank that has one of its experts, and one sum comes back.
 
-Shape legend: N tokens here, K experts per token, R ranks of `ep`, P (token, rank) pairs sent, Q pairs received,
-X (received token, local expert) pairs, D model width.
+Shape legend: N tokens here, K experts per token, R ranks of `ep`, P (token, rank) pairs sent, Q pairs received, D model width.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from hybridtrain.parallel.collectives import (
     reduce_scatter_autograd,
 )
 
-Experts = Callable[[Tensor, Tensor], Tensor]  # (x_XD sorted by expert, counts of each local expert) -> y_XD
+Experts = Callable[..., Tensor]  # (x_QD, local_QK, gates_QK, absent=True) -> each token's gated sum over its experts here
 
 Dispatch = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # (x_ND, experts_NK, gates_NK, experts) -> y_ND
 
@@ -46,20 +45,9 @@ class AllToAllDispatch:
         gates_QK = all_to_all_autograd(gates_NK.index_select(0, token_P), send, receive, self.group)
         local_QK = all_to_all(local_PK, send, receive, self.group)
 
-        y_QD = self._run_experts(x_QD, local_QK, gates_QK, experts)
+        y_QD = experts(x_QD, local_QK, gates_QK, absent=True)
         y_PD = all_to_all_autograd(y_QD, receive, send, self.group)
         return torch.zeros_like(x_ND).index_add(0, token_P, y_PD)
-
-    def _run_experts(self, x_QD: Tensor, local_QK: Tensor, gates_QK: Tensor, experts: Experts) -> Tensor:
-        """Each received token's weighted sum over its experts on this rank, experts rising."""
-        local = local_QK.flatten()
-        pair_X = ((local >= 0) & (local < self.experts_per_rank)).nonzero().flatten()
-        pair_X = pair_X[torch.argsort(local[pair_X], stable=True)]
-        token_X = pair_X // local_QK.shape[1]
-        counts = torch.bincount(local[pair_X], minlength=self.experts_per_rank)
-        y_XD = experts(x_QD.index_select(0, token_X), counts)
-        y_XD = y_XD * gates_QK.flatten()[pair_X, None].to(y_XD.dtype)
-        return torch.zeros_like(x_QD).index_add(0, token_X, y_XD)
 
 
 class SharedWidthDispatch:

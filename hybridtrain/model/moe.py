@@ -10,15 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.kernels.grouped_mlp.op import grouped_swiglu
-from hybridtrain.kernels.permute.op import combine, permute, sort_by_expert
+from hybridtrain.kernels.moe_swiglu.op import moe_swiglu
 from hybridtrain.model.feedforward import SwiGLU
 from hybridtrain.model.router import Router
 from hybridtrain.settings import Settings
 
 
 class GroupedExperts(nn.Module):
-    """One SwiGLU per expert, on rows sorted by expert."""
+    """One SwiGLU per expert."""
 
     def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
         super().__init__()
@@ -26,10 +25,10 @@ class GroupedExperts(nn.Module):
         self.w_up = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden, dim))
 
-    def forward(self, x_PD: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows through their experts: [P, D]. `counts_E` int64 counts the rows of each local expert and sums to P."""
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, absent: bool = False) -> Tensor:
+        """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 are none of these and count nothing."""
         w_gate, w_up, w_down = (_local(w) for w in (self.w_gate, self.w_up, self.w_down))
-        return grouped_swiglu(x_PD, counts_E, w_gate, w_up, w_down)
+        return moe_swiglu(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down, absent)
 
 
 def _local(weight: Tensor) -> Tensor:
@@ -47,9 +46,8 @@ class LocalDispatch:
     """All experts are on this device."""
 
     def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts) -> Tensor:
-        order_P, inverse_NK, counts_E = sort_by_expert(experts_NK, experts.w_gate.size(0))
-        y_PD = experts(permute(x_ND, order_P, inverse_NK), counts_E)
-        return combine(y_PD, gates_NK, order_P, inverse_NK)
+        out_ND: Tensor = experts(x_ND, experts_NK, gates_NK)
+        return out_ND
 
 
 class MoE(nn.Module):

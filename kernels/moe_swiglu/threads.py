@@ -1,0 +1,43 @@
+"""Work that falls into many small pieces, shared out among threads of one core each.
+
+A product of a few hundred rows is too small to be cut over cores: two cores make two of them side by side in less time than
+one after the other, and what one core has just written lies in its own cache when it reads it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+
+import torch
+
+
+def share_out(work: Callable[[Iterator[int]], None], pieces: Sequence[int]) -> None:
+    """`work(some)` on as many threads as torch has here, without gradients; together they draw every piece once, in order.
+
+    With fewer than two pieces a thread, `work` runs once, in the caller's thread, on all its cores.
+    """
+    left = iter(pieces)
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or len(pieces) < 2 * num_threads:
+        work(left)
+        return
+    for running in [_pool(num_threads).submit(work, left) for _ in range(num_threads)]:
+        running.result()
+
+
+@cache
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    pool, all_started = ThreadPoolExecutor(num_threads, "experts"), Barrier(num_threads)
+
+    def prepare() -> None:
+        torch.set_num_threads(1)  # this thread's own number, and that of threads to come
+        torch.set_grad_enabled(False)
+        all_started.wait()
+
+    for started in [pool.submit(prepare) for _ in range(num_threads)]:
+        started.result()
+    torch.set_num_threads(num_threads)  # for the threads to come
+    return pool

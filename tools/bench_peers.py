@@ -1,0 +1,178 @@
+"""hybridtrain beside transformers and DeepSpeed on the same MoE language model: `python tools/bench_peers.py [--ranks 1 2]`
+
+Every subject (tools/peers.py) lives in processes of its own and is told in turns to run some steps, so that other work on the
+machine hits all alike. Printed per case: tokens a second, the ratio of each peer's seconds to hybridtrain's round by round (median
+and quartiles), peak memory over all ranks, and the share of the peak of a large matrix product that was measured in the same rounds.
+Needs the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from hybridtrain.model.count import flops_per_token
+from tools.peers import MATMUL_FLOPS, Case, to_json
+
+OURS = "hybridtrain"
+Round = dict[str, list[dict[str, float]]]  # of each subject, every rank's answer
+
+
+class Subject:
+    """The processes of one subject, one a rank."""
+
+    def __init__(self, name: str, case: Case, folder: Path) -> None:
+        self.name = name
+        self.log = folder / f"{name.replace(':', '-')}.log"
+        store = tempfile.mktemp(dir=folder)
+        self.ranks = [self._start(case, rank, store) for rank in range(case.ranks)]
+
+    def _start(self, case: Case, rank: int, store: str) -> subprocess.Popen[str]:
+        root = Path(__file__).parent.parent
+        port = str(20000 + (os.getpid() * 7 + sum(map(ord, self.name))) % 20000)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": str(case.threads),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(case.ranks),
+            "LOCAL_WORLD_SIZE": str(case.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        with self.log.open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, str(root / "tools" / "peers.py"), self.name, to_json(case)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+            )
+
+    def answer(self) -> list[str]:
+        """One line of every rank. Raises RuntimeError with the end of the log where one died."""
+        lines = [rank.stdout.readline() for rank in self.ranks if rank.stdout is not None]
+        if not all(lines):
+            raise RuntimeError(f"{self.name} died:\n" + "\n".join(self.log.read_text().splitlines()[-15:]))
+        return lines
+
+    def run(self, steps: int) -> list[dict[str, float]]:
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(f"{steps}\n")
+            rank.stdin.flush()
+        return [json.loads(line) for line in self.answer()]
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def measure(case: Case, names: list[str], rounds: int, steps: int, warmup: int) -> list[Round]:
+    """All subjects in turns, forwards and backwards, `steps` steps each a round. Raises RuntimeError where the models differ in size."""
+    subjects: list[Subject] = []
+    parameters: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
+        try:
+            for name in names:
+                subjects.append(Subject(name, case, Path(folder)))
+                size = json.loads(subjects[-1].answer()[0])  # one after the other: each starts with the machine to itself
+                parameters |= {} if size is None else {name: size}
+            if len(set(parameters.values())) > 1:
+                raise RuntimeError(f"not the same model: {parameters} parameters")
+            out = []
+            for number in range(warmup + rounds):
+                order = subjects if number % 2 == 0 else subjects[::-1]
+                out.append({subject.name: subject.run(steps) for subject in order})
+            return out[warmup:]
+        finally:
+            for subject in subjects:
+                subject.close()
+
+
+def summarise(case: Case, rounds: list[Round], steps: int) -> dict[str, Any]:
+    """Per subject: tokens/s, ratio to hybridtrain by the clock and by CPU time, peak memory, share of the matmul peak."""
+    tokens = case.batch * case.seq_len
+    flops = flops_per_token(case.settings(), case.vocab) * tokens
+    peaks = [case.ranks * steps * MATMUL_FLOPS / _seconds(r["matmul"]) for r in rounds]
+    out: dict[str, Any] = {}
+    for name in rounds[0]:
+        if name == "matmul":
+            continue
+        seconds = [_seconds(r[name]) / steps for r in rounds]
+        out[name] = {
+            "tokens_per_second": _spread([tokens / s for s in seconds]),
+            "ratio": _spread([_seconds(r[name]) / _seconds(r[OURS]) for r in rounds]),
+            "cpu_ratio": _spread([sum(a["cpu"] for a in r[name]) / sum(a["cpu"] for a in r[OURS]) for r in rounds]),
+            "share_of_peak": _spread([flops / s / p for s, p in zip(seconds, peaks, strict=True)]),
+            "peak_bytes": sum(answer["bytes"] for answer in rounds[-1][name]),
+        }
+    return {"case": json.loads(to_json(case)), "rounds": len(rounds), "steps": steps, "peak_flops": _spread(peaks), "subjects": out}
+
+
+def _seconds(answers: list[dict[str, float]]) -> float:
+    return max(answer["seconds"] for answer in answers)
+
+
+def _spread(values: list[float]) -> list[float]:
+    """[median, lower quartile, upper quartile]"""
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return [median(values), low, high]
+
+
+def render(result: dict[str, Any]) -> str:
+    """One case as a markdown table."""
+    case = Case(**result["case"])
+    lines = [
+        f"{case.experts} experts, top {case.top_k}, width {case.hidden}; {case.ranks} rank(s) x {case.threads} thread(s), "
+        f"{result['rounds']} rounds of {result['steps']} steps; matmul peak {result['peak_flops'][0] / 1e9:.0f} "
+        f"({result['peak_flops'][1] / 1e9:.0f}-{result['peak_flops'][2] / 1e9:.0f}) GFLOP/s",
+        "",
+        "| | tokens/s | seconds / hybridtrain's | by CPU time | share of matmul peak | peak memory, MB |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, s in result["subjects"].items():
+        cells = [f"{s['tokens_per_second'][0]:,.0f}"]
+        cells += [f"{m:.2f} ({low:.2f}-{high:.2f})" for m, low, high in (s["ratio"], s["cpu_ratio"], s["share_of_peak"])]
+        lines.append(f"| {name} | {' | '.join(cells)} | {s['peak_bytes'] / 1e6:,.0f} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["8,2,512", "64,6,128"], help="experts,top_k,width of each case")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="numbers of ranks; the threads are shared out among them")
+    parser.add_argument("--threads", type=int, default=2, help="threads of all ranks together")
+    parser.add_argument("--peers", nargs="+", default=["transformers:grouped_mm", "deepspeed"], help="also transformers:eager, :batched_mm")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=2, help="steps of a round")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before")
+    for field in ("dim", "layers", "heads", "seq_len", "batch", "vocab"):
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=getattr(Case(), field))
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    args = parser.parse_args(argv)
+    if args.rounds < 2 or args.steps < 1 or args.warmup < 0:
+        parser.error("--rounds must be at least 2, --steps at least 1, --warmup at least 0")
+    base = Case(dim=args.dim, layers=args.layers, heads=args.heads, seq_len=args.seq_len, batch=args.batch, vocab=args.vocab)
+    for ranks in args.ranks:
+        for numbers in args.cases:
+            experts, top_k, hidden = map(int, numbers.split(","))
+            case = replace(base, experts=experts, top_k=top_k, hidden=hidden, ranks=ranks, threads=max(1, args.threads // ranks))
+            names = [OURS, *args.peers, "products", "matmul"]
+            result = summarise(case, measure(case, names, args.rounds, args.steps, args.warmup), args.steps)
+            print(json.dumps(result, indent=1) if args.json else render(result) + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
