@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts, resolve_stages
+from hybridtrain.kernels import choose
 from hybridtrain.metrics import Clock, MetricsLog, measure_matmul_peak
 from hybridtrain.model.count import count_parameters, flops_per_token
 from hybridtrain.optim.schedule import lr_scale
@@ -210,6 +211,8 @@ def implementations(parts: Parts) -> dict[str, str]:
     cuda = parts.mesh.device.type == "cuda"
     ops = {
         "attention": "torch scaled_dot_product_attention",
+        "rope": "torch complex product",
+        "swiglu": "torch, two passes",
         "rms_norm": "torch rms_norm" if cuda else "torch, own backward",
         "grouped_mlp": "torch grouped_mm",
         "permute": "torch index_select, own backward",
@@ -223,6 +226,10 @@ def implementations(parts: Parts) -> dict[str, str]:
             "segment_sum": "torch sort + embedding_bag" if cuda else "torch index_add",
             "row optimizer": type(parts.memory.optimizer).__name__,
         }
+    fused = {op: how for op, how in choose.table().items() if how != "torch"}
+    if "cross_entropy" in fused:
+        ops["head and loss"] = fused.pop("cross_entropy")
+    ops |= fused
     ops["dispatch"] = f"all-to-all over ep={parts.mesh.ep.size}" if parts.mesh.ep.size > 1 else "local"
     return ops
 
