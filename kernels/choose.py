@@ -1,7 +1,7 @@
 """Which implementation carries each op: chosen once, from the settings, and said aloud in the run header.
 
-`auto` is torch's formulation on the CPU and, on a GPU, what `ON_GPU` says. An implementation that is asked for by name and missing is
-refused with what is missing. The choice is the process's, like torch's own backends: an op asks `chosen` at each call.
+`auto` is torch's formulation on the CPU and, on a GPU, what `ON_GPU` says. An implementation that is asked for by name and missing
+is refused with what is missing. The choice is the process's, like torch's own backends: an op asks `chosen` at each call.
 """
 
 from __future__ import annotations

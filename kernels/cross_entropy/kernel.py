@@ -1,7 +1,8 @@
 """Cross-entropy in Triton, over a whole vocabulary or a shard of it; the maths is in README.md.
 
-N tokens, V vocabulary or this rank's part of it. `partial` gives the two numbers a token's loss is made of, both with a gradient; ranks
-that share a vocabulary join theirs in plain torch. `linear_cross_entropy_sum` goes by chunks of tokens: no logits of all of them exist.
+N tokens, V vocabulary or this rank's part of it. `partial` gives the two numbers a token's loss is made of, both with a gradient;
+ranks that share a vocabulary join theirs in plain torch. `linear_cross_entropy_sum` goes by chunks of tokens: no logits of all of
+them exist.
 """
 
 from __future__ import annotations
@@ -62,9 +63,7 @@ def _partial(logits_NV: Tensor, targets_N: Tensor, first: int) -> tuple[Tensor, 
     return lse, picked
 
 
-def _gradient(
-    grad_lse: Tensor, grad_picked: Tensor, logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, first: int
-) -> Tensor:
+def _gradient(grad_lse: Tensor, grad_picked: Tensor, logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, first: int) -> Tensor:
     out = torch.empty_like(logits_NV)
     N, V = logits_NV.shape
     block = min(BLOCK, max(64, triton.next_power_of_2(V)))

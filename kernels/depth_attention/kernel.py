@@ -1,7 +1,7 @@
 """Attention over depth in Triton: one program per token and key head, keys and values read once each; the maths is in README.md.
 
-N tokens, H query heads, G key/value heads, R = H/G queries a key head, S depth slots, C head width. Keys and values may lie in a larger
-preallocated buffer: slots and heads any distance apart, so no layer copies what earlier layers wrote.
+N tokens, H query heads, G key/value heads, R = H/G queries a key head, S depth slots, C head width. Keys and values may lie in a
+larger preallocated buffer: slots and heads any distance apart, so no layer copies what earlier layers wrote.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def depth_attention(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float)
     fits = k_NSGC.shape == v_NSGC.shape and k_NSGC.shape[::3] == (N, C) and k_NSGC.size(1) > 0 and H % k_NSGC.size(2) == 0
     if not fits or k_NSGC.stride() != v_NSGC.stride() or k_NSGC.stride(3) != 1:
         raise ValueError(
-            f"q {list(q_NHC.shape)}, k {list(k_NSGC.shape)} and v {list(v_NSGC.shape)} must be [N, H, C] and twice [N, S, G, C] with S "
-            f"at least 1 and H a multiple of G; strides {k_NSGC.stride()} and {v_NSGC.stride()} must be equal and end in 1"
+            f"q {list(q_NHC.shape)}, k {list(k_NSGC.shape)} and v {list(v_NSGC.shape)} must be [N, H, C] and twice [N, S, G, C] "
+            f"with S at least 1 and H a multiple of G; strides {k_NSGC.stride()} and {v_NSGC.stride()} must be equal and end in 1"
         )
     out: tuple[Tensor, Tensor] = _op(q_NHC.contiguous(), k_NSGC, v_NSGC, scale)
     return out
@@ -163,8 +163,8 @@ def depth_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v where the slots are part of a larger softmax with the global log-sum-exp `lse_NH`.
 
-    grad: of the global output; delta_NH: its product with that output, summed over C. For sequence attentions (FlashAttention) whose
-    log-sum-exp has no gradient: their backward, given the same two, makes the other part.
+    grad: of the global output; delta_NH: its product with that output, summed over C. For sequence attentions (FlashAttention)
+    whose log-sum-exp has no gradient: their backward, given the same two, makes the other part.
     """
     gradients: tuple[Tensor, Tensor, Tensor] = _op_backward(grad.contiguous(), q_NHC, k_NSGC, v_NSGC, lse_NH, delta_NH, scale)
     return gradients

@@ -1,4 +1,4 @@
-"""The definition of attention over depth: each token's queries look at what earlier layers wrote at that token (MoDA, arXiv 2603.15619).
+"""The definition of attention over depth: a token's queries look at what earlier layers wrote there (MoDA, arXiv 2603.15619).
 
 N tokens, H query heads, G key/value heads (H a multiple of G), S depth slots, C head width.
 """

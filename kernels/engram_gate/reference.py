@@ -11,7 +11,10 @@ from torch import Tensor
 def engram_gate(
     h_NMD: Tensor, k_NMD: Tensor, v_ND: Tensor, h_weight_MD: Tensor, k_weight_MD: Tensor, eps: float, floor: float
 ) -> tuple[Tensor, Tensor]:
-    """(gated values [N, M, D], gates [N, M]): g = sigmoid(sign(s) sqrt(max(|s|, floor))) of s = <h', k'> / sqrt(D), both RMS-normed."""
+    """(gated values [N, M, D], gates [N, M]).
+
+    g = sigmoid(sign(s) sqrt(max(|s|, floor))) with s = <h, k> / sqrt(D), both RMS-normed.
+    """
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight

@@ -88,9 +88,7 @@ class _MoESwiGLU(torch.autograd.Function):
 
         share_out(work, _largest_first(counts))
         ctx.counts = counts
-        ctx.save_for_backward(
-            x_ND, gates_NK, inverse_NK, token_P, weight_P1, gate_PF, up_PF, w_gate_EDF, w_up_EDF, w_down_EFD
-        )
+        ctx.save_for_backward(x_ND, gates_NK, inverse_NK, token_P, weight_P1, gate_PF, up_PF, w_gate_EDF, w_up_EDF, w_down_EFD)
         return F.embedding_bag(inverse_NK, y_PD, mode="sum")
 
     @staticmethod

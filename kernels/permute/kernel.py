@@ -1,6 +1,6 @@
 """The permutation in Triton: gathers of whole rows both ways, a weighted sum back, and padding of groups for aligned products.
 
-N tokens, K experts per token, P = N*K pairs, Q >= P places, D width. A place that no pair stands at has order -1 and a row of zeros.
+N tokens, K experts per token, P = N*K pairs, Q >= P places, D width. A place with no pair has order -1 and a row of zeros.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def _spread(x_ND: Tensor, order_Q: Tensor, inverse_NK: Tensor) -> Tensor:
     return out
 
 
-def _spread_gated(
-    grad_ND: Tensor, y_QD: Tensor, gates_NK: Tensor, order_Q: Tensor, inverse_NK: Tensor
-) -> tuple[Tensor, Tensor]:
+def _spread_gated(grad_ND: Tensor, y_QD: Tensor, gates_NK: Tensor, order_Q: Tensor, inverse_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y and of the gates from that of the combined rows."""
     out, grad_gates = torch.empty_like(y_QD), torch.empty_like(gates_NK)
     Q, D = y_QD.shape
@@ -108,9 +106,7 @@ def _(y_QD: Tensor, gates_NK: Tensor | None, order_Q: Tensor, inverse_NK: Tensor
 
 
 @_op_combine_backward.register_fake
-def _(
-    grad_ND: Tensor, y_QD: Tensor, gates_NK: Tensor, order_Q: Tensor, inverse_NK: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(grad_ND: Tensor, y_QD: Tensor, gates_NK: Tensor, order_Q: Tensor, inverse_NK: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(y_QD), torch.empty_like(gates_NK)
 
 

@@ -1,6 +1,6 @@
 """`hybridtrain kernels bench`: every kernel on this machine's GPU against its reference, torch.compile and installed libraries.
 
-Forward and backward together. An op whose output or gradients are off shows its error and no time. Nobody has run this on a GPU yet.
+Forward and backward together. An op whose output or gradients are off shows its error and no time. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ def bench(device: str = "cuda", scale: int = 1, seconds: Callable[[Callable[[], 
         base = None
         for name, candidate in candidates.items():
             error = errors(contest, candidate)
-            row: Row = {"op": contest.op, "shape": contest.shape, "candidate": name, "error": error, "right": error < BFLOAT16_ERROR}
+            row: Row = {"op": contest.op, "shape": contest.shape, "candidate": name, "error": error}
+            row["right"] = error < BFLOAT16_ERROR
             if row["right"]:
                 took = seconds(_prepare(candidate, contest.inputs))
                 base = took if name == "torch" else base
@@ -174,5 +175,6 @@ def show(rows: Sequence[Row]) -> str:
             lines.append(f"{head} wrong: error {row['error']:.2g} | | | |")
             continue
         speed_up = "" if row["speed_up"] is None else f"{row['speed_up']:.2f}"
-        lines.append(f"{head} {row['seconds'] * 1e3:.3f} ms | {row['rate'] / 1e12:.2f} T{row['unit']} | {row['peak_share']:.0%} | {speed_up} |")
+        took, rate = f"{row['seconds'] * 1e3:.3f} ms", f"{row['rate'] / 1e12:.2f} T{row['unit']}"
+        lines.append(f"{head} {took} | {rate} | {row['peak_share']:.0%} | {speed_up} |")
     return "\n".join(lines)

@@ -114,9 +114,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradients(ctx: Any, grad: Tensor, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale = ctx.saved_tensors
-    grad_x, grad_weight = _op_backward(
-        grad.contiguous(), grad_sum.contiguous() if ctx.with_residual else None, x, weight, scale
-    )
+    grad_x, grad_weight = _op_backward(grad.contiguous(), grad_sum.contiguous() if ctx.with_residual else None, x, weight, scale)
     return grad_x, grad_x if ctx.with_residual else None, grad_weight, None
 
 

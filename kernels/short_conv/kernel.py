@@ -122,9 +122,7 @@ def _input_kernel(
     tl.store(partial_ptr + program.to(tl.int64) * D + cols, tl.sum(grad_weight, 0), mask=cols < D)
 
 
-def _forward(
-    u_BTD: Tensor, weight_D: Tensor, kernel_JD: Tensor, documents_BT: Tensor | None, dilation: int, eps: float
-) -> Tensor:
+def _forward(u_BTD: Tensor, weight_D: Tensor, kernel_JD: Tensor, documents_BT: Tensor | None, dilation: int, eps: float) -> Tensor:
     out = torch.empty_like(u_BTD)
     B, T, D = u_BTD.shape
     tile, warps = row_tile(D)

@@ -70,7 +70,7 @@ def test_a_run_on_triton_alone_equals_one_on_torch(tmp_path: Path, capsys: pytes
 def test_a_run_refuses_what_is_missing(tmp_path: Path) -> None:
     from hybridtrain.train import train
 
-    with pytest.raises(SettingsError, match="kernels.rms_norm=apex needs the package apex"):
+    with pytest.raises(SettingsError, match=r"kernels\.rms_norm=apex needs the package apex"):
         train(ci_settings(tmp_path / "run", make_data(tmp_path / "data"), "kernels.rms_norm=apex"))
 
 

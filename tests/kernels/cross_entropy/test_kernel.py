@@ -39,7 +39,11 @@ def test_chunks_of_the_head(rows: int) -> None:
     targets = torch.randint(0, 100, (63,))
     targets[3] = -1
     inputs = [torch.randn(63, 24), torch.randn(100, 24)]
-    check(lambda h, w: kernel.linear_cross_entropy_sum(h, w, targets, -1, rows), lambda h, w: linear.linear_cross_entropy_sum(h, w, targets, -1), inputs)
+    check(
+        lambda h, w: kernel.linear_cross_entropy_sum(h, w, targets, -1, rows),
+        lambda h, w: linear.linear_cross_entropy_sum(h, w, targets, -1),
+        inputs,
+    )
 
 
 def test_logits_far_apart_and_minus_infinity() -> None:

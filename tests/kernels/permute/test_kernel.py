@@ -40,7 +40,8 @@ def test_padded_groups_change_nothing() -> None:
         assert torch.equal(spread[padded_order < 0], torch.zeros(len(padded_order) - N * K, D))
         return kernel.combine(spread * 2, gates, padded_order, padded_inverse)
 
-    check(through, lambda x: reference.combine(reference.permute(x, order, inverse) * 2, gates, order, inverse), [torch.randn(N, D)])
+    plain = lambda x: reference.combine(reference.permute(x, order, inverse) * 2, gates, order, inverse)  # noqa: E731
+    check(through, plain, [torch.randn(N, D)])
     group = torch.repeat_interleave(torch.arange(E), padded)
     experts = torch.repeat_interleave(torch.arange(E), counts)
     assert torch.equal(group[padded_inverse.reshape(-1)], experts[inverse.reshape(-1)])
