@@ -17,7 +17,6 @@ OPS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("torch", "triton", "liger", "apex"),
     "swiglu": ("torch", "triton", "liger"),
     "rope": ("torch", "triton"),
-    "engram_hash": ("torch", "triton"),
     "segment_sum": ("torch", "triton"),
     "permute": ("torch", "triton"),
     "cross_entropy": ("torch", "triton"),
@@ -28,7 +27,7 @@ ON_GPU = dict.fromkeys(OPS, "triton") | {"rms_norm": "torch", "grouped_mlp": "to
 
 # every folder with a kernel.py: those above, and those no run uses yet
 TRITON_OPS = (
-    *OPS, "row_gather", "rowwise_adam", "engram_gate", "short_conv", "router_topk", "depth_attention",
+    *OPS, "engram_hash", "row_gather", "rowwise_adam", "engram_gate", "short_conv", "router_topk", "depth_attention",
 )  # fmt: skip
 
 _MODULES = {"triton": "triton", "liger": "liger_kernel", "apex": "apex"}
@@ -75,8 +74,13 @@ def table() -> dict[str, str]:
 
 
 def chosen(op: str, x: Tensor) -> str:
-    """The implementation of `op` for a call with `x`: a DTensor is torch's to carry, whatever was chosen."""
-    return "torch" if hasattr(x, "to_local") else _table.get(op, "torch")
+    """The implementation of `op` for a call with `x`.
+
+    Torch's, whatever was chosen, for a DTensor, and on a GPU's host: rows and plans there are few.
+    """
+    if hasattr(x, "to_local") or (x.device.type == "cpu" and not _interpreted()):
+        return "torch"
+    return _table.get(op, "torch")
 
 
 def _missing(implementation: str, device_type: str) -> str | None:
@@ -86,7 +90,10 @@ def _missing(implementation: str, device_type: str) -> str | None:
     module = _MODULES[implementation]
     if importlib.util.find_spec(module) is None:
         return f"the package {module.replace('_', '-')}"
-    interpreted = implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device_type != "cuda" and not interpreted:
+    if device_type != "cuda" and not (implementation == "triton" and _interpreted()):
         return "a CUDA device" + (" (or TRITON_INTERPRET=1, which is for tests)" if implementation == "triton" else "")
     return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

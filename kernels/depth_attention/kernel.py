@@ -171,13 +171,11 @@ def depth_gradients(
 
 
 def cases() -> Iterator[Case]:
-    """32 query heads on 8 key heads: 32 slots of 64, and 16 slots of 128."""
-    N = 8192
-    for S, C in ((32, 64), (16, 128)):
-        q = torch.empty(N, 32, C, dtype=torch.bfloat16, device="meta")
-        k, lse = q.new_empty(N, S, 8, C), q.new_empty(N, 32, dtype=torch.float32)
-        shape, inputs = f"N={N} H=32 G=8 S={S} C={C}", num_bytes(q, k, k)
-        run = lambda q=q, k=k: _forward(q, k, k, 0.125)  # noqa: E731
-        back = lambda q=q, k=k, lse=lse: _backward(q, q, k, k, lse, lse, 0.125)  # noqa: E731
-        yield Case("depth_attention", f"forward {shape}", run, inputs + num_bytes(q, lse))
-        yield Case("depth_attention", f"backward {shape}", back, 2 * inputs + num_bytes(q, lse, lse))
+    """32 query heads on 8 key heads, 32 slots of 64."""
+    N, S, C = 8192, 32, 64
+    q = torch.empty(N, 32, C, dtype=torch.bfloat16, device="meta")
+    k, lse = q.new_empty(N, S, 8, C), q.new_empty(N, 32, dtype=torch.float32)
+    shape, inputs = f"N={N} H=32 G=8 S={S} C={C}", num_bytes(q, k, k)
+    yield Case("depth_attention", f"forward {shape}", lambda: _forward(q, k, k, 0.125), inputs + num_bytes(q, lse))
+    back = lambda: _backward(q, q, k, k, lse, lse, 0.125)  # noqa: E731
+    yield Case("depth_attention", f"backward {shape}", back, 2 * inputs + num_bytes(q, lse, lse))

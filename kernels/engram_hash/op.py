@@ -10,7 +10,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hybridtrain.kernels.choose import chosen
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 
 
@@ -22,10 +21,6 @@ def row_ids(addressing: Addressing, tokens: Tensor, starts: Tensor) -> Tensor:
     """
     if tokens.shape != starts.shape or tokens.ndim == 0:
         raise ValueError(f"tokens {list(tokens.shape)} and starts {list(starts.shape)} must have one shape [..., T]")
-    if chosen("engram_hash", tokens) == "triton":
-        from hybridtrain.kernels.engram_hash.kernel import row_ids as fused
-
-        return fused(addressing, tokens, starts)
     compression, multipliers_LJ, primes_LOK, offsets_LOK = _tables(addressing, tokens.device)
     T = tokens.shape[-1]
     compressed = compression.index_select(0, tokens.reshape(-1)).view(tokens.shape)  # refuses negative ids, as [] would not

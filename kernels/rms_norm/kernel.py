@@ -135,7 +135,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def cases() -> Iterator[Case]:
     """Forward and backward, alone and with a residual, at the widths of heads and of models."""
-    for N, D in ((524288, 128), (16384, 1024), (16384, 4096), (8192, 8192)):
+    for N, D in ((524288, 128), (16384, 4096)):
         x, scale = (torch.empty(s, dtype=d, device="meta") for s, d in (((N, D), torch.bfloat16), ((N,), torch.float32)))
         weight = x.new_empty(D)
         size = num_bytes(x)
