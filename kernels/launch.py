@@ -40,7 +40,7 @@ class Case:
     run: Callable[[], object]
     minimum: int
     flops: int = 0
-    bound: str = "memory"  # or "matrix"
+    bound: str = "memory"  # or "matrix", or "arithmetic" of other kinds
 
 
 _recorded: list[Launch] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -13,10 +14,10 @@ def short_conv(
     normed_BTD = u_BTD * (u_BTD.square().mean(-1, keepdim=True) + eps).rsqrt() * weight_D
     total_BTD = torch.zeros_like(u_BTD)
     T, taps = u_BTD.size(1), len(kernel_JD)
-    for t in range(T):
-        for j in range(taps):
-            back = t - (taps - 1 - j) * dilation
-            if back >= 0:
-                seen_B1 = torch.ones(len(u_BTD), 1) if documents_BT is None else documents_BT[:, [t]] == documents_BT[:, [back]]
-                total_BTD[:, t] = total_BTD[:, t] + normed_BTD[:, back] * kernel_JD[j] * seen_B1.to(u_BTD.dtype)
+    for j in range(taps):
+        back = min((taps - 1 - j) * dilation, T)
+        term_BTD = normed_BTD[:, : T - back] * kernel_JD[j]
+        if documents_BT is not None:
+            term_BTD = term_BTD * (documents_BT[:, back:] == documents_BT[:, : T - back])[:, :, None]
+        total_BTD = total_BTD + F.pad(term_BTD, (0, 0, back, 0))
     return total_BTD * total_BTD.sigmoid() + u_BTD

@@ -11,7 +11,7 @@ from hybridtrain.kernels.testing import check
 kernel = pytest.importorskip("hybridtrain.kernels.depth_attention.kernel", reason="needs triton", exc_type=ImportError)
 
 
-@pytest.mark.parametrize(("N", "H", "G", "S", "C"), [(1, 4, 2, 2, 60), (17, 6, 2, 9, 96), (3, 2, 1, 33, 100), (2, 8, 1, 3, 256)])
+@pytest.mark.parametrize(("N", "H", "G", "S", "C"), [(1, 4, 2, 2, 60), (7, 6, 2, 9, 96), (3, 2, 1, 33, 100), (2, 8, 1, 3, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_depth_attention(N: int, H: int, G: int, S: int, C: int, dtype: torch.dtype) -> None:
     inputs = [torch.randn(shape).to(dtype) for shape in ((N, H, C), (N, S, G, C), (N, S, G, C))]

@@ -21,6 +21,10 @@ ROOT = Path(__file__).parents[3]
 REPORT: dict[str, Any] = json.loads((ROOT / STORED).read_text(encoding="utf-8"))
 ROWS: list[dict[str, Any]] = REPORT["rows"]
 NVIDIA = ("sm_80", "sm_90", "sm_100")
+SMALL_OUTPUTS = {  # too little for 128 bits a thread; such a program reads 16 times as much or more
+    ("cross_entropy", "partial"),
+    ("depth_attention", "forward"),
+}
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
@@ -43,12 +47,10 @@ def test_nothing_spills() -> None:
 
 
 def test_memory_bound_kernels_move_128_bits_at_a_time() -> None:
-    narrow = [
-        name(row)
-        for row in ROWS
-        if row["bound"] == "memory" and row["target"] in NVIDIA and (row["load_bits"] < 128 or row["store_bits"] < 128)
-    ]
-    assert narrow == []
+    rows = [row for row in ROWS if row["bound"] == "memory" and row["target"] in NVIDIA]
+    assert [name(row) for row in rows if row["load_bits"] < 128] == []
+    narrow = {(row["op"], row["kernel"]) for row in rows if row["store_bits"] < 128}
+    assert narrow <= SMALL_OUTPUTS
 
 
 def test_matrix_kernels_use_tensor_cores() -> None:
