@@ -107,7 +107,7 @@ def _backward(
     numbers, constants = _arguments(q_NHC, k_NSGC, scale)
     launch(
         _backward_kernel, (len(q_NHC), k_NSGC.size(2)), grad, q_NHC, k_NSGC, v_NSGC, lse_NH, delta_NH, grad_q, grad_k, grad_v,
-        *numbers, constants=constants, num_warps=8,
+        *numbers, constants=constants,
     )  # fmt: skip
     return grad_q, grad_k, grad_v
 

@@ -62,7 +62,7 @@ def _row(job: tuple[str, int, str]) -> Row:
 
 def config(launch: Launch) -> str:
     """The tuned constants in words: "BLOCK_N=1 BLOCK_D=4096, 8 warps, 2 stages"."""
-    constants = " ".join(f"{k}={int(v)}" for k, v in launch.constants.items())
+    constants = " ".join(f"{k}={int(v) if isinstance(v, bool) else v}" for k, v in launch.constants.items())
     return f"{constants}, {launch.num_warps} warps, {launch.num_stages} stages"
 
 
