@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train picture test lint test-gpu clean
+.PHONY: help setup train picture test test-parity lint test-gpu clean
 
 help:
 	@echo "make train   set up, then train the quickstart on two ranks (runs/quickstart)"
 	@echo "make test    set up, then lint, type-check and test"
+	@echo "make test-parity   every legal layout of 2 and 4 ranks, and a sample of 8, against one rank"
 	@echo "make picture train the quickstart without memory too, and draw both curves"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make clean   remove the virtual environment and caches; runs/ stays"
@@ -41,6 +42,9 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+test-parity: $(READY)
+	$(BIN)/python -m pytest -q -m parity
 
 test-gpu: $(READY)
 	@$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'no CUDA device here: make test-gpu needs one GPU')" || exit 2

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hybridtrain.contradictions import unfit_widths
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels import choose
@@ -22,12 +23,16 @@ from hybridtrain.model.count import stage_costs
 from hybridtrain.model.engram import short_conv
 from hybridtrain.model.hybrid_lm import HybridLM, Part
 from hybridtrain.model.init import init_parameters
+from hybridtrain.model.moe import places_in_line
 from hybridtrain.model.rows import StepRows
 from hybridtrain.optim.groups import build_optimizers
 from hybridtrain.parallel.apply import materialize, parallelize, write_local
+from hybridtrain.parallel.compile import missing_compiler
 from hybridtrain.parallel.context import ContextParallel
+from hybridtrain.parallel.deepspeed import DeepSpeedEngine, missing
+from hybridtrain.parallel.engine import Engine, NativeEngine
 from hybridtrain.parallel.layout import Layout, ModelFacts
-from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, world_from_environment
+from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, ranks_of_a_node, world_from_environment
 from hybridtrain.parallel.pipeline import Pipeline, StageModule
 from hybridtrain.parallel.schedule import Accumulation, Schedule
 from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages, stage_problems
@@ -56,8 +61,7 @@ class Parts:
     vocabulary: Vocabulary
     stages: tuple[HybridLM, ...]
     memory: TableMemory | None
-    schedule: Schedule
-    optimizers: list[torch.optim.Optimizer]
+    engine: Engine
     positions: torch.Tensor | None  # under cp: the places in the sequence of this rank's tokens
 
     @property
@@ -65,6 +69,10 @@ class Parts:
         """The whole model, where this rank has it (pp 1)."""
         (model,) = self.stages
         return model
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.engine.schedule
 
     def set_mode(self, training: bool) -> None:
         for stage in self.stages:
@@ -88,6 +96,8 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
         ep=parallel.ep,
         mem=parallel.mem,
         etp=parallel.etp,
+        node_size=(parallel.node_size or ranks_of_a_node(world)) if parallel.dispatch == "hierarchical" else 0,
+        mem_placement=parallel.mem_placement,
     )
     specs = layer_specs(settings)
     has_conv = settings.memory.conv and any(s.memory for s in specs)
@@ -107,6 +117,7 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
             dense_hidden=model.dense.hidden if any(s.feedforward == "dense" for s in specs) else None,
             shared_hidden=model.moe.num_shared * model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
             memory_slots=slots if any(s.memory for s in specs) else None,
+            expert_multiple=8 if settings.train.precision == "bfloat16" else 4,
             expert_hidden=model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
         ),
         stage_problems(
@@ -122,15 +133,48 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
 
 
 def join_world(settings: Settings) -> Mesh:
-    """Start this rank: threads, device, process groups. Raises LayoutError before anything is started."""
+    """Start this rank: threads, device, process groups. Raises LayoutError or SettingsError before anything is started."""
+    if settings.train.engine == "deepspeed" and (problem := missing()):
+        raise SettingsError("train.engine=deepspeed", [problem])
     rank, world = world_from_environment()
     layout = resolve_layout(settings, world)
+    check_compiler(settings)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     device = choose_device()
     if device.type == "cpu":
         keep_freed_memory()
-    return make_mesh(layout, rank, device, settings.parallel.timeout, os.environ.get(RENDEZVOUS, "env://"))
+    rendezvous, mixed = os.environ.get(RENDEZVOUS, "env://"), compute_dtype(settings, device) != torch.float32
+    timeout = settings.parallel.timeout
+    return make_mesh(layout, rank, device, timeout, rendezvous, table_device(settings, device), always=mixed)
+
+
+def table_device(settings: Settings, device: torch.device) -> torch.device:
+    """Where this rank's part of the lookup table lies beside a model on `device`."""
+    return torch.device("cpu") if settings.memory.device == "host" else device
+
+
+def check_compiler(settings: Settings) -> None:
+    """Raise SettingsError where `train.compile` asks for a compiler that this machine has not."""
+    if settings.train.compile and (name := missing_compiler()) is not None:
+        problem = (
+            f"torch.compile needs a C++ compiler and there is no {name}; install one, name yours in CXX, or train.compile=false"
+        )
+        raise SettingsError("train.compile=true", [problem])
+
+
+def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """What the layers compute in on `device`; parameters, their gradients, router, losses and table are float32 always.
+
+    Raises SettingsError where `auto` means bfloat16 and the experts' widths do not go with it.
+    """
+    precision = settings.train.precision
+    by_name = device.type != "cuda" or settings.train.engine == "deepspeed"
+    if precision == "float32" or (precision == "auto" and by_name):
+        return torch.float32
+    if problems := unfit_widths(settings, 2):
+        raise SettingsError(f"train.precision={precision} is bfloat16 on {device.type}", problems)
+    return torch.bfloat16
 
 
 def keep_freed_memory() -> None:
@@ -178,11 +222,12 @@ def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | 
 def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing: Addressing | None) -> Parts:
     """Build the model on the meta device, shard it, and draw this rank's part of every parameter and of the table."""
     try:
-        choose.use(choose.resolve(settings.kernels.model_dump(), mesh.device.type))
+        choose.use(choose.resolve(settings.kernels.model_dump(), mesh.device.type), mesh.device.type)
     except choose.KernelChoiceError as error:
         raise SettingsError("settings", error.problems) from None
-    context = ContextParallel(mesh.cp, settings.train.seq_len, short_conv) if mesh.cp.size > 1 else None
+    context = ContextParallel(mesh.cp, settings.train.seq_len, short_conv, places_in_line) if mesh.cp.size > 1 else None
     positions = context.positions() if context is not None else None
+    dtype = compute_dtype(settings, mesh.device)
     here = [stage for stage in resolve_stages(settings, vocabulary.size) if stage.pp_rank == mesh.pp.rank]
     rows = StepRows()
     stages: list[HybridLM] = []
@@ -191,11 +236,15 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
             model = HybridLM(settings, vocabulary.size, Part(stage.low, stage.high, stage.is_first, stage.is_last), rows)
         parallelize(
             model,
-            model.layers.values(),
+            list(model.layers.values()),
             mesh,
             num_experts=settings.model.moe.num_experts,
             reshard_after_forward=settings.parallel.reshard_after_forward,
             context=context,
+            recompute=settings.train.recompute,
+            compiled=settings.train.compile,
+            dtype=dtype,
+            fsdp=settings.train.engine == "native",
         )
         materialize(model, mesh.device)
         model.positions_T = positions.to(mesh.device) if positions is not None else None
@@ -203,9 +252,8 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
         stages.append(model)
     layers = tuple(layer for model in stages for layer in model.memory_layers)
     memory = TableMemory(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
-    schedule = _schedule(settings, mesh, here, stages)
-    optimizers = build_optimizers(nn.ModuleList(stages), settings.optim)
-    return Parts(settings, mesh, vocabulary, tuple(stages), memory, schedule, optimizers, positions)
+    engine = _engine(settings, mesh, here, stages, dtype)
+    return Parts(settings, mesh, vocabulary, tuple(stages), memory, engine, positions)
 
 
 def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
@@ -219,7 +267,27 @@ def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
     return plan_stages(parallel.schedule, parallel.pp, parallel.stages_per_rank, cuts)
 
 
-def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM]) -> Schedule:
+def _engine(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype) -> Engine:
+    """What trains this rank's stages."""
+    train = settings.train
+    if train.engine == "native":
+        optimizers = build_optimizers(nn.ModuleList(stages), settings.optim)
+        return NativeEngine(stages, _schedule(settings, mesh, here, stages, dtype), optimizers, mesh)
+    (model,) = stages
+    return DeepSpeedEngine(
+        model,
+        lambda m: build_optimizers(m, settings.optim)[0],
+        mesh,
+        model.rows,
+        zero_stage=settings.deepspeed.zero_stage,
+        offload_optimizer=settings.deepspeed.offload_optimizer,
+        micro_batch=train.global_batch // train.micro_batches // mesh.layout.dp,
+        micro_batches=train.micro_batches,
+        tokens_per_step=train.global_batch * train.seq_len,
+    )
+
+
+def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype) -> Schedule:
     train = settings.train
     tokens_per_step = train.global_batch * train.seq_len
     if mesh.layout.pp == 1:
@@ -237,6 +305,7 @@ def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[Hy
         mesh.pp,
         mesh.device,
         (train.global_batch // train.micro_batches // mesh.layout.dp, tokens // mesh.layout.tp, settings.model.dim),
+        dtype,
         tokens,
         train.micro_batches,
         tokens_per_step,

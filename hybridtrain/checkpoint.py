@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts
 from hybridtrain.data.manifest import sync_folder, write_atomically
 from hybridtrain.errors import CheckpointError
+from hybridtrain.memory import TableMemory
 from hybridtrain.parallel.collectives import Group, gather_objects
 from hybridtrain.settings import Settings
+from hybridtrain.stale import PREFIX, names_for
 
 FORMAT = 1
 INFO = "checkpoint.json"
@@ -70,17 +72,20 @@ def load(parts: Parts, path: Path) -> int:
     info = read_info(path)
     if not (path / METADATA).is_file():
         raise CheckpointError(f"{path}: damaged: {METADATA} is missing")
-    for optimizer in parts.optimizers:
-        _materialize(optimizer)
+    parts.engine.allocate_state()
     try:
         with _quiet():
             for stage in range(len(parts.stages)):  # as many on every rank
-                state_dict_loader.load(_state(parts, stage), checkpoint_id=path, no_dist=parts.mesh.world.size == 1)
+                state = _state(parts, stage)
+                state_dict_loader.load(state, checkpoint_id=path, no_dist=parts.mesh.world.size == 1)
+                parts.engine.load_state(stage, state)
     except (Exception, CheckpointException) as error:
         problems = [f"  {p}" for p in _problems(error, parts.mesh.world.rank)]
         raise CheckpointError("\n".join([f"{path}: damaged or not of this model", *problems])) from None
     if parts.memory is not None:
         parts.memory.load_scalars(info["memory_scalars"])
+        if parts.settings.memory.fetch == "stale":
+            _load_stale(parts.memory, path, no_dist=parts.mesh.world.size == 1)
     return int(info["step"])
 
 
@@ -177,23 +182,30 @@ def _whole_state(parts: Parts) -> dict[str, Any]:
 
 
 def _state(parts: Parts, stage: int, with_copies: bool = True) -> dict[str, Any]:
-    """Every tensor of one of this rank's stages by its name in the whole model; DTensors carry their own place in the whole.
+    """Every tensor of one of this rank's stages by its name in the whole model, from the engine and the memory.
 
     The memory goes with the rank's first stage.
     """
-    model = parts.stages[stage]
-    values = model.state_dict()  # first: it puts FSDP's sharded parameters back, which a forward pass may have left gathered
-    copies = set() if with_copies else set(parts.schedule.copies)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    left_out = {names[parameter] for parameter in copies if parameter in names}
-    state: dict[str, Any] = {f"model.{name}": value for name, value in values.items() if name not in left_out}
-    for optimizer in parts.optimizers:
-        for parameter, slots in optimizer.state.items():
-            if (name := names.get(parameter)) is not None and name not in left_out:
-                state |= {f"optim.{name}.{key}": value for key, value in slots.items() if isinstance(value, Tensor)}
+    state: dict[str, Any] = {**parts.engine.state(stage, with_copies)}
     if parts.memory is not None and stage == 0:
         state |= {f"memory.{name}": value for name, value in parts.memory.state().items()}
     return state
+
+
+def _load_stale(memory: TableMemory, path: Path, no_dist: bool) -> None:
+    """The rows that the run had read ahead, where the checkpoint has any: this owner's, out of whatever pieces they lie in."""
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    section = "memory."
+    names = [name.removeprefix(section) for name in metadata if name.startswith(section + PREFIX)]
+    if not names:
+        return
+    state: dict[str, Any] = {}
+    for name in names_for(names, memory.low, memory.high):
+        entry: Any = metadata[section + name]
+        state[section + name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    with _quiet():
+        state_dict_loader.load(state, checkpoint_id=path, no_dist=no_dist)
+    memory.load_stale({name.removeprefix(section): value for name, value in state.items()})
 
 
 @contextmanager
@@ -232,16 +244,6 @@ def _commit(staging: Path, final: Path) -> None:
     os.rename(staging, final)
     sync_folder(final.parent)
     write_atomically(final.parent / "latest", final.name.encode())
-
-
-def _materialize(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer allocate its state, by a step that changes nothing: torch does it on the first step only."""
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # the loop sets it anew before every step
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def _prune(folder: Path, keep: int) -> None:

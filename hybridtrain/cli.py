@@ -46,12 +46,13 @@ def launch(
     resume: Resume = False,
 ) -> None:
     """Start N training ranks on this machine."""
-    from hybridtrain.assemble import resolve_layout
+    from hybridtrain.assemble import check_compiler, resolve_layout
     from hybridtrain.data.prepare import ensure_prepared
     from hybridtrain.launch.local import run_ranks
 
     settings = load_settings(config, overrides or [])
     resolve_layout(settings, nproc)  # refuse before anything starts
+    check_compiler(settings)
     ensure_prepared(settings.data)
     raise typer.Exit(run_ranks("hybridtrain.train:train", (settings, resume), nproc, threads=settings.run.threads))
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from hybridtrain.settings import Settings, layer_specs
 
+WHOLE_BACKWARD = ("gpipe", "1f1b", "interleaved")
+"""Schedules that take a micro-batch back through a stage at once, inputs and weights together."""
+
 
 def contradictions(s: Settings) -> list[str]:
     """Everything in which the sections do not fit each other, one line each with the nearest legal value."""
@@ -22,11 +25,7 @@ def contradictions(s: Settings) -> list[str]:
         )
     if attention.head_dim % 2:
         out.append(f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. {attention.head_dim + 1}")
-    for key, width in (("model.dim", s.model.dim), ("model.moe.hidden", moe.hidden)):
-        if width % 4 and any("moe" in entry for entry in s.model.layers):
-            out.append(
-                f"{key}={width} is no multiple of 4, as grouped products need (rows of 16 bytes); the next is {-(-width // 4) * 4}"
-            )
+    out += unfit_widths(s, 2 if s.train.precision == "bfloat16" else 4)
     if moe.top_k > moe.num_experts:
         out.append(f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to {moe.num_experts}")
     if moe.num_experts % moe.num_groups:
@@ -53,6 +52,15 @@ def contradictions(s: Settings) -> list[str]:
             f"memory.exchange_groups={memory.exchange_groups} does not divide train.micro_batches={s.train.micro_batches}; "
             f"it may be {_divisors(s.train.micro_batches)}"
         )
+    if memory.fetch == "overlap" and memory.optimizer == "adam":
+        out.append(
+            'memory.fetch="overlap" needs rows that an update leaves alone, and memory.optimizer="adam" changes all; '
+            'it may be "step" or "stale"'
+        )
+    if memory.fetch == "stale" and memory.exchange_groups > 1:
+        out.append(
+            f'memory.exchange_groups={memory.exchange_groups}: memory.fetch="stale" reads all rows of a step at once; it may be 1'
+        )
     parallel = s.parallel
     if parallel.pp > 1 and memory.exchange_groups > 1:
         out.append(
@@ -63,8 +71,63 @@ def contradictions(s: Settings) -> list[str]:
             f"parallel.reshard_after_forward=true frees parameters that parallel.schedule={parallel.schedule} still needs; "
             f"it may be false, or parallel.schedule gpipe or 1f1b"
         )
+    if parallel.pp > 1 and s.train.recompute != "none" and parallel.schedule not in WHOLE_BACKWARD:
+        out.append(
+            f"train.recompute={s.train.recompute}: parallel.schedule={parallel.schedule} goes back through a layer in parts "
+            f"and would run it again for each; it may be none, or parallel.schedule one of {', '.join(WHOLE_BACKWARD)}"
+        )
+    if s.train.compile and s.train.recompute == "selective":
+        out.append(
+            "train.recompute=selective: the products inside compiled layers are not seen; it may be none or full, "
+            "or train.compile=false"
+        )
+    if s.train.engine == "deepspeed":
+        out += _beyond_deepspeed(s)
     if s.data.tokenizer and "vocab_size" in s.data.model_fields_set:
         out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")
+    return out
+
+
+def unfit_widths(s: Settings, bytes_per_element: int) -> list[str]:
+    """Widths of experts that grouped products cannot take in elements of this size: rows must be multiples of 16 bytes."""
+    step = 16 // bytes_per_element
+    if not any("moe" in entry for entry in s.model.layers):
+        return []
+    return [
+        f"{key}={width} is no multiple of {step}, as grouped products need (rows of 16 bytes); "
+        f"the next is {-(-width // step) * step}"
+        for key, width in (("model.dim", s.model.dim), ("model.moe.hidden", s.model.moe.hidden))
+        if width % step
+    ]
+
+
+def _beyond_deepspeed(s: Settings) -> list[str]:
+    """What DeepSpeed cannot do with this model, or would do wrong without a word (docs/deepspeed.md)."""
+    engine, out = "train.engine=deepspeed", []
+    for axis in ("pp", "tp", "etp", "dp_replicate"):
+        if (degree := getattr(s.parallel, axis)) > 1:
+            out.append(f"parallel.{axis}={degree} with {engine}, which spreads over dp_shard, cp, ep and mem; {axis} may be 1")
+    if s.parallel.reshard_after_forward:
+        out.append(
+            f"parallel.reshard_after_forward=true with {engine}, which shards them by deepspeed.zero_stage=3; it may be false"
+        )
+    if s.optim.backbone != "adamw":
+        out.append(
+            f"optim.backbone={s.optim.backbone} with {engine}, whose flat parts of parameters are no matrices; it may be adamw"
+        )
+    if s.train.precision == "bfloat16":
+        out.append(
+            f"train.precision=bfloat16 with {engine}, which computes in the parameters' float32 here; it may be auto or float32"
+        )
+    stage, experts = s.deepspeed.zero_stage, any("moe" in entry for entry in s.model.layers)
+    if experts and stage == 3:
+        out.append(
+            "deepspeed.zero_stage=3 with moe layers: it would add up different experts of different ranks; it may be 0, 1 or 2"
+        )
+    if s.deepspeed.offload_optimizer and stage == 0:
+        out.append("deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3")
+    elif s.deepspeed.offload_optimizer and experts:
+        out.append("deepspeed.offload_optimizer=true with moe layers: experts were never tried on that path; it may be false")
     return out
 
 

@@ -24,7 +24,7 @@ def together(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
 
 @torch.no_grad()
 def evaluate(parts: Parts, split: Split, batches: int = 0) -> dict[str, float]:
-    """`loss` (nats per token), `perplexity`, `bits_per_byte` and `tokens` of the split, or of its first `batches` (0: all).
+    """`loss` (nats per token), `perplexity`, `bits_per_byte` and `tokens` of the split, or of its first global batches (0: all).
 
     Bits per byte spread the split's bytes evenly over its tokens; over a whole split that is exact. An empty split gives {}.
     """
@@ -36,7 +36,8 @@ def evaluate(parts: Parts, split: Split, batches: int = 0) -> dict[str, float]:
     dp_rank = mesh.layout.coordinate(mesh.rank, "dp")
     holds_head = any(stage.part.last for stage in parts.stages)  # what it counts is counted once along pp
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    batches_of_one = EvalBatches(split, settings.train.seq_len, batch_size, dp_rank, mesh.layout.dp, limit=batches)
+    limit = batches * settings.train.micro_batches
+    batches_of_one = EvalBatches(split, settings.train.seq_len, batch_size, dp_rank, mesh.layout.dp, limit=limit)
     for batch in together(batches_of_one, mesh.layout.pp):
         plan = None
         if memory is not None:

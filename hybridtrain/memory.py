@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,17 +16,29 @@ from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.model.init import init_table
 from hybridtrain.model.rows import StepRows
 from hybridtrain.optim.rowwise import make_row_optimizer
+from hybridtrain.parallel.collectives import Pending
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.rows import RowExchange, RowPlan, RowPlanner, StepPlan
+from hybridtrain.parallel.rows import Arrival, Route, RowExchange, RowPlan, RowPlanner, StepPlan
 from hybridtrain.parallel.schedule import MicroBatches
 from hybridtrain.settings import Settings
+from hybridtrain.stale import StaleRows
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The next exchange, under way."""
+
+    exchange: RowPlan
+    arrival: Arrival
+    stale: StaleRows | None  # in stale mode: what this owner's rows were when they were read
 
 
 class TableMemory:
     """Rows `low` to `high-1` of the packed table of all memory layers, and everything that a step does with them.
 
     A step calls `plan` (ahead, in the background), then for each of the plan's exchanges `fetch` before the forward passes
-    of its micro-batches and `push` after their backward passes, then `reduce` and `update`.
+    of its micro-batches, `fetch_ahead` for the exchange after it, and `push` after their backward passes, then `reduce` and
+    `update`. Table and row state lie on `mesh.table_device`; rows and gradients are on the model's device from `fetch` to `update`.
     """
 
     def __init__(
@@ -43,13 +56,26 @@ class TableMemory:
         self.addressing, self.mesh, self.rows, self.positions = addressing, mesh, rows, positions
         bounds = mesh.layout.row_bounds(addressing.num_rows)
         self.low, self.high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
-        self.table = init_table(settings.run.seed, self.low, self.high, memory.head_dim, memory.init_std).to(mesh.device)
+        self.table = init_table(settings.run.seed, self.low, self.high, memory.head_dim, memory.init_std).to(mesh.table_device)
         self.optimizer = make_row_optimizer(memory, self.table)
-        self.exchange = RowExchange(self.table, mesh.mem, mesh.mem_replicate, memory.checksum)
+        self.mode = memory.fetch
+        ahead = mesh.own_mem_group("ahead") if self.mode != "step" else None
+        self.exchange = RowExchange(self.table, mesh.mem, mesh.mem_replicate, memory.checksum, mesh.device, ahead)
         self._planners = {
-            name: RowPlanner(bounds, *mesh.planning_groups(name), mesh.device, exchange_groups=groups, checksum=memory.checksum)
-            for name, groups in (("plan", memory.exchange_groups), ("eval_plan", 1))
+            name: RowPlanner(
+                bounds,
+                *mesh.planning_groups(name),
+                mesh.device,
+                exchange_groups=groups,
+                checksum=memory.checksum,
+                table_device=mesh.table_device,
+                ahead=overlap,
+            )
+            for name, groups, overlap in (("plan", memory.exchange_groups, self.mode == "overlap"), ("eval_plan", 1, False))
         }
+        self._ahead: Ahead | None = None
+        self._saved: list[StaleRows] | None = None
+        self._arrived: list[Pending] = []
 
     def plan(self, batch: Batch, evaluate: bool = False) -> StepPlan:
         """Which rows the batch needs, from whom; collective, from tokens alone. A rank of `tp` takes its own slots only.
@@ -65,10 +91,59 @@ class TableMemory:
         return self._planners["eval_plan" if evaluate else "plan"].plan(ids)
 
     def fetch(self, plan: StepPlan, exchange: RowPlan) -> None:
-        """Bring the exchange's rows and give each of its micro-batches its leaf, numbered from 0."""
+        """Bring the exchange's rows, or what of them did not come ahead, and give each micro-batch its leaf, numbered from 0."""
         self.optimizer.catch_up(plan.touched_N)
-        rows_UD = self.exchange.fetch(exchange)
+        if self._ahead is not None and self._ahead.exchange is exchange:
+            rows_UD = self.exchange.complete(exchange, self._ahead.arrival)
+            self._arrived.append(self._ahead.arrival.pending)
+            self._ahead = None
+        else:
+            rows_UD = self.exchange.fetch(exchange)
         self.rows.set([rows_UD.index_select(0, select) for select in exchange.select])
+
+    def fetch_ahead(self, plan: StepPlan, number: int, next_plan: StepPlan | None, lr: float) -> None:
+        """Begin to bring the rows of the exchange after the plan's `number`-th (from 1), beside what the step computes on.
+
+        `memory.fetch` "overlap" takes the rows that no update changes until then, but for the decay of the coming one at rate
+        `lr`, which it applies to them; "stale" takes all of the next step's as they are. Rows are read here and now, before
+        anything writes to the table.
+        """
+        if self.mode == "step":
+            return
+        if number < len(plan.exchanges):  # of the same step, so no update lies between
+            exchange = plan.exchanges[number]
+            self._begin(exchange, exchange, self.optimizer.values(exchange.wanted_Q))
+        elif next_plan is not None:
+            if next_plan.number != plan.number + 1:
+                raise ValueError(f"plan {next_plan.number} does not follow plan {plan.number}")
+            exchange = next_plan.exchanges[0]
+            if self.mode == "stale":
+                self._begin_stale(next_plan, self.optimizer.values(next_plan.touched_N))
+            elif exchange.early is not None:
+                self._begin(exchange, exchange.early, self.optimizer.values(exchange.early.wanted_Q, lr))
+
+    def resume(self, plan: StepPlan | None) -> None:
+        """Send the first step's rows as the run that wrote the checkpoint had read them, one update early (stale mode)."""
+        if self._saved is None or plan is None:
+            return
+        values_ND = self.optimizer.values(plan.touched_N)
+        for piece in self._saved:
+            piece.write_over(plan.touched_N + self.low, values_ND)
+        self._saved = None
+        self._begin_stale(plan, values_ND)
+
+    def _begin(self, exchange: RowPlan, route: Route, rows_QD: Tensor, stale: StaleRows | None = None) -> None:
+        self._ahead = Ahead(exchange, self.exchange.begin(route, rows_QD), stale)
+
+    def _begin_stale(self, plan: StepPlan, values_ND: Tensor) -> None:
+        (exchange,) = plan.exchanges
+        rows_QD = self.exchange.upload(values_ND).index_select(0, exchange.slot_Q)
+        self._begin(exchange, exchange, rows_QD, StaleRows(plan.touched_N + self.low, values_ND))
+
+    def hidden_seconds(self) -> float:
+        """How long exchanges ran beside the computation since the last call; on CUDA the device must have come so far."""
+        seconds, self._arrived = sum(pending.hidden_seconds() for pending in self._arrived), []
+        return seconds
 
     def push(self, exchange: RowPlan, total_ND: Tensor) -> None:
         """Return the leaves' gradients to the rows' owners, added to `total_ND`, and let go of the leaves."""
@@ -81,14 +156,21 @@ class TableMemory:
 
     def new_gradient(self, plan: StepPlan) -> Tensor:
         """Zeros for the step's touched rows: `[N, head_dim]`, never table-sized."""
-        return torch.zeros(len(plan.touched_N), self.table.shape[1], dtype=torch.float32, device=self.table.device)
+        return torch.zeros(len(plan.touched_N), self.table.shape[1], dtype=torch.float32, device=self.mesh.device)
 
     def update(self, plan: StepPlan, grad_ND: Tensor, lr: float) -> None:
-        self.optimizer.step(plan.touched_N, grad_ND, lr)
+        self.optimizer.step(plan.touched_N, grad_ND.to(self.table.device), lr)
 
     def state(self) -> dict[str, Tensor]:
-        """Table and row state as logical tensors over all owners, for checkpoints."""
-        return {"table": self._logical(self.table), **{f"rows.{k}": self._logical(v) for k, v in self.optimizer.state.items()}}
+        """Table and row state as logical tensors over all owners, for checkpoints; in stale mode also the rows read ahead."""
+        state = {"table": self._logical(self.table), **{f"rows.{k}": self._logical(v) for k, v in self.optimizer.state.items()}}
+        if self._ahead is not None and self._ahead.stale is not None:
+            state |= self._ahead.stale.state(self.low, self.high)
+        return state
+
+    def load_stale(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` gave of the rows read ahead, from all owners that had rows of this one's."""
+        self._saved = StaleRows.pieces({name: value.to(self.table.device) for name, value in state.items()})
 
     def scalars(self) -> dict[str, Any]:
         return self.optimizer.scalars()
@@ -101,8 +183,9 @@ class TableMemory:
         if mesh is None:
             return local
         shape = torch.Size((self.addressing.num_rows, *local.shape[1:]))
+        placements = [Shard(0) if axis == "mem" else Replicate() for axis in self.mesh.layout.memory_axes]
         # cut along dim 0, so the whole has the strides of the part
-        return DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False, shape=shape, stride=local.stride())
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=local.stride())
 
 
 def by_exchange(batch: Batch, plan: StepPlan | None, device: torch.device) -> list[tuple[RowPlan | None, MicroBatches]]:

@@ -73,10 +73,10 @@ class MetricsLog:
         self._task = self._progress.add_task("train", total=total_steps, completed=resumed_at, note="")
         self._progress.start()
 
-    def step(self, step: int, loss: float) -> None:
+    def step(self, step: int, note: str) -> None:
         """Move the progress bar."""
         if self.active:
-            self._progress.update(self._task, completed=step, note=f"loss {loss:.4f}")
+            self._progress.update(self._task, completed=step, note=note)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and every number of it in TensorBoard; lists go to the file and, by index, to the board."""

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hybridtrain import __version__
-from hybridtrain.assemble import Parts, resolve_stages
+from hybridtrain.assemble import Parts, compute_dtype, resolve_stages
 from hybridtrain.kernels import choose
 from hybridtrain.metrics import Clock, MetricsLog, measure_matmul_peak
 from hybridtrain.model.count import count_parameters, flops_per_token
@@ -26,6 +26,13 @@ from hybridtrain.run_folder import SUMMARY
 
 if TYPE_CHECKING:
     from hybridtrain.train import Totals
+
+
+FETCH = {
+    "step": "rows come before their step",
+    "overlap": "rows that the step before leaves alone come during it",
+    "stale": "all rows come during the step before, one update old",
+}
 
 
 class Report:
@@ -44,6 +51,7 @@ class Report:
         self._mark = time.perf_counter()
         self._logged_at = start
         self._traffic: dict[str, int] = {}
+        self._fetch_seconds, self._exposed_seconds = 0.0, 0.0
         self._last: dict[str, Any] = {}
         self._validation: dict[str, float] = {}
 
@@ -56,17 +64,16 @@ class Report:
             ("layout", f"{mesh.layout.describe()} on {mesh.device.type}, {torch.get_num_threads()} thread(s) a rank"),
             ("parameters", " · ".join(f"{name} {_short(n)}" for name, n in self.counts.items())),
             ("step", f"{s.train.global_batch} sequences x {s.train.seq_len} tokens in {s.train.micro_batches} micro-batch(es)"),
+            ("engine", self.parts.engine.name),
             ("matmul peak", f"{self.peak / 1e9:.1f} GFLOP/s over all ranks"),
         ]
         if mesh.layout.pp > 1:
             rows.append(("pipeline", self._pipeline()))
         if memory is not None:
-            rows.append(
-                (
-                    "table",
-                    f"{memory.addressing.num_rows:,} rows x {s.memory.head_dim}, rows {memory.low:,} to {memory.high - 1:,} here",
-                )
-            )
+            here = f"rows {memory.low:,} to {memory.high - 1:,} here"
+            where = f"in {s.memory.device} memory ({memory.table.device.type})"
+            rows.append(("table", f"{memory.addressing.num_rows:,} rows x {s.memory.head_dim}, {here} {where}"))
+            rows.append(("fetch", f"{s.memory.fetch}: {FETCH[s.memory.fetch]}"))
         rows += [(f"op {name}", how) for name, how in implementations(self.parts).items()]
         for row in rows:
             table.add_row(*row)
@@ -86,7 +93,9 @@ class Report:
         self._seconds += now - self._mark
         self._mark = now
         settings = self.parts.settings
-        self.log.step(done, totals.loss)
+        share = dropped_share(totals.statistics)
+        dropped = f"  dropped {share:.2%}" if share is not None else ""
+        self.log.step(done, f"loss {totals.loss:.4f}{dropped}")
         if done % settings.train.log_every and done != settings.train.steps and not totals.stop:
             return
         steps = done - self._logged_at
@@ -101,21 +110,34 @@ class Report:
             **{f"seconds/{name}": seconds / steps for name, seconds in phases.items()},
             **self._bytes(steps),
         }
-        if plan is not None and plan.lookups:  # a rank's own; without a memory layer in its stages there are none
+        if plan is not None:
+            values |= self._memory(plan, phases["fetch"], steps)
+        self.log.write(done, values)
+        if not self.log.active or not self.log.console.is_terminal:
+            self.log.say(
+                f"step {done:6d}  loss {totals.loss:.4f}  grad norm {totals.grad_norm:.3f}  "
+                f"{values['tokens_per_second']:,.0f} tokens/s{dropped}"
+            )
+        self._last = values
+        self._total_seconds += self._seconds
+        self._seconds, self._logged_at = 0.0, done
+
+    def _memory(self, plan: StepPlan, exposed: float, steps: int) -> dict[str, float]:
+        """This rank's rows of the last step, and how long its fetches took: `exposed` seconds of them the loop waited."""
+        assert self.parts.memory is not None
+        seconds = exposed + self.parts.memory.hidden_seconds()
+        self._fetch_seconds += seconds
+        self._exposed_seconds += exposed
+        values = {"memory/fetch_seconds": seconds / steps, "memory/fetch_exposed_seconds": exposed / steps}
+        if plan.lookups:  # without a memory layer in its stages there are none
             values |= {
                 "memory/lookups": plan.lookups,
                 "memory/unique_rows": plan.unique,
                 "memory/unique_share": plan.unique / plan.lookups,
             }
-        self.log.write(done, values)
-        if not self.log.active or not self.log.console.is_terminal:
-            self.log.say(
-                f"step {done:6d}  loss {totals.loss:.4f}  grad norm {totals.grad_norm:.3f}  "
-                f"{values['tokens_per_second']:,.0f} tokens/s"
-            )
-        self._last = values
-        self._total_seconds += self._seconds
-        self._seconds, self._logged_at = 0.0, done
+        if plan.late_rows is not None:
+            values["memory/late_rows"] = plan.late_rows
+        return values
 
     @contextmanager
     def outside_training(self) -> Iterator[None]:
@@ -146,6 +168,11 @@ class Report:
 
     def finish(self, done: int) -> dict[str, Any]:
         summary = self._summarise(done, stopped=False)
+        if self.parts.memory is not None:
+            self.log.say(
+                f"memory rows: {1000 * summary['memory_fetch_seconds']:.1f} ms a step to fetch, of which the step waited "
+                f"{1000 * summary['memory_fetch_exposed_seconds']:.1f} ms (memory.fetch={self.parts.settings.memory.fetch})"
+            )
         self.log.say(f"run files: {self.folder}    curves: tensorboard --logdir {self.folder / 'tensorboard'}")
         return summary
 
@@ -162,6 +189,7 @@ class Report:
             "train_seconds": seconds,
             "tokens_per_second": tokens / seconds if seconds else None,
             "share_of_matmul_peak": tokens * self.flops / seconds / self.peak if seconds else None,
+            **self._fetches(done - self.start),
             **{f"params_{name}": count for name, count in self.counts.items()},
             "layout": self.parts.mesh.layout.describe(),
             "world": self.parts.mesh.layout.world,
@@ -172,6 +200,15 @@ class Report:
         if self.log.active:
             (self.folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         return summary
+
+    def _fetches(self, steps: int) -> dict[str, float]:
+        if self.parts.memory is None:
+            return {}
+        steps = max(steps, 1)
+        return {
+            "memory_fetch_seconds": self._fetch_seconds / steps,
+            "memory_fetch_exposed_seconds": self._exposed_seconds / steps,
+        }
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         rate = steps * self.parts.tokens_per_step / seconds
@@ -201,22 +238,37 @@ def layer_statistics(totals: dict[str, Tensor]) -> dict[str, Any]:
             out[f"{layer}/router_entropy"] = float(value / totals[f"{layer}.router_tokens"])
         elif what == "gate_sum":
             out[f"{layer}/gate_mean"] = float(value / totals[f"{layer}.gate_count"])
+        elif what == "dropped_pairs":
+            out[f"{layer}/dropped_share"] = float(value / totals[f"{layer}.expert_tokens"].sum())
         elif what in ("aux_loss", "z_loss"):
             out[f"{layer}/{what}"] = float(value)
     return out
 
 
+def dropped_share(totals: dict[str, Tensor]) -> float | None:
+    """Of the step's token-expert pairs over all layers, those that full experts dropped; None without a capacity."""
+    dropped, pairs = (
+        sum(float(value.sum()) for name, value in totals.items() if name.endswith(what))
+        for what in (".dropped_pairs", ".expert_tokens")
+    )
+    return dropped / pairs if any(name.endswith(".dropped_pairs") for name in totals) else None
+
+
 def implementations(parts: Parts) -> dict[str, str]:
     """What carries each operation in this run."""
     cuda = parts.mesh.device.type == "cuda"
+    train, dtype = parts.settings.train, compute_dtype(parts.settings, parts.mesh.device)
+    blocked = not cuda and dtype == torch.float32
+    compiled = " · compiled between exchanges" if train.compile else ""
     ops = {
+        "layers": f"{str(dtype).removeprefix('torch.')} · recompute {train.recompute}{compiled}",
         "attention": "torch scaled_dot_product_attention",
         "rope": "torch complex product",
         "swiglu": "torch, two passes",
-        "rms_norm": "torch rms_norm" if cuda else "torch, own backward",
+        "rms_norm": "torch, own backward" if blocked else "torch rms_norm",
         "grouped_mlp": "torch grouped_mm",
         "permute": "torch index_select, own backward",
-        "head and loss": "torch cross_entropy" if cuda else "blocked over tokens, own backward",
+        "head and loss": "blocked over tokens, own backward" if blocked else "torch product, then cross_entropy",
     }
     if parts.mesh.tp.size > 1:
         ops["head and loss"] = f"vocabulary over tp={parts.mesh.tp.size}, blocked over tokens, own backward"
@@ -226,12 +278,20 @@ def implementations(parts: Parts) -> dict[str, str]:
             "segment_sum": "torch sort + embedding_bag" if cuda else "torch index_add",
             "row optimizer": type(parts.memory.optimizer).__name__,
         }
-    fused = {op: how for op, how in choose.table().items() if how != "torch"}
-    if "cross_entropy" in fused:
-        ops["head and loss"] = fused.pop("cross_entropy")
-    ops |= fused
-    ops["dispatch"] = f"all-to-all over ep={parts.mesh.ep.size}" if parts.mesh.ep.size > 1 else "local"
+    for op, how in choose.table().items():
+        row = "head and loss" if op == "cross_entropy" else op
+        if how != "torch" and row in ops and not (op == "cross_entropy" and parts.mesh.tp.size > 1):
+            ops[row] = how
+    ops["dispatch"] = _dispatch(parts)
     return ops
+
+
+def _dispatch(parts: Parts) -> str:
+    levels = ", then ".join(f"{group.name}={group.size}" for group in parts.mesh.ep_levels)
+    how = f"all-to-all over {levels}" if parts.mesh.ep.size > 1 else "local"
+    if parts.settings.parallel.dispatch == "hierarchical" and parts.mesh.layout.ep_inter == 1:
+        how += " (hierarchical: ep x etp is on one node)"
+    return how
 
 
 def _short(count: int) -> str:

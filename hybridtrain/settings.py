@@ -68,6 +68,10 @@ class MoESettings(_Section):
     bias_rate: NonNegative = Field(0.001, description="step of the auxiliary-loss-free selection bias; 0 turns it off")
     aux_weight: NonNegative = Field(0.0, description="weight of the global load-balance loss")
     z_weight: NonNegative = Field(0.0, description="weight of the router z-loss")
+    capacity: NonNegative = Field(
+        0.0,
+        description="pairs that an expert takes of a sequence, as a multiple of the even share; it drops the later tokens'; 0: all",
+    )
 
 
 class ModelSettings(_Section):
@@ -100,6 +104,14 @@ class MemorySettings(_Section):
     init_std: float = Field(0.02, gt=0, description="standard deviation of rows at initialisation")
     checksum: bool = Field(False, description="verify every exchanged payload with a checksum")
     exchange_groups: Positive = Field(1, description="exchanges per step; divides train.micro_batches")
+    fetch: Literal["step", "overlap", "stale"] = Field(
+        "step",
+        description="when rows are read: before their step; those that the step before leaves alone already during it (the same "
+        "numbers); or all of them during it, one update old",
+    )
+    device: Literal["device", "host"] = Field(
+        "device", description="table, row state and row update: with the model, or on the CPU"
+    )
     optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam"] = Field(
         "rowwise_adam", description="of the table; adam is the dense reference, with two moments per element and a dense update"
     )
@@ -133,6 +145,20 @@ class TrainSettings(_Section):
     eval_every: Natural = Field(100, description="steps between validations; 0: only at the end")
     eval_batches: Natural = Field(0, description="global batches per validation during the run; 0 and at the end: the whole split")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the layers' arithmetic; auto: bfloat16 on CUDA, float32 elsewhere. Parameters stay float32"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what layers compute again in the backward pass: all but products and attention, or all; exchanges never",
+    )
+    compile: bool = Field(
+        False, description="torch.compile of every layer, between its exchanges and experts; needs a C++ compiler"
+    )
+    engine: Literal["native", "deepspeed"] = Field(
+        "native",
+        description="what shards, reduces and updates the backbone: FSDP2, or DeepSpeed's ZeRO (docs/deepspeed.md)",
+    )
 
 
 class ParallelSettings(_Section):
@@ -152,9 +178,27 @@ class ParallelSettings(_Section):
     tp: Positive = Field(1, description="ranks that share a matrix and, between matrices, a sequence")
     ep: Positive = Field(1, description="ranks that share one set of experts; divides dp_shard * cp * tp")
     etp: Positive = Field(1, description="ranks that share the width of an expert: 1, or tp instead of folding experts over it")
+    dispatch: Literal["flat", "hierarchical"] = Field(
+        "flat", description="how tokens reach experts: from rank to rank, or once to each node and from there to its ranks"
+    )
+    node_size: Natural = Field(
+        0, description="neighbouring ranks that hierarchical dispatch takes as a node; 0: the launcher's LOCAL_WORLD_SIZE"
+    )
     mem: Axis = Field(-1, description="ranks that share one copy of the lookup table; -1: all of them")
+    mem_placement: Literal["near", "far"] = Field(
+        "near", description="a copy lies on neighbouring ranks, or on ranks spread evenly over stages and nodes"
+    )
     reshard_after_forward: bool = Field(False, description="free gathered parameters between forward and backward (ZeRO-3)")
     timeout: Positive = Field(300, description="seconds a collective may take before the run is ended")
+
+
+class DeepSpeedSettings(_Section):
+    """Of `train.engine=deepspeed` alone. See docs/deepspeed.md."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what ranks cut among themselves: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters"
+    )
+    offload_optimizer: bool = Field(False, description="optimizer state and update on the CPU")
 
 
 class CheckpointSettings(_Section):
@@ -182,6 +226,7 @@ class Settings(_Section):
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
     parallel: ParallelSettings = ParallelSettings()
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     kernels: KernelSettings = KernelSettings()
 

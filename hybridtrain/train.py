@@ -23,8 +23,8 @@ from hybridtrain.model.statistics import apply_router_statistics, collect, no_st
 from hybridtrain.optim.groups import set_learning_rates
 from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.parallel.collectives import Group, all_reduce_
+from hybridtrain.parallel.dispatch import DispatchMemoryError
 from hybridtrain.parallel.mesh import close_mesh
-from hybridtrain.parallel.norms import clip_by_global_norm, local_gradients, sum_over_tp, tp_copies
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.report import Report
 from hybridtrain.run_folder import RunFolder
@@ -73,12 +73,14 @@ def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
             return batch.at(parts.positions), plan
 
         try:
-            with Prefetcher(load, start, stop_step=settings.train.steps) as source, StopSignal() as signal:
+            with Prefetcher(load, start, depth=1, stop_step=settings.train.steps) as source, StopSignal() as signal:
                 return _loop(
                     parts, folder, source, signal, report, lambda n: evaluate(parts, dataset.split("validation"), n), start
                 )
         finally:
             log.close()
+    except DispatchMemoryError as error:
+        raise TrainingError(str(error)) from error
     finally:
         close_mesh()
 
@@ -97,10 +99,15 @@ def _loop(
     if start >= steps:
         return report.nothing_left(start)
     report.header()
+    with clock.phase("data"):
+        upcoming = source.get(start)
+    if parts.memory is not None:
+        parts.memory.resume(upcoming[1])
     for step in range(start, steps):
+        batch, plan = upcoming
         with clock.phase("data"):
-            batch, plan = source.get(step)
-        totals = train_step(parts, step, batch, plan, clock, signal.received)
+            upcoming = source.get(step + 1) if step + 1 < steps else (batch, None)
+        totals = train_step(parts, step, batch, plan, clock, signal.received, upcoming[1])
         if not math.isfinite(totals.loss) or not math.isfinite(totals.grad_norm):
             where = name_source_of_nonfinite(parts, batch, plan)
             raise TrainingError(
@@ -121,9 +128,22 @@ def _loop(
     return report.finish(steps)
 
 
-def train_step(parts: Parts, step: int, batch: Batch, plan: StepPlan | None, clock: Clock, stop: bool) -> Totals:
-    """One optimizer step (`step` counts from 0). Nothing is updated where the loss or the gradient is not finite."""
+def train_step(
+    parts: Parts,
+    step: int,
+    batch: Batch,
+    plan: StepPlan | None,
+    clock: Clock,
+    stop: bool,
+    next_plan: StepPlan | None = None,
+) -> Totals:
+    """One optimizer step (`step` counts from 0). Nothing is updated where the loss or the gradient is not finite.
+
+    `next_plan` is the next step's, some of whose rows may come while this one computes; None: there is none.
+    """
     stages, memory, settings = parts.stages, parts.memory, parts.settings
+    scale = lr_scale(step, settings.optim, settings.train.steps)
+    table_lr = scale * settings.optim.lr * settings.memory.lr_multiplier
     parts.set_mode(training=True)
     loss = torch.zeros((), dtype=torch.float64, device=parts.mesh.device)
     rows_grad = memory.new_gradient(plan) if memory is not None and plan is not None else None
@@ -133,6 +153,7 @@ def train_step(parts: Parts, step: int, batch: Batch, plan: StepPlan | None, clo
         if memory is not None and plan is not None and exchange is not None:
             with clock.phase("fetch"):
                 memory.fetch(plan, exchange)
+                memory.fetch_ahead(plan, number, next_plan, table_lr)
         loss += parts.schedule.step(micro_batches, number == len(groups), clock.phase)  # forward and backward
         if memory is not None and exchange is not None and rows_grad is not None:
             with clock.phase("push"):
@@ -146,32 +167,18 @@ def train_step(parts: Parts, step: int, batch: Batch, plan: StepPlan | None, clo
         sums = reduce_sums({"loss": loss, "stop": torch.tensor(float(stop)), **statistics}, parts.mesh.world)
         for stage in stages:
             reset(stage)
-        params = [p for o in parts.optimizers for g in o.param_groups for p in g["params"]]
-        sum_over_tp(params, parts.mesh.tp)
-        copies = {id(p) for p in parts.schedule.copies}
-        counted = [p for p in params if id(p) not in copies]
-        norm, table_norm = clip_by_global_norm(
-            local_gradients(counted),
-            rows_grad,
-            parts.mesh,
-            settings.optim.clip_norm,
-            tp_copies(counted, parts.mesh.tp),
-            local_gradients(parts.schedule.copies),
-        )
+        norm, table_norm = parts.engine.clip(rows_grad, settings.optim.clip_norm)
     totals = Totals(float(sums.pop("loss")), sums, bool(sums.pop("stop") > 0), norm, table_norm)
 
     if math.isfinite(totals.loss) and math.isfinite(norm):
         with clock.phase("optimizer"):
-            scale = lr_scale(step, settings.optim, settings.train.steps)
-            set_learning_rates(parts.optimizers, scale)
-            for optimizer in parts.optimizers:
-                optimizer.step()
+            set_learning_rates(parts.engine.optimizers, scale)
+            parts.engine.step()
             if memory is not None and plan is not None and rows_grad is not None:
-                memory.update(plan, rows_grad, scale * settings.optim.lr * settings.memory.lr_multiplier)
+                memory.update(plan, rows_grad, table_lr)
             for stage in stages:
                 apply_router_statistics(stage, sums)
-    for optimizer in parts.optimizers:
-        optimizer.zero_grad()
+    parts.engine.clear_gradients()
     return totals
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts, Vocabulary, assemble, resolve_layout
+from hybridtrain.assemble import Parts, Vocabulary, assemble, compute_dtype, resolve_layout, table_device
 from hybridtrain.config import parse_settings
 from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
@@ -22,7 +22,8 @@ from hybridtrain.parallel.layout import DENSE_AXES
 from hybridtrain.parallel.mesh import choose_device, make_mesh
 from hybridtrain.run_folder import find_checkpoint
 
-ONE_RANK = [f"parallel.{axis}=1" for axis in (*DENSE_AXES, "ep", "etp", "mem")]
+# compilation and engines are for training
+ONE_RANK = [*(f"parallel.{axis}=1" for axis in (*DENSE_AXES, "ep", "etp", "mem")), "train.compile=false", "train.engine=native"]
 
 
 def open_checkpoint(path: Path) -> tuple[Parts, Path, int]:
@@ -39,7 +40,9 @@ def open_checkpoint(path: Path) -> tuple[Parts, Path, int]:
     compression = np.load(run / COMPRESSION)
     vocabulary = Vocabulary(info["vocab_size"], info["separator_id"], compression)
     addressing = Addressing.from_json(info["addressing"], compression) if info["addressing"] else None
-    mesh = make_mesh(resolve_layout(settings, 1), 0, choose_device(), settings.parallel.timeout)
+    device = choose_device()
+    mixed, table = compute_dtype(settings, device) != torch.float32, table_device(settings, device)
+    mesh = make_mesh(resolve_layout(settings, 1), 0, device, settings.parallel.timeout, table_device=table, always=mixed)
     parts = assemble(settings, mesh, vocabulary, addressing)
     checkpoint.load(parts, saved)
     return parts, run, vocabulary.separator_id

@@ -32,6 +32,7 @@ TRITON_OPS = (
 
 _MODULES = {"triton": "triton", "liger": "liger_kernel", "apex": "apex"}
 _table: dict[str, str] = {}
+_device_type = "cpu"
 
 
 class KernelChoiceError(ValueError):
@@ -62,8 +63,10 @@ def resolve(wanted: Mapping[str, str], device_type: str) -> dict[str, str]:
     return table
 
 
-def use(table: Mapping[str, str]) -> None:
-    """From now on ops of this process take what the table says; ops it leaves out take torch's formulation."""
+def use(table: Mapping[str, str], device_type: str = "cpu") -> None:
+    """From now on ops of this process on devices of the type take what the table says; all others take torch's formulation."""
+    global _device_type
+    _device_type = device_type
     _table.clear()
     _table.update(table)
 
@@ -74,13 +77,8 @@ def table() -> dict[str, str]:
 
 
 def chosen(op: str, x: Tensor) -> str:
-    """The implementation of `op` for a call with `x`.
-
-    Torch's, whatever was chosen, for a DTensor, and on a GPU's host: rows and plans there are few.
-    """
-    if hasattr(x, "to_local") or (x.device.type == "cpu" and not _interpreted()):
-        return "torch"
-    return _table.get(op, "torch")
+    """The implementation of `op` for a call with `x`; torch's, whatever was chosen, for a DTensor and on a GPU's host."""
+    return "torch" if hasattr(x, "to_local") or x.device.type != _device_type else _table.get(op, "torch")
 
 
 def _missing(implementation: str, device_type: str) -> str | None:
@@ -90,10 +88,7 @@ def _missing(implementation: str, device_type: str) -> str | None:
     module = _MODULES[implementation]
     if importlib.util.find_spec(module) is None:
         return f"the package {module.replace('_', '-')}"
-    if device_type != "cuda" and not (implementation == "triton" and _interpreted()):
+    interpreted = implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not interpreted:
         return "a CUDA device" + (" (or TRITON_INTERPRET=1, which is for tests)" if implementation == "triton" else "")
     return None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"

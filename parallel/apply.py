@@ -2,60 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from hybridtrain.parallel.collectives import Group
+from hybridtrain.parallel.compile import compile_layer
 from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.dispatch import AllToAllDispatch, SharedWidthDispatch
+from hybridtrain.parallel.fsdp import set_collectives
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.plans import EXPERT_WIDTH, TENSOR_PARTS, TENSOR_PLAN
+from hybridtrain.parallel.recompute import recompute_layer
 from hybridtrain.parallel.tensor import Style, TensorAxis
 
 
 def parallelize(
     model: nn.Module,
-    layers: Iterable[nn.Module],
+    layers: Collection[nn.Module],
     mesh: Mesh,
     *,
     num_experts: int,
     reshard_after_forward: bool,
     context: ContextParallel | None = None,
+    recompute: str = "none",
+    compiled: bool = False,
+    dtype: torch.dtype = torch.float32,
+    fsdp: bool = True,
 ) -> None:
-    """Shard `model` or a pipeline stage of it (on the meta device) in place over `mesh`; what one rank holds is left as it is.
+    """Shard `model` or a pipeline stage of it (on the meta device) in place over `mesh`; one rank's stay as they are.
 
-    A MoE module is one that has `experts` (a module of `[E, …]` parameters) and `dispatch` (replaced under ep > 1).
+    A MoE module is one that has `experts` (a module of `[E, …]` parameters) and `dispatch` (replaced under ep > 1). Layers
+    compute in `dtype`; parameters and their gradients are float32. Without `fsdp` every rank keeps whole parameters, of the
+    experts its own; another engine then reduces gradients.
     """
-    if mesh.dense_mesh is None or mesh.data_mesh is None or mesh.expert_mesh is None or mesh.dense_mesh.size() == 1:
-        return
+    if dtype != torch.float32 and mesh.data_mesh is None:
+        raise ValueError(f"computing in {dtype} needs a mesh, also of one rank: make_mesh(…, always=True)")
+    shared = mesh.dense_mesh is not None and mesh.dense_mesh.size() > 1
+    shard = partial(_shard, reshard_after_forward=reshard_after_forward, dtype=dtype)
     if context is not None:  # no parameter changes, but tp's convolution goes around this one, so it stands first
         for module in model.modules():
-            for name in ("attend", "convolve"):
+            for name in ("attend", "convolve", "places_in_line"):
                 if hasattr(module, name):
                     setattr(module, name, getattr(context, name))
-    if mesh.tp.size > 1:
+    if mesh.tp.size > 1 and mesh.dense_mesh is not None:
         # before ep and FSDP: it decides what a module computes, they only decide where the parts of a parameter lie
         _split_tensors(model, TensorAxis(mesh.tp, mesh.dense_mesh["tp"]), TENSOR_PLAN)
-    for moe in [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
-        if mesh.ep.size > 1 or mesh.tp.size > 1:  # ranks of tp see different tokens: to experts they are data-parallel
+    if (mesh.ep.size > 1 or mesh.tp.size > 1) and mesh.expert_mesh is not None:
+        # ranks of tp see different tokens: to experts they are data-parallel
+        for name, moe in [(n, m) for n, m in model.named_modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
             experts = moe.get_submodule("experts")
             _split_experts(experts, mesh.expert_mesh, mesh.layout.etp)  # first: everything after must see the local experts only
             if mesh.ep.size > 1:
-                setattr(moe, "dispatch", AllToAllDispatch(mesh.ep, num_experts))  # noqa: B010  (a plain attribute of nn.Module to mypy)
+                dispatch = AllToAllDispatch(mesh.ep_levels, num_experts, name)
+                setattr(moe, "dispatch", dispatch)  # noqa: B010  (a plain attribute of nn.Module to mypy)
             if mesh.layout.etp > 1:  # around the dispatch over ep: that takes each token to all parts of its experts' width
                 setattr(moe, "dispatch", SharedWidthDispatch(getattr(moe, "dispatch"), mesh.tp))  # noqa: B009, B010
             # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,
             # since ep already cuts dim 0 and two cuts of one dim would interleave in checkpoints
             copies = mesh.expert_mesh["dp_replicate", "edp"] if mesh.layout.dp_replicate > 1 else mesh.expert_mesh["edp"]
-            _shard(experts, copies, reshard_after_forward, dim=1)
+            if fsdp:
+                shard(experts, copies, (mesh.edp, mesh.dp_replicate), dim=1)
+    groups = (mesh.fsdp, mesh.dp_replicate)
     for layer in layers:
-        _shard(layer, mesh.data_mesh, reshard_after_forward)  # layer by layer: one gather per layer, overlapping the one before
-    _shard(model, mesh.data_mesh, False)  # last: the root takes what no layer holds (embedding, final norm, head)
+        if compiled:  # behind all that changes what a layer computes, and inside recomputation, which runs what was compiled again
+            compile_layer(layer)
+        recompute_layer(layer, recompute)  # before FSDP: its hooks stay outside, so that gathering and reducing are not run again
+    if fsdp and mesh.data_mesh is not None and (shared or dtype != torch.float32):
+        for layer in layers:
+            shard(layer, mesh.data_mesh, groups)  # layer by layer: one gather per layer, overlapping the one before
+        # last: the root takes what no layer holds (embedding, final norm, head)
+        _shard(model, mesh.data_mesh, groups, reshard_after_forward=False, dtype=dtype)
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -98,17 +121,30 @@ def _split_experts(experts: nn.Module, mesh: DeviceMesh, etp: int) -> None:
         experts.register_parameter(name, nn.Parameter(part))
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool, dim: int = 0) -> None:
+def _shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    groups: tuple[Group, Group],
+    dim: int = 0,
+    *,
+    reshard_after_forward: bool,
+    dtype: torch.dtype,
+) -> None:
+    """`groups` are those of the mesh, sharded and replicated, that what is sent is counted for."""
+
     def place(param: nn.Parameter) -> Shard:
         """The first dim from `dim` on that is not cut already."""
         cut = {p.dim for p in param.placements if isinstance(p, Shard)} if isinstance(param, DTensor) else set()
         return Shard(next(d for d in range(dim, param.ndim) if d not in cut))
 
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, shard_placement_fn=place)
+    # parameters are cast once, before they are gathered, and their gradients before they are reduced; inputs cast themselves
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, shard_placement_fn=place, mp_policy=policy)
     assert isinstance(module, FSDPModule)  # for the type checker: fully_shard changes the module's class
     # every loss is already divided by the tokens of the whole step, so gradients are summed over ranks, never averaged
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
+    set_collectives(module, *groups, torch.device(mesh.device_type))
 
 
 def sync_gradients(model: nn.Module, on: bool) -> None:

@@ -22,10 +22,11 @@ Convolution = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
 
 class ContextParallel:
-    """This rank's chunks, and the two exchanges that a layer needs: keys and values, and the convolution's left edge."""
+    """This rank's chunks, and the exchanges that a layer needs: keys and values, the convolution's left edge, and under a
+    capacity who chose which expert."""
 
-    def __init__(self, group: Group, seq_len: int, convolve: Convolution) -> None:
-        self.group, self._convolve = group, convolve
+    def __init__(self, group: Group, seq_len: int, convolve: Convolution, places_in_line: Callable[[Tensor], Tensor]) -> None:
+        self.group, self._convolve, self._places_in_line = group, convolve, places_in_line
         self.chunk = seq_len // (2 * group.size)
         self.chunks = (group.rank, 2 * group.size - 1 - group.rank)
         every = [chunk for rank in range(group.size) for chunk in (rank, 2 * group.size - 1 - rank)]
@@ -67,6 +68,11 @@ class ContextParallel:
                 documents = torch.cat([before, documents_BT[:, start : start + self.chunk]], dim=1)
             out.append(self._convolve(torch.cat([left, x_BCD], dim=1), kernel_JD, dilation, documents)[:, halo:])
         return torch.cat(out, dim=1)
+
+    def places_in_line(self, experts_BtK: Tensor) -> Tensor:
+        """The places of this rank's pairs in the lines of whole sequences; expert numbers alone are sent."""
+        parts = self._places_in_line(self._gather(experts_BtK, dim=1)).split(self.chunk, dim=1)
+        return torch.cat([parts[chunk] for chunk in self.chunks], dim=1)
 
     def _gather(self, x: Tensor, dim: int) -> Tensor:
         """Every rank's chunks along `dim`, in the order of the sequence."""

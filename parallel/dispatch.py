@@ -1,12 +1,18 @@
 """Expert parallelism's token exchange: a token travels once to each rank that has one of its experts, and one sum comes back.
 
-Shape legend: N tokens here, K experts per token, R ranks of `ep`, P (token, rank) pairs sent, Q pairs received, D model width.
+With two groups it does so in two hops: once to each node that has one of its experts, from there to the ranks inside, and
+the sums are added up on the node before one comes back.
+
+Shape legend: N tokens here, K experts per token, R ranks of the group, P (token, rank) pairs sent, Q pairs received,
+D model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,36 +24,118 @@ from hybridtrain.parallel.collectives import (
     all_to_all_autograd,
     exchange_counts,
     reduce_scatter_autograd,
+    start_all_to_all,
 )
 
-Experts = Callable[..., Tensor]  # (x_QD, local_QK, gates_QK, absent=True) -> each token's gated sum over its experts here
+Experts = Callable[..., Tensor]  # (x_QD, experts_QK, gates_QK, absent=True) -> each token's gated sum over the experts here
 
-Dispatch = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # (x_ND, experts_NK, gates_NK, experts) -> y_ND
+Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Callable[[], Tensor]]  # (x_ND, experts_NK, gates_NK, experts) -> finish
+
+
+class DispatchMemoryError(MemoryError):
+    """A rank could not hold the tokens that were sent to its experts; the message says how many and what bounds them."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one exchange brings to this rank, for the message where memory does not hold it."""
+
+    layer: str
+    group: Group
+    tokens: int
+    pairs: int
+    even: int
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Raises DispatchMemoryError where an allocation fails inside."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, DispatchMemoryError) or not _is_allocation_failure(error):
+                raise
+            times = f"{self.pairs / self.even:.1f} times " if self.even else ""
+            raise DispatchMemoryError(
+                f"{self.layer}: rank {self.group.ranks[self.group.rank]} ran out of memory in the exchange over {self.group.name}: "
+                f"it received {self.tokens:,} tokens for {self.pairs:,} token-expert pairs, {times}the even share of "
+                f"{self.even:,}; bound it by model.moe.capacity (a multiple of the even share; 0 is no bound), or raise "
+                f"train.micro_batches or parallel.ep ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            ) from error
 
 
 class AllToAllDispatch:
-    """Dispatch over one flat all-to-all; a MoE layer takes it in place of its local default."""
+    """Dispatch by one all-to-all per group, from the outermost group to the innermost; a MoE layer takes it in place of its
+    local default.
 
-    def __init__(self, group: Group, num_experts: int) -> None:
-        self.group = group
-        self.experts_per_rank = num_experts // group.size
+    Experts are numbered along the groups, the first slowest: over (`ep`), or over (`ep_inter`, `ep_intra`). Pairs whose
+    expert is outside 0..num_experts-1 are absent: they go nowhere.
+    """
 
-    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts) -> Tensor:
-        """Gate-weighted sum `[N, D]` of the chosen experts' outputs; `experts` are this rank's own."""
-        owner_NK = experts_NK // self.experts_per_rank
-        hit_NR = torch.zeros(len(x_ND), self.group.size, dtype=torch.bool, device=x_ND.device).scatter_(1, owner_NK, True)
+    def __init__(self, groups: Sequence[Group], num_experts: int, layer: str = "MoE") -> None:
+        self.groups, self.num_experts, self.layer = groups, num_experts, layer
+
+    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts) -> Callable[[], Tensor]:
+        """Send the tokens off; what is returned ends it: the gate-weighted sum `[N, D]` of the chosen experts' outputs.
+
+        `experts` are this rank's own. What is computed between the two runs while the tokens of the first group travel.
+        """
+        even = experts_NK.numel()  # where every rank has as many tokens, and every expert gets as many of them
+        first = Trip.depart(self.groups[0], self.num_experts, x_ND, experts_NK, gates_NK, self.layer, even)
+
+        def finish() -> Tensor:
+            trips, arrived = [first], first.arrive()
+            for group in self.groups[1:]:
+                trips.append(Trip.depart(group, trips[-1].here, *arrived, self.layer, even))
+                arrived = trips[-1].arrive()
+            x_QD, experts_QK, gates_QK = arrived
+            with trips[-1].load.guard():
+                y_QD = experts(x_QD, experts_QK, gates_QK, absent=True)
+            for trip in reversed(trips):
+                y_QD = trip.come_home(y_QD)
+            return y_QD
+
+        return finish
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Tokens under way over one group: each once to every rank that has one of its experts."""
+
+    load: Load
+    here: int  # experts behind each rank of the group
+    num_tokens: int
+    token_P: Tensor
+    send: list[int]
+    receive: list[int]
+    arrive: Callable[[], tuple[Tensor, Tensor, Tensor]]  # x_QD, experts_QK from 0 here, gates_QK; to be called once
+
+    @classmethod
+    def depart(
+        cls, group: Group, num_experts: int, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, layer: str, even: int
+    ) -> Trip:
+        """Collective; `num_experts` are those of the whole group."""
+        size, here = group.size, num_experts // group.size
+        present_NK = (experts_NK >= 0) & (experts_NK < num_experts)
+        owner_NK = torch.where(present_NK, experts_NK // here, size)
+        hit_NR = torch.zeros(len(x_ND), size + 1, dtype=torch.bool, device=x_ND.device).scatter_(1, owner_NK, True)[:, :size]
         rank_P, token_P = hit_NR.T.nonzero(as_tuple=True)  # rank by rank, tokens rising
-        asked = hit_NR.sum(0)
-        send, receive = asked.tolist(), exchange_counts(asked, self.group).tolist()
+        asked_R2 = torch.stack([hit_NR.sum(0), torch.bincount(owner_NK.flatten(), minlength=size + 1)[:size]], 1)
+        both = torch.stack([asked_R2, exchange_counts(asked_R2, group)]).tolist()
+        send, receive = ([tokens for tokens, _ in side] for side in both)
+        load = Load(layer, group, sum(receive), sum(pairs for _, pairs in both[1]), even)
 
-        local_PK = experts_NK[token_P] - rank_P[:, None] * self.experts_per_rank  # outside 0..experts_per_rank-1: lives elsewhere
-        x_QD = all_to_all_autograd(x_ND.index_select(0, token_P), send, receive, self.group)
-        gates_QK = all_to_all_autograd(gates_NK.index_select(0, token_P), send, receive, self.group)
-        local_QK = all_to_all(local_PK, send, receive, self.group)
+        with load.guard():
+            local_PK = experts_NK[token_P] - rank_P[:, None] * here  # outside 0..here-1: lives elsewhere
+            local_QK = all_to_all(local_PK, send, receive, group)
+            start = partial(start_all_to_all, send=send, receive=receive, group=group, guard=load.guard)
+            finish_gates, finish_x = start(gates_NK.index_select(0, token_P)), start(x_ND.index_select(0, token_P))
+        return cls(load, here, len(x_ND), token_P, send, receive, lambda: (finish_x(), local_QK, finish_gates()))
 
-        y_QD = experts(x_QD, local_QK, gates_QK, absent=True)
-        y_PD = all_to_all_autograd(y_QD, receive, send, self.group)
-        return torch.zeros_like(x_ND).index_add(0, token_P, y_PD)
+    def come_home(self, y_QD: Tensor) -> Tensor:
+        """Send each received token's result back, and add up those of each token here: [N, D]."""
+        with self.load.guard():
+            y_PD = all_to_all_autograd(y_QD, self.receive, self.send, self.load.group, self.load.guard)
+            return y_PD.new_zeros(self.num_tokens, *y_PD.shape[1:]).index_add(0, self.token_P, y_PD)
 
 
 class SharedWidthDispatch:
@@ -57,7 +145,13 @@ class SharedWidthDispatch:
     def __init__(self, inner: Dispatch, group: Group) -> None:
         self.inner, self.group = inner, group
 
-    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts) -> Tensor:
+    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts) -> Callable[[], Tensor]:
         """As the inner dispatch's, for as many tokens on every rank of the group."""
         x, chosen, gates = (all_gather_autograd(part, self.group).flatten(0, 1) for part in (x_ND, experts_NK, gates_NK))
-        return reduce_scatter_autograd(self.inner(x, chosen, gates, experts).unflatten(0, (self.group.size, -1)), self.group)
+        finish = self.inner(x, chosen, gates, experts)
+        return lambda: reduce_scatter_autograd(finish().unflatten(0, (self.group.size, -1)), self.group)
+
+
+def _is_allocation_failure(error: BaseException) -> bool:
+    """CUDA and Python say so by type, the CPU allocator of torch in words alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -1,7 +1,8 @@
 """The layout of a run: which rank stands where on every axis, and whether the model fits. Pure Python, no torch.
 
 Dense mesh `pp × dp_replicate × dp_shard × cp × tp`, slowest axis first (tp neighbours are neighbouring ranks).
-Experts fold over `dp_shard × cp × tp` as `edp × ep × etp`; lookup tables over all ranks as `mem_replicate × mem`.
+Experts fold over `dp_shard × cp × tp` as `edp × ep × etp`, with `ep` = `ep_inter × ep_intra` where tokens are dispatched over
+nodes first; lookup tables fold over all ranks as `mem_replicate × mem`, or, where `mem_placement` is far, as `mem × mem_replicate`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from math import prod
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep", "etp")
+NODE_AXES = ("pp", "dp_replicate", "edp", "ep_inter", "ep_intra", "etp")
 MEMORY_AXES = ("mem_replicate", "mem")
 
 
@@ -42,6 +44,7 @@ class ModelFacts:
     shared_hidden: int | None = None  # width of all shared experts together
     memory_slots: int | None = None  # of one memory layer
     expert_hidden: int | None = None
+    expert_multiple: int = 4  # elements of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Layout:
     ep: int
     mem: int
     etp: int = 1
+    ep_inter: int = 1  # nodes that the ranks of ep are on, where dispatch is hierarchical
+    mem_placement: str = "near"  # or "far"
 
     @classmethod
     def resolve(
@@ -71,14 +76,18 @@ class Layout:
         ep: int = 1,
         mem: int = -1,
         etp: int = 1,
+        node_size: int = 0,
+        mem_placement: str = "near",
     ) -> Layout:
         """The layout of `world` ranks; `dp_shard=-1` takes the ranks the other axes leave, `mem=-1` takes all.
 
+        With `node_size` tokens are dispatched hierarchically over nodes of so many neighbouring ranks, if ep reaches over several.
         Raises LayoutError listing every violation of the ranks' arithmetic.
         """
         others = pp * dp_replicate * cp * tp
         shard = dp_shard if dp_shard != -1 else max(1, world // others)
-        layout = cls(world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem, etp)
+        nodes = max(1, ep * etp // node_size) if node_size else 1
+        layout = cls(world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem, etp, nodes, mem_placement)
         out: list[str] = []
         if others * shard != world:
             named = [f"{a} {getattr(layout, a)}" for a in DENSE_AXES if getattr(layout, a) > 1]
@@ -90,6 +99,12 @@ class Layout:
             out.append(
                 f"parallel.ep={ep} does not divide {layout._fold} = {layout.expert_ranks}; "
                 f"ep may be {choices(divisors(layout.expert_ranks))}"
+            )
+        elif node_size and node_size % (ep * etp) and (ep * etp % node_size or node_size % etp):
+            legal = choices([d for d in divisors(ep * etp) if d % etp == 0])
+            out.append(
+                f"parallel.node_size={node_size} (0 takes LOCAL_WORLD_SIZE) cuts through the ep x etp = {ep * etp} ranks of a "
+                f"set of experts; node_size may be {legal} or a multiple of {ep * etp}, or set parallel.dispatch=flat"
             )
         if layout.mem < 1 or world % layout.mem:
             out.append(f"parallel.mem={mem} does not divide the {world} ranks; mem may be -1, {choices(divisors(world))}")
@@ -117,9 +132,19 @@ class Layout:
         return self.expert_ranks // self.ep
 
     @property
+    def ep_intra(self) -> int:
+        """Ranks of ep that are on one node."""
+        return self.ep // self.ep_inter
+
+    @property
     def mem_replicate(self) -> int:
         """Copies of the lookup table."""
         return self.world // self.mem
+
+    @property
+    def memory_axes(self) -> tuple[str, ...]:
+        """The axes of the tables, slowest first: near, a group is neighbouring ranks; far, ranks spread evenly over the world."""
+        return MEMORY_AXES if self.mem_placement == "near" else MEMORY_AXES[::-1]
 
     @property
     def dp(self) -> int:
@@ -133,15 +158,15 @@ class Layout:
         """Where `rank` stands on `axis` (any of the dense, expert or memory axes, or `dp`)."""
         if axis == "dp":
             return self.coordinate(rank, "dp_replicate") * self.dp_shard + self.coordinate(rank, "dp_shard")
-        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, MEMORY_AXES) if axis in axes)
+        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, self.memory_axes) if axis in axes)
         sizes = self.shape(axes)
         place = axes.index(axis)
         return rank // prod(sizes[place + 1 :]) % sizes[place]
 
     def groups(self, axis: str) -> list[list[int]]:
-        """All groups of ranks that differ only on `axis`, each in the order of their coordinate."""
-        along = ("dp_replicate", "dp_shard") if axis == "dp" else (axis,)
-        axes = next(a for a in (DENSE_AXES, EXPERT_AXES, MEMORY_AXES) if along[0] in a)
+        """All groups of ranks that differ only on `axis` (also `dp` and `fsdp`), each in the order of their coordinate."""
+        along = {"dp": ("dp_replicate", "dp_shard"), "fsdp": ("dp_shard", "cp")}.get(axis, (axis,))
+        axes = next(a for a in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEMORY_AXES) if along[0] in a)
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world):
             found.setdefault(tuple(self.coordinate(rank, a) for a in axes if a not in along), []).append(rank)
@@ -197,10 +222,11 @@ class Layout:
                 f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {facts.conv_reach} of memory.conv's reach; "
                 f"set train.seq_len >= {2 * self.cp * facts.conv_reach} or memory.conv=false"
             )
-        if self.etp > 1 and facts.expert_hidden is not None and facts.expert_hidden % (4 * self.etp):
+        if self.etp > 1 and facts.expert_hidden is not None and facts.expert_hidden % (facts.expert_multiple * self.etp):
             out.append(
-                f"parallel.etp={self.etp} cuts model.moe.hidden={facts.expert_hidden} into no multiples of 4, as grouped products "
-                f"need; set model.moe.hidden={_next_multiple(facts.expert_hidden, 4 * self.etp)} or etp=1"
+                f"parallel.etp={self.etp} cuts model.moe.hidden={facts.expert_hidden} into no multiples of "
+                f"{facts.expert_multiple}, as grouped products need; set model.moe.hidden="
+                f"{_next_multiple(facts.expert_hidden, facts.expert_multiple * self.etp)} or etp=1"
             )
         if self.tp > 1 and facts.dim % self.fsdp:  # tp cuts one dim of a matrix, so FSDP cuts the other, evenly
             out.append(
@@ -221,9 +247,11 @@ class Layout:
         """The axes above one, in order: `dp_shard 4 · ep 2 · mem 4`."""
         named = [
             f"{axis} {getattr(self, axis)}"
-            for axis in (*DENSE_AXES, "ep", "etp", "edp", "mem", "mem_replicate")
+            for axis in (*DENSE_AXES, "ep", "ep_inter", "etp", "edp", "mem", "mem_replicate")
             if getattr(self, axis) > 1
         ]
+        if self.mem_placement == "far" and 1 < self.mem < self.world:
+            named.append("mem far")
         return " · ".join(named) or "one rank"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,19 +10,21 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 
-from hybridtrain.parallel.collectives import Group, Traffic
-from hybridtrain.parallel.layout import MEMORY_AXES, Layout
+from hybridtrain.parallel.collectives import Group, Traffic, gather_objects
+from hybridtrain.parallel.layout import MEMORY_AXES, Layout, LayoutError
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Everything distributed that is handed to the run. In a world of one rank nothing here needs torch.distributed."""
+    """Everything distributed that a run is handed. A world of one rank needs no torch.distributed unless it mixes precisions."""
 
     layout: Layout
     rank: int
     device: torch.device
+    table_device: torch.device
     traffic: Traffic
 
     world: Group
@@ -30,15 +33,20 @@ class Mesh:
     cp: Group
     tp: Group
     ep: Group
+    ep_levels: tuple[Group, ...]  # what tokens are dispatched over, one after the other: (ep,) or (ep_inter, ep_intra)
     mem: Group
     mem_replicate: Group
+    # the groups of the meshes below, over which FSDP communicates:
+    fsdp: Group
+    edp: Group
+    dp_replicate: Group
     timeout: float
 
     # of this rank's pipeline stage:
     dense_mesh: DeviceMesh | None  # ([dp_replicate,] fsdp[, tp]): what dense parameters are cut over; see `data_mesh`
     expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep[, etp])
     # of all ranks:
-    memory_mesh: DeviceMesh | None  # (mem_replicate, mem)
+    memory_mesh: DeviceMesh | None  # layout.memory_axes
 
     @property
     def data_mesh(self) -> DeviceMesh | None:
@@ -58,10 +66,20 @@ class Mesh:
             groups.append(_group(self.layout, self.rank, axis, f"{axis}_{name}", self.traffic, self.timeout, backend="gloo"))
         return groups[0], groups[1]
 
+    def own_mem_group(self, name: str) -> Group:
+        """A copy of `mem` for exchanges that neither wait for the step's other collectives nor hold them up. Collective."""
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        return _group(self.layout, self.rank, "mem", f"mem_{name}", self.traffic, self.timeout, backend=backend)
+
 
 def world_from_environment() -> tuple[int, int]:
     """(rank, world size) as torchrun sets them; (0, 1) alone."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_of_a_node(world: int) -> int:
+    """Ranks on this machine as the launcher says; all of them where none does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
 def choose_device() -> torch.device:
@@ -73,42 +91,77 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def make_mesh(layout: Layout, rank: int, device: torch.device, timeout: float, rendezvous: str = "env://") -> Mesh:
+def make_mesh(
+    layout: Layout,
+    rank: int,
+    device: torch.device,
+    timeout: float,
+    rendezvous: str = "env://",
+    table_device: torch.device | None = None,
+    *,
+    always: bool = False,
+) -> Mesh:
     """Start torch.distributed for `layout.world` ranks and build all groups; `timeout` in seconds bounds every collective.
 
-    The ranks meet at `rendezvous`: torchrun's environment, or a `file://` path that all of them see.
+    The ranks meet at `rendezvous`: torchrun's environment, or a `file://` path that all of them see. `table_device` is where
+    this rank's part of the lookup table lies, None where the model does. With `always` a world of one rank has device meshes
+    too, for FSDP, which then does nothing but mix precisions.
     """
     traffic = Traffic()
-    if layout.world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if layout.world == 1 and always and not dist.is_initialized():
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        atexit.register(close_mesh)  # evaluation and generation, unlike training, have no end of their own
+    elif layout.world > 1 and not dist.is_initialized():
         dist.init_process_group(
             backend, init_method=rendezvous, rank=rank, world_size=layout.world, timeout=timedelta(seconds=timeout)
         )
 
+    meshes = layout.world > 1 or always
+    layouts = gather_objects(layout, _group(layout, rank, "world", "world", Traffic(), timeout))  # not of the run
+    if any(other != layout for other in layouts):  # LOCAL_WORLD_SIZE may differ; ranks would wait for each other in other groups
+        said = "; ".join(f"rank {i} has {other.describe()}" for i, other in enumerate(layouts) if other != layouts[i - 1])
+        raise LayoutError(layout.world, [f"ranks have resolved different layouts: {said}; set parallel.node_size to one number"])
+
     replicate = ("dp_replicate",) if layout.dp_replicate > 1 else ()  # a replicate dim of one would still cost an all-reduce
     tensor = ("tp",) if layout.tp > 1 else ()
+    etp = ("etp",) if layout.etp > 1 else ()
 
     def group(axis: str) -> Group:
         return _group(layout, rank, axis, axis, traffic, timeout)
 
+    dense_mesh = _device_mesh(layout, device, (*replicate, "fsdp", *tensor)) if meshes else None
+    expert_mesh = _device_mesh(layout, device, (*replicate, "edp", "ep", *etp)) if meshes else None
+
+    def group_of(mesh: DeviceMesh | None, axis: str) -> Group:
+        ranks = next(ranks for ranks in layout.groups(axis) if rank in ranks)
+        process_group = mesh[axis].get_group() if mesh is not None and len(ranks) > 1 else None
+        return Group(axis, tuple(ranks), ranks.index(rank), process_group, traffic)
+
+    ep = group("ep")
     return Mesh(
         layout=layout,
         rank=rank,
         device=device,
+        table_device=table_device or device,
         traffic=traffic,
         world=group("world"),
         # its own also where it is all ranks: sends between stages must not queue behind collectives of the world
-        pp=_group(layout, rank, "pp", "pp", traffic, timeout, backend="nccl" if device.type == "cuda" else "gloo"),
+        pp=_group(layout, rank, "pp", "pp", traffic, timeout, backend=backend),
         dp=group("dp"),
         cp=group("cp"),
         tp=group("tp"),
-        ep=group("ep"),
+        ep=ep,
+        ep_levels=(group("ep_inter"), group("ep_intra")) if layout.ep_inter > 1 else (ep,),
         mem=group("mem"),
         mem_replicate=group("mem_replicate"),
+        fsdp=group_of(dense_mesh, "fsdp"),
+        edp=group_of(expert_mesh, "edp"),
+        dp_replicate=group_of(dense_mesh, "dp_replicate"),
         timeout=timeout,
-        dense_mesh=_device_mesh(layout, device, (*replicate, "fsdp", *tensor)),
-        expert_mesh=_device_mesh(layout, device, (*replicate, "edp", "ep", *(("etp",) if layout.etp > 1 else ()))),
-        memory_mesh=_device_mesh(layout, device, MEMORY_AXES),
+        dense_mesh=dense_mesh,
+        expert_mesh=expert_mesh,
+        memory_mesh=_device_mesh(layout, table_device or device, layout.memory_axes) if layout.world > 1 else None,
     )
 
 
@@ -128,9 +181,7 @@ def close_mesh() -> None:
         dist.destroy_process_group()
 
 
-def _device_mesh(layout: Layout, device: torch.device, axes: Sequence[str]) -> DeviceMesh | None:
-    if layout.world == 1:
-        return None
-    names = ("pp", *axes) if layout.pp > 1 and axes is not MEMORY_AXES else tuple(axes)
+def _device_mesh(layout: Layout, device: torch.device, axes: Sequence[str]) -> DeviceMesh:
+    names = ("pp", *axes) if layout.pp > 1 and "mem" not in axes else tuple(axes)
     mesh = DeviceMesh(device.type, torch.arange(layout.world).view(layout.shape(names)), mesh_dim_names=names)
     return mesh[tuple(axes)] if "pp" in names else mesh

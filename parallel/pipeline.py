@@ -18,7 +18,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.parallel.collectives import Group, swap
+from hybridtrain.parallel.collectives import Group, count_send, swap
 from hybridtrain.parallel.schedule import MicroBatches, Phase
 from hybridtrain.parallel.stages import SCHEDULES, Stage
 
@@ -46,8 +46,8 @@ class StageModule:
 
 
 class Pipeline:
-    """This rank's stages, ascending. `hidden` is the shape [B, T, D] of what passes between stages, `tokens` those of a
-    sequence that go into the first: more than T where ranks share the hidden state of a sequence.
+    """This rank's stages, ascending. `hidden` and `dtype` are shape [B, T, D] and type of what passes between stages, `tokens`
+    those of a sequence that go into the first: more than T where ranks share the hidden state of a sequence.
 
     `tied` are the parameters that the first and the last stage both hold, (first stage's, last stage's), None where a stage
     is not here; their gradients are summed, so that equal optimizers keep them equal.
@@ -60,16 +60,18 @@ class Pipeline:
         pp: Group,
         device: torch.device,
         hidden: tuple[int, int, int],
+        dtype: torch.dtype,
         tokens: int,
         micro_batches: int,
         tokens_per_step: int,
         tied: tuple[nn.Parameter | None, nn.Parameter | None] = (None, None),
     ) -> None:
-        self.stages, self.pp, self.device, self.hidden, self.tied = stages, pp, device, hidden, tied
+        self.stages, self.pp, self.device, self.tied = stages, pp, device, tied
+        self._hidden = torch.empty(hidden, dtype=dtype, device="meta", requires_grad=True)
         self.copies: Sequence[nn.Parameter] = [tied[1]] if tied[1] is not None else []
         last_rank = 0 if SCHEDULES[name].mirrored else pp.size - 1
         self._pair = (0, last_rank) if pp.rank in (0, last_rank) else None
-        self._torch_stages = [_TorchStage(stage, pp, device, hidden, tokens) for stage in stages]
+        self._torch_stages = [_TorchStage(stage, pp, device, self._hidden, tokens) for stage in stages]
         several = issubclass(_CLASSES[name], torch_schedules.PipelineScheduleMulti)
         self._schedule = _CLASSES[name](
             self._torch_stages if several else self._torch_stages[0],
@@ -87,7 +89,12 @@ class Pipeline:
             for stage in self._torch_stages:
                 stage.batch = batch
             # torch wants a target to call the loss function at all; the real ones go into the last stage
-            self._schedule.step(target=self._numbers, losses=losses, return_outputs=False)
+            try:
+                self._schedule.step(target=self._numbers, losses=losses, return_outputs=False)
+            except RuntimeError as error:  # torch's own, around what went wrong in a stage
+                if isinstance(error.__cause__, MemoryError):
+                    raise error.__cause__ from None
+                raise
             for stage in self._torch_stages:
                 stage.batch = None
             self._sum_tied_gradients()
@@ -113,6 +120,7 @@ class Pipeline:
                     kept.append(result)
                 else:
                     work = dist.isend(result, group=self.pp.process_group, group_dst=peer)
+                    count_send(result, self.pp)
                     sent.append((work, result))  # the tensor must live until it has left
         for work, _ in sent:
             work.wait()
@@ -121,7 +129,7 @@ class Pipeline:
     def _receive(self, stage: _TorchStage) -> Tensor | None:
         if stage.is_first:
             return None
-        h_BTD = torch.empty(self.hidden, device=self.device)
+        h_BTD = torch.empty_like(self._hidden, device=self.device, requires_grad=False)
         dist.recv(h_BTD, group=self.pp.process_group, group_src=stage.rank_of(stage.stage_index - 1))
         return h_BTD
 
@@ -139,11 +147,10 @@ class Pipeline:
 class _TorchStage(PipelineStage):
     """Torch's stage, whose inputs are looked up by micro-batch number instead of cut out of one large batch."""
 
-    def __init__(self, part: StageModule, pp: Group, device: torch.device, hidden: tuple[int, int, int], tokens: int) -> None:
+    def __init__(self, part: StageModule, pp: Group, device: torch.device, h_BTD: Tensor, tokens: int) -> None:
         stage = part.stage
         # with all shapes known torch exchanges none
-        h_BTD = torch.empty(hidden, device="meta", requires_grad=True)
-        tokens_BT = torch.empty((hidden[0], tokens), dtype=torch.int64, device="meta")
+        tokens_BT = torch.empty((len(h_BTD), tokens), dtype=torch.int64, device="meta")
         loss = torch.empty((), device="meta", requires_grad=True)
         super().__init__(
             part.module,
@@ -154,7 +161,7 @@ class _TorchStage(PipelineStage):
             output_args=loss if stage.is_last else h_BTD,
             group=pp.process_group,
         )
-        self.part = part
+        self.part, self.pp = part, pp
         self.batch: MicroBatches | None = None
 
     def rank_of(self, stage: int) -> int:
@@ -168,6 +175,17 @@ class _TorchStage(PipelineStage):
         first, *others = _inputs(self.part, self.batch, fwd_chunk_id, None)
         named = dict(zip(("documents_BT", "memory_index_BTLS", "micro_batch", "targets_BT"), others, strict=True))
         return super().forward_one_chunk(fwd_chunk_id, (first,), named, save_forward_output)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._counted(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._counted(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _counted(self, sends: list[dist.P2POp]) -> list[dist.P2POp]:
+        for send in sends:
+            count_send(send.tensor, self.pp)
+        return sends
 
 
 def _inputs(part: StageModule, batch: MicroBatches, m: int, h_BTD: Tensor | None) -> tuple[Any, ...]:

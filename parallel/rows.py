@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain.kernels.segment_sum import segment_sum
-from hybridtrain.parallel.collectives import Group, all_gather_uneven, all_reduce_, all_to_all, exchange_counts
+from hybridtrain.parallel.collectives import Group, all_gather_uneven, all_reduce_, all_to_all, begin_all_to_all, exchange_counts
 
 
 class ExchangeError(RuntimeError):
@@ -26,16 +26,32 @@ class ExchangeError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class RowPlan:
+class Route:
+    """One all-to-all of rows from their owners to those who asked for them; gradients travel it backwards."""
+
+    send: list[int]  # rows asked of each owner
+    receive: list[int]  # rows each rank asks of this owner
+    wanted_Q: Tensor  # local row numbers asked of this owner, in the order of the asking ranks; where the table is
+
+
+@dataclass(frozen=True)
+class Share(Route):
+    """Some of an exchange's rows, which travel by themselves."""
+
+    place: Tensor  # of those that this rank asks for, among the U rows of the exchange
+
+
+@dataclass(frozen=True)
+class RowPlan(Route):
     """One exchange: all rows that a group of micro-batches needs. Everything was computed from tokens alone."""
 
     index: list[Tensor]  # per micro-batch [B, T, L, S]: place of each lookup among that micro-batch's rows
     select: list[Tensor]  # per micro-batch [U_m]: place of the micro-batch's rows among the U rows of the plan
     num_rows: int  # U
-    send: list[int]  # rows asked of each owner
-    receive: list[int]  # rows each rank asks of this owner
-    wanted_Q: Tensor  # local row numbers asked of this owner, in the order of the asking ranks
-    slot_Q: Tensor  # place of each among the step's touched rows
+    slot_Q: Tensor  # place of each wanted row among the step's touched rows
+    # with `ahead`, of a step's first exchange: the rows that the update before it leaves alone, and those that it changes
+    early: Share | None = None
+    late: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -43,13 +59,23 @@ class StepPlan:
     """All exchanges of one step, and the local rows that they touch (over all replicas of this shard)."""
 
     exchanges: list[RowPlan]
-    touched_N: Tensor  # sorted distinct local row numbers
+    touched_N: Tensor  # sorted distinct local row numbers, where the table is
     lookups: int
     unique: int
+    number: int  # of the plan among its planner's
+
+    @property
+    def late_rows(self) -> int | None:
+        """How many of the first exchange's rows the update of the step before changes; None where that was not planned."""
+        late = self.exchanges[0].late
+        return sum(late.send) if late is not None else None
 
 
 class RowPlanner:
-    """Turns row ids into plans. Collective over `mem`: every rank calls `plan` for the same steps in the same order."""
+    """Turns row ids into plans. Collective over `mem`: every rank calls `plan` for the same steps in the same order.
+
+    With `ahead` each plan also says which of its rows the step of the plan before touches: owners know, and tell those who ask.
+    """
 
     def __init__(
         self,
@@ -60,11 +86,17 @@ class RowPlanner:
         *,
         exchange_groups: int = 1,
         checksum: bool = False,
+        table_device: torch.device | None = None,
+        ahead: bool = False,
     ) -> None:
+        """What the model reads of a plan goes to `device`, what the owner of rows reads to `table_device` (None: the same)."""
         self.bounds = torch.tensor(bounds)
         self.checksum = checksum
         self.mem, self.mem_replicate = mem, mem_replicate
-        self.device, self.exchange_groups = device, exchange_groups
+        self.device, self.table_device, self.exchange_groups = device, table_device or device, exchange_groups
+        self.ahead = ahead
+        self._touched_before: Tensor | None = None
+        self._plans = 0
 
     def plan(self, ids_MBTLS: Tensor) -> StepPlan:
         """The plan for row ids of the whole packed table, int64 on the CPU.
@@ -74,8 +106,18 @@ class RowPlanner:
         parts = [self._exchange(ids) for ids in ids_MBTLS.chunk(self.exchange_groups)]
         wanted = [part.wanted_Q for part in parts]
         touched = torch.unique(torch.cat(all_gather_uneven(torch.unique(torch.cat(wanted)), self.mem_replicate)))
-        exchanges = [self._place(part, touched) for part in parts]
-        return StepPlan(exchanges, touched.to(self.device), ids_MBTLS.numel(), sum(part.num_rows for part in parts))
+        if self.ahead:
+            if self._touched_before is not None:
+                parts[0] = self._split(parts[0], self._touched_before)
+            self._touched_before = touched
+        self._plans += 1
+        return StepPlan(
+            [self._place(part, touched) for part in parts],
+            touched.to(self.table_device),
+            ids_MBTLS.numel(),
+            sum(part.num_rows for part in parts),
+            self._plans,
+        )
 
     def _exchange(self, ids_MBTLS: Tensor) -> RowPlan:
         """All but the slots, on the CPU, where planning and its groups are."""
@@ -93,17 +135,36 @@ class RowPlanner:
         wanted = checked_all_to_all(rows_U, send, receive, self.mem, "row ids", self.checksum)
         low, high = int(self.bounds[self.mem.rank]), int(self.bounds[self.mem.rank + 1])
         self._check_range(wanted, low, high, f"received by owner {self.mem.rank}")
-        return RowPlan(list(inverse), select, len(rows_U), send, receive, wanted - low, wanted.new_empty(0))
+        return RowPlan(send, receive, wanted - low, list(inverse), select, len(rows_U), wanted.new_empty(0))
+
+    def _split(self, part: RowPlan, touched_N: Tensor) -> RowPlan:
+        """The exchange in two: without the rows `touched_N`, and those alone. One byte per row tells the asking ranks."""
+        late_Q = torch.isin(part.wanted_Q, touched_N)
+        late_U = all_to_all(late_Q.to(torch.uint8), part.receive, part.send, self.mem).bool()
+
+        def share(here_Q: Tensor, here_U: Tensor) -> Share:
+            send, receive = (
+                [int(mask.sum()) for mask in whole.split(splits)] for whole, splits in ((here_U, part.send), (here_Q, part.receive))
+            )
+            return Share(send, receive, part.wanted_Q[here_Q], here_U.nonzero().flatten())
+
+        return replace(part, early=share(~late_Q, ~late_U), late=share(late_Q, late_U))
 
     def _place(self, part: RowPlan, touched_N: Tensor) -> RowPlan:
-        """The plan with its slots, on the device."""
-        on = self.device
+        """The plan with its slots, each part where it is read."""
+        on, at = self.device, self.table_device
+
+        def placed(share: Share | None) -> Share | None:
+            return share and replace(share, wanted_Q=share.wanted_Q.to(at), place=share.place.to(on))
+
         return replace(
             part,
             index=[index.to(on) for index in part.index],
             select=[select.to(on) for select in part.select],
-            wanted_Q=part.wanted_Q.to(on),
+            wanted_Q=part.wanted_Q.to(at),
             slot_Q=torch.searchsorted(touched_N, part.wanted_Q).to(on),
+            early=placed(part.early),
+            late=placed(part.late),
         )
 
     def _check_range(self, ids: Tensor, low: int, high: int, where: str) -> None:
@@ -118,15 +179,41 @@ class RowPlanner:
 
 
 class RowExchange:
-    """Moves rows and their gradients between the ranks of `mem` according to a plan."""
+    """Moves rows and their gradients between the ranks of `mem` according to a plan.
 
-    def __init__(self, table: Tensor, mem: Group, mem_replicate: Group, checksum: bool = False) -> None:
+    Rows go to `device` before they travel, and their gradients stay there: the table may lie elsewhere. `ahead` is a copy of
+    `mem` for the exchanges that run beside the step's.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        mem: Group,
+        mem_replicate: Group,
+        checksum: bool = False,
+        device: torch.device | None = None,
+        ahead: Group | None = None,
+    ) -> None:
         self.table, self.mem, self.mem_replicate, self.checksum = table, mem, mem_replicate, checksum
+        self.device, self.ahead = device or table.device, ahead or mem
 
-    def fetch(self, plan: RowPlan) -> Tensor:
-        """The plan's unique rows `[U, D]`, in ascending order of their ids: one all-to-all."""
-        rows_QD = self.table.index_select(0, plan.wanted_Q)
-        return checked_all_to_all(rows_QD, plan.receive, plan.send, self.mem, "rows", self.checksum)
+    def fetch(self, route: Route) -> Tensor:
+        """The route's rows as they are now, `[U, D]` where it is a whole plan, in ascending order of their ids: one all-to-all."""
+        rows_QD = self.upload(self.table.index_select(0, route.wanted_Q))
+        return checked_all_to_all(rows_QD, route.receive, route.send, self.mem, "rows", self.checksum)
+
+    def begin(self, route: Route, rows_QD: Tensor) -> Arrival:
+        """Send the rows that this owner is asked for, beside what follows."""
+        return Arrival(self.upload(rows_QD), route, self.ahead, self.checksum)
+
+    def complete(self, plan: RowPlan, arrival: Arrival) -> Tensor:
+        """The plan's unique rows `[U, D]`, of which the early ones, or all, were begun: the late ones are fetched now."""
+        rows = arrival.wait()
+        if plan.early is None or plan.late is None:
+            return rows
+        rows_UD = rows.new_empty(plan.num_rows, rows.shape[1])
+        rows_UD.index_copy_(0, plan.early.place, rows)
+        return rows_UD.index_copy_(0, plan.late.place, self.fetch(plan.late))
 
     def push(self, plan: RowPlan, grad_UD: Tensor, total_ND: Tensor) -> None:
         """Add the gradients of the plan's rows, from all ranks of `mem`, to the step's touched rows: one all-to-all."""
@@ -137,19 +224,45 @@ class RowExchange:
         """Sum the step's row gradients over the replicas of this shard, so that they stay bitwise equal."""
         all_reduce_(total_ND, self.mem_replicate)
 
+    def upload(self, rows: Tensor) -> Tensor:
+        """The rows on the model's device; out of host memory by way of a pinned buffer, so that the thread need not wait."""
+        if rows.device == self.device:
+            return rows
+        return (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device, non_blocking=True)
+
+
+class Arrival:
+    """Rows on their way beside the computation."""
+
+    def __init__(self, rows_QD: Tensor, route: Route, group: Group, checksum: bool) -> None:
+        self.route, self._group = route, group
+        self._sums = _checksums(rows_QD, route.receive) if checksum else None
+        self.pending = begin_all_to_all(rows_QD, route.receive, route.send, group)
+
+    def wait(self) -> Tensor:
+        """The rows asked for, in the order in which they were; with a checksum they are verified now."""
+        rows = self.pending.wait()
+        if self._sums is not None:
+            _verify(self._sums, rows, self.route.send, self._group, "rows")
+        return rows
+
 
 def checked_all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group, what: str, checksum: bool) -> Tensor:
     """`all_to_all`, and with `checksum` a second small one that proves every part arrived as it was sent."""
     out = all_to_all(x, send, receive, group)
-    if checksum and group.size > 1:
-        told = exchange_counts(_checksums(x, send), group)
-        wrong = (told != _checksums(out, receive)).nonzero().flatten().tolist()
-        if wrong:
-            senders = ", ".join(str(group.ranks[i]) for i in wrong)
-            raise ExchangeError(
-                f"{what} from rank {senders} arrived damaged at rank {group.ranks[group.rank]} (group {group.name})"
-            )
+    if checksum:
+        _verify(_checksums(x, send), out, receive, group, what)
     return out
+
+
+def _verify(sums: Tensor, out: Tensor, receive: list[int], group: Group, what: str) -> None:
+    """Raise ExchangeError where `out` has not the checksums that its senders tell; `sums` are those of what was sent here."""
+    if group.size == 1:
+        return
+    wrong = (exchange_counts(sums, group) != _checksums(out, receive)).nonzero().flatten().tolist()
+    if wrong:
+        senders = ", ".join(str(group.ranks[i]) for i in wrong)
+        raise ExchangeError(f"{what} from rank {senders} arrived damaged at rank {group.ranks[group.rank]} (group {group.name})")
 
 
 def _checksums(x: Tensor, splits: list[int]) -> Tensor:

@@ -60,13 +60,19 @@ class Accumulation:
     def step(self, batch: MicroBatches, last: bool, phase: Phase) -> Tensor:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for m in range(len(batch)):
-            sync_gradients(self.model, last and m == len(batch) - 1)  # one reduction per step, whatever the number of micro-batches
+            self._sync_gradients(last and m == len(batch) - 1)  # one reduction per step, whatever the number of micro-batches
             with phase("forward"):
                 part = self._forward(batch, m) / self.tokens_per_step
             with phase("backward"):
-                part.backward()
+                self._backward(part)
             loss += part.detach()
         return loss
+
+    def _sync_gradients(self, on: bool) -> None:
+        sync_gradients(self.model, on)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     @torch.no_grad()
     def losses(self, batch: MicroBatches) -> Tensor:

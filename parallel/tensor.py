@@ -194,6 +194,17 @@ class SequenceConvolution:
         return out_BTD.chunk(self.group.size, 1)[self.group.rank]
 
 
+@dataclass(frozen=True)
+class SequencePlaces:
+    """Places in the lines before experts, which are of whole sequences: gathers the choices and keeps the own part."""
+
+    places_in_line: Callable[[Tensor], Tensor]
+    group: Group
+
+    def __call__(self, experts_BSK: Tensor) -> Tensor:
+        return self.places_in_line(gather_sequence(experts_BSK, self.group)).chunk(self.group.size, 1)[self.group.rank]
+
+
 def gather_input(module: nn.Module, axis: TensorAxis) -> nn.Module:
     """The module as it is, reading whole sequences: one gather for all column-parallel products inside."""
     module.register_forward_pre_hook(lambda _, args: (gather_sequence(args[0], axis.group), *args[1:]))

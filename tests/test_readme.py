@@ -58,6 +58,9 @@ def check(line: str) -> None:
     elif words[0] == "torchrun":
         assert words[1:5] == ["--nproc-per-node", words[2], "-m", "hybridtrain"]
         check_hybridtrain(words[5:], world=int(words[2]))
+    elif words[0] == "deepspeed":
+        assert words[1:6] == ["--num_gpus", words[2], "--no_local_rank", "--module", "hybridtrain"]
+        check_hybridtrain(words[6:], world=int(words[2]))
     else:
         assert words[0] in ELSEWHERE, f"a command that this test cannot check: {line}"
 

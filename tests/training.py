@@ -7,17 +7,26 @@ import json
 import lzma
 import os
 import signal
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from hybridtrain.assemble import Parts, Vocabulary, assemble, compute_dtype, make_addressing, resolve_layout
 from hybridtrain.config import load_settings
+from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import prepare
-from hybridtrain.metrics import read_metrics
+from hybridtrain.data.shards import TokenDataset
+from hybridtrain.metrics import Clock, read_metrics
+from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.run_folder import RunFolder
 from hybridtrain.settings import Settings
+from hybridtrain.train import train_step
 from tests.ranks import run_on_ranks
 
 CI = Path(__file__).parents[1] / "configs" / "ci.toml"
@@ -101,3 +110,62 @@ def train_on_a_full_disk(settings: Settings, rank: int, step: int) -> None:
 
     FileSystemWriter.write_data = write_data  # type: ignore[method-assign]
     train(settings)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What some steps came to on one rank, bit for bit: losses, and the gradients that the optimizers got, whole."""
+
+    losses: list[float]
+    statistics: list[dict[str, Tensor]]
+    gradients: list[dict[str, Tensor]]
+    state: dict[str, Tensor]  # parameters, and this rank's part of the table
+    traffic: dict[tuple[str, str], tuple[int, int]]
+
+
+def build_here(settings: Settings) -> tuple[Parts, BatchLoader]:
+    """On a rank of run_on_ranks, or alone: the run's parts on this world, and this rank's batches."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    mixed = compute_dtype(settings, torch.device("cpu")) != torch.float32
+    mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, always=mixed)
+    dataset = TokenDataset.open(settings.data.path, verify=False)
+    vocabulary = Vocabulary.of(dataset)
+    parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
+    train, layout = settings.train, mesh.layout
+    place = layout.coordinate(rank, "dp")
+    loader = BatchLoader(dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, layout.dp, 0)
+    return parts, loader
+
+
+def trace(settings: Settings, steps: int = 3) -> Trace:
+    parts, loader = build_here(settings)
+    memory = parts.memory
+    out = Trace([], [], [], {}, {})
+    named = {f"{i}.{name}": p for i, stage in enumerate(parts.stages) for name, p in stage.named_parameters()}
+
+    def note(*_: Any) -> None:
+        out.gradients[-1].update({name: _whole(p.grad) for name, p in named.items() if p.grad is not None})
+
+    for optimizer in parts.engine.optimizers:
+        optimizer.register_step_pre_hook(note)
+    for number in range(steps):
+        batch = loader.load(number)
+        plan = memory.plan(batch) if memory is not None else None
+        out.gradients.append({})
+        totals = train_step(parts, number, batch.at(parts.positions), plan, Clock(parts.mesh.device), False)
+        out.losses.append(totals.loss)
+        out.statistics.append(totals.statistics)
+    out.state.update({name: _whole(p) for name, p in named.items()})
+    if memory is not None:
+        out.state["table"] = memory.table.clone()
+    out.traffic.update({key: value for key, value in parts.mesh.traffic.entries().items() if "plan" not in key[0]})
+    return out
+
+
+def traces(runs: list[Settings], steps: int = 3) -> list[Trace]:
+    """On a rank: `trace` of one run after the other."""
+    return [trace(settings, steps) for settings in runs]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()

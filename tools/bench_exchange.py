@@ -1,9 +1,9 @@
-"""Rows of the lookup table over ranks: planned once a step, beside a lookup in every layer. `python tools/bench_exchange.py [--nproc 2]`
+"""Rows of the table over ranks: planned once a step, beside a lookup in every layer: `python tools/bench_exchange.py [--nproc 2]`
 
 Both ways serve the quickstart's memory layers with the same batches and update the same rows by the same row-wise rule, in turns,
 without a model around them:
 
-- planned: this project's. One deduplicated exchange of rows a step and one of gradients, by a plan made from tokens alone. The plan is
+- planned: this project's. One deduplicated exchange of rows a step and one of gradients, by a plan made from tokens alone, which is
   timed with it and without: in training it is made in the background.
 - in the layer: what a sharded embedding does inside forward and backward: for each memory layer and micro-batch the ids to their
   owners, every row back, every gradient to the owners; nothing is deduplicated before the owner's update.
@@ -139,7 +139,13 @@ def measure(options: Options) -> None:
         memories = [TableMemory(settings, addressing, mesh, StepRows(), memory_layers(settings)) for _ in range(2)]
         train, dp = settings.train, mesh.layout.dp
         loader = BatchLoader(
-            dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, mesh.layout.coordinate(mesh.rank, "dp"), dp, 0
+            dataset.split("train"),
+            train.seq_len,
+            train.global_batch,
+            train.micro_batches,
+            mesh.layout.coordinate(mesh.rank, "dp"),
+            dp,
+            0,
         )
         ways = [planned(memories[0], loader.load), in_the_layer(memories[1], mesh, loader.load)]
         for number in range(options.warmup + options.steps):
@@ -170,7 +176,9 @@ def summarise(ways: list[Way], options: Options, facts: dict[str, int]) -> dict[
             {
                 "way": way.name,
                 "seconds": {name: median(s[name] for s in way.seconds) for name in names},
-                "ratio": {name: _spread([a[name] / b[name] for a, b in zip(way.seconds, ways[0].seconds, strict=True)]) for name in names},
+                "ratio": {
+                    name: _spread([a[name] / b[name] for a, b in zip(way.seconds, ways[0].seconds, strict=True)]) for name in names
+                },
                 "traffic": way.traffic,
             }
         )
@@ -180,8 +188,8 @@ def summarise(ways: list[Way], options: Options, facts: dict[str, int]) -> dict[
 def render(result: dict[str, Any]) -> str:
     """The result as a markdown table."""
     lines = [
-        f"{result['nproc']} ranks, {result['steps']} steps; {result['lookups']:,} lookups a step and rank, {result['unique']:,} unique rows, "
-        f"table {result['rows']:,} x {result['dim']}",
+        f"{result['nproc']} ranks, {result['steps']} steps; {result['lookups']:,} lookups a step and rank, "
+        f"{result['unique']:,} unique rows, table {result['rows']:,} x {result['dim']}",
         "",
         "| way | ms | ratio | ms, plan made before | ratio | collectives a step | kB sent a step |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -217,7 +225,9 @@ def _settings(options: Options) -> Settings:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="section.key=value on top of the quickstart's settings, e.g. train.micro_batches=4")
+    parser.add_argument(
+        "overrides", nargs="*", help="section.key=value on top of the quickstart's settings, e.g. train.micro_batches=4"
+    )
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each way")
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--nproc", type=int, default=2, help="ranks; the table is sharded over all of them")

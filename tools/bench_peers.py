@@ -2,7 +2,7 @@
 
 Every subject (tools/peers.py) lives in processes of its own and is told in turns to run some steps, so that other work on the
 machine hits all alike. Printed per case: tokens a second, the ratio of each peer's seconds to hybridtrain's round by round (median
-and quartiles), peak memory over all ranks, and the share of the peak of a large matrix product that was measured in the same rounds.
+and quartiles), peak memory over all ranks, and the share of the peak of a large matrix product, measured in the same rounds.
 Needs the extra `bench`.
 """
 
@@ -80,7 +80,7 @@ class Subject:
 
 
 def measure(case: Case, names: list[str], rounds: int, steps: int, warmup: int) -> list[Round]:
-    """All subjects in turns, forwards and backwards, `steps` steps each a round. Raises RuntimeError where the models differ in size."""
+    """All subjects in turns, forwards and backwards, `steps` steps each a round. RuntimeError: the models differ in size."""
     subjects: list[Subject] = []
     parameters: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
@@ -154,7 +154,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", default=["8,2,512", "64,6,128"], help="experts,top_k,width of each case")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="numbers of ranks; the threads are shared out among them")
     parser.add_argument("--threads", type=int, default=2, help="threads of all ranks together")
-    parser.add_argument("--peers", nargs="+", default=["transformers:grouped_mm", "deepspeed"], help="also transformers:eager, :batched_mm")
+    parser.add_argument(
+        "--peers", nargs="+", default=["transformers:grouped_mm", "deepspeed"], help="also transformers:eager, :batched_mm"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=2, help="steps of a round")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before")

@@ -3,7 +3,8 @@
 Trains the quickstart's model on the same batches with tables of different sizes, in turns (A B A B …), and prints the median
 seconds per phase and the ratio of each size to the first, pair by pair. `--model-free` leaves the model out: plan, fetch, push
 and update with made-up gradients. `--dense` sets an nn.Embedding with torch's Adam, whose gradient and update are table-sized,
-beside the row path at the same sizes.
+beside the row path at the same sizes. `--fetch step overlap stale` compares the ways of memory.fetch: "fetch" is what the step
+waits for, "hidden" what goes on beside it.
 
 Planning stands before the step here; in training it runs in the background, a step ahead.
 """
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -37,6 +39,7 @@ from hybridtrain.launch.local import run_ranks
 from hybridtrain.metrics import Clock
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import close_mesh
+from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
 
@@ -55,6 +58,7 @@ class Options:
     model_free: bool
     dense: bool
     overrides: tuple[str, ...]
+    fetch: tuple[str, ...] = ("step",)
     out: str = ""
 
 
@@ -63,7 +67,7 @@ class Case:
     """One subject: what it is called, how to run a step of it, and what the timed steps came to."""
 
     name: str
-    run: Callable[[int, Clock], None]
+    run: Callable[[int, Clock], dict[str, float]]  # what it returns stands beside the phases
     facts: dict[str, Any]
     seconds: list[dict[str, float]] = field(default_factory=list)
     faults: list[int] = field(default_factory=list)
@@ -103,10 +107,10 @@ def measure(options: Options) -> None:
             for case in cases if step % 2 == 0 else cases[::-1]:  # neither is always the one after the other
                 faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
                 begin, cpu_begin = time.perf_counter(), time.process_time()
-                case.run(step, clock)
+                beside = case.run(step, clock)
                 total, cpu = time.perf_counter() - begin, time.process_time() - cpu_begin
                 if step >= options.warmup:
-                    case.seconds.append({"step": total, "cpu": cpu, **clock.take()})
+                    case.seconds.append({"step": total, "cpu": cpu, **clock.take(), **beside})
                     case.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
                 clock.take()
         if mesh.rank == 0:
@@ -170,33 +174,43 @@ def render(result: dict[str, Any]) -> str:
 
 
 def _cases(options: Options, vocabulary: Vocabulary, batches: Callable[[int], Batch], mesh: Any) -> Iterator[Case]:
-    for rows in options.rows:
-        settings = _settings(options, rows)
+    for rows, fetch in product(options.rows, options.fetch):
+        settings = _settings(options, rows, f"memory.fetch={fetch}")
         parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
         assert parts.memory is not None
+        first, second = (parts.memory.plan(batches(options.warmup + i)) for i in range(2))
         facts = {
             "rows": parts.memory.addressing.num_rows,
-            "unique_rows": parts.memory.plan(batches(options.warmup)).unique,
+            "unique_rows": first.unique,
+            "late_rows": second.late_rows,
             "table_bytes_here": parts.memory.table.nbytes,
             "row_state_bytes_here": sum(value.nbytes for value in parts.memory.optimizer.state.values()),
         }
-        name = f"{parts.memory.addressing.num_rows:,} rows"
+        name = f"{parts.memory.addressing.num_rows:,} rows" + (f", {fetch}" if len(options.fetch) > 1 else "")
         yield Case(f"{name}, row path" if options.dense else name, _row_step(parts, batches, options), facts)
         if options.dense:
             yield Case(f"{name}, nn.Embedding + Adam", _dense_step(parts, batches), facts)
 
 
-def _row_step(parts: Parts, batches: Callable[[int], Batch], options: Options) -> Callable[[int, Clock], None]:
+def _row_step(parts: Parts, batches: Callable[[int], Batch], options: Options) -> Callable[[int, Clock], dict[str, float]]:
     memory = parts.memory
     assert memory is not None
+    planned: dict[int, tuple[Batch, StepPlan]] = {}
 
-    def step(number: int, clock: Clock) -> None:
-        batch = batches(number)
-        with clock.phase("plan"):
-            plan = memory.plan(batch)
+    def plan_once(number: int, clock: Clock) -> tuple[Batch, StepPlan]:
+        if number not in planned:
+            batch = batches(number)
+            with clock.phase("plan"):
+                planned[number] = batch, memory.plan(batch)
+        return planned[number]
+
+    def step(number: int, clock: Clock) -> dict[str, float]:
+        batch, plan = plan_once(number, clock)
         if not (options.model_free or options.dense):
-            train_step(parts, number, batch, plan, clock, stop=False)
-            return
+            _, next_plan = plan_once(number + 1, clock)
+            train_step(parts, number, batch, plan, clock, False, next_plan)
+            del planned[number]
+            return {"hidden": memory.hidden_seconds()}
         exchange = plan.exchanges[0]
         with clock.phase("fetch"):
             memory.fetch(plan, exchange)
@@ -207,17 +221,19 @@ def _row_step(parts: Parts, batches: Callable[[int], Batch], options: Options) -
             memory.push(exchange, total_ND)
         with clock.phase("optimizer"):
             memory.update(plan, total_ND, 1e-3)
+        del planned[number]
+        return {}
 
     return step
 
 
-def _dense_step(parts: Parts, batches: Callable[[int], Batch]) -> Callable[[int, Clock], None]:
+def _dense_step(parts: Parts, batches: Callable[[int], Batch]) -> Callable[[int, Clock], dict[str, float]]:
     memory = parts.memory
     assert memory is not None
     table = nn.Embedding(memory.addressing.num_rows, memory.table.shape[1])
     optimizer = torch.optim.Adam(table.parameters(), lr=1e-3)
 
-    def step(number: int, clock: Clock) -> None:
+    def step(number: int, clock: Clock) -> dict[str, float]:
         batch = batches(number)
         with clock.phase("plan"):
             ids = row_ids(memory.addressing, batch.tokens, batch.starts)
@@ -228,6 +244,7 @@ def _dense_step(parts: Parts, batches: Callable[[int], Batch]) -> Callable[[int,
         with clock.phase("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
+        return {}
 
     return step
 
@@ -247,12 +264,12 @@ def _batches(settings: Settings, dataset: TokenDataset, dp_rank: int, dp: int, o
     return load
 
 
-def _settings(options: Options, rows: int) -> Settings:
+def _settings(options: Options, rows: int, *others: str) -> Settings:
     base = load_settings(CONFIG)
     slots = len(base.memory.orders) * base.memory.heads
     layout = ["parallel.ep=1"] if options.nproc == 1 else []
     size = [f"memory.rows_per_head={-(-rows // slots)}", "parallel.mem=-1"]
-    return load_settings(CONFIG, [*size, *layout, *options.overrides])
+    return load_settings(CONFIG, [*size, *layout, *options.overrides, *others])
 
 
 def _parse(argv: list[str] | None) -> tuple[Options, bool]:
@@ -269,12 +286,17 @@ def _parse(argv: list[str] | None) -> tuple[Options, bool]:
     )
     parser.add_argument("--model-free", action="store_true", help="plan, fetch, push and update alone")
     parser.add_argument("--dense", action="store_true", help="compare with nn.Embedding and torch's Adam, model-free, one rank")
+    parser.add_argument(
+        "--fetch", nargs="+", choices=["step", "overlap", "stale"], default=["step"], help="ways of memory.fetch to compare"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     if args.steps < 2 or args.warmup < 0 or min(args.rows) < 1 or args.nproc < 1:
         parser.error("--steps must be at least 2, --rows and --nproc at least 1, --warmup at least 0")
     if args.dense and args.nproc > 1:
         parser.error("--dense compares on one rank; leave --nproc out")
+    if len(args.fetch) > 1 and (args.dense or args.model_free):
+        parser.error("--fetch compares what goes on beside a model; leave --dense and --model-free out")
     options = Options(
         tuple(args.rows),
         args.steps,
@@ -284,13 +306,14 @@ def _parse(argv: list[str] | None) -> tuple[Options, bool]:
         args.model_free,
         args.dense,
         tuple(args.overrides),
+        tuple(args.fetch),
     )
     return options, args.json
 
 
 def _check_memory(options: Options, head_dim: int) -> None:
     tables = 5 if options.dense else 1  # dense: weights, gradient and two moments beside the row path's table
-    needed, free = sum(options.rows) * (4 * head_dim * tables + 8), _available_bytes()
+    needed, free = len(options.fetch) * sum(options.rows) * (4 * head_dim * tables + 8), _available_bytes()
     if needed > free:
         raise UserError(f"tables of {sum(options.rows):,} rows need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 

@@ -1,4 +1,4 @@
-"""The subjects of bench_peers.py: one MoE language model as hybridtrain, transformers and DeepSpeed train it, and its products alone.
+"""The subjects of bench_peers.py: a MoE language model as hybridtrain, transformers and DeepSpeed train it, and its products alone.
 
 A subject is a function from a case to (step, parameters): something to call that trains one step, and how many parameters the whole
 model has, by which the models are compared; None where there is no model. It runs in a process of its own, one a rank,
@@ -81,7 +81,7 @@ def hybridtrain(case: Case) -> Made:
 
 
 def transformers(case: Case, experts: str = "grouped_mm") -> Made:
-    """Mixtral of transformers: SDPA, fused AdamW, DDP over ranks; `experts` is its way to run them: grouped_mm, batched_mm, eager."""
+    """Mixtral of transformers: SDPA, fused AdamW, DDP over ranks; `experts` is how it runs them: grouped_mm, batched_mm, eager."""
     model: nn.Module = _mixtral(case, experts, with_router_loss=True)
     parameters = sum(p.numel() for p in model.parameters())
     if case.ranks > 1:
@@ -109,7 +109,14 @@ def deepspeed(case: Case) -> Made:
         for parameter in expert.parameters():
             nn.init.normal_(parameter, std=0.02)
         moe = MoE(
-            case.dim, expert, case.experts, case.ranks, k=case.top_k, drop_tokens=False, use_rts=False, top2_2nd_expert_sampling=False
+            case.dim,
+            expert,
+            case.experts,
+            case.ranks,
+            k=case.top_k,
+            drop_tokens=False,
+            use_rts=False,
+            top2_2nd_expert_sampling=False,
         )
         moe.set_deepspeed_parallelism()
         moes.append(moe)
@@ -129,7 +136,8 @@ def deepspeed(case: Case) -> Made:
             flat = torch.cat([p.grad.flatten() for p in shared if p.grad is not None]).div_(case.ranks)
             dist.all_reduce(flat)
             torch._foreach_copy_(
-                [p.grad.view(-1) for p in shared if p.grad is not None], flat.split([p.numel() for p in shared if p.grad is not None])
+                [p.grad.view(-1) for p in shared if p.grad is not None],
+                flat.split([p.numel() for p in shared if p.grad is not None]),
             )
 
     return _torch_step(model, loss, reduce), num_shared + case.ranks * (num_here - num_shared)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 
@@ -10,7 +13,19 @@ class Counters:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self._paused = False
 
     def add(self, name: str, value: Tensor) -> None:
+        if self._paused:
+            return
         value = value.detach()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While what was counted before is computed a second time."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False

@@ -41,19 +41,20 @@ class EngramMemory(nn.Module):
         if self.training:
             self.counters.add("gate_sum", g_BT1.sum())
             self.counters.add("gate_count", torch.tensor(float(g_BT1.numel()), device=g_BT1.device))
-        u_BTD: Tensor = g_BT1 * self.wv(e_BTX)
+        v_BTD = self.wv(e_BTX)
+        u_BTD: Tensor = g_BT1.to(v_BTD.dtype) * v_BTD
         if self.conv is None or self.conv_norm is None:
             return u_BTD
         return F.silu(self.convolve(self.conv_norm(u_BTD), self.conv, self.dilation, documents_BT)) + u_BTD
 
 
 def gate(h_BTD: Tensor, k_BTD: Tensor, floor: float = 1e-6) -> Tensor:
-    """sigmoid(sign(s) sqrt(max(|s|, floor))) of s = <h, k> / sqrt(D), both normalised: [B, T, 1].
+    """sigmoid(sign(s) sqrt(max(|s|, floor))) of s = <h, k> / sqrt(D), both normalised: float32 [B, T, 1].
 
     The square root is in every released code, with the floor 1e-6; the paper's text has sigmoid(s). Its slope is
     1 / (2 sqrt(|s|)), up to 1 / (2 sqrt(floor)): single tokens near s = 0 can dominate a step's gradient.
     """
-    s_BT1 = (h_BTD * k_BTD).sum(-1, keepdim=True) / math.sqrt(h_BTD.size(-1))
+    s_BT1 = (h_BTD.float() * k_BTD.float()).sum(-1, keepdim=True) / math.sqrt(h_BTD.size(-1))
     return torch.sigmoid(s_BT1.sign() * s_BT1.abs().clamp_min(floor).sqrt())
 
 

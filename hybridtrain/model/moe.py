@@ -5,12 +5,15 @@ B batch, T tokens, N = B*T, D model width, E experts, K experts per token, P = N
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hybridtrain.kernels.moe_swiglu.op import moe_swiglu
+from hybridtrain.model.counters import Counters
 from hybridtrain.model.feedforward import SwiGLU
 from hybridtrain.model.router import Router
 from hybridtrain.settings import Settings
@@ -26,7 +29,7 @@ class GroupedExperts(nn.Module):
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden, dim))
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, absent: bool = False) -> Tensor:
-        """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 are none of these and count nothing."""
+        """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 count nothing."""
         w_gate, w_up, w_down = (_local(w) for w in (self.w_gate, self.w_up, self.w_down))
         return moe_swiglu(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down, absent)
 
@@ -37,21 +40,42 @@ def _local(weight: Tensor) -> Tensor:
 
 
 class Dispatch(Protocol):
-    """Brings tokens to their experts and back: the gated sum over each token's experts, [N, D]."""
+    """Begins to bring tokens to their experts; what it returns, called once, gives the gated sum over each token's experts [N, D].
 
-    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts) -> Tensor: ...
+    What is computed in between runs while the tokens travel, if they do.
+    """
+
+    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts) -> Callable[[], Tensor]: ...
 
 
 class LocalDispatch:
-    """All experts are on this device."""
+    """All experts are on this device. With `drops`, pairs may be absent: of experts outside 0..E-1."""
 
-    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts) -> Tensor:
-        out_ND: Tensor = experts(x_ND, experts_NK, gates_NK)
-        return out_ND
+    def __init__(self, drops: bool = False) -> None:
+        self.drops = drops
+
+    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts) -> Callable[[], Tensor]:
+        y_ND: Tensor = experts(x_ND, experts_NK, gates_NK, absent=self.drops)
+        return lambda: y_ND
+
+
+DROPPED = -1  # no expert's number
+
+
+def places_in_line(experts_BTK: Tensor) -> Tensor:
+    """How many earlier tokens of the same sequence chose the same expert: [B, T, K] int64. A token's experts are distinct."""
+    sorted_BP, order_BP = experts_BTK.flatten(1).sort(stable=True)
+    first_BP = torch.searchsorted(sorted_BP, sorted_BP)  # where the expert's line begins
+    place_BP = torch.arange(order_BP.size(1), device=order_BP.device) - first_BP
+    return torch.empty_like(order_BP).scatter_(1, order_BP, place_BP).view(experts_BTK.shape)
 
 
 class MoE(nn.Module):
-    """Routed experts and, where asked for, shared experts that see every token."""
+    """Routed experts and, where asked for, shared experts that see every token.
+
+    With `moe.capacity` an expert takes the first `most` pairs of each sequence and drops the later ones: a drop depends on
+    earlier tokens of the sequence alone, so on no other sequence, no layout and no future. Gates stay as they are.
+    """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -59,10 +83,25 @@ class MoE(nn.Module):
         self.router = Router(dim, moe, tokens_per_step=settings.train.global_batch * settings.train.seq_len)
         self.experts = GroupedExperts(moe.num_experts, dim, moe.hidden)
         self.shared = SwiGLU(dim, moe.num_shared * moe.hidden) if moe.num_shared else None
-        self.dispatch: Dispatch = LocalDispatch()
+        self.most = math.ceil(moe.capacity * settings.train.seq_len * moe.top_k / moe.num_experts) if moe.capacity else None
+        self.counters = Counters()
+        # A parallel layout may hand in others.
+        self.dispatch: Dispatch = LocalDispatch(drops=self.most is not None)
+        self.places_in_line = places_in_line
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, -2)
         experts_NK, gates_NK = self.router(x_ND)
-        y_BTD = self.dispatch(x_ND, experts_NK, gates_NK, self.experts).view_as(x_BTD)
-        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
+        if self.most is not None:
+            experts_NK = self._drop(experts_NK.view(*x_BTD.shape[:-1], -1), self.most).flatten(0, -2)
+        finish = self.dispatch(x_ND, experts_NK, gates_NK, self.experts)
+        shared_BTD = self.shared(x_BTD) if self.shared is not None else None  # while tokens travel
+        y_BTD = finish().view_as(x_BTD)
+        return y_BTD if shared_BTD is None else y_BTD + shared_BTD
+
+    def _drop(self, experts_BTK: Tensor, most: int) -> Tensor:
+        """The experts, with DROPPED in the place of those that are full."""
+        dropped_BTK = self.places_in_line(experts_BTK) >= most
+        if self.training:
+            self.counters.add("dropped_pairs", dropped_BTK.sum())
+        return experts_BTK.masked_fill(dropped_BTK, DROPPED)

@@ -30,13 +30,14 @@ class StepRows(nn.Module):
     def gather(self, index: Tensor, micro_batch: int, beside: Tensor | None = None) -> Tensor:
         """Rows `index` (int64, any shape) of the micro-batch's leaf: [*index.shape, head_dim].
 
-        `beside` is the hidden state that the rows are about to meet. Raises RuntimeError where that micro-batch has no leaf.
+        `beside` is the hidden state that the rows are about to meet, whose dtype they get. Raises RuntimeError where
+        that micro-batch has no leaf.
         """
         leaf = self._parameters.get(f"leaf{micro_batch}")
         if leaf is None:
             raise RuntimeError(f"micro-batch {micro_batch} has no memory rows; the step set {len(self._parameters)} leaves")
         rows = F.embedding(index, leaf)
-        return rows if beside is None else _join(rows, beside)
+        return rows if beside is None else _join(rows, beside).to(beside.dtype)
 
     def grads(self) -> list[Tensor]:
         """The leaves' gradients in micro-batch order; zeros where none arrived."""

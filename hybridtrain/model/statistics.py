@@ -18,8 +18,9 @@ from hybridtrain.settings import Settings, layer_specs
 def collect(model: nn.Module) -> dict[str, Tensor]:
     """All sums since the last `reset`, in float64, keyed by layer.
 
-    "layers.N." + expert_tokens [E] (pairs per expert), router_entropy (nats) and router_tokens, aux_loss and z_loss
-    (parts of the step's loss, where weighted), gate_sum and gate_count (memory layers).
+    "layers.N." + expert_tokens [E] (pairs per expert, dropped ones too), dropped_pairs (where there is a capacity),
+    router_entropy (nats) and router_tokens, aux_loss and z_loss (parts of the step's loss, where weighted), gate_sum and
+    gate_count (memory layers).
     """
     return {f"{layer}.{key}": value.double() for layer, counters in _counters(model) for key, value in counters.sums.items()}
 
@@ -27,7 +28,8 @@ def collect(model: nn.Module) -> dict[str, Tensor]:
 def no_statistics(settings: Settings) -> dict[str, Tensor]:
     """Zeros under every key that `collect` has for the whole model, so that ranks with other layers can add up theirs."""
     moe = settings.model.moe
-    names = ["router_entropy", "router_tokens", *(["aux_loss"] if moe.aux_weight else []), *(["z_loss"] if moe.z_weight else [])]
+    optional = {"aux_loss": moe.aux_weight, "z_loss": moe.z_weight, "dropped_pairs": moe.capacity}
+    names = ["router_entropy", "router_tokens", *(name for name, on in optional.items() if on)]
     zero = torch.zeros((), dtype=torch.float64)
     out: dict[str, Tensor] = {}
     for i, spec in enumerate(layer_specs(settings)):

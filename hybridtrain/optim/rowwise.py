@@ -29,6 +29,12 @@ class RowOptimizer(Protocol):
     def catch_up(self, rows_N: Tensor) -> None:
         """Apply the weight decay that the rows int64 [N] owe for steps without gradient; called before they are read."""
 
+    def values(self, rows_N: Tensor, coming_lr: float | None = None) -> Tensor:
+        """What the rows int64 [N] are once `catch_up` was called, as a tensor [N, D] of its own; changes nothing.
+
+        With `coming_lr`: once the coming step, at that rate, which touches none of them, was made and `catch_up` was called.
+        """
+
     def step(self, rows_N: Tensor, grad_ND: Tensor, lr: float) -> None:
         """Update the rows, sorted unique int64 [N], by their gradients; every other row has gradient 0. N may be 0."""
 
@@ -84,6 +90,19 @@ class _Rowwise:
         self._write(rows_N, v_N, weights_ND)
 
     @torch.no_grad()
+    def values(self, rows_N: Tensor, coming_lr: float | None = None) -> Tensor:
+        """See RowOptimizer; the same bits that `catch_up` will write."""
+        weights_ND = self.table_RD.index_select(0, rows_N)
+        log = self._decay
+        if log is None and coming_lr is not None and self.weight_decay > 0.0:
+            log = self._no_decay_yet()
+        if log is None or len(rows_N) == 0:
+            return weights_ND
+        coming = 0.0 if coming_lr is None else self._log_factor(coming_lr)
+        factor_N = log.factor(self.state["last"].index_select(0, rows_N), coming)
+        return weights_ND.float().mul_(factor_N.unsqueeze(1)).to(weights_ND.dtype)
+
+    @torch.no_grad()
     def step(self, rows_N: Tensor, grad_ND: Tensor, lr: float) -> None:
         """Update the rows, sorted unique int64 [N], by grad_ND; allocates tensors of N rows only.
 
@@ -118,13 +137,20 @@ class _Rowwise:
         self._decay = None if log is None else _DecayLog(log, self.table_RD.device)
 
     def _advance(self, lr: float) -> None:
+        log_factor = self._log_factor(lr)
+        if self._decay is None and self.weight_decay > 0.0:
+            self._decay = self._no_decay_yet()
+        if self._decay is not None:
+            self._decay.append(log_factor)
+        self.step_count += 1
+
+    def _log_factor(self, lr: float) -> float:
         if lr * self.weight_decay >= 1.0:
             raise ValueError(f"lr * weight_decay = {lr} * {self.weight_decay} must be below 1")
-        if self._decay is None and self.weight_decay > 0.0:
-            self._decay = _DecayLog([0.0] * (self.step_count + 1), self.table_RD.device)
-        if self._decay is not None:
-            self._decay.append(math.log1p(-lr * self.weight_decay))
-        self.step_count += 1
+        return math.log1p(-lr * self.weight_decay)
+
+    def _no_decay_yet(self) -> _DecayLog:
+        return _DecayLog([0.0] * (self.step_count + 1), self.table_RD.device)
 
     def _write(self, rows_N: Tensor, v_N: Tensor, weights_ND: Tensor) -> None:
         self.table_RD.index_copy_(0, rows_N, weights_ND.to(self.table_RD.dtype))
@@ -200,6 +226,12 @@ class DenseAdam:
     def catch_up(self, rows_N: Tensor) -> None:
         """Nothing is ever owed: every step updates every row."""
 
+    def values(self, rows_N: Tensor, coming_lr: float | None = None) -> Tensor:
+        """The rows as they are. Raises ValueError with `coming_lr`: no row is left alone by the coming step."""
+        if coming_lr is not None:
+            raise ValueError("dense Adam updates every row, so none can be known before the coming step")
+        return self.table_RD.index_select(0, rows_N)
+
     @torch.no_grad()
     def step(self, rows_N: Tensor, grad_ND: Tensor, lr: float) -> None:
         """Update the whole table; rows outside rows_N, unique int64 [N], have gradient 0."""
@@ -244,9 +276,9 @@ class _DecayLog:
         self._entries[self._length] = self._total
         self._length += 1
 
-    def factor(self, last_N: Tensor) -> Tensor:
-        """float32 [N]: product of the factors of all steps after `last_N`."""
-        return (self._total - self._entries.index_select(0, last_N)).exp_().float()
+    def factor(self, last_N: Tensor, coming: float = 0.0) -> Tensor:
+        """float32 [N]: product of the factors of all steps after `last_N`, and of one to come whose log is `coming`."""
+        return (self._total + coming - self._entries.index_select(0, last_N)).exp_().float()
 
     def to_list(self) -> list[float]:
         return self._entries[: self._length].tolist()

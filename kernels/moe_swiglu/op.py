@@ -4,7 +4,8 @@ On the CPU nothing of [pairs, D] is gathered beforehand or weighted afterwards: 
 weighted while they lie in a core's cache, and its hidden rows take the gates, which are narrower. Sums have one order, whatever
 the number of threads.
 
-N tokens, K choices per token, P = N*K pairs sorted by expert, E experts, D width, F hidden width. See reference.py for the definition.
+N tokens, K choices per token, P = N*K pairs sorted by expert, E experts, D width, F hidden width, M pairs of one expert.
+See reference.py for the definition.
 """
 
 from __future__ import annotations

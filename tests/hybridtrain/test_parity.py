@@ -23,6 +23,7 @@ LAYOUTS = [
     (4, "parallel.ep=1", "parallel.mem=1"),
     (4, "parallel.dp_replicate=2", "parallel.ep=2", "parallel.mem=4"),
     (4, "parallel.cp=2", "parallel.ep=4", "parallel.mem=2"),
+    (4, "parallel.ep=4", "parallel.mem=4", 'parallel.dispatch="hierarchical"', "parallel.node_size=2"),
 ]
 LR = 0.001  # optim.lr: what one update moves a parameter by, at most
 STEP = LR * 5  # optim.lr * memory.lr_multiplier: what one update moves a row by, in each dim

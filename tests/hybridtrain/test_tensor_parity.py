@@ -32,7 +32,7 @@ def optimizer_state(run: Path) -> dict[str, Tensor]:
     """First moments after ten steps, by parameter."""
     parts, _, _ = open_checkpoint(run / "checkpoints" / "step-00000010")
     names: dict[Tensor, str] = {parameter: name for name, parameter in parts.model.named_parameters()}
-    return {names[p]: state["exp_avg"] for optimizer in parts.optimizers for p, state in optimizer.state.items()}
+    return {names[p]: state["exp_avg"] for optimizer in parts.engine.optimizers for p, state in optimizer.state.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: " ".join(map(str, layout)))

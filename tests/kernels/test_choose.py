@@ -74,7 +74,7 @@ def test_a_run_refuses_what_is_missing(tmp_path: Path) -> None:
         train(ci_settings(tmp_path / "run", make_data(tmp_path / "data"), "kernels.rms_norm=apex"))
 
 
-def test_a_dtensor_is_torchs() -> None:
+def test_a_dtensor_is_torchs_and_so_are_other_devices() -> None:
     class Sharded(torch.Tensor):
         def to_local(self) -> torch.Tensor:
             return self
@@ -82,5 +82,6 @@ def test_a_dtensor_is_torchs() -> None:
     choose.use({"rope": "triton"})
     assert choose.chosen("rope", torch.ones(1)) == "triton"
     assert choose.chosen("rope", torch.ones(1).as_subclass(Sharded)) == "torch"
+    assert choose.chosen("rope", torch.ones(1, device="meta")) == "torch"
     choose.use({})
     assert choose.chosen("rope", torch.ones(1)) == "torch"

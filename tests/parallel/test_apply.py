@@ -29,10 +29,12 @@ class Experts(nn.Module):
         return torch.cat([x @ w for x, w in zip(x_XD.split(counts.tolist()), weight, strict=True)])
 
 
-def local_dispatch(x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def local_dispatch(
+    x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], Tensor]:
     order = experts_NK[:, 0].argsort(stable=True)
     y = experts(x_ND[order], torch.bincount(experts_NK[:, 0], minlength=EXPERTS)) * gates_NK[order]
-    return torch.zeros_like(x_ND).index_add(0, order, y)
+    return lambda: torch.zeros_like(x_ND).index_add(0, order, y)
 
 
 class Moe(nn.Module):
@@ -41,10 +43,10 @@ class Moe(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.experts = Experts()
-        self.dispatch: Callable[..., Tensor] = local_dispatch
+        self.dispatch: Callable[..., Callable[[], Tensor]] = local_dispatch
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
-        return self.dispatch(x_ND, (tokens_N % EXPERTS)[:, None], torch.ones(len(x_ND), 1), self.experts)
+        return self.dispatch(x_ND, (tokens_N % EXPERTS)[:, None], torch.ones(len(x_ND), 1), self.experts)()
 
 
 class Layer(nn.Module):
@@ -79,7 +81,7 @@ def build(degrees: dict[str, int] | None, reshard: bool = False) -> Model:
     with torch.device("meta"):
         model = Model()
     mesh = mesh_here(**degrees) if degrees is not None else make_mesh(Layout.resolve(1), 0, torch.device("cpu"), 60)
-    parallelize(model, model.layers, mesh, num_experts=EXPERTS, reshard_after_forward=reshard, context=None)
+    parallelize(model, list(model.layers), mesh, num_experts=EXPERTS, reshard_after_forward=reshard, context=None)
     materialize(model, mesh.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -108,7 +110,10 @@ def check(degrees: dict[str, int], reshard: bool) -> None:
     assert isinstance(experts, DTensor)
     if layout.ep > 1:
         assert experts.to_local().shape == (EXPERTS // layout.ep, DIM // layout.edp, DIM)
-        assert isinstance(model.layers[0].moe.dispatch, AllToAllDispatch)  # type: ignore[union-attr]
+        dispatch = model.layers[0].moe.dispatch  # type: ignore[union-attr]
+        assert isinstance(dispatch, AllToAllDispatch)
+        assert dispatch.layer == "layers.0.moe"
+        assert [group.name for group in dispatch.groups] == (["ep_inter", "ep_intra"] if layout.ep_inter > 1 else ["ep"])
 
     for step in range(2):
         losses = [alone(tokens(i, m)) for i in range(size) for m in range(2)]
@@ -149,7 +154,7 @@ def test_two_ranks() -> None:
 
 
 def test_four_ranks() -> None:
-    run_on_ranks(check_all, 4, [({"ep": 2}, False), ({"ep": 4}, False), ({}, True)])
+    run_on_ranks(check_all, 4, [({"ep": 2}, False), ({"ep": 4}, False), ({"ep": 4, "node_size": 2}, True), ({}, True)])
 
 
 def test_a_world_of_one_is_left_as_it_is() -> None:
@@ -170,3 +175,11 @@ def test_write_local_asks_for_the_rows_that_are_here(rows: int) -> None:
         write_local(parameter, lambda part: asked.append(part) or torch.ones(rows, 2)[part])  # type: ignore[func-returns-value]
     assert asked == [slice(0, rows)]
     assert bool((parameter == 1).all())
+
+
+def test_another_precision_needs_a_mesh() -> None:
+    with torch.device("meta"):
+        model = Model()
+    mesh = make_mesh(Layout.resolve(1), 0, torch.device("cpu"), 60)
+    with pytest.raises(ValueError, match=r"torch.bfloat16 needs a mesh, also of one rank: make_mesh\(…, always=True\)"):
+        parallelize(model, list(model.layers), mesh, num_experts=EXPERTS, reshard_after_forward=False, dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ from torch import Tensor
 from hybridtrain.model.attention import attend
 from hybridtrain.model.context import make_context
 from hybridtrain.model.engram import short_conv
+from hybridtrain.model.moe import places_in_line
 from hybridtrain.parallel.context import ContextParallel
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
@@ -27,7 +28,7 @@ def documents(kind: str) -> Tensor:
 
 def check(kind: str) -> None:
     mesh = mesh_here(cp=torch.distributed.get_world_size())
-    context = ContextParallel(mesh.cp, TOKENS, short_conv)
+    context = ContextParallel(mesh.cp, TOKENS, short_conv, places_in_line)
     places, docs = context.positions(), documents(kind)
     generator = torch.Generator().manual_seed(0)
 
@@ -60,9 +61,18 @@ def check(kind: str) -> None:
     torch.testing.assert_close(own_kernel.grad, kernel.grad)
 
 
+def check_places() -> None:
+    """Lines before experts are of whole sequences."""
+    mesh = mesh_here(cp=torch.distributed.get_world_size())
+    context = ContextParallel(mesh.cp, TOKENS, short_conv, places_in_line)
+    experts = torch.randint(5, (SEQUENCES, TOKENS, 1), generator=torch.Generator().manual_seed(0))
+    here = context.positions()
+    assert torch.equal(context.places_in_line(experts[:, here]), places_in_line(experts)[:, here])
+
+
 def check_bytes_and_balance() -> None:
     mesh = mesh_here(cp=torch.distributed.get_world_size())
-    context = ContextParallel(mesh.cp, TOKENS, short_conv)
+    context = ContextParallel(mesh.cp, TOKENS, short_conv, places_in_line)
     local, size = TOKENS // mesh.cp.size, mesh.cp.size
     q = torch.randn(SEQUENCES, local, HEADS, WIDTH)
     kv = [torch.randn(SEQUENCES, local, KV_HEADS, WIDTH, requires_grad=True) for _ in range(2)]
@@ -79,6 +89,7 @@ def check_bytes_and_balance() -> None:
 def check_all() -> None:
     for kind in ("one", "packed"):
         check(kind)
+    check_places()
     check_bytes_and_balance()
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridtrain.parallel.layout import DENSE_AXES, EXPERT_AXES, MEMORY_AXES, Layout, LayoutError, ModelFacts
+from hybridtrain.parallel.layout import DENSE_AXES, EXPERT_AXES, MEMORY_AXES, NODE_AXES, Layout, LayoutError, ModelFacts
 
 FACTS = ModelFacts(
     global_batch=24,
@@ -72,6 +72,17 @@ def test_coordinates(degrees: dict[str, int], rank: int, expected: dict[str, int
         ({"world": 8, "tp": 2, "ep": 2, "etp": 2}, "edp", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ({"world": 8, "tp": 2, "ep": 2, "etp": 2}, "etp", [[0, 1], [2, 3], [4, 5], [6, 7]]),
         ({"world": 8, "pp": 2, "cp": 2, "mem": 4}, "mem", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        # over nodes first: the same-index ranks of the nodes that ep reaches over, then the ranks of ep on one node
+        ({"world": 8, "ep": 8, "node_size": 4}, "ep_inter", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ({"world": 8, "ep": 8, "node_size": 4}, "ep_intra", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ({"world": 8, "ep": 4, "node_size": 2}, "ep_inter", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ({"world": 8, "ep": 4, "node_size": 1}, "ep_inter", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ({"world": 8, "tp": 2, "etp": 2, "ep": 4, "node_size": 4}, "ep_inter", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ({"world": 8, "tp": 2, "etp": 2, "ep": 4, "node_size": 4}, "ep_intra", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        # far: spread evenly over the world, so over the stages too
+        ({"world": 8, "pp": 2, "mem": 4, "mem_placement": "far"}, "mem", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ({"world": 8, "pp": 2, "mem": 4, "mem_placement": "far"}, "mem_replicate", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ({"world": 4, "mem": 4, "mem_placement": "far"}, "mem", [[0, 1, 2, 3]]),
     ],
 )
 def test_groups(degrees: dict[str, int], axis: str, expected: list[list[int]]) -> None:
@@ -87,13 +98,15 @@ def layouts(draw: st.DrawFn) -> Layout:
     folded = dense["dp_shard"] * dense["cp"] * dense["tp"]
     ep = draw(st.sampled_from([d for d in range(1, folded + 1) if folded % d == 0]))
     mem = draw(st.sampled_from([d for d in range(1, world + 1) if world % d == 0]))
-    return Layout.resolve(world, **dense, ep=ep, mem=mem)
+    node_size = draw(st.sampled_from([0, 2 * ep, *(d for d in range(1, ep + 1) if ep % d == 0)]))
+    placement = draw(st.sampled_from(["near", "far"]))
+    return Layout.resolve(world, **dense, ep=ep, mem=mem, node_size=node_size, mem_placement=placement)
 
 
 @settings(deadline=None)  # 243 ranks on a busy machine
 @given(layouts())
 def test_groups_partition_the_ranks_and_agree_with_coordinates(layout: Layout) -> None:
-    for axes in (DENSE_AXES, EXPERT_AXES, MEMORY_AXES):
+    for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, layout.memory_axes):
         assert prod(layout.shape(axes)) == layout.world
         places = [tuple(coordinates(layout, rank, axes).values()) for rank in range(layout.world)]
         assert places == sorted(set(places))  # distinct, and slowest axis first
@@ -113,6 +126,12 @@ def test_an_expert_group_lies_inside_one_stage_and_one_replica(layout: Layout) -
     for group in layout.groups("ep"):
         assert len({(layout.coordinate(r, "pp"), layout.coordinate(r, "dp_replicate")) for r in group}) == 1
         assert group == list(range(group[0], group[0] + layout.ep))  # neighbours: the narrowest part of the network
+
+
+@pytest.mark.parametrize("node_size", [0, 4, 8, 12])
+def test_experts_on_one_node_need_no_second_hop(node_size: int) -> None:
+    layout = Layout.resolve(8, ep=4, node_size=node_size)
+    assert (layout.ep_inter, layout.ep_intra) == (1, 4)
 
 
 @given(layouts(), st.integers(0, 40))
@@ -140,7 +159,11 @@ def test_minus_one_takes_what_is_left() -> None:
     layout = Layout.resolve(8, tp=2, dp_shard=4, ep=4, mem=2)
     assert (layout.expert_ranks, layout.edp, layout.mem_replicate, layout.dp) == (8, 2, 4, 4)
     assert layout.describe() == "dp_shard 4 · tp 2 · ep 4 · edp 2 · mem 2 · mem_replicate 4"
+    assert Layout.resolve(8, ep=4, node_size=2).describe() == "dp_shard 8 · ep 4 · ep_inter 2 · edp 2 · mem 8"
     assert Layout.resolve(1).describe() == "one rank"
+    far = {"mem_placement": "far"}
+    assert Layout.resolve(4, mem=2, **far).describe() == "dp_shard 4 · edp 4 · mem 2 · mem_replicate 2 · mem far"
+    assert Layout.resolve(4, **far).describe() == Layout.resolve(4).describe()  # all ranks: near and far are the same
 
 
 @pytest.mark.parametrize(
@@ -155,6 +178,7 @@ def test_minus_one_takes_what_is_left() -> None:
         ({"world": 4, "tp": 3}, ["parallel: tp 3 = 3 ranks, not 4; tp = 3 fits 3 or 6 ranks"]),
         ({"world": 2, "tp": 2, "pp": 2}, ["parallel: pp 2 x tp 2 = 4 ranks, not 2; pp x tp = 4 fits 4 ranks"]),
         ({"world": 4, "ep": 3}, ["parallel.ep=3 does not divide dp_shard x cp x tp = 4; ep may be 1, 2 or 4"]),
+        ({"world": 2, "ep": 0}, ["parallel.ep=0 does not divide dp_shard x cp x tp = 2; ep may be 1 or 2"]),
         ({"world": 4, "ep": 8}, ["parallel.ep=8 does not divide dp_shard x cp x tp = 4; ep may be 1, 2 or 4"]),
         (
             {"world": 4, "dp_replicate": 2, "ep": 4},
@@ -166,6 +190,27 @@ def test_minus_one_takes_what_is_left() -> None:
         ),
         ({"world": 2, "etp": 2}, ["parallel.etp=2 is neither 1 nor tp; etp may be 1"]),
         ({"world": 8, "tp": 4, "etp": 4, "ep": 4}, ["parallel.ep=4 does not divide dp_shard x cp = 2; ep may be 1 or 2"]),
+        (
+            {"world": 4, "ep": 4, "node_size": 3},
+            [
+                "parallel.node_size=3 (0 takes LOCAL_WORLD_SIZE) cuts through the ep x etp = 4 ranks of a set of experts; "
+                "node_size may be 1, 2 or 4 or a multiple of 4, or set parallel.dispatch=flat"
+            ],
+        ),
+        (
+            {"world": 12, "ep": 4, "node_size": 6},  # divides neither: ranks 4 to 7 are on two nodes
+            [
+                "parallel.node_size=6 (0 takes LOCAL_WORLD_SIZE) cuts through the ep x etp = 4 ranks of a set of experts; "
+                "node_size may be 1, 2 or 4 or a multiple of 4, or set parallel.dispatch=flat"
+            ],
+        ),
+        (
+            {"world": 8, "tp": 4, "etp": 4, "ep": 2, "node_size": 2},  # an expert's width stays on a node
+            [
+                "parallel.node_size=2 (0 takes LOCAL_WORLD_SIZE) cuts through the ep x etp = 8 ranks of a set of experts; "
+                "node_size may be 4 or 8 or a multiple of 8, or set parallel.dispatch=flat"
+            ],
+        ),
         ({"world": 4, "mem": 3}, ["parallel.mem=3 does not divide the 4 ranks; mem may be -1, 1, 2 or 4"]),
         ({"world": 2, "mem": 4}, ["parallel.mem=4 does not divide the 2 ranks; mem may be -1, 1 or 2"]),
         ({"world": 2, "mem": 0}, ["parallel.mem=0 does not divide the 2 ranks; mem may be -1, 1 or 2"]),
@@ -284,6 +329,11 @@ def test_impossible_arithmetic_is_refused_with_every_violation(degrees: dict[str
             ],
         ),
         (
+            {"world": 8, "cp": 2, "tp": 4},  # tp cuts the part of a sequence that cp leaves
+            {"seq_len": 76},
+            ["parallel.tp=4 does not divide train.seq_len / cp=38; tp may be 1, 2, 19 or 38"],
+        ),
+        (
             {"world": 3, "cp": 3},
             {"seq_len": 64},
             ["parallel.cp=3: 2 x cp does not divide train.seq_len=64; cp may be 1, 2, 4, 8, 16 or 32"],
@@ -298,6 +348,15 @@ def test_models_that_do_not_fit_are_refused_with_every_violation(
         layout.check(replace(FACTS, **facts))
     assert caught.value.violations == violations
     assert str(caught.value).startswith(f"layout does not fit {degrees['world']} ranks\n  parallel")
+
+
+def test_what_others_found_is_told_with_the_layouts_own() -> None:
+    with pytest.raises(LayoutError) as caught:
+        Layout.resolve(10, pp=5, dp_shard=2).check(FACTS, ["of the schedule", "of the stages"])
+    expected = ["parallel.pp=5 exceeds the model's 4 layers; pp may be 1 to 4", "of the schedule", "of the stages"]
+    assert caught.value.violations == expected
+    with pytest.raises(LayoutError, match="of the schedule"):
+        Layout.resolve(2).check(FACTS, ["of the schedule"])
 
 
 @pytest.mark.parametrize("degrees", [{"world": 2, "tp": 2}, {"world": 4, "tp": 4}, {"world": 8, "tp": 4, "ep": 8, "mem": 2}])

@@ -92,7 +92,7 @@ def first_step(settings: Settings) -> dict[str, Tensor]:
     rows = memory.new_gradient(plan)
     memory.push(exchange, rows)
     memory.exchange.reduce_replicas(rows)
-    sum_over_tp([p for o in parts.optimizers for g in o.param_groups for p in g["params"]], parts.mesh.tp)
+    sum_over_tp([p for o in parts.engine.optimizers for g in o.param_groups for p in g["params"]], parts.mesh.tp)
     out = {"loss": loss / parts.mesh.layout.tp}
     for number, stage in enumerate(parts.stages):
         for name, parameter in stage.named_parameters():

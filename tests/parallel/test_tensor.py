@@ -15,12 +15,14 @@ from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.config import load_settings
 from hybridtrain.data.batches import Batch
 from hybridtrain.model.engram import short_conv
+from hybridtrain.model.moe import places_in_line
 from hybridtrain.parallel.apply import materialize, write_local
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import Mesh, make_mesh
 from hybridtrain.parallel.norms import clip_by_global_norm, local_gradients, sum_over_tp, tp_copies
 from hybridtrain.parallel.tensor import (
     SequenceConvolution,
+    SequencePlaces,
     TensorAxis,
     VocabularyEmbedding,
     VocabularyLogits,
@@ -118,8 +120,14 @@ def convolution(mesh: Mesh) -> None:
         torch.testing.assert_close(kernel.grad, whole_kernel.grad)
 
 
+def lines_before_experts(mesh: Mesh) -> None:
+    experts_BTK = torch.randint(3, (B, T, 1), generator=torch.Generator().manual_seed(0))
+    places = SequencePlaces(places_in_line, mesh.tp)(part(experts_BTK, mesh))
+    assert torch.equal(places, part(places_in_line(experts_BTK), mesh))
+
+
 def pieces() -> None:
-    for piece in (sequences, vocabulary, convolution):
+    for piece in (sequences, vocabulary, convolution, lines_before_experts):
         piece(mesh_here(tp=3))
 
 
@@ -154,7 +162,7 @@ def gradients(parts: Parts, batch: Batch) -> dict[str, Any]:
     rows = memory.new_gradient(plan)
     memory.push(plan.exchanges[0], rows)
     memory.exchange.reduce_replicas(rows)
-    params = [p for o in parts.optimizers for g in o.param_groups for p in g["params"]]
+    params = [p for o in parts.engine.optimizers for g in o.param_groups for p in g["params"]]
     sum_over_tp(params, mesh.tp)
     norm, table_norm = clip_by_global_norm(local_gradients(params), rows, mesh, 0.0, tp_copies(params, mesh.tp))
     grads = {name: full(p.grad) for name, p in model.named_parameters()}

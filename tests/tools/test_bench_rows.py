@@ -15,9 +15,7 @@ SMALL = ["model.dim=16", "model.moe.hidden=16", "model.dense.hidden=16", "train.
 
 def test_ratios_are_taken_pair_by_pair() -> None:
     def case(name: str, times: list[float]) -> Case:
-        return Case(
-            name, lambda step, clock: None, {"unique_rows": 7}, [{"step": t, "cpu": t / 2} for t in times], [0] * len(times)
-        )
+        return Case(name, lambda step, clock: {}, {"unique_rows": 7}, [{"step": t, "cpu": t / 2} for t in times], [0] * len(times))
 
     options = Options((1, 2), 4, 0, 1, False, True, False, ())
     result = summarise([case("a", [1.0, 2.0, 4.0, 8.0]), case("b", [1.5, 3.0, 6.0, 12.0])], options)
@@ -40,6 +38,10 @@ def test_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert whole[1]["unique_rows"] >= whole[0]["unique_rows"] > 0
     main([f"data.path={tmp_path / 'data'}", *SMALL, *sizes, "--dense"])
     assert "nn.Embedding + Adam" in capsys.readouterr().out
+    main([f"data.path={tmp_path / 'data'}", *SMALL, "--rows", "4000", "--steps", "2", "--fetch", "step", "overlap", "--json"])
+    step, overlap = json.loads(capsys.readouterr().out)["cases"]
+    assert step["late_rows"] is None
+    assert 0 < overlap["late_rows"] <= overlap["unique_rows"]
 
 
 def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +49,7 @@ def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
         (["--rows", "900000000000"], "GB are free"),
         (["--dense", "--nproc", "2"], "on one rank"),
         (["--steps", "1"], "at least 2"),
+        (["--fetch", "step", "stale", "--dense"], "leave --dense and --model-free out"),
         (["modle.dim=3"], "did you mean model.dim"),
     ):
         with pytest.raises(SystemExit) as exit_:

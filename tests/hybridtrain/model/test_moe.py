@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.model.moe import MoE
+from hybridtrain.model.moe import MoE, places_in_line
 from hybridtrain.model.statistics import apply_router_statistics, collect, reset
 from hybridtrain.settings import Settings
 
@@ -110,6 +110,50 @@ def test_balance_losses_and_their_gradients(score: str) -> None:
     torch.testing.assert_close(sums["aux_loss"], aux.detach())
     torch.testing.assert_close(sums["z_loss"], z.detach())
     torch.testing.assert_close(sums["router_entropy"], -(shares * shares.log()).sum().detach())
+
+
+def test_places_count_the_earlier_tokens_of_the_sequence_that_chose_the_expert() -> None:
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.stack([torch.randperm(6, generator=generator)[:3] for _ in range(3 * 20)]).view(3, 20, 3)
+    expected = [[[(row[:t] == e).sum().item() for e in row[t]] for t in range(20)] for row in experts]
+    assert places_in_line(experts).tolist() == expected
+    assert places_in_line(experts[:, :0]).shape == (3, 0, 3)
+
+
+@pytest.mark.parametrize(("capacity", "most"), [(1.0, 8), (0.3, 3), (0.01, 1)])  # of 32 * 2 / 8 = 8 pairs, the next higher number
+def test_experts_drop_what_comes_after_their_capacity_in_a_sequence(capacity: float, most: int) -> None:
+    layer, free = (build(capacity=c, num_shared=1, normalize_gates=True) for c in (capacity, 0.0))
+    assert (layer.most, free.most) == (most, None)
+    x = torch.randn(3, 32, DIM, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    weights = torch.randn(3, 32, DIM, generator=torch.Generator().manual_seed(2))
+    experts, gates = free.router(x.flatten(0, 1))
+    taken: dict[tuple[int, int], int] = {}
+    kept = torch.ones_like(gates)
+    for pair, expert in enumerate(experts.flatten().tolist()):
+        line = (pair // (32 * 2), expert)
+        taken[line] = taken.get(line, 0) + 1
+        kept.view(-1)[pair] = taken[line] <= most
+    dropped = int((kept == 0).sum())
+    assert dropped > 0
+    # the definition: gates of dropped pairs are zero, those of kept ones as they were
+    finish = free.dispatch(x.flatten(0, 1), experts, gates * kept, free.experts)
+    assert free.shared is not None
+    expected = finish().view_as(x) + free.shared(x)
+    out = layer(x)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    got = torch.autograd.grad((out * weights).sum(), [x, *layer.parameters()])
+    wanted = torch.autograd.grad((expected * weights).sum(), [x, *free.parameters()])
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
+    totals = collect(_Layers(layer))
+    assert totals["layers.3.dropped_pairs"] == dropped
+    assert totals["layers.3.expert_tokens"].sum() == 3 * 32 * 2  # what was asked for: the bias learns from it
+
+    # no other sequence and no later token has a say; a shorter sequence has the same bound
+    layer.eval()
+    torch.testing.assert_close(layer(x[1:2, :20]), out[1:2, :20])
+    torch.testing.assert_close(layer(x), out)
+    assert collect(_Layers(layer))["layers.3.dropped_pairs"] == dropped
 
 
 class _Layers(torch.nn.Module):

@@ -115,6 +115,37 @@ def test_a_restored_optimizer_goes_on_bitwise(make, weight_decay):
     assert all(torch.equal(optimizer.state[name], restored.state[name]) for name in optimizer.state)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("make", [RowwiseAdam, RowwiseAdagrad])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_are_the_bits_that_catch_up_will_write(make, weight_decay, dtype):
+    table = torch.randn(R, D, generator=torch.Generator().manual_seed(2)).to(dtype)
+    optimizer = make(table, weight_decay=weight_decay)
+    everything = torch.arange(R)
+    for number, (rows, grad, lr) in enumerate(make_steps(5)):
+        others = everything[~torch.isin(everything, rows)]
+        kept = [tensor.clone() for tensor in (table, *optimizer.state.values())]
+        now, later = optimizer.values(everything), optimizer.values(others, lr)
+        assert all(torch.equal(a, b) for a, b in zip(kept, (table, *optimizer.state.values()), strict=True))  # only read
+        if number % 3 == 0:
+            optimizer.catch_up(rows)
+            assert torch.equal(table[rows], now[rows])
+        optimizer.step(rows, grad, lr)
+        if number % 3 == 2:
+            optimizer.catch_up(others[::2])  # a validation in between changes nothing
+            optimizer.catch_up(others)
+            assert torch.equal(table[others], later)
+    assert optimizer.values(everything[:0], 0.1).shape == (0, D)
+
+
+def test_dense_adam_knows_no_row_ahead():
+    table = torch.randn(R, D)
+    optimizer = DenseAdam(table)
+    assert torch.equal(optimizer.values(torch.tensor([3, 5])), table[[3, 5]])
+    with pytest.raises(ValueError, match="dense Adam updates every row"):
+        optimizer.values(torch.tensor([3]), 0.1)
+
+
 def test_weight_decay_may_be_turned_on_and_off_between_runs():
     steps = make_steps(4, number=6)
     table = torch.randn(R, D)

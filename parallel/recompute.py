@@ -1,0 +1,79 @@
+"""Activation checkpointing: a layer keeps little for the backward pass and is run again there, without its exchanges.
+
+    full       of a layer its inputs and the results of its exchanges are kept
+    selective  the results of matrix products and of attention too: norms, rotations, gates and activations are made again
+
+Exchanges are not repeated (replay.py); gathering parameters is FSDP's own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from hybridtrain.parallel.replay import Replay
+
+_ATEN = torch.ops.aten
+PRODUCTS = {
+    _ATEN.mm.default,
+    _ATEN.bmm.default,
+    _ATEN.addmm.default,
+    _ATEN._grouped_mm.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+}
+"""What `selective` keeps: the results of nearly all of a layer's arithmetic."""
+
+
+def recompute_layer(layer: nn.Module, mode: str) -> None:
+    """Let `layer` recompute in the backward pass; hooks on it, FSDP's among them, stay outside and run once."""
+    if mode == "none":
+        return
+    forward: Callable[..., Any] = layer.forward
+    counters: list[Any] = [module.counters for module in layer.modules() if hasattr(module, "counters")]
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        replay = Replay()
+        products = [_KeepProducts(replay)] if mode == "selective" else []
+        return _all(replay, *products), _all(replay, *products, *(counter.paused() for counter in counters))
+
+    def recomputed(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        # nothing in a layer draws random numbers, so no generator's state is kept
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    setattr(layer, "forward", recomputed)  # noqa: B010  (a method to mypy); not a wrapping module: names must not change
+
+
+class _KeepProducts(TorchDispatchMode):
+    """Keeps the results of PRODUCTS and gives them again.
+
+    Not torch's own contexts for this: they count every operation, and FSDP's hooks inside a layer do not do the same twice.
+    """
+
+    def __init__(self, replay: Replay) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._replay = replay
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def run() -> Any:
+            return operation(*args, **(kwargs or {}))
+
+        return self._replay.result(run) if operation in PRODUCTS else run()
+
+
+@contextmanager
+def _all(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

@@ -1,0 +1,210 @@
+"""DeepSpeed as the engine: the native engine's curve, norms, state and checkpoints; and what it cannot do is refused.
+
+Gradients are clipped in every step here (clip_norm is below every norm), so that a norm or a factor that is wrong shows.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridtrain.assemble import join_world
+from hybridtrain.config import parse_settings
+from hybridtrain.errors import SettingsError
+from hybridtrain.metrics import read_metrics
+from hybridtrain.use import open_checkpoint
+from tests.hybridtrain.test_nonfinite import train_poisoned
+from tests.hybridtrain.test_parity import assert_same_curve, assert_same_state, state
+from tests.hybridtrain.test_resume import at_step_10
+from tests.ranks import run_on_ranks
+from tests.training import ci_settings, loss_curve, train_on
+
+ENGINE = "train.engine=deepspeed"
+CLIPPED = "optim.clip_norm=0.3"
+DENSE = (CLIPPED, 'model.layers=["attention+dense", "memory+attention+dense", "attention+dense"]')
+OFFLOAD = "deepspeed.offload_optimizer=true"
+
+
+def zero(stage: int) -> str:
+    return f"deepspeed.zero_stage={stage}"
+
+
+def moments(run: Path) -> dict[str, Tensor]:
+    """Every moment of the last checkpoint, on one process under the native engine."""
+    parts, _, _ = open_checkpoint(run)
+    return {name: value for name, value in parts.engine.state(0).items() if name.startswith("optim.")}
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    assert_same_curve(run, reference)
+    assert_same_state(run, reference)
+    for ours, theirs in zip(read_metrics(run), read_metrics(reference), strict=True):
+        for key in ("grad_norm", "grad_norm_table", "validation_loss"):
+            assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-4), key
+    moments_here, moments_there = moments(run), moments(reference)
+    assert moments_here.keys() == moments_there.keys()
+    for name, value in moments_here.items():  # a wrong factor in the gradient, which Adam hides from the weights, is bare here
+        torch.testing.assert_close(
+            value, moments_there[name], rtol=2e-2, atol=1e-2 * float(moments_there[name].abs().max()), msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (zero(0), "parallel.ep=2"),
+        (zero(1), "parallel.ep=1", "parallel.mem=1"),
+        (zero(1), "parallel.ep=2"),
+        (zero(2), "parallel.ep=2", "train.micro_batches=2", "memory.exchange_groups=2"),
+        (zero(1), "parallel.cp=2", "parallel.ep=2"),
+    ],
+    ids=" ".join,
+)
+def test_experts_train_as_under_the_native_engine(trained: Callable[..., Path], overrides: tuple[str, ...]) -> None:
+    assert_same_run(trained(2, CLIPPED, ENGINE, *overrides), trained(1, CLIPPED))
+
+
+@pytest.mark.parametrize(
+    ("nproc", "overrides"),
+    [
+        (2, (zero(3), "train.micro_batches=2")),
+        (2, (zero(1), OFFLOAD)),
+        (2, (zero(2), OFFLOAD, "train.micro_batches=2")),
+        (1, (zero(3), OFFLOAD)),
+    ],
+    ids=str,
+)
+def test_dense_models_train_as_under_the_native_engine(
+    trained: Callable[..., Path], nproc: int, overrides: tuple[str, ...]
+) -> None:
+    assert_same_run(trained(nproc, *DENSE, ENGINE, *overrides), trained(1, *DENSE))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "model"),
+    [
+        ((2, ENGINE, zero(1), "parallel.ep=2"), (1,), (CLIPPED,)),
+        ((1,), (2, ENGINE, zero(1), "parallel.ep=2"), (CLIPPED,)),
+        ((1,), (2, ENGINE, zero(0), "parallel.ep=2"), (CLIPPED,)),
+        ((1,), (2, ENGINE, zero(3)), DENSE),
+    ],
+    ids=["deepspeed to native", "native to ZeRO-1", "native to ZeRO-0", "native to ZeRO-3"],
+)
+def test_a_run_changes_engines(
+    trained: Callable[..., Path],
+    ci_data: Path,
+    tmp_path: Path,
+    before: tuple[Any, ...],
+    after: tuple[Any, ...],
+    model: tuple[str, ...],
+) -> None:
+    first = trained(before[0], *model, *before[1:])
+    run = at_step_10(first, tmp_path / "run")
+    train_on(after[0], ci_settings(run, ci_data, *model, *after[1:]), resume=True)
+    assert loss_curve(run)[:10] == loss_curve(first)[:10]
+    assert_same_run(run, trained(1, *model))
+
+
+def test_a_resumed_run_is_bitwise_the_undisturbed_one(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:
+    layout = (CLIPPED, ENGINE, zero(2), "parallel.ep=2", "train.micro_batches=2", "memory.exchange_groups=2")
+    whole = trained(2, *layout)
+    run = at_step_10(whole, tmp_path / "run")
+    train_on(2, ci_settings(run, ci_data, *layout), resume=True)
+    assert loss_curve(run) == loss_curve(whole)
+    ours, theirs = state(run, 20), state(whole, 20)
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_nothing_of_a_step_that_is_not_finite_is_kept(ci_data: Path, tmp_path: Path) -> None:
+    overrides = (ENGINE, zero(2), "parallel.ep=2", "train.steps=6", "checkpoint.every=2", "train.eval_batches=1")
+    messages = run_on_ranks(train_poisoned, 2, ci_settings(tmp_path / "run", ci_data, *overrides), "row")
+    assert "the first values that are not finite come out of the fetched memory rows (rank " in messages[0]
+
+
+def test_the_terminal_shows_the_engine_and_not_its_chatter(
+    ci_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_on(2, ci_settings(tmp_path / "run", ci_data, ENGINE, zero(2), "parallel.ep=2", "train.steps=1", "train.eval_every=0"))
+    shown = capfd.readouterr()
+    assert f"│ engine           │ deepspeed {importlib.metadata.version('deepspeed')}, ZeRO-2 " in shown.out
+    for chatter in ("[INFO]", "[WARNING]", "deprecated"):
+        assert chatter not in shown.out + shown.err
+
+
+MOE = 'model.layers=["attention+moe"]'
+FLAT = 'model.layers=["attention+dense"]'
+AXES = "with train.engine=deepspeed, which spreads over dp_shard, cp, ep and mem"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problems"),
+    [
+        (["parallel.tp=2"], [f"parallel.tp=2 {AXES}; tp may be 1"]),
+        (["parallel.pp=2"], [f"parallel.pp=2 {AXES}; pp may be 1"]),
+        (["parallel.dp_replicate=2"], [f"parallel.dp_replicate=2 {AXES}; dp_replicate may be 1"]),
+        (["parallel.tp=2", "parallel.etp=2"], [f"parallel.tp=2 {AXES}; tp may be 1", f"parallel.etp=2 {AXES}; etp may be 1"]),
+        (
+            ["parallel.reshard_after_forward=true"],
+            [
+                "parallel.reshard_after_forward=true with train.engine=deepspeed, which shards them by deepspeed.zero_stage=3; "
+                "it may be false"
+            ],
+        ),
+        (
+            ["train.precision=bfloat16"],
+            [
+                "train.precision=bfloat16 with train.engine=deepspeed, which computes in its parameters' float32; "
+                "it may be auto or float32"
+            ],
+        ),
+        (
+            ['optim.backbone="muon"'],
+            ["optim.backbone=muon with train.engine=deepspeed, whose flat parts of parameters are no matrices; it may be adamw"],
+        ),
+        (
+            [MOE, zero(3)],
+            ["deepspeed.zero_stage=3 with moe layers: it would add up different experts of different ranks; it may be 0, 1 or 2"],
+        ),
+        (
+            [FLAT, zero(0), OFFLOAD],
+            ["deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3"],
+        ),
+        (
+            [MOE, zero(1), OFFLOAD],
+            ["deepspeed.offload_optimizer=true with moe layers: experts were never tried on that path; it may be false"],
+        ),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_cannot_do_is_refused_by_name(overrides: list[str], problems: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings({}, [ENGINE, *overrides])
+    assert caught.value.problems == problems
+    parse_settings({}, overrides)  # under the native engine all of it is legal
+
+
+@pytest.mark.parametrize(
+    ("installed", "problem"),
+    [(None, "needs "), ("0.18.3", "finds deepspeed 0.18.3 but needs "), ("0.20.0+cpu", "finds deepspeed 0.20.0+cpu")],
+)
+def test_a_missing_or_other_deepspeed_is_named_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, installed: str | None, problem: str
+) -> None:
+    def version(name: str) -> str:
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(SettingsError, match=r"^train.engine=deepspeed: 1 problem") as caught:
+        join_world(parse_settings({}, [ENGINE]))
+    (line,) = caught.value.problems
+    assert line.startswith(problem)
+    assert "deepspeed >= 0.19.8, < 0.20; pip install 'hybridtrain[deepspeed]', or set train.engine=native" in line

@@ -1,0 +1,56 @@
+"""Mistakes that the matrix must notice, each as small as a real one would be; see test_matrix.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+
+from hybridtrain import train
+from hybridtrain.parallel.rows import RowExchange
+
+
+@contextmanager
+def _one_gradient_scaled() -> Iterator[None]:
+    """One matrix's gradient is 1 % too large."""
+    real = train.sum_over_tp
+
+    def sum_over_tp(params: Any, tp: Any) -> None:
+        params = list(params)
+        real(params, tp)
+        for param in params[3:4]:
+            if param.grad is not None:
+                param.grad.mul_(1.01)
+
+    with patch.object(train, "sum_over_tp", sum_over_tp):
+        yield
+
+
+@contextmanager
+def _row_gradients_doubled() -> Iterator[None]:
+    """As where two replicas of the table both count the same gradients."""
+    real = RowExchange.reduce_replicas
+
+    def reduce_replicas(exchange: RowExchange, total_ND: Tensor) -> None:
+        real(exchange, total_ND)
+        total_ND.mul_(2)
+
+    with patch.object(RowExchange, "reduce_replicas", reduce_replicas):
+        yield
+
+
+@contextmanager
+def _copies_not_summed() -> Iterator[None]:
+    """Norms and routers are left with the gradients of their own rank of `tp`."""
+    with patch.object(train, "sum_over_tp", lambda params, tp: None):
+        yield
+
+
+FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "one gradient 1 % too large": _one_gradient_scaled,
+    "row gradients doubled": _row_gradients_doubled,
+    "gradients of tp's copies not summed": _copies_not_summed,
+}
