@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
 
 def compile_launch(launch: Launch, target: Target) -> Machine:
     """The kernel of the launch for the target."""
+    if target.backend == "hip" and launch.constants.get("PRECISION") == "tf32x3":
+        launch = replace(launch, constants=launch.constants | {"PRECISION": "ieee"})  # as grouped_mlp chooses there
     compiled = triton.compile(
         ASTSource(launch.kernel, *signature(launch)),
         target=GPUTarget(target.backend, target.arch, target.warp),
