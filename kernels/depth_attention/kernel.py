@@ -125,7 +125,7 @@ def _(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float) -> tuple[Tens
 def _(
     grad: Tensor, q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, lse_NH: Tensor, delta_NH: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q_NHC), *(k_NSGC.new_empty(k_NSGC.shape) for _ in range(2))
+    return torch.empty_like(q_NHC), k_NSGC.new_empty(k_NSGC.shape), v_NSGC.new_empty(v_NSGC.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -100,7 +100,7 @@ def cases() -> Iterator[Case]:
     tokens = torch.empty(16, 4096, dtype=torch.int64, device="meta")
     starts = tokens.new_empty(16, 4096, dtype=torch.bool)
     L, orders, K = 2, [2, 3, 4], 8
-    tables = [tokens.new_empty(s) for s in ((129_280,), (L, 4), (L, 3, K), (L, 3, K))]
+    tables = tokens.new_empty(129_280), tokens.new_empty(L, 4), tokens.new_empty(L, 3, K), tokens.new_empty(L, 3, K)
     least = num_bytes(tokens, starts) + tokens.numel() * L * len(orders) * K * 8
     run = lambda: _forward(tokens, starts, *tables, orders, 0, True)  # noqa: E731
     yield Case("engram_hash", "B=16 T=4096 L=2 S=24", run, least, bound="arithmetic")

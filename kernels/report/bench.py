@@ -55,6 +55,8 @@ def contests(device: str, scale: int = 1) -> Iterator[Contest]:
     N, D = 16384 // scale, 4096 // scale
     size = 2 * N * D
     x, weight = normal(N, D), normal(D)
+    fused: Callable[..., Any]
+    plain: Callable[..., Any]
     kernel, reference = parts("rms_norm")
     others: dict[str, Callable[..., Any]] = {"torch fused": lambda x, w: torch.nn.functional.rms_norm(x, w.shape, w, 1e-6)}
     if importlib.util.find_spec("liger_kernel"):

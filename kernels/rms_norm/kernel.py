@@ -7,6 +7,7 @@ one partial row per program, which torch adds up: no atomics, one order.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,10 +140,8 @@ def cases() -> Iterator[Case]:
         x, scale = (torch.empty(s, dtype=d, device="meta") for s, d in (((N, D), torch.bfloat16), ((N,), torch.float32)))
         weight = x.new_empty(D)
         size = num_bytes(x)
-        yield Case("rms_norm", f"forward N={N} D={D}", lambda x=x, w=weight: _forward(x, None, w, 1e-6), 2 * size)
-        yield Case("rms_norm", f"backward N={N} D={D}", lambda x=x, w=weight, s=scale: _backward(x, None, x, w, s), 3 * size)
+        yield Case("rms_norm", f"forward N={N} D={D}", partial(_forward, x, None, weight, 1e-6), 2 * size)
+        yield Case("rms_norm", f"backward N={N} D={D}", partial(_backward, x, None, x, weight, scale), 3 * size)
         if D == 4096:
-            yield Case("rms_norm", f"forward + residual N={N} D={D}", lambda x=x, w=weight: _forward(x, x, w, 1e-6), 4 * size)
-            yield Case(
-                "rms_norm", f"backward + residual N={N} D={D}", lambda x=x, w=weight, s=scale: _backward(x, x, x, w, s), 4 * size
-            )
+            yield Case("rms_norm", f"forward + residual N={N} D={D}", partial(_forward, x, x, weight, 1e-6), 4 * size)
+            yield Case("rms_norm", f"backward + residual N={N} D={D}", partial(_backward, x, x, x, weight, scale), 4 * size)

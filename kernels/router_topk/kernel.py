@@ -156,8 +156,8 @@ def _(
     logits_NE: Tensor, bias_E: Tensor, k: int, softmax: bool, normalize: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, E = logits_NE.shape
-    integers, new = {"dtype": torch.int64}, logits_NE.new_empty
-    return new(N, k), new(N, k, **integers), new(E, **integers), new(E), new(()), new(())
+    new, whole = logits_NE.new_empty, torch.int64
+    return new(N, k), new(N, k, dtype=whole), new(E, dtype=whole), new(E), new(()), new(())
 
 
 @_op_backward.register_fake

@@ -6,6 +6,7 @@ R rows of a table, D width, U rows asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
@@ -62,4 +63,4 @@ def cases() -> Iterator[Case]:
         table = torch.empty(16_000_000, D, dtype=torch.bfloat16, device="meta")
         rows = table.new_empty(200_000, dtype=torch.int64)
         least = 2 * 200_000 * D * 2 + num_bytes(rows)
-        yield Case("row_gather", f"U=200000 D={D}", lambda table=table, rows=rows: _forward(table, rows), least)
+        yield Case("row_gather", f"U=200000 D={D}", partial(_forward, table, rows), least)

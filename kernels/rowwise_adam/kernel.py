@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
@@ -101,5 +102,5 @@ def cases() -> Iterator[Case]:
         state = (table, v, last, rows, grad, decay)
         least = 200_000 * (2 * D * dtype.itemsize + 16 + 8 * decayed) + num_bytes(grad, rows)
         name = f"N=200000 D={D} {str(dtype).removeprefix('torch.')}{' with decay' if decayed else ''}"
-        run = lambda state=state: _step(*state, 777, 1e-3, 1e-8, 0.95, 0.05, 0.9, 12345)  # noqa: E731
+        run = partial(_step, *state, 777, 1e-3, 1e-8, 0.95, 0.05, 0.9, 12345)
         yield Case("rowwise_adam", name, run, least)

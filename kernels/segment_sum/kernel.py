@@ -6,6 +6,7 @@ No atomics: the sum has one order, that of reference.py. N rows, D width, S segm
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
@@ -73,4 +74,4 @@ def cases() -> Iterator[Case]:
         values = torch.empty(400_000, D, device="meta")
         order, ends = values.new_empty(400_000, dtype=torch.int64), values.new_empty(200_001, dtype=torch.int64)
         least = num_bytes(values, order, ends) + 200_000 * D * 4
-        yield Case("segment_sum", f"N=400000 S=200000 D={D}", lambda v=values, o=order, e=ends: _sum(v, o, e), least)
+        yield Case("segment_sum", f"N=400000 S=200000 D={D}", partial(_sum, values, order, ends), least)
