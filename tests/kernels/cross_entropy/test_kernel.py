@@ -12,8 +12,16 @@ from hybridtrain.kernels.testing import check
 kernel = pytest.importorskip("hybridtrain.kernels.cross_entropy.kernel", reason="needs triton", exc_type=ImportError)
 
 
-@pytest.mark.parametrize(("N", "V"), [(1, 60), (63, 96), (257, 100), (5, 1000)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("N", "V", "dtype"),
+    [
+        (1, 60, torch.float32),
+        (63, 96, torch.bfloat16),
+        (257, 100, torch.float32),
+        (5, 1000, torch.float32),
+        (5, 1000, torch.bfloat16),
+    ],
+)
 def test_cross_entropy(N: int, V: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "BLOCK", 256)
     targets = torch.randint(0, V, (N,))
@@ -23,7 +31,7 @@ def test_cross_entropy(N: int, V: int, dtype: torch.dtype, monkeypatch: pytest.M
 
 
 def test_shards_of_a_vocabulary_join() -> None:
-    logits, targets = 4 * torch.randn(63, 96), torch.randint(0, 96, (63,))
+    logits, targets = 4 * torch.randn(9, 96), torch.randint(0, 96, (9,))
 
     def in_three(logits: torch.Tensor) -> torch.Tensor:
         parts = [kernel.partial(part, targets, first) for part, first in zip(logits.split(32, 1), (0, 32, 64), strict=True)]
