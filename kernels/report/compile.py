@@ -113,7 +113,7 @@ def _read_amd(assembly: str, shared: int) -> Machine:
         return int(re.search(rf"\.{key}:\s*(\d+)", assembly)[1])  # type: ignore[index]
 
     accesses = [(m[1] == "load", _AMD_BITS.get(m[2], 8 if "byte" in m[2] else 16)) for m in _AMD_ACCESS.finditer(assembly)]
-    spills = 4 * (count("vgpr_spill_count") + count("sgpr_spill_count"))
+    spills = 4 * count("vgpr_spill_count")  # scalar registers spill into lanes of vector registers, not into memory
     return Machine(count("vgpr_count"), spills, shared, *_widths(accesses), assembly.count("v_mfma"))
 
 

@@ -23,6 +23,7 @@ class Target:
     shared: int  # bytes of one multiprocessor
     max_warps: int
     max_blocks: int
+    reserved: int  # bytes of shared memory that every block costs besides its own
 
     def occupancy(self, registers: int, shared: int, warps: int) -> float:
         """Share of a multiprocessor's warps that can be resident: registers go out in blocks of 256 a warp, shared memory
@@ -32,7 +33,7 @@ class Target:
             self.max_blocks,
             self.max_warps // warps,
             self.registers // (per_warp * warps),
-            self.shared // (shared + 1024),
+            self.shared // max(1, shared + self.reserved),
         )
         return blocks * warps / self.max_warps
 
@@ -44,9 +45,9 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", "cuda", 80, 32, "A100", 2.039e12, 312e12, 65536, 164 << 10, 64, 32),
-        Target("sm_90", "cuda", 90, 32, "H100", 3.35e12, 989e12, 65536, 228 << 10, 64, 32),
-        Target("sm_100", "cuda", 100, 32, "B200", 8.0e12, 2250e12, 65536, 228 << 10, 64, 32),
-        Target("gfx942", "hip", "gfx942", 64, "MI300X", 5.3e12, 1307e12, 131072, 64 << 10, 32, 32),
+        Target("sm_80", "cuda", 80, 32, "A100", 2.039e12, 312e12, 65536, 164 << 10, 64, 32, 1024),
+        Target("sm_90", "cuda", 90, 32, "H100", 3.35e12, 989e12, 65536, 228 << 10, 64, 32, 1024),
+        Target("sm_100", "cuda", 100, 32, "B200", 8.0e12, 2250e12, 65536, 228 << 10, 64, 32, 1024),
+        Target("gfx942", "hip", "gfx942", 64, "MI300X", 5.3e12, 1307e12, 131072, 64 << 10, 32, 32, 0),
     )
 }

@@ -80,12 +80,12 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
 def _backward(grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(x)
     N, D = scale.numel(), x.size(-1)
-    tile, warps = row_tile(D)
+    tile, warps = row_tile(D, elements=1024)
     programs, tiles = partials(ceil_div(N, tile["BLOCK_N"]))
     partial = x.new_empty(programs, D, dtype=torch.float32)
     launch(
         _backward_kernel, (programs,), grad, grad_sum, x, weight, scale, grad_x, partial, N, D, tiles,
-        constants={"RESIDUAL": grad_sum is not None, **tile}, num_warps=warps,
+        constants={"RESIDUAL": grad_sum is not None, **tile}, num_warps=min(16, 2 * warps),
     )  # fmt: skip
     return grad_x, partial.sum(0).to(weight.dtype)
 

@@ -40,7 +40,7 @@ def _sum(values_ND: Tensor, order_N: Tensor, ends: Tensor) -> Tensor:
     tile, warps = row_tile(D, elements=1024)
     launch(
         _sum_kernel, (ceil_div(S, tile["BLOCK_N"]),), values_ND, order_N, ends, out, S, D, values_ND.stride(0),
-        constants=tile, num_warps=warps,
+        constants=tile, num_warps=min(16, 2 * warps),
     )  # fmt: skip
     return out
 
