@@ -48,8 +48,13 @@ class Vocabulary:
     compression: np.ndarray  # int64 [V], token id to compressed id
 
     @classmethod
-    def of(cls, dataset: TokenDataset) -> Vocabulary:
-        return cls(dataset.manifest.vocab_size, dataset.manifest.separator_id, dataset.compression)
+    def of(cls, dataset: TokenDataset, rows: int = 0) -> Vocabulary:
+        """The dataset's, with an embedding of `rows` rows where they are given. Raises SettingsError where they are too few."""
+        size = dataset.manifest.vocab_size
+        if 0 < rows < size:
+            problem = f"model.vocab_size={rows} is less than the tokenizer's {size}; it may be 0, {size} or more"
+            raise SettingsError("settings", [problem])
+        return cls(rows or size, dataset.manifest.separator_id, dataset.compression)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def save(parts: Parts, folder: Path, step: int, tokenizer_digest: str) -> Path:
 
     def commit() -> None:
         write_atomically(staging / INFO, json.dumps(_describe(parts, step, tokenizer_digest), indent=1).encode())
-        _commit(staging, final)
+        commit_folder(staging, final)
 
     problems = _together(world, make_staging if world.rank == 0 else None)
     problems = problems or _together(world, lambda: _write(_whole_state(parts), staging, world))
@@ -72,21 +72,33 @@ def load(parts: Parts, path: Path) -> int:
     info = read_info(path)
     if not (path / METADATA).is_file():
         raise CheckpointError(f"{path}: damaged: {METADATA} is missing")
-    parts.engine.allocate_state()
-    try:
-        with _quiet():
-            for stage in range(len(parts.stages)):  # as many on every rank
-                state = _state(parts, stage)
-                state_dict_loader.load(state, checkpoint_id=path, no_dist=parts.mesh.world.size == 1)
-                parts.engine.load_state(stage, state)
-    except (Exception, CheckpointException) as error:
-        problems = [f"  {p}" for p in _problems(error, parts.mesh.world.rank)]
-        raise CheckpointError("\n".join([f"{path}: damaged or not of this model", *problems])) from None
-    if parts.memory is not None:
+    weights_only = bool(info.get("weights_only"))
+    if not weights_only:
+        parts.engine.allocate_state()
+    for stage in range(len(parts.stages)):  # as many on every rank
+        state = _state(parts, stage)
+        if weights_only:
+            state = {name: value for name, value in state.items() if name.startswith("model.") or name == "memory.table"}
+        read_into(state, path, parts.mesh.world)
+        parts.engine.load_state(stage, state)
+    if parts.memory is not None and not weights_only:
         parts.memory.load_scalars(info["memory_scalars"])
         if parts.settings.memory.fetch == "stale":
             _load_stale(parts.memory, path, no_dist=parts.mesh.world.size == 1)
     return int(info["step"])
+
+
+def read_into(state: dict[str, Any], path: Path, world: Group) -> None:
+    """Fill the tensors of `state` from the checkpoint folder `path`, DTensors with their own part; collective.
+
+    Raises CheckpointError where the checkpoint is damaged or lacks one.
+    """
+    try:
+        with _quiet():
+            state_dict_loader.load(state, checkpoint_id=path, no_dist=world.size == 1)
+    except (Exception, CheckpointException) as error:
+        problems = [f"  {p}" for p in _problems(error, world.rank)]
+        raise CheckpointError("\n".join([f"{path}: damaged or not of this model", *problems])) from None
 
 
 def latest(folder: Path) -> Path | None:
@@ -117,6 +129,11 @@ def read_info(path: Path) -> dict[str, Any]:
 def check_fits(path: Path, settings: Settings, vocab_size: int, tokenizer_digest: str, addressing: str | None) -> None:
     """Raise CheckpointError listing every way in which the checkpoint at `path` is one of another model."""
     info = read_info(path)
+    if info.get("weights_only"):
+        raise CheckpointError(
+            f"{path} holds imported weights and no optimizer state; "
+            f"start a new run from it with train.init_from={path.parent.parent}"
+        )
     problems = [
         f"{key}: the checkpoint has {json.dumps(theirs)}, the settings say {json.dumps(ours)}"
         for key, ours, theirs in _differences(identity(settings), info["identity"])
@@ -147,7 +164,7 @@ def identity(settings: Settings) -> dict[str, Any]:
     }
     rates = ("bias_rate", "aux_weight", "z_weight")
     tree = {
-        "model": settings.model.model_dump(mode="json", exclude={"init_std": True, "moe": set(rates)}),
+        "model": settings.model.model_dump(mode="json", exclude={"init_std": True, "vocab_size": True, "moe": set(rates)}),
         "memory": settings.memory.model_dump(mode="json", include=memory),
         "optim": {"backbone": settings.optim.backbone},
     }
@@ -238,7 +255,8 @@ def _problems(error: BaseException, rank: int) -> list[str]:
     return [f"rank {r}: {type(e).__name__}: {e}".splitlines()[0] for r, e in failures.items()]
 
 
-def _commit(staging: Path, final: Path) -> None:
+def commit_folder(staging: Path, final: Path) -> None:
+    """Give a finished staging folder its name and make it the latest checkpoint."""
     if final.exists():
         shutil.rmtree(final)  # a run that was resumed from before this step writes it anew
     os.rename(staging, final)

@@ -176,6 +176,45 @@ def kernels_bench(as_json: Json = False) -> None:
     print(json.dumps(rows) if as_json else show(rows))
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run folder, or one of its checkpoints")],
+    out: Annotated[Path, typer.Argument(help="folder that receives the model")],
+    to: Annotated[str, typer.Option("--format", help="hf: a Hugging Face folder")] = "hf",
+    family: Annotated[str, typer.Option(help="architecture to write; auto: the first that is the same model")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="of a safetensors file, e.g. 5GB; also what is held in memory")] = "5GB",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+) -> None:
+    """Write a checkpoint in another format."""
+    from hybridtrain.formats.folder import need_transformers
+
+    if to != "hf":
+        raise UserError(f'--format "{to}": it may be hf')
+    need_transformers()
+    from hybridtrain.formats.hf_export import export_hf
+    from hybridtrain.formats.shards import parse_size
+
+    written = export_hf(run, out, family=family, max_shard_bytes=parse_size(max_shard_size), dtype=dtype)
+    print(f"{out}: {written}")
+
+
+@app.command(name="import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder: config.json, safetensors, tokenizer.json")],
+    out: Annotated[Path, typer.Argument(help="folder that receives the weights; runs start from it")],
+    separator: Annotated[str | None, typer.Option(help="token that stands before each document")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="train.seq_len to write; at most 1024 if not given")] = None,
+) -> None:
+    """Take the weights of a published model."""
+    from hybridtrain.formats.folder import need_transformers
+
+    need_transformers()
+    from hybridtrain.formats.hf_import import import_hf
+
+    settings = import_hf(folder, out, separator=separator, seq_len=seq_len)
+    print(f"{out}: {', '.join(settings.model.layers)}; train from it with hybridtrain train {out}/settings.toml")
+
+
 def _integers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))

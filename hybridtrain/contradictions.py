@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridtrain.settings import Settings, layer_specs
+from hybridtrain.settings import DataSettings, Settings, layer_specs
 
 WHOLE_BACKWARD = ("gpipe", "1f1b", "interleaved")
 """Schedules that take a micro-batch back through a stage at once, inputs and weights together."""
@@ -83,7 +83,12 @@ def contradictions(s: Settings) -> list[str]:
         )
     if s.train.engine == "deepspeed":
         out += _beyond_deepspeed(s)
-    if s.data.tokenizer and "vocab_size" in s.data.model_fields_set:
+        if s.train.init_from:
+            out.append(
+                "train.init_from: DeepSpeed keeps copies of the weights that would not be filled; "
+                "start with train.engine=native, and go on with --resume train.engine=deepspeed"
+            )
+    if s.data.tokenizer and s.data.vocab_size != DataSettings().vocab_size:  # written-out settings have the default too
         out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")
     return out
 
@@ -116,18 +121,14 @@ def _beyond_deepspeed(s: Settings) -> list[str]:
             f"optim.backbone={s.optim.backbone} with {engine}, whose flat parts of parameters are no matrices; it may be adamw"
         )
     if s.train.precision == "bfloat16":
+        out.append(f"train.precision=bfloat16 with {engine}, which computes in its parameters' float32; it may be auto or float32")
+    if s.parallel.ep > 1 and s.deepspeed.zero_stage == 3:
         out.append(
-            f"train.precision=bfloat16 with {engine}, which computes in the parameters' float32 here; it may be auto or float32"
+            f"deepspeed.zero_stage=3 with parallel.ep={s.parallel.ep} would add up different experts of different ranks; "
+            "zero_stage may be 0, 1 or 2, or ep may be 1"
         )
-    stage, experts = s.deepspeed.zero_stage, any("moe" in entry for entry in s.model.layers)
-    if experts and stage == 3:
-        out.append(
-            "deepspeed.zero_stage=3 with moe layers: it would add up different experts of different ranks; it may be 0, 1 or 2"
-        )
-    if s.deepspeed.offload_optimizer and stage == 0:
+    if s.deepspeed.offload_optimizer and s.deepspeed.zero_stage == 0:
         out.append("deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3")
-    elif s.deepspeed.offload_optimizer and experts:
-        out.append("deepspeed.offload_optimizer=true with moe layers: experts were never tried on that path; it may be false")
     return out
 
 

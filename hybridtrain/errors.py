@@ -25,5 +25,13 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, could not be written, or belongs to another model."""
 
 
+class FormatError(UserError):
+    """A model cannot be carried to or from another format; the message lists every reason, one a line."""
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join([f"{source}: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)]))
+
+
 class TrainingError(UserError):
     """The run cannot go on (for example: the loss is not finite)."""

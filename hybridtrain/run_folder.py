@@ -72,7 +72,7 @@ class RunFolder:
         if self.world.rank == 0:
             shutil.copyfile(dataset.tokenizer_path, ours)
             shutil.copyfile(dataset.folder / COMPRESSION, self.path / COMPRESSION)
-        return Vocabulary.of(dataset), dataset
+        return Vocabulary.of(dataset, settings.model.vocab_size), dataset
 
     def restore(self, parts: Parts, addressing: Addressing | None) -> int:
         """Load the latest checkpoint into the parts; returns its step. Raises CheckpointError where it does not fit."""

@@ -81,6 +81,7 @@ class ModelSettings(_Section):
         description='one entry a layer, "[N*][memory+]MIXER+FEEDFORWARD"; N repeats it',
     )
     residual: Literal["add"] = Field("add", description="how a layer's output joins the stream")
+    vocab_size: Natural = Field(0, description="rows of embedding and head; 0: the tokenizer's entries, more pads them")
     tie_embeddings: bool = Field(False, description="the head uses the embedding's matrix")
     norm_eps: float = Field(1e-6, gt=0, description="added under the root of every RMS norm")
     init_std: float = Field(0.02, gt=0, description="standard deviation of embeddings and matrices at initialisation")
@@ -139,6 +140,7 @@ class OptimSettings(_Section):
 
 class TrainSettings(_Section):
     steps: Positive = Field(500, description="optimizer steps of the whole run")
+    init_from: str = Field("", description="run folder or checkpoint that a new run takes its weights from; a memory may be new")
     seq_len: Positive = Field(128, description="tokens per sequence")
     global_batch: Positive = Field(32, description="sequences per optimizer step over all ranks; no layout changes it")
     micro_batches: Positive = Field(1, description="gradient-accumulation slices of the global batch")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from hybridtrain.report import Report
 from hybridtrain.run_folder import RunFolder
 from hybridtrain.settings import Settings
 from hybridtrain.signals import StopSignal
+from hybridtrain.weights import start_from
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
         addressing = make_addressing(settings, vocabulary)
         parts = assemble(settings, mesh, vocabulary, addressing)
         start = folder.restore(parts, addressing) if resume else 0
+        if settings.train.init_from and not resume:
+            start_from(parts, Path(settings.train.init_from), folder.path, dataset.manifest.tokenizer_xxh3)
         log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps)
         report = Report(parts, log, folder.path, start)
         loader = BatchLoader(

@@ -14,7 +14,7 @@ from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.data.sources import file_digest
-from hybridtrain.data.tokenizer import load_tokenizer
+from hybridtrain.data.tokenizer import load_tokenizer, vocabulary_size
 from hybridtrain.errors import CheckpointError, DataError, UserError
 from hybridtrain.evaluate import evaluate
 from hybridtrain.kernels.engram_hash.addressing import Addressing
@@ -72,8 +72,9 @@ def generate_text(path: Path, prompt: str, tokens: int, temperature: float, top_
     tokenizer = load_tokenizer(run / TOKENIZER)
     ids = [separator, *tokenizer.encode(prompt, add_special_tokens=False).ids]
     generator = torch.Generator().manual_seed(seed)
+    entries = vocabulary_size(tokenizer)  # rows of the embedding beyond them stand for nothing
     for _ in range(tokens):
-        logits = next_token_logits(parts, ids[-parts.settings.train.seq_len :], separator)
+        logits = next_token_logits(parts, ids[-parts.settings.train.seq_len :], separator)[:entries]
         ids.append(_sample(logits, temperature, top_k, generator))
         if ids[-1] == separator:
             break

@@ -78,6 +78,13 @@ LAYER = 'write "[N*][memory+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ["train.precision=bfloat16", "model.dim=36"],
             ["model.dim=36 is no multiple of 8, as grouped products need (rows of 16 bytes); the next is 40"],
         ),
+        (
+            ["train.engine=deepspeed", "train.init_from=runs/a", "memory.enabled=false"],
+            [
+                "train.init_from: DeepSpeed keeps copies of the weights that would not be filled; "
+                "start with train.engine=native, and go on with --resume train.engine=deepspeed"
+            ],
+        ),
         (["model.layers=[]"], ["model.layers is empty; a model needs at least one layer"]),
         (['model.layers=["attention+fast"]'], [f'model.layers: "attention+fast" is no layer; {LAYER}']),
         (['model.layers=["attention"]'], [f'model.layers: "attention" is no layer; {LAYER}']),

@@ -95,7 +95,7 @@ class Formulas:
         group = self.group("ep")
         there = sum(self.asked(self.rank, i) for i, rank in enumerate(group) if rank != self.rank)
         here = sum(self.asked(rank, group.index(self.rank)) for rank in group if rank != self.rank)
-        counts = self.mine.calls_of_experts * (len(group) - 1) * INT
+        counts = self.mine.calls_of_experts * (len(group) - 1) * 2 * INT  # of tokens, and of pairs
         return there * (2 * hidden + K * (FLOAT + INT)) + here * (2 * hidden + K * FLOAT) + counts
 
     def asked(self, rank: int, place: int) -> int:

@@ -87,6 +87,9 @@ VARIANTS = {
     "muon, untied": Variant(("optim.backbone=muon", "model.tie_embeddings=false"), other_numbers=True),
     "uneven": Variant(UNEVEN, other_numbers=True),
     "capacity": Variant(("model.moe.capacity=1.0",), other_numbers=True),
+    "recompute": Variant(("train.recompute=full",)),
+    "far, overlap": Variant(("parallel.mem_placement=far", "memory.fetch=overlap")),
+    "stale": Variant(("memory.fetch=stale",), other_numbers=True),
     "hierarchical": Variant(
         ("parallel.dispatch=hierarchical", "parallel.node_size=2"), where=lambda case: case["ep"] == 4 and case["mem"] == 2
     ),

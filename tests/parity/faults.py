@@ -9,14 +9,14 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from hybridtrain import train
+from hybridtrain.parallel import engine
 from hybridtrain.parallel.rows import RowExchange
 
 
 @contextmanager
 def _one_gradient_scaled() -> Iterator[None]:
     """One matrix's gradient is 1 % too large."""
-    real = train.sum_over_tp
+    real = engine.sum_over_tp
 
     def sum_over_tp(params: Any, tp: Any) -> None:
         params = list(params)
@@ -25,7 +25,7 @@ def _one_gradient_scaled() -> Iterator[None]:
             if param.grad is not None:
                 param.grad.mul_(1.01)
 
-    with patch.object(train, "sum_over_tp", sum_over_tp):
+    with patch.object(engine, "sum_over_tp", sum_over_tp):
         yield
 
 
@@ -45,7 +45,7 @@ def _row_gradients_doubled() -> Iterator[None]:
 @contextmanager
 def _copies_not_summed() -> Iterator[None]:
     """Norms and routers are left with the gradients of their own rank of `tp`."""
-    with patch.object(train, "sum_over_tp", lambda params, tp: None):
+    with patch.object(engine, "sum_over_tp", lambda params, tp: None):
         yield
 
 

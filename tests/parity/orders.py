@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hybridtrain.data.batches import Batch
 from hybridtrain.model import moe
+from hybridtrain.parallel import engine
 from tests.parity.cases import settings_of
 from tests.parity.runs import Run, curves, distances, scale_of, stage_states, start_run, train_steps
 
@@ -25,7 +26,7 @@ class Order:
 
     micro_batches: int = 1  # sums over tokens in so many parts
     permutation: int = 0  # seed of the order of a step's sequences; 0: as they come
-    parts: int = 1  # products in so many parts, added up; experts' widths in two
+    parts: int = 1  # products and norms in so many parts, added up; experts' widths in two
 
 
 ORDERS = (Order(), Order(2), Order(4), Order(8), Order(1, 1), Order(4, 2), Order(1, 0, 2), Order(2, 3, 4))
@@ -64,25 +65,36 @@ def _one_rank(data: str, overrides: tuple[str, ...], order: Order) -> Run:
 
 @contextmanager
 def _in_parts(parts: int) -> Iterator[None]:
-    """Add up every matrix product in so many parts, forward and backward, as tensor parallelism does."""
+    """Add up every matrix product in so many parts, forward and backward, as tensor parallelism does, and every gradient's
+    norm, as sharding does."""
+    if parts == 1:
+        yield
+        return
     linear: Callable[..., Tensor] = F.linear
-    swiglu = moe.grouped_swiglu
+    swiglu, gradients = moe.moe_swiglu, engine.local_gradients
 
     def linear_in_parts(x: Tensor, weight: Tensor, bias: None = None) -> Tensor:
-        if parts == 1:
-            return linear(x, weight)
         outputs = [
             torch.stack([linear(a, b) for a, b in zip(x.chunk(parts, -1), rows.chunk(parts, 1), strict=True)]).sum(0)
             for rows in weight.chunk(parts, 0)
         ]
         return torch.cat(outputs, -1)
 
-    def swiglu_in_parts(x_PD: Tensor, counts_E: Tensor, *weights: Any) -> Tensor:
+    def swiglu_in_parts(x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, *rest: Any) -> Tensor:
+        *weights, absent = rest
         halves = min(parts, 2)  # grouped products have widths of multiples of 4
         cut = zip(*(w.chunk(halves, dim) for w, dim in zip(weights, (2, 2, 1), strict=True)), strict=True)
-        return torch.stack([swiglu(x_PD, counts_E, *(w.contiguous() for w in part)) for part in cut]).sum(0)
+        return torch.stack([swiglu(x_ND, experts_NK, gates_NK, *(w.contiguous() for w in part), absent) for part in cut]).sum(0)
 
-    with patch.object(F, "linear", linear_in_parts), patch.object(moe, "grouped_swiglu", swiglu_in_parts):
+    def gradients_in_parts(params: Any) -> list[Tensor]:
+        return [part for grad in gradients(params) for part in grad.view(-1).chunk(parts)]
+
+    with (
+        patch.object(F, "linear", linear_in_parts),
+        patch.object(moe, "moe_swiglu", swiglu_in_parts),
+        patch.object(engine, "local_gradients", gradients_in_parts),
+        patch.object(engine, "tp_copies", lambda params, tp: None),  # one rank holds each part
+    ):
         yield
 
 

@@ -65,8 +65,15 @@ def start_run(
 
 
 def train_steps(parts: Parts, load: Load, start: int, stop: int) -> list[Totals]:
-    clock = Clock(parts.mesh.device)
-    return [train_step(parts, step, *load(step)[:2], clock, False) for step in range(start, stop)]
+    """Steps `start` to `stop-1`, each with the next one's plan at hand where there is one."""
+    totals, clock, (batch, plan, _) = [], Clock(parts.mesh.device), load(start)
+    if parts.memory is not None:
+        parts.memory.resume(plan)
+    for step in range(start, stop):
+        upcoming, next_plan, _ = load(step + 1) if step + 1 < stop else (batch, None, batch)
+        totals.append(train_step(parts, step, batch, plan, clock, False, next_plan))
+        batch, plan = upcoming, next_plan
+    return totals
 
 
 def new_world(store: str) -> str:

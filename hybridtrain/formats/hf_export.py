@@ -1,0 +1,175 @@
+"""From a checkpoint of ours to a Hugging Face folder: as a published architecture where one is the same model, else as our own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridtrain import checkpoint
+from hybridtrain.config import parse_settings
+from hybridtrain.data.manifest import TOKENIZER
+from hybridtrain.data.tokenizer import load_tokenizer
+from hybridtrain.errors import CheckpointError, FormatError, UserError
+from hybridtrain.formats import hybrid
+from hybridtrain.formats.families import FAMILIES, Family
+from hybridtrain.formats.folder import need_transformers, new_folder
+from hybridtrain.formats.shards import write_safetensors
+from hybridtrain.formats.tensors import is_stacked, their_shape, to_theirs
+from hybridtrain.run_folder import find_checkpoint
+from hybridtrain.settings import Settings, layer_specs, memory_layers
+from hybridtrain.stored import LazyTensor, StoredTensors
+from hybridtrain.weights import COMPANIONS
+
+AUTO = "auto"
+_ROUTER_STATE = ("router.load_E", "router.bias_E")  # of training; biases that are not zero are a misfit
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int = 5 * 10**9, dtype: str = "float32") -> str:
+    """Write the run folder or checkpoint `path` as the Hugging Face folder `out`; returns the family written.
+
+    `family` is one of FAMILIES, "hybridtrain" (our own architecture with its modelling file), or "auto": the first that is
+    the same model. One shard is in memory at a time. Raises FormatError listing why a family that was named is not.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f'--dtype "{dtype}": it may be {", ".join(DTYPES)}')
+    run, saved = find_checkpoint(path)
+    if not (run / TOKENIZER).is_file():
+        raise CheckpointError(f"{run} lacks {TOKENIZER}, which belongs to its checkpoints")
+    info = checkpoint.read_info(saved)
+    settings = parse_settings(info["settings"], source=str(saved))
+    stored = StoredTensors(saved)
+    chosen = _choose(path, family, settings, _biased(stored))
+    transformers = need_transformers()
+    ids = {"bos_token_id": info["separator_id"], "eos_token_id": info["separator_id"]}
+    common = {"vocab_size": info["vocab_size"], "max_position_embeddings": settings.train.seq_len, "dtype": dtype, **ids}
+    with new_folder(out) as made:
+        if chosen == hybrid.NAME:
+            config = {**hybrid.config(settings, info), **common}
+            tensors = hybrid.tensors(stored, info, settings, run)
+            shutil.copyfile(hybrid.MODELLING_FILE, made / hybrid.MODELLING_FILE.name)
+        else:
+            config = _config(transformers, FAMILIES[chosen], settings, common)
+            tensors = _tensors(stored, settings, FAMILIES[chosen])
+        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_safetensors(made, {name: _cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}, max_shard_bytes)
+        _write_companions(run, made, info["separator_id"], settings.train.seq_len, ids)
+    return chosen
+
+
+def _choose(path: Path, family: str, settings: Settings, biased: bool) -> str:
+    names = (*FAMILIES, hybrid.NAME)
+    if family not in (AUTO, *names):
+        raise UserError(f'--family "{family}": it may be {AUTO}, {", ".join(names)}')
+    if family == AUTO:
+        return next((name for name, candidate in FAMILIES.items() if not misfits(candidate, settings, biased)), hybrid.NAME)
+    if family != hybrid.NAME and (problems := misfits(FAMILIES[family], settings, biased)):
+        raise FormatError(f"{path} is no {FAMILIES[family].architecture}", problems)
+    return family
+
+
+def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
+    """Why a model of ours is none of the family; `biased`: some router's selection bias is not zero."""
+    model, specs, name = settings.model, layer_specs(settings), family.architecture
+    kinds = [spec.feedforward for spec in specs]
+    out = []
+    if layers := memory_layers(settings):
+        out.append(f"layers {', '.join(map(str, layers))} have a lookup memory; {name} has none")
+    for key, value in family.fixed.items():
+        if (ours := _get(model, key)) != value and ("moe" in kinds or not key.startswith("moe.")):
+            out.append(f"model.{key}={json.dumps(ours)}: {name} has {json.dumps(value)}")
+    if family.arrange(kinds) is None:
+        out.append(f"model.layers={json.dumps(model.layers)}: {name} has {family.pattern}")
+    if model.dim % model.attention.num_heads and family.name == "llama":
+        out.append(f"model.dim={model.dim} is no multiple of num_heads={model.attention.num_heads}, as {name} wants")
+    if "moe" in kinds and "feedforward.router.bias_E" not in family.layer and biased:
+        out.append(f"the routers have selection biases (model.moe.bias_rate); {name} has none")
+    if "moe" in kinds and "feedforward.shared.w_up.weight" in family.layer:
+        if model.moe.num_shared == 0:
+            out.append(f"model.moe.num_shared=0: {name} has at least 1")
+        if model.moe.num_experts < 2 * model.moe.num_groups:
+            out.append(f"model.moe.num_groups={model.moe.num_groups}: {name} has at least 2 experts in a group")
+    return out
+
+
+def _get(model: Any, key: str) -> Any:
+    for part in key.split("."):
+        model = getattr(model, part)
+    return model
+
+
+def _biased(stored: StoredTensors) -> bool:
+    biases = [name for name in stored.shapes if name.startswith("model.") and name.endswith("router.bias_E")]
+    return any(bool(stored.read(name).any()) for name in biases)
+
+
+def _config(transformers: Any, family: Family, settings: Settings, common: Mapping[str, Any]) -> dict[str, Any]:
+    specs = layer_specs(settings)
+    values = {key: _get(settings.model, ours) for key, ours in family.keys.items()}
+    values |= {"num_hidden_layers": len(specs), "architectures": [family.architecture], "attention_bias": False}
+    values |= {"rope_parameters": {"rope_type": "default", "rope_theta": settings.model.attention.rope_theta}}
+    values |= family.arrange([spec.feedforward for spec in specs]) or {}
+    values |= {**family.constants, **common}
+    tree: dict[str, Any] = transformers.CONFIG_MAPPING[family.name](**values).to_dict()
+    return tree | {"rope_theta": settings.model.attention.rope_theta}  # where transformers 4 looks for it
+
+
+def _tensors(stored: StoredTensors, settings: Settings, family: Family) -> dict[str, LazyTensor]:
+    """Their tensors, to be made of ours. Raises FormatError where one of ours would be left behind."""
+    head_dim, out, left = settings.model.attention.head_dim, {}, []
+    for stored_name, shape in stored.shapes.items():
+        if not stored_name.startswith("model."):
+            continue
+        name = stored_name.removeprefix("model.")
+        names = family.their_names(name, settings.model.moe.num_experts)
+        if not names and not name.endswith(_ROUTER_STATE):
+            left.append(f"{name} has no place in {family.architecture}")
+        for number, theirs in enumerate(names):
+            expert = number if is_stacked(name) else None
+            make = partial(_make, stored, name, expert, head_dim)
+            out[theirs] = LazyTensor(their_shape(name, shape), torch.float32, make)
+    if left:
+        raise FormatError(str(stored.path), left)
+    return out
+
+
+def _make(stored: StoredTensors, name: str, expert: int | None, head_dim: int) -> Tensor:
+    if expert is None:
+        return to_theirs(name, stored.read(f"model.{name}"), head_dim)
+    return to_theirs(name, stored.read(f"model.{name}", expert, expert + 1)[0], head_dim)
+
+
+def _cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """In another dtype where it is a matrix or table; norms, router biases and integers stay what they are."""
+    if not tensor.dtype.is_floating_point or len(tensor.shape) < 2:
+        return tensor
+    return LazyTensor(tensor.shape, dtype, lambda: tensor.make().to(dtype))
+
+
+def _write_companions(run: Path, made: Path, separator_id: int, seq_len: int, ids: dict[str, int]) -> None:
+    """The tokenizer and how it is used: as it was imported, or our separator at the beginning and end of a document."""
+    shutil.copyfile(run / TOKENIZER, made / TOKENIZER)
+    for name in COMPANIONS:
+        if (run / name).is_file():
+            shutil.copyfile(run / name, made / name)
+    separator = load_tokenizer(run / TOKENIZER).id_to_token(separator_id)
+    defaults: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": separator,
+            "eos_token": separator,
+            "model_max_length": seq_len,
+            "clean_up_tokenization_spaces": False,
+        },
+        "generation_config.json": ids,
+    }
+    for name, tree in defaults.items():
+        if not (made / name).exists():
+            (made / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

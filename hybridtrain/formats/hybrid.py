@@ -1,0 +1,100 @@
+"""Our own architecture as a Hugging Face folder: the config and tensors that modeling_hybridtrain.py reads.
+
+Tensors keep their names. The packed table is cut into one matrix per memory layer and slot, so that no shard must hold it whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybridtrain.data.manifest import COMPRESSION
+from hybridtrain.errors import CheckpointError
+from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
+from hybridtrain.settings import Settings, layer_specs, memory_layers
+from hybridtrain.stored import LazyTensor, StoredTensors
+from hybridtrain.weights import read_rows
+
+NAME = "hybridtrain"
+MODELLING_FILE = Path(__file__).with_name("modeling_hybridtrain.py")
+_TRAINING_ONLY = "router.load_E"
+_ADDRESSING = ("layers", "orders", "heads", "multipliers", "primes", "pad_id", "boundary")
+
+
+def config(settings: Settings, info: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a checkpoint whose description is `info`."""
+    model, module = settings.model, MODELLING_FILE.stem
+    moe = model.moe.model_dump(exclude={"bias_rate", "aux_weight", "z_weight", "capacity"})
+    # of the length that was trained: an expert drops the pairs of a text beyond it
+    moe["most"] = math.ceil(model.moe.capacity * settings.train.seq_len * model.moe.top_k / model.moe.num_experts)
+    out: dict[str, Any] = {
+        "model_type": NAME,
+        "architectures": ["HybridTrainForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.HybridTrainConfig",
+            "AutoModelForCausalLM": f"{module}.HybridTrainForCausalLM",
+        },
+        "hidden_size": model.dim,
+        "num_hidden_layers": len(layer_specs(settings)),
+        "num_attention_heads": model.attention.num_heads,
+        "num_key_value_heads": model.attention.num_kv_heads,
+        "head_dim": model.attention.head_dim,
+        "rope_theta": model.attention.rope_theta,
+        "qk_norm": model.attention.qk_norm,
+        "intermediate_size": model.dense.hidden,
+        "norm_eps": model.norm_eps,
+        "tie_word_embeddings": False,  # transformers need tie nothing: a model of tied embeddings has one matrix
+        "tied_head": model.tie_embeddings,
+        "feedforwards": [spec.feedforward for spec in layer_specs(settings)],
+        "moe": moe,
+        "memory": None,
+        "separator_token_id": info["separator_id"],
+        "use_cache": False,
+    }
+    if memory_layers(settings):
+        memory = settings.memory
+        out["memory"] = {key: json.loads(info["addressing"])[key] for key in _ADDRESSING}
+        out["memory"] |= {
+            "head_dim": memory.head_dim,
+            "gate_floor": memory.gate_floor,
+            "conv_kernel": memory.conv_kernel if memory.conv else 0,
+        }
+    return out
+
+
+def tensors(stored: StoredTensors, info: dict[str, Any], settings: Settings, run: Path) -> dict[str, LazyTensor]:
+    """The tensors of a checkpoint as the modelling file has them, and the compression map of its run folder.
+
+    Raises CheckpointError where that map is missing or not the one that the checkpoint was trained with.
+    """
+    out: dict[str, LazyTensor] = {}
+    for stored_name, shape in stored.shapes.items():
+        name = stored_name.removeprefix("model.")
+        if name != stored_name and not name.endswith(_TRAINING_ONLY):
+            out[name] = LazyTensor(shape, torch.float32, partial(stored.read, stored_name))
+    if not memory_layers(settings):
+        return out
+    try:
+        compression = np.load(run / COMPRESSION)
+        addressing = Addressing.from_json(info["addressing"], compression)
+    except OSError as error:
+        raise CheckpointError(f"{run / COMPRESSION}: cannot be read: {error.strerror}") from None
+    except AddressingError as error:
+        raise CheckpointError(f"{run / COMPRESSION}: {error}") from None
+    # rows of the embedding beyond the tokenizer stand for nothing
+    compression_V = torch.full((info["vocab_size"],), addressing.pad_id)
+    compression_V[: len(compression)] = torch.from_numpy(compression)
+    out["compression"] = LazyTensor(tuple(compression_V.shape), torch.int64, lambda: compression_V)
+    low = 0
+    for layer, primes_OK in zip(addressing.layers, addressing.primes, strict=True):
+        for slot, rows in enumerate(primes_OK.reshape(-1).tolist()):
+            make = partial(read_rows, stored, info, settings.memory, low, low + rows)
+            out[f"layers.{layer}.memory.tables.{slot}"] = LazyTensor((rows, settings.memory.head_dim), torch.float32, make)
+            low += rows
+    return out

@@ -1,0 +1,51 @@
+"""How a tensor of ours becomes theirs and back.
+
+Published models rotate the halves (r, r + C/2) of a head by one angle, ours the neighbours (2r, 2r + 1): what makes queries
+and keys has its rows in another order. Experts are stacked here, input first, and one matrix each there, output first.
+
+C head width, D model width, E experts, F expert width, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ROTATED = (".wq.weight", ".wk.weight", "mixer.q_norm.weight", "mixer.k_norm.weight")
+
+
+def is_stacked(name: str) -> bool:
+    """Whether our tensor `name` holds all experts."""
+    return ".experts." in name
+
+
+def their_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of each of their tensors for ours of `shape`."""
+    return (shape[2], shape[1]) if is_stacked(name) else shape
+
+
+def to_theirs(name: str, value: Tensor, head_dim: int) -> Tensor:
+    """Our tensor, or one expert [D, F] of it, in their order."""
+    if is_stacked(name):
+        return value.t()
+    return _swap(value, head_dim // 2, 2) if name.endswith(_ROTATED) else value
+
+
+def to_ours(name: str, values: Sequence[Tensor], head_dim: int) -> Tensor:
+    """Our tensor from theirs (one, or one per expert), float32."""
+    if is_stacked(name):
+        first = values[0]
+        out_EDF = torch.empty(len(values), first.size(1), first.size(0))
+        for expert, value in enumerate(values):
+            out_EDF[expert] = value.t()
+        return out_EDF
+    (value,) = values
+    return (_swap(value, 2, head_dim // 2) if name.endswith(_ROTATED) else value).float()
+
+
+def _swap(value: Tensor, outer: int, inner: int) -> Tensor:
+    """Each head's rows, seen as [outer, inner], in the order [inner, outer]."""
+    swapped: Tensor = value.unflatten(0, (-1, outer, inner)).transpose(1, 2).flatten(0, 2)
+    return swapped

@@ -1,0 +1,103 @@
+"""A model's weights without its run: what they are by name, and a new run that starts from those of an old one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridtrain import checkpoint
+from hybridtrain.assemble import Parts
+from hybridtrain.config import parse_settings
+from hybridtrain.data.progress import say
+from hybridtrain.errors import CheckpointError
+from hybridtrain.model.hybrid_lm import HybridLM
+from hybridtrain.optim.rowwise import make_row_optimizer
+from hybridtrain.run_folder import find_checkpoint
+from hybridtrain.settings import MemorySettings, Settings
+from hybridtrain.stored import StoredTensors
+
+ROWS_AT_ONCE = 1 << 18
+# files that say how a published model's tokenizer is used; what was imported keeps them, and an export gives them back
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+
+def model_tensors(settings: Settings, vocab_size: int) -> dict[str, Tensor]:
+    """Every parameter and buffer of the whole model by its name, on the meta device."""
+    with torch.device("meta"):
+        tensors: dict[str, Tensor] = HybridLM(settings, vocab_size).state_dict()
+    return tensors
+
+
+def read_rows(stored: StoredTensors, info: dict[str, Any], memory: MemorySettings, low: int, high: int) -> Tensor:
+    """Rows `low` to `high-1` of a checkpoint's table as a reader would see them: with the weight decay that they owe.
+
+    `info` is the checkpoint's own description.
+    """
+    table_RD = stored.read("memory.table", low, high)
+    scalars = info["memory_scalars"]
+    if scalars and "decay_log" in scalars:
+        optimizer = make_row_optimizer(memory, table_RD)
+        for name, value in optimizer.state.items():
+            value.copy_(stored.read(f"memory.rows.{name}", low, high))
+        optimizer.load_scalars(scalars)
+        optimizer.catch_up(torch.arange(high - low))
+    return table_RD
+
+
+def start_from(parts: Parts, path: Path, folder: Path, tokenizer_digest: str) -> None:
+    """Fill the parts of a new run in `folder` with the weights of the run folder or checkpoint `path`; any layouts.
+
+    Optimizers start afresh. Memories that the checkpoint has not stay as they were drawn. Raises CheckpointError listing every
+    other tensor that one side lacks or has in another shape, another tokenizer, and another addressing.
+    """
+    run, saved = find_checkpoint(path)
+    info = checkpoint.read_info(saved)
+    stored = StoredTensors(saved)
+    expected = {f"model.{name}": tuple(value.shape) for name, value in model_tensors(parts.settings, parts.vocabulary.size).items()}
+    addressing = parts.memory.addressing.to_json() if parts.memory is not None else None
+    problems = _misfits(expected, {k: v for k, v in stored.shapes.items() if k.startswith("model.")})
+    if info["tokenizer_digest"] != tokenizer_digest:
+        problems.append(f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has {tokenizer_digest}")
+    if info["addressing"] and addressing and info["addressing"] != addressing:
+        problems.append("memory: its table cannot be taken over: layers, orders, multipliers, primes or compression map are others")
+    if problems:
+        raise CheckpointError("\n".join([f"train.init_from={path}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
+    taken = expected.keys() & stored.shapes.keys()
+    for stage in parts.stages:
+        state = {f"model.{k}": v for k, v in stage.state_dict().items() if f"model.{k}" in taken}
+        checkpoint.read_into(state, saved, parts.mesh.world)
+    if parts.memory is not None and info["addressing"]:
+        memory = parse_settings(info["settings"], source=str(saved)).memory
+        for low in range(parts.memory.low, parts.memory.high, ROWS_AT_ONCE):
+            high = min(low + ROWS_AT_ONCE, parts.memory.high)
+            rows_RD = read_rows(stored, info, memory, low, high)
+            parts.memory.table[low - parts.memory.low : high - parts.memory.low] = rows_RD.to(parts.memory.table)
+    if parts.mesh.rank == 0:
+        for name in (c for c in COMPANIONS if (run / c).is_file()):
+            shutil.copyfile(run / name, folder / name)
+        _tell(parts.settings, saved, info, len(taken), len(expected) - len(taken))
+
+
+def _misfits(ours: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, ...]]) -> list[str]:
+    problems = [
+        f"{name}: the checkpoint has {list(theirs[name])}, this model {list(shape)}"
+        for name, shape in ours.items()
+        if name in theirs and theirs[name] != shape
+    ]
+    lacking = [name for name in ours if name not in theirs and ".memory." not in name]
+    problems += [f"{name}: the checkpoint lacks it; only a memory may be new" for name in lacking]
+    problems += [f"{name}: this model lacks it" for name in theirs if name not in ours]
+    return problems
+
+
+def _tell(settings: Settings, saved: Path, info: dict[str, Any], taken: int, drawn: int) -> None:
+    """Say what was taken, and which settings of equal shapes make another function of the same weights."""
+    say(f"starting from {saved}: {taken} tensors taken, {drawn} of new memories drawn")
+    for key, value in checkpoint.identity(settings).items():
+        theirs = info["identity"].get(key, value)
+        if key.startswith("model.") and key != "model.layers" and theirs != value:
+            say(f"  {key}={value}, and the weights were trained with {theirs}")

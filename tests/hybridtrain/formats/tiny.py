@@ -1,0 +1,125 @@
+"""Small models with random weights: transformers' of every family, and ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+from torch import Tensor
+
+from hybridtrain import checkpoint
+from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing, resolve_layout
+from hybridtrain.data.batches import Batch
+from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
+from hybridtrain.data.shards import TokenDataset
+from hybridtrain.data.sources import file_digest
+from hybridtrain.parallel.mesh import make_mesh
+from tests.training import ci_settings
+
+VOCABULARY = 1032  # more than the 1024 entries of the tokenizer, as many published models have
+BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+}
+GLM = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 2.5,
+    "partial_rotary_factor": 1.0,
+}
+THEIRS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "llama, untied": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "qwen3": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": False,
+    },
+    "glm4_moe": {**GLM, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "use_qk_norm": True},
+    "glm4_moe, one group": {**GLM, "first_k_dense_replace": 0, "n_shared_experts": 1},
+}
+
+
+def their_model(case: str, **changes: Any) -> Any:
+    """transformers' model of a case of THEIRS in which nothing is zero or one, in float32."""
+    family = case.partition(",")[0]
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[family](**{**BASE, **THEIRS[case], **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.ndim == 1 and not name.endswith("e_score_correction_bias"):
+                value.copy_(1 + 0.3 * torch.randn_like(value))
+            else:
+                value.normal_(0, 0.15)
+    return model
+
+
+def save_theirs(model: Any, folder: Path, data: Path, shard: str = "200KB") -> Path:
+    """The model as a Hugging Face folder with the tokenizer of the data."""
+    model.save_pretrained(folder, max_shard_size=shard)
+    shutil.copyfile(data / TOKENIZER, folder / TOKENIZER)
+    return folder
+
+
+def random_run(folder: Path, data: Path, *overrides: str) -> Path:
+    """The run folder of a model of ci.toml in which nothing is zero or one; routers have biases where their scores are sigmoids."""
+    settings = ci_settings(folder, data, *overrides)
+    vocabulary = Vocabulary.of(TokenDataset.open(data), settings.model.vocab_size)
+    mesh = make_mesh(resolve_layout(settings, 1), 0, torch.device("cpu"), 60)
+    parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in parts.model.state_dict().items():
+            noise = torch.empty(value.shape).normal_(0, 0.15, generator=generator)
+            if name.endswith("bias_E") and settings.model.moe.score == "softmax":
+                noise.zero_()
+            value.copy_(1 + noise if name.endswith("norm.weight") else noise)
+        if parts.memory is not None:
+            parts.memory.table.normal_(0, 0.3, generator=generator)
+    folder.mkdir()
+    for name in (TOKENIZER, COMPRESSION):
+        shutil.copyfile(data / name, folder / name)
+    saved = checkpoint.save(parts, folder / "checkpoints", 0, file_digest(folder / TOKENIZER))
+    info = json.loads((saved / checkpoint.INFO).read_text())
+    (saved / checkpoint.INFO).write_text(json.dumps(info | {"weights_only": True}))  # optimizers make their state at a first step
+    return folder
+
+
+def our_logits(parts: Parts, tokens_BT: Tensor, separator: int) -> Tensor:
+    """Logits of whole texts, as the training loop would compute them."""
+    batch = Batch(tokens_BT[None], tokens_BT[None], tokens_BT[None] == separator)
+    index = None
+    if parts.memory is not None:
+        plan = parts.memory.plan(batch, evaluate=True)
+        parts.memory.fetch(plan, plan.exchanges[0])
+        index = plan.exchanges[0].index[0]
+    with torch.no_grad():
+        logits: Tensor = parts.model.eval()(tokens_BT, batch.starts[0].cumsum(-1), index)
+    return logits
+
+
+def random_tokens(seed: int = 0) -> Tensor:
+    """[2, 96] tokens of the tokenizer, no separator among them."""
+    return torch.randint(1, 1024, (2, 96), generator=torch.Generator().manual_seed(seed))
