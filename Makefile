@@ -48,7 +48,7 @@ test-parity: $(READY)
 
 test-gpu: $(READY)
 	@$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'no CUDA device here: make test-gpu needs one GPU')" || exit 2
-	$(BIN)/python -m pytest -q -m gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

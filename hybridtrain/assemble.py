@@ -15,6 +15,7 @@ from torch import nn
 from hybridtrain.contradictions import unfit_widths
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError
+from hybridtrain.kernels import choose
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.launch.local import RENDEZVOUS
 from hybridtrain.memory import TableMemory
@@ -225,6 +226,10 @@ def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | 
 
 def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing: Addressing | None) -> Parts:
     """Build the model on the meta device, shard it, and draw this rank's part of every parameter and of the table."""
+    try:
+        choose.use(choose.resolve(settings.kernels.model_dump(), mesh.device.type), mesh.device.type)
+    except choose.KernelChoiceError as error:
+        raise SettingsError("settings", error.problems) from None
     context = ContextParallel(mesh.cp, settings.train.seq_len, short_conv, places_in_line) if mesh.cp.size > 1 else None
     positions = context.positions() if context is not None else None
     dtype = compute_dtype(settings, mesh.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts, compute_dtype, resolve_stages
+from hybridtrain.kernels import choose
 from hybridtrain.metrics import Clock, MetricsLog, measure_matmul_peak
 from hybridtrain.model.count import count_parameters, flops_per_token
 from hybridtrain.optim.schedule import lr_scale
@@ -262,6 +263,8 @@ def implementations(parts: Parts) -> dict[str, str]:
     ops = {
         "layers": f"{str(dtype).removeprefix('torch.')} · recompute {train.recompute}{compiled}",
         "attention": "torch scaled_dot_product_attention",
+        "rope": "torch complex product",
+        "swiglu": "torch, two passes",
         "rms_norm": "torch, own backward" if blocked else "torch rms_norm",
         "grouped_mlp": "torch grouped_mm",
         "permute": "torch index_select, own backward",
@@ -275,6 +278,10 @@ def implementations(parts: Parts) -> dict[str, str]:
             "segment_sum": "torch sort + embedding_bag" if cuda else "torch index_add",
             "row optimizer": type(parts.memory.optimizer).__name__,
         }
+    for op, how in choose.table().items():
+        row = "head and loss" if op == "cross_entropy" else op
+        if how != "torch" and row in ops and not (op == "cross_entropy" and parts.mesh.tp.size > 1):
+            ops[row] = how
     ops["dispatch"] = _dispatch(parts)
     return ops
 

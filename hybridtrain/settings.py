@@ -208,6 +208,18 @@ class CheckpointSettings(_Section):
     keep: Positive = Field(2, description="checkpoints kept")
 
 
+class KernelSettings(_Section):
+    """One key per op of `kernels/choose.py`."""
+
+    rms_norm: Literal["auto", "torch", "triton", "liger", "apex"] = Field("auto", description="RMS norms")
+    swiglu: Literal["auto", "torch", "triton", "liger"] = Field("auto", description="silu(gate) * up of dense layers and experts")
+    rope: Literal["auto", "torch", "triton"] = Field("auto", description="rotary positions")
+    segment_sum: Literal["auto", "torch", "triton"] = Field("auto", description="sums of row gradients at their owner")
+    permute: Literal["auto", "torch", "triton"] = Field("auto", description="tokens to experts' order and back")
+    cross_entropy: Literal["auto", "torch", "triton"] = Field("auto", description="the loss, with the head where it is one")
+    grouped_mlp: Literal["auto", "torch", "triton"] = Field("auto", description="products of experts with their rows")
+
+
 class Settings(_Section):
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
@@ -218,6 +230,7 @@ class Settings(_Section):
     parallel: ParallelSettings = ParallelSettings()
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    kernels: KernelSettings = KernelSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

@@ -8,6 +8,8 @@ import hypothesis
 
 # before torch is imported, and inherited by every process a test starts: the ranks of the distributed tests share the cores
 os.environ["OMP_NUM_THREADS"] = "1"
+# before triton is imported: its own library of functions is made for the interpreter or for a GPU, not for both (make test-gpu: 0)
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # the same examples every time, and no time limit for one of them: on a busy machine it would fail by chance
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)

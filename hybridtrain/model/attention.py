@@ -1,14 +1,14 @@
 """Causal attention with grouped key/value heads, rotary positions and document masks.
 
-B batch, T tokens, D model width, H heads, C head width, R = C / 2.
+B batch, T tokens, D model width, H heads, C head width.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridtrain.kernels.rope.op import rope
 from hybridtrain.model.context import SequenceContext
 from hybridtrain.model.norm import RMSNorm
 from hybridtrain.settings import Settings
@@ -33,8 +33,8 @@ class Attention(nn.Module):
         q_BTHC, k_BTHC, v_BTHC = (w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHC, k_BTHC = self.q_norm(q_BTHC), self.k_norm(k_BTHC)
-        q_BTHC = apply_rope(q_BTHC, context.rotation_TR)
-        k_BTHC = apply_rope(k_BTHC, context.rotation_TR)
+        q_BTHC = rope(q_BTHC, context.rotation_TR)
+        k_BTHC = rope(k_BTHC, context.rotation_TR)
         out_BTD: Tensor = self.wo(self.attend(q_BTHC, k_BTHC, v_BTHC, context).flatten(-2))
         return out_BTD
 
@@ -50,13 +50,3 @@ def attend(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, context: SequenceCont
         enable_gqa=k_BTHC.size(2) != q_BTHC.size(2),
     )
     return out_BHTC.transpose(1, 2)
-
-
-def apply_rope(x_BTHC: Tensor, rotation_TR: Tensor) -> Tensor:
-    """Rotate the neighbours (2r, 2r + 1) of every head by the angle of its position; float32 inside.
-
-    Neighbours, as in the RoPE paper, and not (r, r + C/2): one complex product each way is a quarter of the time.
-    """
-    complex_BTHR = torch.view_as_complex(x_BTHC.float().view(*x_BTHC.shape[:-1], -1, 2))
-    rotation_THR = rotation_TR[:, None].expand(complex_BTHR.shape[1:]).contiguous()  # one long inner loop
-    return torch.view_as_real(complex_BTHR * rotation_THR).flatten(-2).to(x_BTHC.dtype)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridtrain.kernels.swiglu.op import swiglu
 from hybridtrain.settings import Settings
 
 
@@ -16,7 +16,7 @@ class SwiGLU(nn.Module):
         self.w_down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
+        out: Tensor = self.w_down(swiglu(self.w_gate(x), self.w_up(x)))
         return out
 
 

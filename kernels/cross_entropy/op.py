@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridtrain.kernels.choose import chosen
+
 BLOCK_ELEMENTS = 1 << 18  # logits per block: 1 MiB of float32 stays in the second-level cache
 
 
@@ -20,6 +22,10 @@ def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor, ignored: int) -> Ten
 
     On the CPU its backward runs once: it hands out the buffer that the forward pass made.
     """
+    if chosen("cross_entropy", logits_NV) == "triton":
+        from hybridtrain.kernels.cross_entropy.kernel import cross_entropy_sum as fused
+
+        return fused(logits_NV, targets_N, ignored)
     logits_NV = logits_NV.float()
     if logits_NV.device.type == "cpu" and not hasattr(logits_NV, "to_local"):
         return _cross_entropy(logits_NV, targets_N, ignored, torch.is_grad_enabled() and logits_NV.requires_grad)

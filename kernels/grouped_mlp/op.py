@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridtrain.kernels.choose import chosen
+from hybridtrain.kernels.swiglu.op import swiglu
+
 
 def grouped_swiglu(x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor) -> Tensor:
     """The first counts[0] rows through expert 0, the next counts[1] through expert 1, and so on: [P, D].
@@ -19,6 +22,10 @@ def grouped_swiglu(x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF:
     `counts_E` (int64, on the device of `x_PD`) sums to P: rows beyond its sum would come out uninitialised.
     Raises ValueError where D or F rows are no multiples of 16 bytes, which `grouped_mm` needs.
     """
+    if chosen("grouped_mlp", x_PD) == "triton":
+        from hybridtrain.kernels.grouped_mlp.kernel import grouped_swiglu as fused
+
+        return fused(x_PD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD)
     step = 16 // x_PD.element_size()
     if x_PD.size(1) % step or w_gate_EDF.size(2) % step:
         raise ValueError(
@@ -26,5 +33,5 @@ def grouped_swiglu(x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF:
             f"got model width {x_PD.size(1)} and expert width {w_gate_EDF.size(2)}"
         )
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    hidden_PF = F.silu(F.grouped_mm(x_PD, w_gate_EDF, offs=ends_E)) * F.grouped_mm(x_PD, w_up_EDF, offs=ends_E)
+    hidden_PF = swiglu(F.grouped_mm(x_PD, w_gate_EDF, offs=ends_E), F.grouped_mm(x_PD, w_up_EDF, offs=ends_E))
     return F.grouped_mm(hidden_PF, w_down_EFD, offs=ends_E)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridtrain.kernels.choose import chosen
 from hybridtrain.kernels.cross_entropy.op import cross_entropy_sum
 
 BLOCK_ELEMENTS = 1 << 19  # logits per block: 2 MiB of float32
@@ -26,6 +27,10 @@ MIN_ROWS = 64  # fewer would starve the products of large vocabularies
 def linear_cross_entropy_sum(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int) -> Tensor:
     """Float32 scalar, in nats; tokens whose target is `ignored` do not count."""
     plain = not hasattr(weight_VD, "to_local") and not hasattr(h_ND, "to_local")
+    if plain and chosen("cross_entropy", h_ND) == "triton":
+        from hybridtrain.kernels.cross_entropy.kernel import linear_cross_entropy_sum as fused
+
+        return fused(h_ND, weight_VD.to(h_ND.dtype), targets_N, ignored)
     if plain and h_ND.device.type == "cpu" and h_ND.dtype == weight_VD.dtype == torch.float32:
         with_grad = torch.is_grad_enabled() and (h_ND.requires_grad or weight_VD.requires_grad)
         return _linear_cross_entropy(h_ND, weight_VD, targets_N, ignored, with_grad)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridtrain.kernels.choose import chosen
 from hybridtrain.kernels.grouped_mlp.op import grouped_swiglu
 from hybridtrain.kernels.moe_swiglu.threads import share_out
 from hybridtrain.kernels.permute.op import combine, permute, sort_by_expert
@@ -52,7 +53,7 @@ def moe_swiglu(
 
 
 def _fused_here(x_ND: Tensor, w_gate_EDF: Tensor) -> bool:
-    return x_ND.device.type == "cpu" and x_ND.dtype == w_gate_EDF.dtype
+    return x_ND.device.type == "cpu" and x_ND.dtype == w_gate_EDF.dtype and chosen("grouped_mlp", x_ND) == "torch"
 
 
 class _MoESwiGLU(torch.autograd.Function):

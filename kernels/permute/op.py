@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridtrain.kernels.choose import chosen
 from hybridtrain.kernels.permute.reference import sort_by_expert
 
 __all__ = ["combine", "permute", "sort_by_expert"]
@@ -18,11 +19,19 @@ __all__ = ["combine", "permute", "sort_by_expert"]
 
 def permute(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
     """Row i of the result is the token of the i-th pair: [P, D]."""
+    if chosen("permute", x_ND) == "triton":
+        from hybridtrain.kernels.permute import kernel
+
+        return kernel.permute(x_ND, order_P, inverse_NK)
     return _permute(x_ND, order_P, inverse_NK)
 
 
 def combine(y_PD: Tensor, gates_NK: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
     """Each token's sum over its pairs, weighted by the gates, k rising: [N, D] in the dtype of `y_PD`."""
+    if chosen("permute", y_PD) == "triton":
+        from hybridtrain.kernels.permute import kernel
+
+        return kernel.combine(y_PD, gates_NK, order_P, inverse_NK)
     return _combine(y_PD, gates_NK, order_P, inverse_NK)
 
 

@@ -1,4 +1,5 @@
-"""RMSNorm: torch's fused kernel on CUDA; on the CPU, where torch composes it of many passes, a hand-written gradient.
+"""RMSNorm: torch's fused kernel on CUDA unless another is chosen; on the CPU, where torch composes it of many passes, a
+hand-written gradient.
 
 D width of the last dimension, N all others. See reference.py for the definition.
 """
@@ -12,9 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridtrain.kernels.choose import chosen
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalised over the last dimension and scaled by `weight` [D]."""
+    match chosen("rms_norm", x):
+        case "triton":
+            from hybridtrain.kernels.rms_norm.kernel import rms_norm as fused
+
+            return fused(x, weight, eps)
+        case "liger":
+            from liger_kernel.transformers.functional import liger_rms_norm
+
+            out: Tensor = liger_rms_norm(x, weight, eps, in_place=False)
+            return out
+        case "apex":
+            from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+            out = fused_rms_norm_affine(x, weight, weight.shape, eps)
+            return out
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not hasattr(x, "to_local"):
         return _rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridtrain.kernels.choose import chosen
+
 
 def segment_sum(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:
     """[S, D]: row s is the sum of the rows of values_ND whose segment is s, added in order of appearance; 0 without any.
@@ -19,6 +21,10 @@ def segment_sum(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tens
     """
     if values_ND.ndim != 2 or segment_N.shape != values_ND.shape[:1]:
         raise ValueError(f"values {list(values_ND.shape)} and segment {list(segment_N.shape)} must be [N, D] and [N]")
+    if chosen("segment_sum", values_ND) == "triton" and values_ND.dtype != torch.float64:
+        from hybridtrain.kernels.segment_sum.kernel import segment_sum as fused
+
+        return fused(values_ND, segment_N, num_segments)
     wide_ND = values_ND.to(torch.promote_types(values_ND.dtype, torch.float32))
     if wide_ND.is_cuda:
         return _by_bags(wide_ND, segment_N, num_segments).to(values_ND.dtype)

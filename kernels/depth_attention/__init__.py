@@ -1,0 +1,1 @@
+"""Attention over what earlier layers wrote at the same token."""

@@ -1,0 +1,1 @@
+"""How far a looked-up memory agrees with the hidden state, and the value gated by it."""

@@ -1,0 +1,1 @@
+"""What the compiler makes of the kernels for real GPUs, found out without one."""

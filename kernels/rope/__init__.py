@@ -1,0 +1,1 @@
+"""Rotary positions, with the norm of queries and keys before them."""

@@ -1,0 +1,1 @@
+"""Rows of a table in any order, table sizes beyond 2^31 elements included."""

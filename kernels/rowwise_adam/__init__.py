@@ -1,0 +1,1 @@
+"""The update of touched table rows in one pass."""

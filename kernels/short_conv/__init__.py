@@ -1,0 +1,1 @@
+"""The short causal convolution behind the memory's gate, with its norm, SiLU and addition."""
