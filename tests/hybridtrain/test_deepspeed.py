@@ -57,15 +57,19 @@ def assert_same_run(run: Path, reference: Path) -> None:
         )
 
 
+def slow(*overrides: str) -> Any:
+    return pytest.param(overrides, marks=pytest.mark.parity)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
-        (zero(0), "parallel.ep=2"),
-        (zero(1), "parallel.ep=1", "parallel.mem=1"),
         (zero(1), "parallel.ep=2"),
         (zero(2), "parallel.ep=2", "train.micro_batches=2", "memory.exchange_groups=2"),
-        (zero(1), "parallel.cp=2", "parallel.ep=2", OFFLOAD),
-        (zero(3), "parallel.ep=1"),
+        slow(zero(0), "parallel.ep=2"),
+        slow(zero(1), "parallel.ep=1", "parallel.mem=1"),
+        slow(zero(1), "parallel.cp=2", "parallel.ep=2", OFFLOAD),
+        slow(zero(3), "parallel.ep=1"),
     ],
     ids=" ".join,
 )
@@ -77,8 +81,8 @@ def test_experts_train_as_under_the_native_engine(trained: Callable[..., Path], 
     ("nproc", "overrides"),
     [
         (2, (zero(3), "train.micro_batches=2")),
-        (2, (zero(2), OFFLOAD, "train.micro_batches=2")),
-        (1, (zero(3), OFFLOAD)),
+        pytest.param(2, (zero(2), OFFLOAD, "train.micro_batches=2"), marks=pytest.mark.parity),
+        pytest.param(1, (zero(3), OFFLOAD), marks=pytest.mark.parity),
     ],
     ids=str,
 )
@@ -93,7 +97,7 @@ def test_dense_models_train_as_under_the_native_engine(
     [
         ((2, ENGINE, zero(1), "parallel.ep=2"), (1,), (CLIPPED,)),
         ((1,), (2, ENGINE, zero(1), "parallel.ep=2"), (CLIPPED,)),
-        ((1,), (2, ENGINE, zero(3)), DENSE),
+        pytest.param((1,), (2, ENGINE, zero(3)), DENSE, marks=pytest.mark.parity),
     ],
     ids=["deepspeed to native", "native to ZeRO-1", "native to ZeRO-3"],
 )

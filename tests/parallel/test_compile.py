@@ -51,9 +51,6 @@ def test_a_compiled_layer_computes_the_same(data: Path, monkeypatch: pytest.Monk
     compiled = trace(ci_settings(Path("unused"), data, *SHORT, ONE_LAYER, COMPILE))
     assert list(tmp_path.rglob("*.cpp"))
     assert_alike(compiled, plain)
-    recomputed = trace(ci_settings(Path("unused"), data, *SHORT, ONE_LAYER, COMPILE, "train.recompute=full"))
-    assert recomputed.losses == compiled.losses
-    assert all(torch.equal(value, compiled.state[name]) for name, value in recomputed.state.items())
 
 
 @pytest.mark.parity
@@ -63,6 +60,7 @@ def test_compiled_layers_of_every_kind(data: Path) -> None:
     )
     assert_alike(compiled, plain)
     assert recomputed.losses == compiled.losses
+    assert all(torch.equal(value, compiled.state[name]) for name, value in recomputed.state.items())
 
 
 @pytest.mark.parity
