@@ -78,7 +78,7 @@ def main() -> None:
         sys.exit("\n".join(problems()) or 0)
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder) / "data")
-        outcomes = run_matrix(data, matrix(), make_references(data, matrix()), Path(folder), timeout=1800)
+        outcomes = run_matrix(data, matrix(), make_references(data, matrix()), Path(folder), timeout=600)
     write([Row.of(outcome) for outcome in outcomes])
 
 

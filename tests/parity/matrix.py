@@ -19,6 +19,8 @@ BOUND = 8.0
 CEILING = 1e-3
 """What BOUND times the noise must stay below for every single number, or the comparison would say nothing."""
 
+PER_START = 25
+
 References = dict[tuple[str, ...], Reference]
 
 
@@ -76,19 +78,25 @@ def make_references(data: Path, cases: Sequence[Case]) -> References:
 def run_matrix(
     data: Path, cases: Sequence[Case], references: References, folder: Path, faults: Sequence[str] = (), timeout: float = 280
 ) -> list[Outcome]:
-    """Every case's outcome, in order; `faults` are mistakes to make in them. `timeout` in seconds is for each world."""
+    """Every case's outcome, in order; `faults` are mistakes to make in them. `timeout` in seconds is for each start of ranks."""
     files = {key: str(folder / f"reference-{i}.pt") for i, key in enumerate(references)}
     for key, file in files.items():
         torch.save(references[key].run, file)
     found: dict[int, Outcome] = {}
-    for world in sorted({case.world for case in cases}):
-        places = [i for i, case in enumerate(cases) if case.world == world]
+    worlds = [[i for i, case in enumerate(cases) if case.world == world] for world in sorted({case.world for case in cases})]
+    for start, places in enumerate(part for world in worlds for part in _parts(world)):
         given = [(cases[i], faults[i] if faults else "") for i in places]
-        ranks = run_on_ranks(run_cases, world, str(data), files, given, str(folder / f"store{world}"), timeout=timeout)
+        store = str(folder / f"store{start}")
+        ranks = run_on_ranks(run_cases, cases[places[0]].world, str(data), files, given, store, timeout=timeout)
         for number, place in enumerate(places):
             reference = references[cases[place].numbers]
             found[place] = Outcome(cases[place], _merge([rank[number] for rank in ranks], reference), reference.noise)
     return [found[i] for i in range(len(cases))]
+
+
+def _parts(places: list[int]) -> list[list[int]]:
+    """So many cases that one start of ranks stays quick: gloo's threads outlive their process groups."""
+    return [places[i : i + PER_START] for i in range(0, len(places), PER_START)]
 
 
 def _merge(ranks: Sequence[dict[str, float]], reference: Reference) -> dict[str, float]:
