@@ -1,4 +1,4 @@
-"""hybridtrain beside transformers and DeepSpeed on the same MoE language model: `python tools/bench_peers.py [--ranks 1 2]`
+"""hybridtrain beside transformers and DeepSpeed on the same MoE language model: `python -m tools.bench_peers [--ranks 1 2]`
 
 Every subject (tools/peers.py) lives in processes of its own and is told in turns to run some steps, so that other work on the
 machine hits all alike. Printed per case: tokens a second, the ratio of each peer's seconds to hybridtrain's round by round (median
