@@ -75,6 +75,13 @@ LAYER = 'write "[N*][memory+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ],
         ),
         (
+            ["train.compile=true", "train.recompute=full", "parallel.ep=2", "parallel.tp=2"],
+            [
+                "parallel.tp=2 with train.compile=true, which is proven over dp_shard and ep alone; tp may be 1",
+                "train.recompute=full with train.compile=true and parallel.ep above 1 fails in the exchange; it may be none",
+            ],
+        ),
+        (
             ["train.precision=bfloat16", "model.dim=36"],
             ["model.dim=36 is no multiple of 8, as grouped products need (rows of 16 bytes); the next is 40"],
         ),
