@@ -61,6 +61,11 @@ def contradictions(s: Settings) -> list[str]:
         out.append(
             f'memory.exchange_groups={memory.exchange_groups}: memory.fetch="stale" reads all rows of a step at once; it may be 1'
         )
+    if s.checkpoint.table_full_every > 1 and memory.optimizer == "adam":
+        out.append(
+            f"checkpoint.table_full_every={s.checkpoint.table_full_every} saves the rows that changed, and "
+            'memory.optimizer="adam" changes all; it may be 1'
+        )
     parallel = s.parallel
     if parallel.pp > 1 and memory.exchange_groups > 1:
         out.append(

@@ -83,6 +83,7 @@ def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
                 )
         finally:
             log.close()
+            folder.close()
     except DispatchMemoryError as error:
         raise TrainingError(str(error)) from error
     finally:
@@ -111,7 +112,8 @@ def _loop(
         batch, plan = upcoming
         with clock.phase("data"):
             upcoming = source.get(step + 1) if step + 1 < steps else (batch, None)
-        totals = train_step(parts, step, batch, plan, clock, signal.received, upcoming[1])
+        stop = signal.received or folder.save_failed
+        totals = train_step(parts, step, batch, plan, clock, stop, upcoming[1], folder.before_update)
         if not math.isfinite(totals.loss) or not math.isfinite(totals.grad_norm):
             where = name_source_of_nonfinite(parts, batch, plan)
             raise TrainingError(
@@ -125,7 +127,7 @@ def _loop(
                 report.validation(done, validate(settings.train.eval_batches if done < steps else 0))
         if done == steps or totals.stop or (every and done % every == 0):
             with report.outside_training():
-                folder.save(parts, done)
+                folder.save(parts, done, wait=done == steps or totals.stop)
         if totals.stop:
             source.finish()  # ranks may have planned ahead by different numbers of steps
             return report.stopped(done, signal.name)
@@ -140,10 +142,12 @@ def train_step(
     clock: Clock,
     stop: bool,
     next_plan: StepPlan | None = None,
+    before_update: Callable[[], None] | None = None,
 ) -> Totals:
     """One optimizer step (`step` counts from 0). Nothing is updated where the loss or the gradient is not finite.
 
     `next_plan` is the next step's, some of whose rows may come while this one computes; None: there is none.
+    `before_update` is called before parameters and optimizer state change.
     """
     stages, memory, settings = parts.stages, parts.memory, parts.settings
     scale = lr_scale(step, settings.optim, settings.train.steps)
@@ -176,6 +180,8 @@ def train_step(
 
     if math.isfinite(totals.loss) and math.isfinite(norm):
         with clock.phase("optimizer"):
+            if before_update is not None:
+                before_update()
             set_learning_rates(parts.engine.optimizers, scale)
             parts.engine.step()
             if memory is not None and plan is not None and rows_grad is not None:
