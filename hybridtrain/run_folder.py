@@ -54,9 +54,9 @@ class RunFolder:
         if resume and last is None:
             raise CheckpointError(f"{folder.checkpoints}: no finished checkpoint to resume from; start without --resume")
         if not resume and last is not None:
+            key, where = ("checkpoint.dir", folder.checkpoints) if settings.checkpoint.dir else ("run.dir", folder.path)
             raise SettingsError(
-                f"checkpoint.dir={folder.checkpoints}" if settings.checkpoint.dir else f"run.dir={folder.path}",
-                [f"holds a run with the checkpoint {last.name}; go on with --resume or choose another folder"],
+                f"{key}={where}", [f"holds a run with the checkpoint {last.name}; go on with --resume or choose another {key}"]
             )
         if world.rank == 0:
             folder.path.mkdir(parents=True, exist_ok=True)

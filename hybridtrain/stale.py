@@ -1,4 +1,4 @@
-"""Rows that were read one update early (`memory.fetch` "stale"), as a checkpoint keeps them: the table alone cannot give them back."""
+"""Rows that were read one update early (`memory.fetch` "stale"), as a checkpoint keeps them: the table has them no more."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def candidates(checkpoints: Path) -> list[Path]:
     Those after the latest belong to a line that was given up. Where `latest` names none, all are candidates.
     """
     last, finished = latest(checkpoints), _finished(checkpoints)
-    return [path for step, path in sorted(finished.items(), reverse=True) if last is None or step <= _step(last.name)]
+    return [path for _, path in sorted(finished.items(), reverse=True) if last is None or path.name <= last.name]
 
 
 def staging_of(final: Path) -> Path:
@@ -76,10 +76,10 @@ def prune(checkpoints: Path, step: int, keep_last: int, keep_every: int) -> None
     before = sorted(s for s in finished if s <= step)
     kept = {s for s in finished if s > step or s in before[-keep_last:] or (keep_every and s % keep_every == 0)}
     try:
-        bases = {_step(base.name) for s in kept if (base := base_of(finished[s], read_info(finished[s]))) is not None}
+        bases = {base.name for s in kept if (base := base_of(finished[s], read_info(finished[s]))) is not None}
     except CheckpointError:
         return  # of one that cannot be read it is not known what it needs
-    names = {finished[s].name for s in kept | bases}
+    names = {finished[s].name for s in kept} | bases
     for name in names_in(checkpoints):
         if (theirs := _step(name)) is not None and theirs <= step and name not in names:
             _remove(checkpoints / name)

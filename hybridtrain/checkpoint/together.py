@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -31,13 +31,12 @@ def together(world: Group, act: Callable[[], T]) -> list[T]:
     outcomes = gather_objects((problems, value), world)
     if any(theirs for theirs, _ in outcomes):
         raise Failures(list(dict.fromkeys(p for theirs, _ in outcomes for p in theirs)))
-    return [value for _, value in outcomes]
+    return [theirs for _, theirs in outcomes]
 
 
 def on_first(world: Group, act: Callable[[], T]) -> T:
     """What `act` returned on rank 0, which alone runs it, on every rank; raises Failures on all of them where it raised."""
-    value: T = together(world, act if world.rank == 0 else lambda: None)[0]  # type: ignore[arg-type]
-    return value
+    return cast(T, together(world, act if world.rank == 0 else lambda: None)[0])
 
 
 def describe_failures(error: BaseException, rank: int) -> list[str]:
