@@ -95,14 +95,19 @@ class StoredTensors:
         """Put the changed ones among the rows from `low` on in their places."""
         high = low + len(out)
         for piece in self.pieces(CHANGED, low, high):
-            if piece not in self._numbers:
-                self._numbers[piece] = self.read(f"{piece}.numbers")
-            numbers = self._numbers[piece]
+            numbers = self._numbers_of(piece)
             start, end = torch.searchsorted(numbers, torch.tensor([low, high])).tolist()
             if start < end:
                 values = torch.empty((end - start, *out.shape[1:]), dtype=self.dtype(name))
                 self._read_rows(values, f"{piece}.{name.removeprefix(MEMORY)}", start)
                 out.index_copy_(0, (numbers[start:end] - low).to(out.device), values.to(out))
+
+    def _numbers_of(self, piece: str) -> Tensor:
+        if piece not in self._numbers:
+            numbers = torch.empty(tuple(self._entries[f"{piece}.numbers"].size), dtype=torch.int64)
+            self._read_rows(numbers, f"{piece}.numbers", 0)
+            self._numbers[piece] = numbers
+        return self._numbers[piece]
 
     def _read_rows(self, out: Tensor, name: str, low: int) -> None:
         entry = self._entries[name]
