@@ -77,13 +77,14 @@ def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
             return batch.at(parts.positions), plan
 
         try:
-            with Prefetcher(load, start, depth=1, stop_step=settings.train.steps) as source, StopSignal() as signal:
-                return _loop(
-                    parts, folder, source, signal, report, lambda n: evaluate(parts, dataset.split("validation"), n), start
-                )
+            with (
+                folder.saver(parts) as saver,
+                Prefetcher(load, start, depth=1, stop_step=settings.train.steps) as source,
+                StopSignal() as signal,
+            ):
+                return _loop(parts, saver, source, signal, report, lambda n: evaluate(parts, dataset.split("validation"), n), start)
         finally:
             log.close()
-            folder.close()
     except DispatchMemoryError as error:
         raise TrainingError(str(error)) from error
     finally:
@@ -92,7 +93,7 @@ def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
 
 def _loop(
     parts: Parts,
-    folder: RunFolder,
+    saver: checkpoint.Saver,
     source: Prefetcher[tuple[Batch, StepPlan | None]],
     signal: StopSignal,
     report: Report,
@@ -112,13 +113,13 @@ def _loop(
         batch, plan = upcoming
         with clock.phase("data"):
             upcoming = source.get(step + 1) if step + 1 < steps else (batch, None)
-        stop = signal.received or folder.save_failed
-        totals = train_step(parts, step, batch, plan, clock, stop, upcoming[1], folder.before_update)
+        stop = signal.received or saver.failed
+        totals = train_step(parts, step, batch, plan, clock, stop, upcoming[1], saver.before_update)
         if not math.isfinite(totals.loss) or not math.isfinite(totals.grad_norm):
             where = name_source_of_nonfinite(parts, batch, plan)
             raise TrainingError(
                 f"step {step + 1}: the loss is {totals.loss} and the gradient norm {totals.grad_norm}; {where}. "
-                f"The last good checkpoint is {checkpoint.latest(folder.checkpoints) or 'none'}; nothing of this step was kept"
+                f"The last good checkpoint is {checkpoint.latest(saver.folder) or 'none'}; nothing of this step was kept"
             )
         done = step + 1
         report.step(done, totals, plan)
@@ -127,7 +128,7 @@ def _loop(
                 report.validation(done, validate(settings.train.eval_batches if done < steps else 0))
         if done == steps or totals.stop or (every and done % every == 0):
             with report.outside_training():
-                folder.save(parts, done, wait=done == steps or totals.stop)
+                saver.save(done, wait=done == steps or totals.stop)
         if totals.stop:
             source.finish()  # ranks may have planned ahead by different numbers of steps
             return report.stopped(done, signal.name)
