@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +57,8 @@ def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
         parts = assemble(settings, mesh, vocabulary, addressing)
         start = folder.restore(parts, addressing) if resume else 0
         if settings.train.init_from and not resume:
-            start_from(parts, Path(settings.train.init_from), folder.path, dataset.manifest.tokenizer_xxh3)
+            source_run = checkpoint.place(settings.train.init_from, "train.init_from")
+            start_from(parts, source_run, folder.path, dataset.manifest.tokenizer_xxh3)
         log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps)
         report = Report(parts, log, folder.path, start)
         loader = BatchLoader(

@@ -27,8 +27,8 @@ from hybridtrain.checkpoint.together import Failures, on_first, together
 from hybridtrain.errors import CheckpointError
 from hybridtrain.parallel.collectives import Group
 
-PATIENCE = 24 * 3600.0
-"""Seconds that ranks wait for the slowest disk among them; a rank that died is noticed at once."""
+PATIENCE = 6
+"""Times `parallel.timeout` that ranks wait for the slowest disk among them; a rank that died is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Saver:
     def __init__(self, parts: Parts, folder: Path, tokenizer_digest: str, base: Base | None = None) -> None:
         self.parts, self.folder, self.tokenizer_digest = parts, folder, tokenizer_digest
         self.base = base
-        self._world: Group = parts.mesh.own_world_group("checkpoint", PATIENCE)
+        self._world: Group = parts.mesh.own_world_group("checkpoint", PATIENCE * parts.mesh.timeout)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._held = threading.Event()
@@ -73,7 +73,7 @@ class Saver:
         if kind is None:
             self.finish()
         elif self._thread is not None:
-            self._thread.join()  # what ends the run is told, and not what became of this
+            self._thread.join(self.parts.mesh.timeout)  # what ends the run is told, and not what became of this
 
     @property
     def failed(self) -> bool:
@@ -83,7 +83,8 @@ class Saver:
     def save(self, step: int, wait: bool = False) -> Path:
         """Save the run as it is after `step` steps; returns the checkpoint's folder. In the background it is finished later.
 
-        One that is under way is waited for before, and with `wait` this one is as well. Raises CheckpointError on every rank where any could not write; nothing that was committed is touched.
+        One that is under way is waited for before, and with `wait` this one is as well. Raises CheckpointError on every rank
+        where any could not write; nothing that was committed is touched.
         """
         self.finish()
         settings, final = self.parts.settings.checkpoint, folder_of(self.folder, step)

@@ -16,6 +16,7 @@ from torch import Tensor
 from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts
 from hybridtrain.checkpoint import blocks, files
+from hybridtrain.checkpoint.state import Content
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.errors import CheckpointError
 from hybridtrain.metrics import Clock
@@ -65,18 +66,22 @@ def loaded(settings: Settings, path: Path) -> tuple[Parts, BatchLoader]:
 
 @contextmanager
 def slow_writes(seconds: float) -> Iterator[None]:
-    """Nothing is read of what is saved for so long."""
-    real = files.Writer.write_data
+    """Nothing is copied of what is saved for so long, and then again nothing is written."""
+    real = Content.hold, files.Writer.write_data
+
+    def hold(self: Content) -> None:
+        time.sleep(seconds)
+        real[0](self)
 
     def write_data(self: Any, *rest: Any) -> Any:
         time.sleep(seconds)
-        return real(self, *rest)
+        return real[1](self, *rest)
 
-    files.Writer.write_data = write_data  # type: ignore[method-assign]
+    Content.hold, files.Writer.write_data = hold, write_data  # type: ignore[method-assign]
     try:
         yield
     finally:
-        files.Writer.write_data = real  # type: ignore[method-assign]
+        Content.hold, files.Writer.write_data = real  # type: ignore[method-assign]
 
 
 def saved_bytes(path: Path) -> dict[str, Any]:
@@ -218,3 +223,18 @@ def test_checkpoints_may_lie_at_any_url(ci_data: Path, tmp_path: Path, nproc: in
         assert found == ["step-00000005", "step-00000004"]
         assert differ == []
         assert same
+
+
+def test_a_table_that_changes_as_a_whole_is_copied_before_it_does(ci_data: Path, tmp_path: Path) -> None:
+    settings = ci_settings(Path("unused"), ci_data, *TABLE, "memory.optimizer=adam", "checkpoint.background=true")
+    run = build_here(settings)
+    with checkpoint.Saver(run[0], tmp_path, "digest") as saver, slow_writes(0.5):
+        steps(run, 0, 2)
+        then = all_state(run[0])
+        path = saver.save(2)
+        steps(run, 2, 4, saver.before_update)
+    now = all_state(run[0])
+    stored = checkpoint.StoredTensors(path)
+    for name in ("table", "rows.m", "rows.v"):
+        assert torch.equal(stored.read(f"memory.{name}"), then[name])
+        assert not torch.equal(now[name], then[name])
