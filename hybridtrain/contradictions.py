@@ -81,14 +81,12 @@ def contradictions(s: Settings) -> list[str]:
             "train.recompute=selective: the products inside compiled layers are not seen; it may be none or full, "
             "or train.compile=false"
         )
-    if s.train.compile:
-        out += [
-            f"parallel.{axis}={degree} with train.compile=true, which is proven over dp_shard and ep alone; {axis} may be 1"
-            for axis in ("pp", "cp", "tp")
-            if (degree := getattr(parallel, axis)) > 1
-        ]
-        if s.train.recompute == "full" and parallel.ep > 1:
-            out.append("train.recompute=full with train.compile=true and parallel.ep above 1 fails in the exchange; it may be none")
+    if s.train.compile and parallel.pp > 1 and parallel.schedule not in WHOLE_BACKWARD:
+        out.append(
+            f"train.compile=true: parallel.schedule={parallel.schedule} goes back through a layer in parts, and a compiled layer "
+            f"does all of it each time and overwrites what the next needs; it may be false, or parallel.schedule one of "
+            f"{', '.join(WHOLE_BACKWARD)}"
+        )
     if s.train.engine == "deepspeed":
         out += _beyond_deepspeed(s)
         if s.train.init_from:

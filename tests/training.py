@@ -167,5 +167,16 @@ def traces(runs: list[Settings], steps: int = 3) -> list[Trace]:
     return [trace(settings, steps) for settings in runs]
 
 
+def assert_bitwise(ours: Trace, theirs: Trace) -> None:
+    """The same losses, statistics, gradients and parameters, bit for bit."""
+    assert ours.losses == theirs.losses
+    for mine, other in zip(
+        [*ours.statistics, *ours.gradients, ours.state], [*theirs.statistics, *theirs.gradients, theirs.state], strict=True
+    ):
+        assert mine.keys() == other.keys()
+        for name, value in mine.items():
+            assert torch.equal(value, other[name]), name
+
+
 def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
