@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, compute_dtype, make_addressing, resolve_layout
+from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.config import load_settings
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import prepare
@@ -27,6 +27,7 @@ from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.run_folder import RunFolder
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
+from hybridtrain.world import compute_dtype, resolve_layout
 from tests.ranks import run_on_ranks
 
 CI = Path(__file__).parents[1] / "configs" / "ci.toml"

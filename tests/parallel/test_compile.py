@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridtrain.assemble import check_compiler
 from hybridtrain.errors import SettingsError
 from hybridtrain.settings import Settings
+from hybridtrain.world import check_compiler
 from tests.ranks import run_on_ranks
 from tests.training import Trace, assert_bitwise, ci_settings, make_data, trace, traces
 
