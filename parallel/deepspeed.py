@@ -1,8 +1,8 @@
 """DeepSpeed as the engine: ZeRO 0 to 3 over all ranks, with our dispatch of tokens, our table and our checkpoints.
 
-What of DeepSpeed these two files rely on is public but for four names, which `REQUIRED` pins to the versions tried: gradients stand in
-`averaged_gradients`, fp32 weights in the flat partitions of the optimizer, moments are linked by `_lazy_init_…`, and expert groups
-are looked up in `deepspeed.utils.groups` (deepspeed_model.py).
+What of DeepSpeed this file and deepspeed_model.py rely on is public but for four names, which `REQUIRED` pins to the versions
+tried: gradients stand in `averaged_gradients`, fp32 weights in the flat partitions of the optimizer, moments are linked by
+`_lazy_init_…`, and expert groups are looked up in `deepspeed.utils.groups`.
 """
 
 from __future__ import annotations
