@@ -85,7 +85,7 @@ def contradictions(s: Settings) -> list[str]:
     if s.train.compile and parallel.pp > 1 and parallel.schedule not in WHOLE_BACKWARD:
         out.append(
             f"train.compile=true: parallel.schedule={parallel.schedule} goes back through a layer in parts, and a compiled layer "
-            f"does all of it each time and overwrites what the next needs; it may be false, or parallel.schedule one of "
+            f"does all of it each time and may overwrite what the next needs; it may be false, or parallel.schedule one of "
             f"{', '.join(WHOLE_BACKWARD)}"
         )
     if s.train.engine == "deepspeed":

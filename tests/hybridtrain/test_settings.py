@@ -78,7 +78,7 @@ LAYER = 'write "[N*][memory+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ["train.compile=true", "parallel.pp=2", "parallel.schedule=zbv"],
             [
                 "train.compile=true: parallel.schedule=zbv goes back through a layer in parts, and a compiled layer does all of it "
-                "each time and overwrites what the next needs; it may be false, or parallel.schedule one of gpipe, 1f1b, "
+                "each time and may overwrite what the next needs; it may be false, or parallel.schedule one of gpipe, 1f1b, "
                 "interleaved"
             ],
         ),
