@@ -12,9 +12,37 @@ import torch
 from torch import Tensor
 
 from hybridtrain.kernels.choose import chosen
+from hybridtrain.kernels.permute import reference
 from hybridtrain.kernels.permute.reference import sort_by_expert
 
-__all__ = ["combine", "permute", "sort_by_expert"]
+__all__ = ["collect", "combine", "permute", "sort_by_destination", "sort_by_expert", "spread"]
+
+
+def sort_by_destination(experts_NK: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(order_Q, inverse_NK, asked_R2) of tokens that go once to every rank that has one of their experts; see reference.py."""
+    if chosen("permute", experts_NK) == "triton":
+        from hybridtrain.kernels.permute import kernel
+
+        return kernel.sort_by_destination(experts_NK, num_experts, num_ranks)
+    return reference.sort_by_destination(experts_NK, num_experts, num_ranks)
+
+
+def spread(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
+    """`permute` of pairs that stand for others: `inverse_NK` may be -1."""
+    if chosen("permute", x_ND) == "triton":
+        from hybridtrain.kernels.permute import kernel
+
+        return kernel.permute(x_ND, order_P, inverse_NK)
+    return x_ND.index_select(0, order_P // inverse_NK.size(1))
+
+
+def collect(y_PD: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
+    """Each token's sum over the rows of its pairs: [N, D]; `inverse_NK` may be -1."""
+    if chosen("permute", y_PD) == "triton":
+        from hybridtrain.kernels.permute import kernel
+
+        return kernel.combine(y_PD, None, order_P, inverse_NK)
+    return y_PD.new_zeros(len(inverse_NK), y_PD.size(1)).index_add(0, order_P // inverse_NK.size(1), y_PD)
 
 
 def permute(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
