@@ -217,7 +217,9 @@ class KernelSettings(_Section):
     segment_sum: Literal["auto", "torch", "triton"] = Field("auto", description="sums of row gradients at their owner")
     permute: Literal["auto", "torch", "triton"] = Field("auto", description="tokens to experts' order and back")
     cross_entropy: Literal["auto", "torch", "triton"] = Field("auto", description="the loss, with the head where it is one")
-    grouped_mlp: Literal["auto", "torch", "triton"] = Field("auto", description="products of experts with their rows")
+    grouped_mlp: Literal["auto", "torch", "triton", "fp8"] = Field(
+        "auto", description="products of experts with their rows; fp8: Triton's with FP8 operands, but for the weights' gradient"
+    )
 
 
 class Settings(_Section):

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter compute with bfloat16 as a GPU does, and every test of kernels draw the same numbers every time."""
+"""Makes Triton's interpreter compute with bfloat16 and FP8 as a GPU does, and every test of kernels draw the same numbers every time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ if importlib.util.find_spec("triton") is not None:
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def rounding(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        """To nearest even, where the interpreter cuts off."""
+        """To nearest even, where the interpreter cuts off, or loses the carry into FP8's exponent."""
+        if source == tl.float32 and target == tl.float8e4nv:
+            return torch.from_numpy(np.ascontiguousarray(data)).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         if source != tl.float32 or target != tl.bfloat16:
             return convert(data, source, target, mode)
         bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
