@@ -32,8 +32,8 @@ class Launch:
 class Case:
     """A shape of production size at which the report compiles an op: `run` launches it on meta tensors.
 
-    minimum: bytes of the op's inputs and outputs, each once. flops: of matrix products, of operands of `bits`. bound: what limits it
-    by design.
+    minimum: bytes of the op's inputs and outputs, each once. flops: of matrix products of operands of `bits`. bound: what limits
+    it by design.
     targets: those that can do it (report/hardware.py); none named: all.
     """
 

@@ -19,14 +19,14 @@ def equal(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
     return torch.equal(a[0].view(torch.uint8), b[0].view(torch.uint8)) and torch.equal(a[1], b[1])
 
 
-@pytest.mark.parametrize(("R", "C"), [(1, 60), (63, 96), (257, 100), (5, 1300)])
+@pytest.mark.parametrize(("R", "C"), [(1, 60), (63, 96), (40, 100), (5, 1300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operands_are_bit_exact(R: int, C: int, dtype: torch.dtype) -> None:
-    x = (torch.randn(3, R, C) * torch.logspace(-6, 6, R)[None, :, None]).to(dtype)
+    x = (torch.randn(2, R, C) * torch.logspace(-6, 6, R)[None, :, None]).to(dtype)
     x[1, 0] = 0
     with poisoned():
         rows, columns = fp8.quantise(x), fp8.quantise(x.transpose(1, 2).contiguous(), columns=True)
-    for e in range(3):
+    for e in range(2):
         assert equal((rows[0][e], rows[1][e]), reference.quantise(x[e]))
     assert equal(rows, columns)
     assert rows[1][1, 0] == 1
@@ -75,7 +75,10 @@ def test_swiglu_of_experts() -> None:
     with poisoned():
         out = fp8.grouped_swiglu(got[0], torch.tensor(counts), *got[1:])
     grad = torch.randn(63, D)
-    pairs = [(out, exact), *zip(*(torch.autograd.grad(o, leaves, grad) for o, leaves in ((out, got), (exact, wanted))), strict=True)]
+    pairs = [
+        (out, exact),
+        *zip(*(torch.autograd.grad(o, leaves, grad) for o, leaves in ((out, got), (exact, wanted))), strict=True),
+    ]
     for mine, true in pairs:
         assert (mine - true).norm() <= 2 * RMS * true.norm()  # of two or three products one after the other
         assert (mine - true).norm() >= 0.005 * true.norm()  # it is FP8 indeed

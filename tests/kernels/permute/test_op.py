@@ -43,7 +43,9 @@ def test_each_token_goes_once_to_each_of_its_ranks(tokens: int, slots: int, expe
     assert order.tolist() == [n * slots + k[0] for _, n, k in expected] + [-1] * (tokens * min(slots, ranks) - len(expected))
     stands = {n * slots + k[0]: place for place, (_, n, k) in enumerate(expected)}
     assert inverse.flatten().tolist() == [stands.get(pair, -1) for pair in range(tokens * slots)]
-    assert asked.tolist() == [[sum(e[0] == r for e in expected), sum(len(e[2]) for e in expected if e[0] == r)] for r in range(ranks)]
+    assert asked.tolist() == [
+        [sum(e[0] == r for e in expected), sum(len(e[2]) for e in expected if e[0] == r)] for r in range(ranks)
+    ]
     if tokens:
         order = order[: len(expected)]
         x = torch.randn(tokens, 3, generator=generator)
