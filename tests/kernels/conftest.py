@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter compute with bfloat16 and FP8 as a GPU does, and every test of kernels draw the same numbers every time."""
+"""Makes Triton's interpreter compute with bfloat16 and FP8 as a GPU does, and every test of kernels draw the same numbers."""
 
 from __future__ import annotations
 
