@@ -1,4 +1,4 @@
-"""The grouped products with FP8 operands, interpreted on the CPU: the operands bit for bit, the products within the stated bounds."""
+"""Grouped products of FP8 operands, interpreted on the CPU: the operands bit for bit, the products within the stated bounds."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_a_wrong_shape_after_a_right_one_takes_its_time_too(monkeypatch: pytest.
     monkeypatch.setattr(bench, "contests", lambda _, N, D: iter([right, wrong] if N == 32 else []))
     rows = bench.bench("cpu", (32, 16), seconds=lambda call: 1.0)
     assert timed(rows)[1::3] == [("triton", False, False)] * 2
-    assert [row["why"][:16] for row in rows[1::3]] == ["wrong at another", "wrong: error 0.1"]
+    assert [row["why"][:12] for row in rows[1::3]] == ["wrong at ano", "wrong: error"]
 
 
 def test_what_is_no_number_and_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
