@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,11 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _same_numbers() -> None:
+def _same_numbers() -> Iterator[None]:
+    """On a GPU (make test-gpu) what a test makes lies there, so that a kernel's tests run compiled as they do interpreted."""
     torch.manual_seed(0)
+    with torch.device("cuda") if os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available() else nullcontext():
+        yield
 
 
 if importlib.util.find_spec("triton") is not None:

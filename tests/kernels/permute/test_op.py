@@ -35,6 +35,8 @@ def test_each_token_goes_once_to_each_of_its_ranks(tokens: int, slots: int, expe
     chosen[::7] = -1
     chosen[3::7, :1] = experts
     order, inverse, asked = op.sort_by_destination(chosen, experts, ranks)
+    sorted_ = reference.sort_by_destination(chosen, experts, ranks)
+    assert all(torch.equal(a, b) for a, b in zip((order, inverse, asked), sorted_, strict=True))
     expected = []  # by hand: (rank, token, first choice there)
     for rank in range(ranks):
         for token, choice in enumerate(chosen.tolist()):
