@@ -213,7 +213,9 @@ class KernelSettings(_Section):
 
     rms_norm: Literal["auto", "torch", "triton", "liger", "apex"] = Field("auto", description="RMS norms")
     swiglu: Literal["auto", "torch", "triton", "liger"] = Field("auto", description="silu(gate) * up of dense layers and experts")
-    rope: Literal["auto", "torch", "triton"] = Field("auto", description="rotary positions")
+    rope: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="rotary positions; triton: with the norm of queries and keys"
+    )
     segment_sum: Literal["auto", "torch", "triton"] = Field("auto", description="sums of row gradients at their owner")
     permute: Literal["auto", "torch", "triton"] = Field("auto", description="tokens to experts' order and back")
     cross_entropy: Literal["auto", "torch", "triton"] = Field("auto", description="the loss, with the head where it is one")

@@ -50,8 +50,8 @@ def miniature(folder: Path, data: Path, *overrides: str) -> tuple[list[float], d
 
 
 def within_noise(losses: list[float], half: list[float], single: list[float]) -> None:
-    """Raises AssertionError where losses in bfloat16 are further from those in float32 than three times what `half` is, computed
-    in bfloat16 on the CPU: at the worst of its steps so far, and at least 1e-4 of the loss, a tenth of what it is after 20 steps."""
+    """Raises AssertionError where losses in bfloat16 are further from those in float32 than three times what `half`, computed in
+    bfloat16 on the CPU, was at the worst of its steps so far, or three times 1e-4 of the loss."""
     noise = 0.0
     for step, (mine, rounded, exact) in enumerate(zip(losses, half, single, strict=True), 1):
         noise = max(noise, abs(rounded - exact), 1e-4 * exact)
