@@ -188,19 +188,19 @@ def _tokens(N: int, D: int) -> Iterator[Race]:
             "stable sort": lambda e: permute_reference.sort_by_destination(e, E, R)[1],
         },
     )
-    order, inverse, asked = permute.sort_by_destination(experts, E, R)
-    order = order[: asked[:, 0].sum()]
-    zero = len(order)
+    sent, stands, asked = permute.sort_by_destination(experts, E, R)
+    sent = sent[: asked[:, 0].sum()]
+    zero = len(sent)
     yield Race(
         "permute: sums back",
-        f"[{len(order)}, {D}] to [{N}, {D}]",
-        (leaf(len(order), D),),
+        f"[{len(sent)}, {D}] to [{N}, {D}]",
+        (leaf(len(sent), D),),
         {
-            "index_add": lambda y: permute.collect(y, order, inverse),
+            "index_add": lambda y: permute.collect(y, sent, stands),
             "gathers, a row of zeros": lambda y: sum(
-                F.pad(y, (0, 0, 0, 1)).index_select(0, i.where(i >= 0, zero)) for i in inverse.T
+                F.pad(y, (0, 0, 0, 1)).index_select(0, i.where(i >= 0, zero)) for i in stands.T
             ),
-            "embedding_bag": lambda y: F.embedding_bag(inverse.where(inverse >= 0, zero), F.pad(y, (0, 0, 0, 1)), mode="sum"),
+            "embedding_bag": lambda y: F.embedding_bag(stands.where(stands >= 0, zero), F.pad(y, (0, 0, 0, 1)), mode="sum"),
         },
     )
     order, inverse, _ = permute.sort_by_expert(experts, E)

@@ -22,5 +22,5 @@ class RMSNorm(nn.RMSNorm):
 class HeadNorm(RMSNorm):
     """The norm of each head of queries or keys, and their rotation by position after it."""
 
-    def forward(self, x_BTHC: Tensor, rotation_TR: Tensor) -> Tensor:
+    def forward(self, x_BTHC: Tensor, rotation_TR: Tensor) -> Tensor:  # type: ignore[override]
         return rope(x_BTHC, rotation_TR, self.weight, self.epsilon)
