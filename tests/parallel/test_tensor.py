@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.config import load_settings
 from hybridtrain.data.batches import Batch
+from hybridtrain.kernels import choose
 from hybridtrain.model.engram import short_conv
 from hybridtrain.model.moe import places_in_line
 from hybridtrain.parallel.apply import materialize, write_local
@@ -89,6 +91,15 @@ def vocabulary(mesh: Mesh) -> None:
     torch.testing.assert_close(h_BSD.grad, part(full(whole_BTD.grad), mesh))
     torch.testing.assert_close(full(weight.grad), whole_VD.grad)
     torch.testing.assert_close(VocabularyLogits(mesh.tp)(h_BSD, weight), h_BTD @ weight_VD.T)
+    if find_spec("triton") is not None:
+        choose.use({"cross_entropy": "triton"})
+        again_BSD, again = h_BSD.detach().requires_grad_(), nn.Parameter(weight.detach())
+        fused = VocabularyLoss(mesh.tp)(again_BSD, again, targets_BT)
+        (3 * fused).backward()
+        choose.use({})
+        torch.testing.assert_close(fused, loss)
+        torch.testing.assert_close(again_BSD.grad, h_BSD.grad)
+        torch.testing.assert_close(full(again.grad), full(weight.grad))
     huge = VocabularyLoss(mesh.tp)(h_BSD * 1e4, weight, targets_BT)
     assert torch.isfinite(huge)  # every exponent is taken below the greatest logit of all ranks
 
