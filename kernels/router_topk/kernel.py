@@ -1,6 +1,7 @@
 """The routing in Triton: scores, biased top-k, gates, counts, z-loss and balance statistics in one pass; see README.md.
 
-N tokens, E experts, K experts per token, G groups of experts. Sums over tokens leave one partial row per program, which torch adds up: no atomics.
+N tokens, E experts, K experts per token, G groups of experts. Sums over tokens leave one partial row per program, which torch adds
+up: no atomics.
 """
 
 from __future__ import annotations

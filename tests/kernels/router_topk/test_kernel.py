@@ -13,7 +13,8 @@ kernel = pytest.importorskip("hybridtrain.kernels.router_topk.kernel", reason="n
 
 
 @pytest.mark.parametrize(
-    ("N", "E", "k", "groups"), [(1, 6, 1, (1, 1)), (63, 60, 4, (1, 1)), (257, 100, 3, (5, 2)), (63, 60, 4, (6, 1)), (9, 8, 2, (8, 3))]
+    ("N", "E", "k", "groups"),
+    [(1, 6, 1, (1, 1)), (63, 60, 4, (1, 1)), (257, 100, 3, (5, 2)), (63, 60, 4, (6, 1)), (9, 8, 2, (8, 3))],
 )
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("normalize", [True, False])
@@ -42,6 +43,7 @@ def test_one_hot_expert_and_several_tiles_a_program(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(mine.z, logits.logsumexp(-1).square().sum())
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_what_is_no_number_chooses_an_expert_that_exists() -> None:
     logits = torch.full((3, 6), torch.nan)
     mine = kernel.router_topk(logits, torch.zeros(6), Rule(2, "sigmoid", True, 1.0, 3, 1))
