@@ -142,7 +142,8 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return segment_sum(grad, *ctx.saved_tensors, ctx.num_rows), None
+    (rows_U,) = ctx.saved_tensors
+    return segment_sum(grad, rows_U, ctx.num_rows), None
 
 
 _op.register_autograd(_gradients, setup_context=_setup)
@@ -154,14 +155,14 @@ def row_gather(table_RD: Tensor, rows_U: Tensor) -> Tensor:
     The table's rows may lie any distance apart, each in one piece. Raises ValueError for shapes that do not fit.
     """
     _check(table_RD, rows_U)
-    out: Tensor = _op(table_RD, rows_U)
+    out: Tensor = _op(table_RD, rows_U.contiguous())
     return out
 
 
 def pack(table_RD: Tensor, rows_U: Tensor | None) -> Tensor:
     """As reference.pack of the rows asked for, or of all. Raises ValueError as `row_gather`."""
     _check(table_RD, rows_U)
-    out: Tensor = _op_pack(table_RD.detach(), rows_U)
+    out: Tensor = _op_pack(table_RD.detach(), None if rows_U is None else rows_U.contiguous())
     return out
 
 

@@ -36,8 +36,10 @@ def pack(table_RD: Tensor, rows_U: Tensor | None, wire: str) -> Tensor:
         from hybridtrain.kernels.row_gather.kernel import pack as fused
 
         return fused(table_RD, rows_U)
-    chosen_UD = table_RD if rows_U is None else row_gather(table_RD, rows_U)
-    return {"exact": lambda x: x, "bfloat16": Tensor.bfloat16, "float8": reference.pack}[wire](chosen_UD)
+    rows_UD = table_RD if rows_U is None else row_gather(table_RD, rows_U)
+    if wire == "float8":
+        return reference.pack(rows_UD)
+    return rows_UD.bfloat16() if wire == "bfloat16" else rows_UD
 
 
 def unpack(payload: Tensor, width: int, wire: str) -> Tensor:
@@ -62,7 +64,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return segment_sum(grads[0], *ctx.saved_tensors, ctx.num_rows), None
+        (rows_U,) = ctx.saved_tensors
+        return segment_sum(grads[0], rows_U, ctx.num_rows), None
 
 
 _gather: Callable[[Tensor, Tensor], Tensor] = _Gather.apply

@@ -18,7 +18,8 @@ def test_gathers(U: int, D: int, dtype: torch.dtype) -> None:
     with poisoned():
         assert torch.equal(kernel.row_gather(table, rows), table[rows])
     wide = torch.randn(40, D + 5).to(dtype)[:, 2 : D + 2]
-    assert torch.equal(kernel.row_gather(wide, rows), wide[rows])
+    assert torch.equal(kernel.row_gather(wide, rows[::2]), wide[rows[::2]])
+    assert torch.equal(kernel.pack(wide, rows[::2]), reference.pack(wide[rows[::2]]))
 
 
 def test_gradient() -> None:
