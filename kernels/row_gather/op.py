@@ -43,9 +43,9 @@ def pack(table_RD: Tensor, rows_U: Tensor | None, wire: str) -> Tensor:
 
 
 def unpack(payload: Tensor, width: int, wire: str) -> Tensor:
-    """float32 [U, width] of what `pack` made."""
+    """[U, width] of what `pack` made, float32 or, of a wider table, as wide."""
     if wire != "float8":
-        return payload.float()
+        return payload.to(torch.promote_types(payload.dtype, torch.float32))
     if chosen("row_gather", payload) == "triton":
         from hybridtrain.kernels.row_gather.kernel import unpack as fused
 
