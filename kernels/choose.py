@@ -22,14 +22,18 @@ OPS: dict[str, tuple[str, ...]] = {
     "permute": ("torch", "triton"),
     "cross_entropy": ("torch", "triton"),
     "grouped_mlp": ("torch", "triton", "fp8"),  # fp8: Triton's with FP8 operands
+    "router_topk": ("torch", "triton"),
+    "engram_gate": ("torch", "triton"),
+    "short_conv": ("torch", "triton"),
+    "row_gather": ("torch", "triton"),
+    "rowwise_adam": ("torch", "triton"),
+    "depth_attention": ("torch", "triton"),  # no part of a model asks for it yet, so settings have no key for it
 }
 # torch has a fused RMSNorm and cuBLAS' grouped products, both at full speed; the other ops it composes of several passes
 ON_GPU = dict.fromkeys(OPS, "triton") | {"rms_norm": "torch", "grouped_mlp": "torch"}
 
-# every folder with a kernel.py: those above, and those no run uses yet
-TRITON_OPS = (
-    *OPS, "engram_hash", "row_gather", "rowwise_adam", "engram_gate", "short_conv", "router_topk", "depth_attention",
-)  # fmt: skip
+# every folder with a kernel.py: those above, and the hash, which is made on the CPU ahead of its step
+TRITON_OPS = (*OPS, "engram_hash")
 
 _MODULES = {"triton": "triton", "fp8": "triton", "liger": "liger_kernel", "apex": "apex"}
 _table: dict[str, str] = {}

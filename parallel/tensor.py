@@ -180,13 +180,13 @@ def _blocks(h_ND: Tensor, weight_WD: Tensor) -> list[slice]:
 
 @dataclass(frozen=True)
 class SequenceConvolution:
-    """A causal convolution over the sequence on its shards: gathers whole sequences and keeps the own part of the result."""
+    """The short convolution on sequence shards: gathers whole sequences and keeps the own part of the result."""
 
     convolve: Callable[..., Tensor]
     group: Group
 
-    def __call__(self, x_BSD: Tensor, kernel_JD: Tensor, dilation: int, documents_BT: Tensor | None) -> Tensor:
-        out_BTD = self.convolve(gather_sequence(x_BSD, self.group), kernel_JD, dilation, documents_BT)
+    def __call__(self, x_BSD: Tensor, *others: Any) -> Tensor:
+        out_BTD = self.convolve(gather_sequence(x_BSD, self.group), *others)
         return out_BTD.chunk(self.group.size, 1)[self.group.rank]
 
 

@@ -215,44 +215,46 @@ def _table(device: str, N: int, D: int) -> Iterator[Contest]:
     R, U, C = 64 * N, 8 * N, min(D, 256)
     rows = torch.randperm(R, device=device)[:U].sort().values
     kernel, reference = _parts("row_gather")
-    table = _normal(device, R, C)
-    shape = f"R={R} U={U} C={C}"
-    yield Contest(
-        "row_gather", shape, (table, rows), kernel.row_gather, reference.row_gather, 4 * U * C + 8 * U, error=0.0, trains=False
-    )
+    table, index = _normal(device, U, C), torch.randint(U, (N, 8), device=device)
+    fused = lambda t, i, f=kernel.row_gather: f(t, i.flatten())  # noqa: E731
+    plain = lambda t, i, f=reference.row_gather: f(t, i.flatten())  # noqa: E731
+    others: dict[str, Candidate] = {"F.embedding": lambda t, i: F.embedding(i.flatten(), t)}
+    yield Contest("row_gather", f"R={U} U={U} C={C}", (table, index), fused, plain, 10 * U * C + 16 * U, 0, others)
 
     kernel, _ = _parts("segment_sum")
     values, segment = torch.randn(U, C, device=device), torch.randint(0, U // 2, (U,), device=device)
     plain = lambda v, s: v.new_zeros(U // 2, C).index_add_(0, s, v)  # noqa: E731
     fused = lambda v, s, f=kernel.segment_sum: f(v, s, U // 2)  # noqa: E731
-    inputs = values, segment
+    shape, inputs = f"U={U} to {U // 2} C={C}", (values, segment)
     yield Contest("segment_sum", shape, inputs, fused, plain, 6 * U * C + 8 * U, error=FLOAT32_ERROR, trains=False)
 
-    kernel, reference = _parts("rowwise_adam")
-    rule = {"lr": 1e-3, "eps": 1e-8, "beta2": 0.95, "gain": 0.05, "correction": 0.9}
+    from hybridtrain.kernels.rowwise_adam import kernel as updating
+    from hybridtrain.kernels.rowwise_adam import op
+    from hybridtrain.kernels.rowwise_adam.reference import Step
 
-    def step(table: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        kernel.rowwise_adam(table, v, last, rows, grad, None, step=9, seed=1, **rule)
-        return table, v, last
+    def update(how: Candidate) -> Candidate:
+        def run(table: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+            how(table, v, last, rows, grad, None, Step(9, 1e-3, 1e-8, 0.95, 0.05, 0.9))
+            return table, v, last
 
-    def plain_step(table: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        here = torch.arange(len(rows), device=rows.device)
-        table[rows], v[rows], last[rows] = reference.rowwise_adam(table[rows], v[rows], last[rows], here, grad, None, 9, **rule)
-        return table, v, last
+        return run
 
     last = torch.randint(0, 9, (R,), dtype=torch.int32, device=device)
-    state = table.float(), torch.rand(R, device=device), last, rows, values
-    yield Contest("rowwise_adam", shape, state, step, plain_step, U * (12 * C + 24), error=FLOAT32_ERROR, trains=False)
+    state = torch.randn(R, C, device=device), torch.rand(R, device=device), last, rows, values
+    fused, plain = update(updating.rowwise_adam), update(op.rowwise_adam)
+    shape, moved = f"R={R} U={U} C={C}", U * (12 * C + 24)
+    yield Contest("rowwise_adam", shape, state, fused, plain, moved, error=FLOAT32_ERROR, trains=False)
 
 
 def _routing(device: str, N: int, D: int) -> Iterator[Contest]:
     kernel, reference = _parts("router_topk")
     N, E, K = 4 * N, 256, 8
     logits = torch.rand(N, E, device=device).argsort(-1) / 32 - 4  # far enough apart for one choice of experts
-    bias = torch.zeros(E, device=device)
-    fused, plain = (lambda x, f=f: tuple(f(x, bias, K, "sigmoid", True, 1.0)) for f in (kernel.router_topk, reference.router_topk))
+    bias, rule = torch.zeros(E, device=device), reference.Rule(K, "sigmoid", True, 1.0)
+    fused, plain = (lambda x, f=f: tuple(f(x, bias, rule)) for f in (kernel.router_topk, reference.router_topk))
     moved = 4 * (3 * N * E + 4 * N * K)
-    yield Contest("router_topk", f"N={N} E={E} K={K}", (logits,), fused, plain, moved, error=FLOAT32_ERROR)
+    shape = f"N={N} E={E} K={K}"
+    yield Contest("router_topk", shape, (logits,), fused, plain, moved, error=FLOAT32_ERROR)
 
 
 def _depth(device: str, N: int, D: int) -> Iterator[Contest]:

@@ -12,8 +12,8 @@ from tools import bench_candidates as tool
 
 def test_formulations_agree_and_one_that_does_not_is_named() -> None:
     races = list(tool.races(N=256, D=8, V=64))
-    # moe_swiglu is grouped_mlp on the CPU
-    assert {race.op.partition(":")[0] for race in races} >= set(OPS) - {"grouped_mlp"}
+    elsewhere = {"grouped_mlp", "rowwise_adam", "depth_attention"}  # moe_swiglu on the CPU; tools/bench_rows.py; no model has it
+    assert {race.op.partition(":")[0] for race in races} >= set(OPS) - elsewhere
     for race in races:
         tool.check(race)
     wrong = tool.Race("swiglu", "", races[2].inputs, races[2].forms | {"other": lambda gate, up: gate * up})
