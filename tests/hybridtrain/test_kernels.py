@@ -51,10 +51,10 @@ def test_a_run_on_triton_alone_equals_one_on_torch(
     evaluate = loop.evaluate
     monkeypatch.setattr(loop, "evaluate", lambda parts, split, batches: evaluate(parts, split, 1))  # not all of it, interpreted
 
-    def curve(how: str, *others: str) -> list[tuple[float, float, float]]:
-        kernels, folder = [f"kernels.{op}={how}" for op in KernelSettings.model_fields], tmp_path / f"{how}{len(others)}"
-        loop.train(ci_settings(folder, data, *SMALL, *RUNS[name], *kernels, *others))
-        lines = [line for line in read_metrics(folder) if "loss" in line]
+    def curve(how: str) -> list[tuple[float, float, float]]:
+        kernels = [f"kernels.{op}={how}" for op in KernelSettings.model_fields]
+        loop.train(ci_settings(tmp_path / how, data, *SMALL, *RUNS[name], *kernels))
+        lines = [line for line in read_metrics(tmp_path / how) if "loss" in line]
         return [(line["loss"], line["grad_norm"], line["grad_norm_table"]) for line in lines]
 
     try:
@@ -62,7 +62,6 @@ def test_a_run_on_triton_alone_equals_one_on_torch(
         capsys.readouterr()
         fused = curve("triton")
         table = choose.table()
-        eighth = curve("triton", "kernels.grouped_mlp=fp8")
     finally:
         choose.use({})
     assert {table[op] for op in KernelSettings.model_fields} == {"triton"}
@@ -71,4 +70,3 @@ def test_a_run_on_triton_alone_equals_one_on_torch(
     assert len(plain) == 3
     for mine, theirs in zip(fused, plain, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
-    assert 0 < abs(eighth[0][0] - plain[0][0]) < 0.01 * plain[0][0]
