@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.assemble import keep_freed_memory
 from hybridtrain.kernels.cross_entropy import op as cross_entropy
 from hybridtrain.kernels.engram_hash import op as engram_hash
 from hybridtrain.kernels.engram_hash import reference as hash_reference
@@ -36,6 +35,7 @@ from hybridtrain.kernels.rope import reference as rope_reference
 from hybridtrain.kernels.segment_sum import op as segment_sum
 from hybridtrain.kernels.swiglu import op as swiglu
 from hybridtrain.kernels.swiglu import reference as swiglu_reference
+from hybridtrain.world import keep_freed_memory
 
 START, END = "<!-- written by tools/bench_candidates.py --page -->", "<!-- end of what is written -->"
 PAGE = Path("docs/performance.md")
