@@ -357,7 +357,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    keep_freed_memory()
+    keep_freed_memory()  # as a run does, and
+    torch.set_flush_denormal(True)
     results = []
     for race in races():
         if race.op.startswith(options.ops):
