@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridtrain.assemble import keep_freed_memory
+from hybridtrain.world import keep_freed_memory
 from tools.candidates import Form, Race, races
 
 START, END = "<!-- written by tools/bench_candidates.py --page -->", "<!-- end of what is written -->"
@@ -106,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    keep_freed_memory()
+    keep_freed_memory()  # as a run does, and
+    torch.set_flush_denormal(True)
     results = []
     for race in races():
         if race.op.startswith(options.ops):

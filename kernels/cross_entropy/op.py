@@ -58,7 +58,8 @@ def partial_gradient(logits_NW: Tensor, targets_N: Tensor, first: int, normalize
     if chosen("cross_entropy", logits_NW) == "triton":
         from hybridtrain.kernels.cross_entropy.kernel import gradient
 
-        return gradient(scale_N, -scale_N, logits_NW, targets_N, normalizer_N, first)
+        grad_NW: Tensor = gradient(scale_N, -scale_N, logits_NW, targets_N, normalizer_N, first)
+        return grad_NW
     index_N, inside_N = _places(targets_N, first, logits_NW.size(1))
     softmax_NW = logits_NW.float().sub_(normalizer_N[:, None]).exp_()
     softmax_NW.scatter_add_(1, index_N[:, None], -inside_N[:, None].to(softmax_NW))

@@ -59,12 +59,16 @@ def within_noise(losses: list[float], half: list[float], single: list[float]) ->
         assert abs(mine - exact) <= 3 * noise, f"step {step}: loss {mine}, {exact} in float32; bfloat16 is off by {noise:.2g} here"
 
 
+def stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridtrain.world.choose_device", lambda: torch.device("cpu"))
+
+
 @gpu
 def test_the_miniature_trains_as_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_data(tmp_path / "data")
     losses, table = miniature(tmp_path / "gpu", data)
     assert table == choose.ON_GPU
-    monkeypatch.setattr("hybridtrain.assemble.choose_device", lambda: torch.device("cpu"))
+    stay_on_the_cpu(monkeypatch)
     half, plain = miniature(tmp_path / "half", data)
     assert set(plain.values()) == {"torch"}
     within_noise(losses, half, miniature(tmp_path / "single", data, "train.precision=float32")[0])
@@ -75,6 +79,7 @@ def test_the_miniature_trains_as_on_the_cpu(tmp_path: Path, monkeypatch: pytest.
 def test_the_same_on_the_cpu_with_what_a_gpu_would_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, evaluate = make_data(tmp_path / "data"), loop.evaluate
     monkeypatch.setattr(loop, "evaluate", lambda parts, split, batches: evaluate(parts, split, 1))  # not all of it, interpreted
+    stay_on_the_cpu(monkeypatch)
     small = ["train.steps=3", "train.seq_len=16", "train.global_batch=2"]
     small += ['model.layers=["memory+attention+moe", "attention+dense"]']
     single, _ = miniature(tmp_path / "single", data, *small, "train.precision=float32")
