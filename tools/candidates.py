@@ -282,7 +282,8 @@ def _memory(N: int, D: int) -> Iterator[Race]:
     bias, rule = torch.zeros(8), router_topk.Rule(2, "softmax", True, 1.0)
 
     def joined(routing: router_topk.Routing) -> Tensor:
-        return torch.cat([routing.gates_NK.flatten(), routing.shares_E, routing.z[None]])
+        """The quickstart has no balance losses: the gates alone have a gradient."""
+        return torch.cat([routing.gates_NK.flatten(), routing.shares_E.detach(), routing.z[None].detach()])
 
     def shared_sum(logits: Tensor) -> Tensor:
         lse = logits.logsumexp(-1, keepdim=True)
@@ -291,7 +292,7 @@ def _memory(N: int, D: int) -> Iterator[Race]:
         gates = gates / gates.sum(-1, keepdim=True).clamp_min(1e-20)
         torch.bincount(scores.detach().topk(2, -1).indices.flatten(), minlength=8)
         torch.special.entr(scores.detach()).sum()
-        return torch.cat([gates.flatten(), scores.sum(0), lse.square().sum()[None]])
+        return torch.cat([gates.flatten(), scores.detach().sum(0), lse.detach().square().sum()[None]])
 
     forms: dict[str, Form] = {
         "definition": lambda x: joined(router_topk.router_topk(x, bias, rule)),
