@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hybridtrain import __version__
-from hybridtrain.assemble import Parts, compute_dtype, resolve_stages
+from hybridtrain.assemble import Parts, resolve_stages
 from hybridtrain.kernels import choose
 from hybridtrain.metrics import Clock, MetricsLog, measure_matmul_peak
 from hybridtrain.model.count import count_parameters, flops_per_token
@@ -24,6 +24,7 @@ from hybridtrain.parallel.collectives import all_reduce_
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.run_folder import SUMMARY
 from hybridtrain.settings import layer_specs
+from hybridtrain.world import compute_dtype
 
 if TYPE_CHECKING:
     from hybridtrain.train import Totals
