@@ -11,6 +11,7 @@ help:
 	@echo "make train   set up, then train the quickstart on two ranks (runs/quickstart)"
 	@echo "make test    set up, then lint, type-check and test"
 	@echo "make test-parity   every legal layout of 2 and 4 ranks, and a sample of 8, against one rank"
+	@echo "make test-gpu      the kernels and the miniature hybrid on a GPU, and the kernels' benchmark there"
 	@echo "make picture train the quickstart without memory too, and draw both curves"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make clean   remove the virtual environment and caches; runs/ stays"
@@ -49,6 +50,8 @@ test-parity: $(READY)
 test-gpu: $(READY)
 	@$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'no CUDA device here: make test-gpu needs one GPU')" || exit 2
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q $(wildcard tests/kernels/*/test_kernel.py tests/kernels/*/test_fp8.py)
+	$(BIN)/hybridtrain kernels bench
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

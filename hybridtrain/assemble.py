@@ -14,9 +14,9 @@ from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels import choose
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
+from hybridtrain.kernels.short_conv.op import short_conv
 from hybridtrain.memory import TableMemory
 from hybridtrain.model.count import stage_costs
-from hybridtrain.model.engram import short_conv
 from hybridtrain.model.hybrid_lm import HybridLM, Part
 from hybridtrain.model.init import init_parameters
 from hybridtrain.model.moe import places_in_line

@@ -58,6 +58,11 @@ def contradictions(s: Settings) -> list[str]:
             'memory.fetch="overlap" needs rows that an update leaves alone, and memory.optimizer="adam" changes all; '
             'it may be "step" or "stale"'
         )
+    if memory.dtype == "bfloat16" and memory.optimizer == "adam":
+        out.append(
+            'memory.dtype="bfloat16" needs an optimizer that rounds stochastically; memory.optimizer may be "rowwise_adam" or '
+            '"rowwise_adagrad", or memory.dtype "float32"'
+        )
     if memory.fetch == "stale" and memory.exchange_groups > 1:
         out.append(
             f'memory.exchange_groups={memory.exchange_groups}: memory.fetch="stale" reads all rows of a step at once; it may be 1'

@@ -13,12 +13,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from hybridtrain.data.batches import Batch
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.kernels.engram_hash.op import row_ids
+from hybridtrain.kernels.row_gather.op import row_gather
 from hybridtrain.model.init import init_table
 from hybridtrain.model.rows import StepRows
 from hybridtrain.optim.rowwise import make_row_optimizer
 from hybridtrain.parallel.flights import Pending
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.rows import Arrival, Route, RowExchange, RowPlan, RowPlanner, StepPlan
+from hybridtrain.parallel.rows import Arrival, Route, RowExchange, RowPlan, RowPlanner, StepPlan, Wires
 from hybridtrain.parallel.schedule import MicroBatches
 from hybridtrain.settings import Settings
 from hybridtrain.stale import StaleRows
@@ -56,11 +57,13 @@ class TableMemory:
         self.addressing, self.mesh, self.rows, self.positions = addressing, mesh, rows, positions
         bounds = mesh.layout.row_bounds(addressing.num_rows)
         self.low, self.high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
-        self.table = init_table(settings.run.seed, self.low, self.high, memory.head_dim, memory.init_std).to(mesh.table_device)
-        self.optimizer = make_row_optimizer(memory, self.table)
+        rows_here = init_table(settings.run.seed, self.low, self.high, memory.head_dim, memory.init_std)
+        self.table = rows_here.to(mesh.table_device, getattr(torch, memory.dtype))
+        self.optimizer = make_row_optimizer(memory, self.table, settings.run.seed, self.low)
         self.mode = memory.fetch
         ahead = mesh.own_mem_group("ahead") if self.mode != "step" else None
-        self.exchange = RowExchange(self.table, mesh.mem, mesh.mem_replicate, memory.checksum, mesh.device, ahead)
+        wires = Wires(memory.wire, memory.wire_gradients)
+        self.exchange = RowExchange(self.table, mesh.mem, mesh.mem_replicate, memory.checksum, mesh.device, ahead, wires)
         self._planners = {
             name: RowPlanner(
                 bounds,
@@ -99,7 +102,7 @@ class TableMemory:
             self._ahead = None
         else:
             rows_UD = self.exchange.fetch(exchange)
-        self.rows.set([rows_UD.index_select(0, select) for select in exchange.select])
+        self.rows.set([row_gather(rows_UD, select) for select in exchange.select])
 
     def fetch_ahead(self, plan: StepPlan, number: int, next_plan: StepPlan | None, lr: float) -> None:
         """Begin to bring the rows of the exchange after the plan's `number`-th (from 1), beside what the step computes on.
@@ -137,7 +140,7 @@ class TableMemory:
 
     def _begin_stale(self, plan: StepPlan, values_ND: Tensor) -> None:
         (exchange,) = plan.exchanges
-        rows_QD = self.exchange.upload(values_ND).index_select(0, exchange.slot_Q)
+        rows_QD = row_gather(self.exchange.upload(values_ND), exchange.slot_Q)
         self._begin(exchange, exchange, rows_QD, StaleRows(plan.touched_N + self.low, values_ND))
 
     def hidden_seconds(self) -> float:

@@ -23,6 +23,7 @@ from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.parallel.collectives import all_reduce_
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.run_folder import SUMMARY
+from hybridtrain.settings import layer_specs
 from hybridtrain.world import compute_dtype
 
 if TYPE_CHECKING:
@@ -73,8 +74,10 @@ class Report:
         if memory is not None:
             here = f"rows {memory.low:,} to {memory.high - 1:,} here"
             where = f"in {s.memory.device} memory ({memory.table.device.type})"
-            rows.append(("table", f"{memory.addressing.num_rows:,} rows x {s.memory.head_dim}, {here} {where}"))
+            size = f"{memory.addressing.num_rows:,} rows x {s.memory.head_dim} {s.memory.dtype}"
+            rows.append(("table", f"{size}, {here} {where}"))
             rows.append(("fetch", f"{s.memory.fetch}: {FETCH[s.memory.fetch]}"))
+            rows.append(("wire", f"rows {s.memory.wire}, gradients {s.memory.wire_gradients}"))
         rows += [(f"op {name}", how) for name, how in implementations(self.parts).items()]
         for row in rows:
             table.add_row(*row)
@@ -273,13 +276,24 @@ def implementations(parts: Parts) -> dict[str, str]:
     }
     if parts.mesh.tp.size > 1:
         ops["head and loss"] = f"vocabulary over tp={parts.mesh.tp.size}, blocked over tokens, own backward"
+    if any(spec.feedforward == "moe" for spec in layer_specs(parts.settings)):
+        ops["router_topk"] = "torch topk"
     if parts.memory is not None:
         ops |= {
             "engram_hash": "torch int64",
+            "engram_gate": "torch, around rms_norm",
+            "row_gather": "torch index_select",
             "segment_sum": "torch sort + embedding_bag" if cuda else "torch index_add",
             "row optimizer": type(parts.memory.optimizer).__name__,
         }
+        if parts.settings.memory.conv:
+            ops["short_conv"] = "torch tap by tap"
+        if parts.settings.memory.optimizer != "adam":
+            ops["rowwise_adam"] = "torch, several passes"
+    on_host = parts.memory is not None and parts.memory.table.device.type != parts.mesh.device.type
     for op, how in choose.table().items():
+        if on_host and op == "rowwise_adam":
+            continue
         row = "head and loss" if op == "cross_entropy" else op
         if how != "torch" and row in ops and not (op == "cross_entropy" and parts.mesh.tp.size > 1):
             ops[row] = how

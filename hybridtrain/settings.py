@@ -113,6 +113,15 @@ class MemorySettings(_Section):
     device: Literal["device", "host"] = Field(
         "device", description="table, row state and row update: with the model, or on the CPU"
     )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the table; bfloat16 rows are rounded stochastically, by run.seed, step and row"
+    )
+    wire: Literal["exact", "bfloat16", "float8"] = Field(
+        "exact", description="what rows travel as: as they are, or rounded; float8 is e4m3 with a scale for each row"
+    )
+    wire_gradients: Literal["exact", "bfloat16", "float8"] = Field(
+        "exact", description="what the rows' gradients travel as: float32 as they are, or rounded like `wire`"
+    )
     optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam"] = Field(
         "rowwise_adam", description="of the table; adam is the dense reference, with two moments per element and a dense update"
     )
@@ -216,15 +225,24 @@ class CheckpointSettings(_Section):
 
 
 class KernelSettings(_Section):
-    """One key per op of `kernels/choose.py`."""
+    """One key per op of `kernels/choose.py` that a run has."""
 
     rms_norm: Literal["auto", "torch", "triton", "liger", "apex"] = Field("auto", description="RMS norms")
     swiglu: Literal["auto", "torch", "triton", "liger"] = Field("auto", description="silu(gate) * up of dense layers and experts")
-    rope: Literal["auto", "torch", "triton"] = Field("auto", description="rotary positions")
+    rope: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="rotary positions; triton: with the norm of queries and keys"
+    )
     segment_sum: Literal["auto", "torch", "triton"] = Field("auto", description="sums of row gradients at their owner")
     permute: Literal["auto", "torch", "triton"] = Field("auto", description="tokens to experts' order and back")
     cross_entropy: Literal["auto", "torch", "triton"] = Field("auto", description="the loss, with the head where it is one")
-    grouped_mlp: Literal["auto", "torch", "triton"] = Field("auto", description="products of experts with their rows")
+    grouped_mlp: Literal["auto", "torch", "triton", "fp8"] = Field(
+        "auto", description="products of experts with their rows; fp8: Triton's with FP8 operands, but for the weights' gradient"
+    )
+    router_topk: Literal["auto", "torch", "triton"] = Field("auto", description="experts, gates and balance sums of a MoE")
+    engram_gate: Literal["auto", "torch", "triton"] = Field("auto", description="the memory's gate, with its norms")
+    short_conv: Literal["auto", "torch", "triton"] = Field("auto", description="the memory's convolution, with its norm")
+    row_gather: Literal["auto", "torch", "triton"] = Field("auto", description="rows of the table, and their packing for `wire`")
+    rowwise_adam: Literal["auto", "torch", "triton"] = Field("auto", description="the update of touched rows")
 
 
 class Settings(_Section):

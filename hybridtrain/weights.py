@@ -37,7 +37,7 @@ def read_rows(stored: StoredTensors, info: dict[str, Any], memory: MemorySetting
 
     `info` is the checkpoint's own description.
     """
-    table_RD = stored.read("memory.table", low, high)
+    table_RD = stored.read("memory.table", low, high).float()
     scalars = info["memory_scalars"]
     if scalars and "decay_log" in scalars:
         optimizer = make_row_optimizer(memory, table_RD)

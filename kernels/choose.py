@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 # what a run may choose for each op it uses; liger-kernel and apex are asked for their own fused form
@@ -20,17 +21,21 @@ OPS: dict[str, tuple[str, ...]] = {
     "segment_sum": ("torch", "triton"),
     "permute": ("torch", "triton"),
     "cross_entropy": ("torch", "triton"),
-    "grouped_mlp": ("torch", "triton"),
+    "grouped_mlp": ("torch", "triton", "fp8"),  # fp8: Triton's with FP8 operands
+    "router_topk": ("torch", "triton"),
+    "engram_gate": ("torch", "triton"),
+    "short_conv": ("torch", "triton"),
+    "row_gather": ("torch", "triton"),
+    "rowwise_adam": ("torch", "triton"),
+    "depth_attention": ("torch", "triton"),  # no part of a model asks for it yet, so settings have no key for it
 }
 # torch has a fused RMSNorm and cuBLAS' grouped products, both at full speed; the other ops it composes of several passes
 ON_GPU = dict.fromkeys(OPS, "triton") | {"rms_norm": "torch", "grouped_mlp": "torch"}
 
-# every folder with a kernel.py: those above, and those no run uses yet
-TRITON_OPS = (
-    *OPS, "engram_hash", "row_gather", "rowwise_adam", "engram_gate", "short_conv", "router_topk", "depth_attention",
-)  # fmt: skip
+# every folder with a kernel.py: those above, and the hash, which is made on the CPU ahead of its step
+TRITON_OPS = (*OPS, "engram_hash")
 
-_MODULES = {"triton": "triton", "liger": "liger_kernel", "apex": "apex"}
+_MODULES = {"triton": "triton", "fp8": "triton", "liger": "liger_kernel", "apex": "apex"}
 _table: dict[str, str] = {}
 _device_type = "cpu"
 
@@ -88,7 +93,9 @@ def _missing(implementation: str, device_type: str) -> str | None:
     module = _MODULES[implementation]
     if importlib.util.find_spec(module) is None:
         return f"the package {module.replace('_', '-')}"
-    interpreted = implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = module == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not interpreted:
-        return "a CUDA device" + (" (or TRITON_INTERPRET=1, which is for tests)" if implementation == "triton" else "")
+        return "a CUDA device" + (" (or TRITON_INTERPRET=1, which is for tests)" if module == "triton" else "")
+    if implementation == "fp8" and not interpreted and (torch.version.hip or torch.cuda.get_device_capability() < (8, 9)):
+        return "an NVIDIA GPU of compute capability 8.9 or higher"
     return None

@@ -32,7 +32,9 @@ class Launch:
 class Case:
     """A shape of production size at which the report compiles an op: `run` launches it on meta tensors.
 
-    minimum: bytes of the op's inputs and outputs, each once. flops: of matrix products. bound: what limits it by design.
+    minimum: bytes of the op's inputs and outputs, each once. flops: of matrix products of operands of `bits`. bound: what limits
+    it by design.
+    targets: those that can do it (report/hardware.py); none named: all.
     """
 
     op: str
@@ -41,6 +43,8 @@ class Case:
     minimum: int
     flops: int = 0
     bound: str = "memory"  # or "matrix", or "arithmetic" of other kinds
+    targets: tuple[str, ...] = ()
+    bits: int = 16
 
 
 _recorded: list[Launch] | None = None

@@ -67,7 +67,7 @@ def _run(
     outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
     if not cotangents:
         generator = torch.Generator().manual_seed(1)
-        cotangents += [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(inputs[0].dtype) for o in outputs]
+        cotangents += [torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu").to(inputs[0]) for o in outputs]
     gradients = torch.autograd.grad(outputs, leaves, [c.to(o) for c, o in zip(cotangents, outputs, strict=True)])
     named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     return named | {f"gradient of input {i}": g for i, g in enumerate(gradients)}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hybridtrain.parallel.collectives import Group, all_gather_autograd
 
-Convolution = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
+Convolution = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, float], Tensor]
 
 
 class ContextParallel:
@@ -53,8 +53,10 @@ class ContextParallel:
             out.append(out_BHCX.transpose(1, 2))
         return torch.cat(out, dim=1)
 
-    def convolve(self, x_BtD: Tensor, kernel_JD: Tensor, dilation: int, documents_BT: Tensor | None) -> Tensor:
-        """The short convolution, each chunk with the tokens left of it from the rank that has them."""
+    def convolve(
+        self, x_BtD: Tensor, weight_D: Tensor, kernel_JD: Tensor, documents_BT: Tensor | None, dilation: int, eps: float
+    ) -> Tensor:
+        """The short convolution with its norm, each chunk with the tokens left of it from the rank that has them."""
         halo = (kernel_JD.size(0) - 1) * dilation
         tails = torch.stack([chunk[:, self.chunk - halo :] for chunk in x_BtD.chunk(2, dim=1)])
         gathered = all_gather_autograd(tails, self.group).flatten(0, 1)  # [2 cp, B, halo, D], by rank and place
@@ -66,7 +68,8 @@ class ContextParallel:
                 start = chunk * self.chunk
                 before = documents_BT[:, start - halo : start] if chunk else documents_BT.new_full((len(x_BCD), halo), -1)
                 documents = torch.cat([before, documents_BT[:, start : start + self.chunk]], dim=1)
-            out.append(self._convolve(torch.cat([left, x_BCD], dim=1), kernel_JD, dilation, documents)[:, halo:])
+            wide = torch.cat([left, x_BCD], dim=1)
+            out.append(self._convolve(wide, weight_D, kernel_JD, documents, dilation, eps)[:, halo:])
         return torch.cat(out, dim=1)
 
     def places_in_line(self, experts_BtK: Tensor) -> Tensor:

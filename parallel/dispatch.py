@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hybridtrain.kernels.permute.op import collect, sort_by_destination, spread
 from hybridtrain.parallel.collectives import (
     Group,
     all_gather_autograd,
@@ -102,8 +103,8 @@ class Trip:
 
     load: Load
     here: int  # experts behind each rank of the group
-    num_tokens: int
-    token_P: Tensor
+    order_P: Tensor  # the pair n*K+k that stands for its token at its rank
+    inverse_NK: Tensor
     send: list[int]
     receive: list[int]
     arrive: Callable[[], tuple[Tensor, Tensor, Tensor]]  # x_QD, experts_QK from 0 here, gates_QK; to be called once
@@ -113,28 +114,26 @@ class Trip:
         cls, group: Group, num_experts: int, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, layer: str, even: int
     ) -> Trip:
         """Collective; `num_experts` are those of the whole group."""
-        size, here = group.size, num_experts // group.size
-        present_NK = (experts_NK >= 0) & (experts_NK < num_experts)
-        owner_NK = torch.where(present_NK, experts_NK // here, size)
-        hit_NR = torch.zeros(len(x_ND), size + 1, dtype=torch.bool, device=x_ND.device).scatter_(1, owner_NK, True)[:, :size]
-        rank_P, token_P = hit_NR.T.nonzero(as_tuple=True)  # rank by rank, tokens rising
-        asked_R2 = torch.stack([hit_NR.sum(0), torch.bincount(owner_NK.flatten(), minlength=size + 1)[:size]], 1)
+        here = num_experts // group.size
+        order_Q, inverse_NK, asked_R2 = sort_by_destination(experts_NK, num_experts, group.size)
         both = torch.stack([asked_R2, exchange_counts(asked_R2, group)]).tolist()
         send, receive = ([tokens for tokens, _ in side] for side in both)
         load = Load(layer, group, sum(receive), sum(pairs for _, pairs in both[1]), even)
 
         with load.guard():
-            local_PK = experts_NK[token_P] - rank_P[:, None] * here  # outside 0..here-1: lives elsewhere
+            order_P = order_Q[: sum(send)]
+            rank_P = torch.repeat_interleave(torch.arange(group.size, device=x_ND.device), asked_R2[:, 0], output_size=len(order_P))
+            local_PK = experts_NK[order_P // experts_NK.size(1)] - rank_P[:, None] * here  # outside 0..here-1: lives elsewhere
             local_QK = all_to_all(local_PK, send, receive, group)
             start = partial(start_all_to_all, send=send, receive=receive, group=group, guard=load.guard)
-            finish_gates, finish_x = start(gates_NK.index_select(0, token_P)), start(x_ND.index_select(0, token_P))
-        return cls(load, here, len(x_ND), token_P, send, receive, lambda: (finish_x(), local_QK, finish_gates()))
+            finish_gates, finish_x = (start(spread(rows, order_P, inverse_NK)) for rows in (gates_NK, x_ND))
+        return cls(load, here, order_P, inverse_NK, send, receive, lambda: (finish_x(), local_QK, finish_gates()))
 
     def come_home(self, y_QD: Tensor) -> Tensor:
         """Send each received token's result back, and add up those of each token here: [N, D]."""
         with self.load.guard():
             y_PD = all_to_all_autograd(y_QD, self.receive, self.send, self.load.group, self.load.guard)
-            return y_PD.new_zeros(self.num_tokens, *y_PD.shape[1:]).index_add(0, self.token_P, y_PD)
+            return collect(y_PD, self.order_P, self.inverse_NK)
 
 
 class SharedWidthDispatch:

@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hybridtrain.kernels.row_gather.op import pack, unpack
 from hybridtrain.kernels.segment_sum import segment_sum
 from hybridtrain.parallel.collectives import Group, all_gather_uneven, all_reduce_, all_to_all, exchange_counts
 from hybridtrain.parallel.flights import begin_all_to_all
@@ -179,6 +181,19 @@ class RowPlanner:
             )
 
 
+class Wires(NamedTuple):
+    """What rows, and their gradients, are while they travel: as they are, or narrower (see row_gather). The same on every rank.
+
+    Also what stays on its rank is made narrower, so that a run does not depend on where its rows are.
+    """
+
+    rows: str = "exact"
+    gradients: str = "exact"
+
+
+AS_THEY_ARE = Wires()
+
+
 class RowExchange:
     """Moves rows and their gradients between the ranks of `mem` according to a plan.
 
@@ -194,22 +209,23 @@ class RowExchange:
         checksum: bool = False,
         device: torch.device | None = None,
         ahead: Group | None = None,
+        wires: Wires = AS_THEY_ARE,
     ) -> None:
         self.table, self.mem, self.mem_replicate, self.checksum = table, mem, mem_replicate, checksum
-        self.device, self.ahead = device or table.device, ahead or mem
+        self.device, self.ahead, self.wires = device or table.device, ahead or mem, wires
 
     def fetch(self, route: Route) -> Tensor:
         """The route's rows as they are now, `[U, D]` where it is a whole plan, in ascending order of their ids: one all-to-all."""
-        rows_QD = self.upload(self.table.index_select(0, route.wanted_Q))
-        return checked_all_to_all(rows_QD, route.receive, route.send, self.mem, "rows", self.checksum)
+        sent = self.upload(pack(self.table, route.wanted_Q, self.wires.rows))
+        return self._unpack(checked_all_to_all(sent, route.receive, route.send, self.mem, "rows", self.checksum))
 
     def begin(self, route: Route, rows_QD: Tensor) -> Arrival:
         """Send the rows that this owner is asked for, beside what follows."""
-        return Arrival(self.upload(rows_QD), route, self.ahead, self.checksum)
+        return Arrival(self.upload(pack(rows_QD, None, self.wires.rows)), route, self.ahead, self.checksum)
 
     def complete(self, plan: RowPlan, arrival: Arrival) -> Tensor:
         """The plan's unique rows `[U, D]`, of which the early ones, or all, were begun: the late ones are fetched now."""
-        rows = arrival.wait()
+        rows = self._unpack(arrival.wait())
         if plan.early is None or plan.late is None:
             return rows
         rows_UD = rows.new_empty(plan.num_rows, rows.shape[1])
@@ -218,8 +234,12 @@ class RowExchange:
 
     def push(self, plan: RowPlan, grad_UD: Tensor, total_ND: Tensor) -> None:
         """Add the gradients of the plan's rows, from all ranks of `mem`, to the step's touched rows: one all-to-all."""
-        grad_QD = checked_all_to_all(grad_UD, plan.send, plan.receive, self.mem, "row gradients", self.checksum)
-        total_ND += segment_sum(grad_QD, plan.slot_Q, len(total_ND))
+        sent = pack(grad_UD, None, self.wires.gradients)
+        received = checked_all_to_all(sent, plan.send, plan.receive, self.mem, "row gradients", self.checksum)
+        total_ND += segment_sum(unpack(received, grad_UD.shape[1], self.wires.gradients), plan.slot_Q, len(total_ND))
+
+    def _unpack(self, payload: Tensor) -> Tensor:
+        return unpack(payload, self.table.shape[1], self.wires.rows)
 
     def reduce_replicas(self, total_ND: Tensor) -> None:
         """Sum the step's row gradients over the replicas of this shard, so that they stay bitwise equal."""
@@ -233,12 +253,12 @@ class RowExchange:
 
 
 class Arrival:
-    """Rows on their way beside the computation."""
+    """Rows on their way beside the computation, as they travel."""
 
-    def __init__(self, rows_QD: Tensor, route: Route, group: Group, checksum: bool) -> None:
+    def __init__(self, sent: Tensor, route: Route, group: Group, checksum: bool) -> None:
         self.route, self._group = route, group
-        self._sums = _checksums(rows_QD, route.receive) if checksum else None
-        self.pending = begin_all_to_all(rows_QD, route.receive, route.send, group)
+        self._sums = _checksums(sent, route.receive) if checksum else None
+        self.pending = begin_all_to_all(sent, route.receive, route.send, group)
 
     def wait(self) -> Tensor:
         """The rows asked for, in the order in which they were; with a checksum they are verified now."""

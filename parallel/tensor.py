@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from hybridtrain.kernels.cross_entropy.op import partial_gradient, partial_sums
 from hybridtrain.parallel.collectives import Group, all_gather_autograd, all_reduce_, reduce_scatter_autograd
 
 CPU_BLOCK_ELEMENTS = 1 << 19  # logits per block: 2 MiB of float32
@@ -144,35 +145,30 @@ class VocabularyLoss:
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, first: int, ignored: int, group: Group) -> Tensor:
-        local_N = targets_N - first
-        inside_N = (local_N >= 0) & (local_N < len(weight_WD)) & (targets_N != ignored)
-        index_N = local_N.where(inside_N, 0)
         highest_N, summed_N, chosen_N = (h_ND.new_empty(len(h_ND), dtype=torch.float32) for _ in range(3))
         for block in _blocks(h_ND, weight_WD):
-            logits = (h_ND[block] @ weight_WD.T).float()
-            torch.amax(logits, -1, out=highest_N[block])
-            torch.sum(logits.sub(highest_N[block, None]).exp_(), -1, out=summed_N[block])
-            chosen_N[block] = logits.gather(1, index_N[block, None])[:, 0]
+            parts = partial_sums(h_ND[block] @ weight_WD.T, targets_N[block], first)
+            highest_N[block], summed_N[block], chosen_N[block] = parts
         top_N = all_reduce_(highest_N.clone(), group, dist.ReduceOp.MAX)
-        both = torch.stack([summed_N * (highest_N - top_N).exp(), chosen_N * inside_N])
+        both = torch.stack([summed_N * (highest_N - top_N).exp(), chosen_N])
         summed_N, chosen_N = all_reduce_(both, group).unbind()
         normalizer_N = top_N + summed_N.log()
         keep_N = targets_N != ignored
-        ctx.save_for_backward(h_ND, weight_WD, normalizer_N, index_N, inside_N, keep_N)
+        ctx.first = first
+        ctx.save_for_backward(h_ND, weight_WD, normalizer_N, targets_N, keep_N)
         return ((top_N - chosen_N + summed_N.log()) * keep_N).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         """Of the whole loss by this rank's logits: for `h` a partial sum, which `gather_sequence` completes."""
-        h_ND, weight_WD, normalizer_N, index_N, inside_N, keep_N = ctx.saved_tensors
+        h_ND, weight_WD, normalizer_N, targets_N, keep_N = ctx.saved_tensors
         grad_h, grad_weight = torch.empty_like(h_ND), torch.zeros_like(weight_WD)
+        scale_N = keep_N * grads[0]
         for block in _blocks(h_ND, weight_WD):
             h = h_ND[block]
-            softmax = (h @ weight_WD.T).float().sub_(normalizer_N[block, None]).exp_()
-            softmax.scatter_add_(1, index_N[block, None], -inside_N[block, None].to(softmax))
-            softmax = softmax.mul_(keep_N[block, None] * grads[0]).to(h.dtype)
-            torch.mm(softmax, weight_WD, out=grad_h[block])
-            grad_weight.addmm_(softmax.T, h)
+            grad = partial_gradient(h @ weight_WD.T, targets_N[block], ctx.first, normalizer_N[block], scale_N[block])
+            torch.mm(grad, weight_WD, out=grad_h[block])
+            grad_weight.addmm_(grad.T, h)
         return grad_h, grad_weight, None, None, None, None
 
 
@@ -184,13 +180,13 @@ def _blocks(h_ND: Tensor, weight_WD: Tensor) -> list[slice]:
 
 @dataclass(frozen=True)
 class SequenceConvolution:
-    """A causal convolution over the sequence on its shards: gathers whole sequences and keeps the own part of the result."""
+    """The short convolution on sequence shards: gathers whole sequences and keeps the own part of the result."""
 
     convolve: Callable[..., Tensor]
     group: Group
 
-    def __call__(self, x_BSD: Tensor, kernel_JD: Tensor, dilation: int, documents_BT: Tensor | None) -> Tensor:
-        out_BTD = self.convolve(gather_sequence(x_BSD, self.group), kernel_JD, dilation, documents_BT)
+    def __call__(self, x_BSD: Tensor, *others: Any) -> Tensor:
+        out_BTD = self.convolve(gather_sequence(x_BSD, self.group), *others)
         return out_BTD.chunk(self.group.size, 1)[self.group.rank]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hybridtrain.kernels.rope.op import rope
 from hybridtrain.model.context import SequenceContext
-from hybridtrain.model.norm import RMSNorm
+from hybridtrain.model.norm import HeadNorm
 from hybridtrain.settings import Settings
 
 
@@ -25,16 +25,14 @@ class Attention(nn.Module):
         self.wk = nn.Linear(dim, a.num_kv_heads * a.head_dim, bias=False)
         self.wv = nn.Linear(dim, a.num_kv_heads * a.head_dim, bias=False)
         self.wo = nn.Linear(a.num_heads * a.head_dim, dim, bias=False)
-        self.q_norm = RMSNorm(a.head_dim, settings.model.norm_eps) if a.qk_norm else None
-        self.k_norm = RMSNorm(a.head_dim, settings.model.norm_eps) if a.qk_norm else None
+        self.q_norm = HeadNorm(a.head_dim, settings.model.norm_eps) if a.qk_norm else None
+        self.k_norm = HeadNorm(a.head_dim, settings.model.norm_eps) if a.qk_norm else None
         self.attend = attend
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
         q_BTHC, k_BTHC, v_BTHC = (w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTHC, k_BTHC = self.q_norm(q_BTHC), self.k_norm(k_BTHC)
-        q_BTHC = rope(q_BTHC, context.rotation_TR)
-        k_BTHC = rope(k_BTHC, context.rotation_TR)
+        turn_q, turn_k = self.q_norm or rope, self.k_norm or rope
+        q_BTHC, k_BTHC = turn_q(q_BTHC, context.rotation_TR), turn_k(k_BTHC, context.rotation_TR)
         out_BTD: Tensor = self.wo(self.attend(q_BTHC, k_BTHC, v_BTHC, context).flatten(-2))
         return out_BTD
 

@@ -1,6 +1,6 @@
 """Which experts a token goes to, with which gates, and what keeps the experts balanced; float32 throughout.
 
-N tokens, D model width, E experts, K experts per token, G expert groups.
+N tokens, D model width, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridtrain.kernels.router_topk.op import Routing, Rule, router_topk
 from hybridtrain.model.counters import Counters
 from hybridtrain.settings import MoESettings
 
@@ -29,6 +30,7 @@ class Router(nn.Module):
     def __init__(self, dim: int, moe: MoESettings, tokens_per_step: int) -> None:
         super().__init__()
         self.moe = moe
+        self.rule = Rule(moe.top_k, moe.score, moe.normalize_gates, moe.gate_scale, moe.num_groups, moe.top_groups)
         self.tokens_per_step = tokens_per_step
         self.counters = Counters()
         self.weight = nn.Parameter(torch.empty(moe.num_experts, dim))
@@ -44,30 +46,8 @@ class Router(nn.Module):
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(experts_NK int64, gates_NK float32); the balance losses ride on the gates' gradient."""
         logits_NE = F.linear(x_ND.float(), self.weight.float())
-        scores_NE = logits_NE.softmax(-1) if self.moe.score == "softmax" else logits_NE.sigmoid()
-        experts_NK = self.select(scores_NE.detach())
-        gates_NK = scores_NE.gather(1, experts_NK)
-        if self.moe.normalize_gates:
-            gates_NK = gates_NK / gates_NK.sum(-1, keepdim=True).clamp_min(1e-20)
-        if self.moe.gate_scale != 1:
-            gates_NK = gates_NK * self.moe.gate_scale
-        if self.training:
-            gates_NK = self._balance(logits_NE, scores_NE, experts_NK, gates_NK)
-        return experts_NK, gates_NK
-
-    def select(self, scores_NE: Tensor) -> Tensor:
-        """The experts [N, K] of the highest biased scores, within the best groups (DeepSeek-V3, arXiv 2412.19437).
-
-        A group's score is the sum of its two highest biased scores.
-        """
-        biased_NE = scores_NE + self.bias_E
-        if self.moe.num_groups > 1:
-            grouped_NGX = biased_NE.view(len(biased_NE), self.moe.num_groups, -1)
-            score_NG = grouped_NGX.topk(min(2, grouped_NGX.size(2)), -1).values.sum(-1)
-            best_NG = score_NG.topk(self.moe.top_groups, -1).indices
-            barred_NG = torch.ones_like(score_NG, dtype=torch.bool).scatter_(1, best_NG, False)
-            biased_NE = grouped_NGX.masked_fill(barred_NG[:, :, None], -torch.inf).flatten(1)
-        return biased_NE.topk(self.moe.top_k, -1).indices
+        routing = router_topk(logits_NE, self.bias_E, self.rule)
+        return routing.experts_NK, self._balance(routing) if self.training else routing.gates_NK
 
     def update(self, counts_E: Tensor) -> None:
         """Take in how many pairs each expert got in the step over all ranks; see statistics.py."""
@@ -75,25 +55,23 @@ class Router(nn.Module):
         self.load_E.copy_(counts_E / counts_E.sum().clamp_min(1))
         self.bias_E.add_(torch.sign(counts_E.mean() - counts_E), alpha=self.moe.bias_rate)
 
-    def _balance(self, logits_NE: Tensor, scores_NE: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
+    def _balance(self, routing: Routing) -> Tensor:
         """The gates with the balance losses attached, after taking the statistics.
 
         Both losses are sums over local tokens divided by the tokens of the whole step, so they add up over
         micro-batches and ranks to the means over the step, as the main loss does.
         """
-        moe, add = self.moe, self.counters.add
-        shares_NE = scores_NE if moe.score == "softmax" else scores_NE / scores_NE.sum(-1, keepdim=True)
-        add("expert_tokens", torch.bincount(experts_NK.reshape(-1), minlength=moe.num_experts))
-        with torch.no_grad():
-            add("router_entropy", torch.special.entr(shares_NE).sum())
-            add("router_tokens", torch.tensor(float(len(gates_NK)), device=gates_NK.device))
+        moe, add, gates_NK = self.moe, self.counters.add, routing.gates_NK
+        add("expert_tokens", routing.counts_E)
+        add("router_entropy", routing.entropy)
+        add("router_tokens", torch.tensor(float(len(gates_NK)), device=gates_NK.device))
         if moe.aux_weight:
             # f is last step's global load, a constant: a product of two sums over the step would not add up.
-            aux = moe.aux_weight * moe.num_experts / self.tokens_per_step * (shares_NE.sum(0) @ self.load_E)
+            aux = moe.aux_weight * moe.num_experts / self.tokens_per_step * (routing.shares_E @ self.load_E)
             add("aux_loss", aux)
             gates_NK = _attach_loss(gates_NK, aux)
         if moe.z_weight:
-            z = moe.z_weight / self.tokens_per_step * logits_NE.logsumexp(-1).square().sum()
+            z = moe.z_weight / self.tokens_per_step * routing.z
             add("z_loss", z)
             gates_NK = _attach_loss(gates_NK, z)
         return gates_NK

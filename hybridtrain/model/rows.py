@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hybridtrain.kernels.row_gather.op import row_gather
 
 
 class StepRows(nn.Module):
@@ -36,7 +37,7 @@ class StepRows(nn.Module):
         leaf = self._parameters.get(f"leaf{micro_batch}")
         if leaf is None:
             raise RuntimeError(f"micro-batch {micro_batch} has no memory rows; the step set {len(self._parameters)} leaves")
-        rows = F.embedding(index, leaf)
+        rows = row_gather(leaf, index)
         return rows if beside is None else _join(rows, beside).to(beside.dtype)
 
     def grads(self) -> list[Tensor]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hybridtrain.errors import SettingsError
+from hybridtrain.kernels.row_gather.op import row_gather
+from hybridtrain.kernels.rowwise_adam.op import Step, fade, owed, rounded, rounding_seed, rowwise_adam
 from hybridtrain.settings import MemorySettings
 
 
@@ -51,18 +53,21 @@ class RowOptimizer(Protocol):
         """Take over what `scalars` gave."""
 
 
-def make_row_optimizer(memory: MemorySettings, table_RD: Tensor) -> RowOptimizer:
+def make_row_optimizer(memory: MemorySettings, table_RD: Tensor, seed: int = 0, first_row: int = 0) -> RowOptimizer:
     """The optimizer that `memory.optimizer` names for the local rows; it changes `table_RD` in place.
+
+    The run's seed and the number of the table's first row in the whole table decide how bfloat16 rows are rounded.
 
     Raises SettingsError where the settings do not fit the optimizer.
     """
+    rule: dict[str, Any] = {"eps": memory.eps, "weight_decay": memory.weight_decay}
     if memory.optimizer == "rowwise_adam":
-        return RowwiseAdam(table_RD, beta2=memory.beta2, eps=memory.eps, weight_decay=memory.weight_decay)
+        return RowwiseAdam(table_RD, beta2=memory.beta2, **rule, seed=seed, first_row=first_row)
     if memory.optimizer == "rowwise_adagrad":
-        return RowwiseAdagrad(table_RD, eps=memory.eps, weight_decay=memory.weight_decay)
+        return RowwiseAdagrad(table_RD, **rule, seed=seed, first_row=first_row)
     if memory.beta2 >= 1.0:
         raise SettingsError("settings", [f'memory.beta2={memory.beta2} must be below 1 for memory.optimizer="adam"'])
-    return DenseAdam(table_RD, beta2=memory.beta2, eps=memory.eps, weight_decay=memory.weight_decay)
+    return DenseAdam(table_RD, beta2=memory.beta2, **rule)
 
 
 class _Rowwise:
@@ -70,14 +75,18 @@ class _Rowwise:
 
     What a row owes for the steps since `last` is applied when it is next read or updated. Decoupled weight decay multiplies a
     row by 1 - lr_s * weight_decay at every step s, so the log of the product over all steps so far is kept, and a row owes the
-    exponential of a difference. The arithmetic is float32 whatever the table's dtype; a bfloat16 table keeps no decay smaller
-    than its rounding.
+    exponential of a difference. The arithmetic is float32 whatever the table's dtype; a bfloat16 table is rounded stochastically,
+    so that steps and decays smaller than its last place count on average.
     """
 
-    def __init__(self, table_RD: Tensor, *, eps: float = 1e-8, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, table_RD: Tensor, *, eps: float = 1e-8, weight_decay: float = 0.0, seed: int = 0, first_row: int = 0
+    ) -> None:
+        """`seed` and the number of the table's first row in the whole table decide how bfloat16 rows are rounded."""
         rows, device = len(table_RD), table_RD.device
         self.table_RD = table_RD
         self.eps, self.weight_decay = eps, weight_decay
+        self.seed, self.first_row = seed, first_row
         self.step_count = 0
         self.state = {
             "v": torch.zeros(rows, dtype=torch.float32, device=device),
@@ -91,23 +100,28 @@ class _Rowwise:
         """Apply what the rows int64 [N] owe, in place; costs nothing as long as no step had weight decay."""
         if self._decay is None or len(rows_N) == 0:
             return
-        last_N = self.state["last"].index_select(0, rows_N)
-        v_N = self._carry(self.state["v"].index_select(0, rows_N), self.step_count - last_N)
-        weights_ND = self.table_RD.index_select(0, rows_N).float().mul_(self._decay.factor(last_N).unsqueeze(1))
-        self._write(rows_N, v_N, weights_ND)
+        v_R, last_R = self.state["v"], self.state["last"]
+        v_N = fade(v_R.index_select(0, rows_N), self.step_count - last_R.index_select(0, rows_N), self._beta2())
+        values_ND = self.values(rows_N)
+        self._about_to_change(rows_N)
+        self.table_RD.index_copy_(0, rows_N, values_ND)
+        v_R.index_copy_(0, rows_N, v_N)
+        last_R.index_fill_(0, rows_N, self.step_count)
 
     @torch.no_grad()
     def values(self, rows_N: Tensor, coming_lr: float | None = None) -> Tensor:
         """See RowOptimizer; the same bits that `catch_up` will write."""
-        weights_ND = self.table_RD.index_select(0, rows_N)
+        weights_ND = row_gather(self.table_RD, rows_N)
         log = self._decay
         if log is None and coming_lr is not None and self.weight_decay > 0.0:
             log = self._no_decay_yet()
         if log is None or len(rows_N) == 0:
             return weights_ND
-        coming = 0.0 if coming_lr is None else self._log_factor(coming_lr)
+        step, coming = self.step_count, 0.0
+        if coming_lr is not None:
+            step, coming = step + 1, self._log_factor(coming_lr)
         factor_N = log.factor(self.state["last"].index_select(0, rows_N), coming)
-        return weights_ND.float().mul_(factor_N.unsqueeze(1)).to(weights_ND.dtype)
+        return self._rounded(weights_ND.float().mul_(factor_N.unsqueeze(1)), rows_N, step)
 
     @torch.no_grad()
     def step(self, rows_N: Tensor, grad_ND: Tensor, lr: float) -> None:
@@ -118,15 +132,9 @@ class _Rowwise:
         self._advance(lr)
         if len(rows_N) == 0:
             return
-        grad_ND = grad_ND.float()
-        last_N = self.state["last"].index_select(0, rows_N)
-        square_N = torch.linalg.vector_norm(grad_ND, dim=1).square_().div_(grad_ND.shape[1])
-        v_N = self._carry(self.state["v"].index_select(0, rows_N), self.step_count - last_N).add_(square_N, alpha=self._gain())
-        scale_N = (v_N / self._correction()).sqrt_().add_(self.eps).reciprocal_().mul_(-lr)
-        weights_ND = self.table_RD.index_select(0, rows_N).float()
-        if self._decay is not None:
-            weights_ND.mul_(self._decay.factor(last_N).unsqueeze(1))
-        self._write(rows_N, v_N, weights_ND.addcmul_(grad_ND, scale_N.unsqueeze(1)))
+        self._about_to_change(rows_N)
+        v_R, last_R, decay = self.state["v"], self.state["last"], self._decay.entries if self._decay is not None else None
+        rowwise_adam(self.table_RD, v_R, last_R, rows_N, grad_ND.float(), decay, self._numbers(lr))
 
     def changed_since(self, step_count: int) -> Tensor:
         """See RowOptimizer; whatever writes to a row notes the step count, which may not have moved since."""
@@ -167,16 +175,22 @@ class _Rowwise:
     def _no_decay_yet(self) -> _DecayLog:
         return _DecayLog([0.0] * (self.step_count + 1), self.table_RD.device)
 
-    def _write(self, rows_N: Tensor, v_N: Tensor, weights_ND: Tensor) -> None:
+    def _about_to_change(self, rows_N: Tensor) -> None:
         keep = self._keep  # another thread may end it
         if keep is not None:
             keep(rows_N)
-        self.table_RD.index_copy_(0, rows_N, weights_ND.to(self.table_RD.dtype))
-        self.state["v"].index_copy_(0, rows_N, v_N)
-        self.state["last"].index_fill_(0, rows_N, self.step_count)
 
-    def _carry(self, v_N: Tensor, gap_N: Tensor) -> Tensor:
-        """What is left of the moments after gap_N steps without gradient; a tensor that may be written to."""
+    def _rounded(self, weights_ND: Tensor, rows_N: Tensor, step: int) -> Tensor:
+        """The rows as the table holds them after that step."""
+        return rounded(weights_ND, self.table_RD.dtype, rows_N + self.first_row, rounding_seed(self.seed, step))
+
+    def _numbers(self, lr: float) -> Step:
+        seed = rounding_seed(self.seed, self.step_count)
+        rule = (self._beta2(), self._gain(), self._correction())
+        return Step(self.step_count, lr, self.eps, *rule, seed, self.first_row)
+
+    def _beta2(self) -> float:
+        """What is left of a moment after a step without gradient."""
         raise NotImplementedError
 
     def _gain(self) -> float:
@@ -197,12 +211,12 @@ class RowwiseAdam(_Rowwise):
     over all steps; beta2 = 0 normalises each row's gradient by its own root mean square.
     """
 
-    def __init__(self, table_RD: Tensor, *, beta2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.0) -> None:
-        super().__init__(table_RD, eps=eps, weight_decay=weight_decay)
+    def __init__(self, table_RD: Tensor, *, beta2: float = 0.95, **others: Any) -> None:
+        super().__init__(table_RD, **others)
         self.beta2 = beta2
 
-    def _carry(self, v_N: Tensor, gap_N: Tensor) -> Tensor:
-        return v_N.mul_(torch.pow(self.beta2, gap_N.double()).float())
+    def _beta2(self) -> float:
+        return self.beta2
 
     def _gain(self) -> float:
         return 1.0 - self.beta2 if self.beta2 < 1.0 else 1.0
@@ -214,8 +228,8 @@ class RowwiseAdam(_Rowwise):
 class RowwiseAdagrad(_Rowwise):
     """Adagrad with one sum per row: v <- v + mean(g^2); w <- w - lr g / (sqrt(v) + eps)."""
 
-    def _carry(self, v_N: Tensor, gap_N: Tensor) -> Tensor:
-        return v_N
+    def _beta2(self) -> float:
+        return 1.0
 
     def _gain(self) -> float:
         return 1.0
@@ -225,10 +239,10 @@ class RowwiseAdagrad(_Rowwise):
 
 
 class DenseAdam:
-    """torch's Adam over the whole local table, the reference: two float32 moments of [R, D].
+    """torch's Adam over the whole local table, float32, the reference: two moments of [R, D].
 
-    By its nature it allocates a gradient of the table's size at every step, and updates rows that no token read. A table that is
-    not float32 is updated through a float32 copy. Weight decay is decoupled and never owed.
+    By its nature it allocates a gradient of the table's size at every step, and updates rows that no token read. Weight decay is
+    decoupled and never owed.
     """
 
     def __init__(
@@ -236,10 +250,8 @@ class DenseAdam:
     ) -> None:
         self.table_RD = table_RD
         self.step_count = 0
-        self.state = {name: torch.zeros_like(table_RD, dtype=torch.float32) for name in ("m", "v")}
-        self._copied = table_RD.dtype != torch.float32
-        self._weights_RD = table_RD.detach().float()  # the table itself where it is float32
-        self._adam = torch.optim.AdamW([self._weights_RD], betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+        self.state = {name: torch.zeros_like(table_RD) for name in ("m", "v")}
+        self._adam = torch.optim.AdamW([table_RD], betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
 
     def catch_up(self, rows_N: Tensor) -> None:
         """Nothing is ever owed: every step updates every row."""
@@ -253,9 +265,7 @@ class DenseAdam:
     @torch.no_grad()
     def step(self, rows_N: Tensor, grad_ND: Tensor, lr: float) -> None:
         """Update the whole table; rows outside rows_N, unique int64 [N], have gradient 0."""
-        weights_RD = self._weights_RD
-        if self._copied:
-            weights_RD.copy_(self.table_RD)
+        weights_RD = self.table_RD
         self._adam.state[weights_RD] = {
             "step": torch.tensor(float(self.step_count)),
             "exp_avg": self.state["m"],
@@ -265,8 +275,6 @@ class DenseAdam:
         weights_RD.grad = torch.zeros_like(weights_RD).index_copy_(0, rows_N, grad_ND.float())
         self._adam.step()
         weights_RD.grad = None
-        if self._copied:
-            self.table_RD.copy_(weights_RD)
         self.step_count += 1
 
     def changed_since(self, step_count: int) -> Tensor:
@@ -302,9 +310,13 @@ class _DecayLog:
         self._entries[self._length] = self._total
         self._length += 1
 
+    @property
+    def entries(self) -> Tensor:
+        return self._entries[: self._length]
+
     def factor(self, last_N: Tensor, coming: float = 0.0) -> Tensor:
         """float32 [N]: product of the factors of all steps after `last_N`, and of one to come whose log is `coming`."""
-        return (self._total + coming - self._entries.index_select(0, last_N)).exp_().float()
+        return owed(self._entries, last_N, self._total + coming)
 
     def to_list(self) -> list[float]:
-        return self._entries[: self._length].tolist()
+        return self.entries.tolist()

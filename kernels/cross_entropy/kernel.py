@@ -75,7 +75,7 @@ def _gradient(grad_lse: Tensor, grad_picked: Tensor, logits_NV: Tensor, targets_
 
 
 _op = custom_op("hybridtrain::cross_entropy_partial", _partial, mutates_args=())
-_op_backward = custom_op("hybridtrain::cross_entropy_gradient", _gradient, mutates_args=())
+gradient = custom_op("hybridtrain::cross_entropy_gradient", _gradient, mutates_args=())
 
 
 @_op.register_fake
@@ -84,7 +84,7 @@ def _(logits_NV: Tensor, targets_N: Tensor, first: int) -> tuple[Tensor, Tensor]
     return logits_NV.new_empty(N, dtype=torch.float32), logits_NV.new_empty(N, dtype=torch.float32)
 
 
-@_op_backward.register_fake
+@gradient.register_fake
 def _(grad_lse: Tensor, grad_picked: Tensor, logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, first: int) -> Tensor:
     return torch.empty_like(logits_NV)
 
@@ -95,7 +95,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _gradients(ctx: Any, grad_lse: Tensor, grad_picked: Tensor) -> tuple[Tensor | None, ...]:
-    return _op_backward(grad_lse.contiguous(), grad_picked.contiguous(), *ctx.saved_tensors, ctx.first), None, None
+    return gradient(grad_lse.contiguous(), grad_picked.contiguous(), *ctx.saved_tensors, ctx.first), None, None
 
 
 _op.register_autograd(_gradients, setup_context=_setup)

@@ -32,6 +32,47 @@ def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor, ignored: int) -> Ten
     return F.cross_entropy(logits_NV, targets_N, ignore_index=ignored, reduction="sum")
 
 
+def partial_sums(logits_NW: Tensor, targets_N: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the entries `first` to first+W-1 of a vocabulary add to the loss, float32 [N]: (m, s, picked).
+
+    Their log-sum-exp is m + log s, and m no less than the greatest logit less log W; `picked` is the target's logit, 0 where the
+    target is not among them.
+    """
+    if chosen("cross_entropy", logits_NW) == "triton":
+        from hybridtrain.kernels.cross_entropy.kernel import partial
+
+        lse_N, picked_N = partial(logits_NW, targets_N, first)
+        return lse_N, torch.ones_like(lse_N), picked_N
+    logits_NW = logits_NW.float()
+    index_N, inside_N = _places(targets_N, first, logits_NW.size(1))
+    highest_N = logits_NW.amax(-1)
+    summed_N = logits_NW.sub(highest_N[:, None]).exp_().sum(-1)
+    return highest_N, summed_N, logits_NW.gather(1, index_N[:, None])[:, 0] * inside_N
+
+
+def partial_gradient(logits_NW: Tensor, targets_N: Tensor, first: int, normalizer_N: Tensor, scale_N: Tensor) -> Tensor:
+    """scale * (softmax - [column = target]) of those entries [N, W], in the dtype of the logits; may overwrite the logits.
+
+    `normalizer_N` is the log-sum-exp over the whole vocabulary.
+    """
+    if chosen("cross_entropy", logits_NW) == "triton":
+        from hybridtrain.kernels.cross_entropy.kernel import gradient
+
+        grad_NW: Tensor = gradient(scale_N, -scale_N, logits_NW, targets_N, normalizer_N, first)
+        return grad_NW
+    index_N, inside_N = _places(targets_N, first, logits_NW.size(1))
+    softmax_NW = logits_NW.float().sub_(normalizer_N[:, None]).exp_()
+    softmax_NW.scatter_add_(1, index_N[:, None], -inside_N[:, None].to(softmax_NW))
+    return softmax_NW.mul_(scale_N[:, None]).to(logits_NW.dtype)
+
+
+def _places(targets_N: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """(column of the target, or 0; whether it is here)."""
+    local_N = targets_N - first
+    inside_N = (local_N >= 0) & (local_N < width)
+    return local_N.where(inside_N, 0), inside_N
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, ignored: int, with_grad: bool) -> Tensor:

@@ -6,7 +6,8 @@ so nothing waits for the counts; the grid is as large as the counts could ask fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from hybridtrain.kernels.swiglu.kernel import swiglu
 
 @triton.jit
 def _product_kernel(
-    a_ptr, w_ptr, counts_ptr, out_ptr, E, K, N, stride_e, stride_k, stride_n, PRECISION: tl.constexpr,
+    a_ptr, w_ptr, counts_ptr, a_scale_ptr, w_scale_ptr, out_ptr, E, K, N, stride_e, stride_k, stride_n, PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[rows of e] = a[rows of e] @ w[e], one tile of one expert's rows."""
+    """out[rows of e] = a[rows of e] @ w[e], one tile of one expert's rows; FP8 operands have a scale a row and a column."""
     tile = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
@@ -47,9 +48,15 @@ def _product_kernel(
         left = depth < K - start
         a = tl.load(a_at, mask=real[:, None] & left[None, :], other=0.0)
         w = tl.load(w_at, mask=left[:, None] & (cols < N)[None, :], other=0.0)
-        total = tl.dot(a, w, total, input_precision=PRECISION)
+        if PRECISION == "fp8":  # Hopper's tensor cores add FP8 products up in fewer bits than float32's; not over more than a tile
+            total = tl.dot(a, w, total, max_num_imprecise_acc=BLOCK_K)
+        else:
+            total = tl.dot(a, w, total, input_precision=PRECISION)
         a_at += BLOCK_K
         w_at += BLOCK_K * stride_k
+    if PRECISION == "fp8":
+        total *= tl.load(a_scale_ptr + rows, mask=real, other=0.0)[:, None]
+        total *= tl.load(w_scale_ptr + expert.to(tl.int64) * N + cols, mask=cols < N, other=0.0)[None, :]
     out_at = out_ptr + rows[:, None] * N + cols[None, :]
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=real[:, None] & (cols < N)[None, :])
 
@@ -89,29 +96,35 @@ def _options(P: int, E: int, dtype: torch.dtype) -> tuple[dict[str, Any], int, i
     float32 is multiplied in three tf32 products, which keeps its accuracy on tensor cores; AMD's multiply it as it is.
     """
     small = P < 96 * E
-    half = dtype.itemsize == 2
+    half = dtype.itemsize <= 2
     constants = {
-        "PRECISION": "ieee" if half or torch.version.hip else "tf32x3",
+        "PRECISION": "fp8" if dtype == torch.float8_e4m3fn else "ieee" if half or torch.version.hip else "tf32x3",
         "BLOCK_E": triton.next_power_of_2(E),
         "BLOCK_M": 64 if small or not half else 128,
         "BLOCK_N": 128 if half else 64,
-        "BLOCK_K": 64 if half else 32,
+        "BLOCK_K": 128 // dtype.itemsize,
     }
     return constants, 4 if small or not half else 8, 3
 
 
-def _product(a_PK: Tensor, w_EKN: Tensor, counts_E: Tensor, transposed: bool) -> Tensor:
-    """a @ w of each row's expert; transposed: w is [E, N, K]."""
-    w_EKN = w_EKN.transpose(1, 2) if transposed else w_EKN
+def launch_product(
+    a_PK: Tensor, w_EKN: Tensor, counts_E: Tensor, scales: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+) -> Tensor:
+    """a @ w of each row's expert in `dtype`; `scales` [P] and [E, N] are those of FP8 operands."""
     P, (E, K, N) = len(a_PK), w_EKN.shape
-    out = a_PK.new_empty(P, N)
+    out = a_PK.new_empty(P, N, dtype=dtype)
     constants, warps, stages = _options(P, E, a_PK.dtype)
     tiles = ceil_div(P, constants["BLOCK_M"]) + E if P else 0
     launch(
-        _product_kernel, (tiles, ceil_div(N, constants["BLOCK_N"])), a_PK, w_EKN, counts_E, out, E, K, N, *w_EKN.stride(),
-        constants=constants, num_warps=warps, num_stages=stages,
+        _product_kernel, (tiles, ceil_div(N, constants["BLOCK_N"])), a_PK, w_EKN, counts_E, *(scales or (None, None)), out,
+        E, K, N, *w_EKN.stride(), constants=constants, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
+
+
+def _product(a_PK: Tensor, w_EKN: Tensor, counts_E: Tensor, transposed: bool) -> Tensor:
+    """a @ w of each row's expert; transposed: w is [E, N, K]."""
+    return launch_product(a_PK, w_EKN.transpose(1, 2) if transposed else w_EKN, counts_E, None, a_PK.dtype)
 
 
 def _weight(a_PK: Tensor, grad_PN: Tensor, counts_E: Tensor) -> Tensor:
@@ -127,7 +140,7 @@ def _weight(a_PK: Tensor, grad_PN: Tensor, counts_E: Tensor) -> Tensor:
 
 
 _op = custom_op("hybridtrain::grouped_product", _product, mutates_args=())
-_op_weight = custom_op("hybridtrain::grouped_weight_gradient", _weight, mutates_args=())
+weight_gradient = custom_op("hybridtrain::grouped_weight_gradient", _weight, mutates_args=())
 
 
 @_op.register_fake
@@ -135,7 +148,7 @@ def _(a_PK: Tensor, w_EKN: Tensor, counts_E: Tensor, transposed: bool) -> Tensor
     return a_PK.new_empty(a_PK.size(0), w_EKN.size(1 if transposed else 2))
 
 
-@_op_weight.register_fake
+@weight_gradient.register_fake
 def _(a_PK: Tensor, grad_PN: Tensor, counts_E: Tensor) -> Tensor:
     return a_PK.new_empty(counts_E.size(0), a_PK.size(1), grad_PN.size(1))
 
@@ -149,7 +162,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, w, counts = ctx.saved_tensors
     grad = grad.contiguous()
     pair = (grad, a) if ctx.transposed else (a, grad)
-    return _op(grad, w, counts, not ctx.transposed), _op_weight(*pair, counts), None, None
+    return _op(grad, w, counts, not ctx.transposed), weight_gradient(*pair, counts), None, None
 
 
 _op.register_autograd(_gradients, setup_context=_setup)
@@ -168,15 +181,19 @@ def grouped_swiglu(x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF:
 
 
 def cases() -> Iterator[Case]:
-    """64 experts of width 1408 at a model width of 2048: full groups, and few rows a group; then float32."""
+    """64 experts of width 1408 at a model width of 2048: full groups, and few rows a group; then float32 and FP8."""
+    from hybridtrain.kernels.grouped_mlp import fp8
+
     E, D, F = 64, 2048, 1408
     for P, dtype in ((65536, torch.bfloat16), (2048, torch.bfloat16), (65536, torch.float32)):
         x, counts = torch.empty(P, D, dtype=dtype, device="meta"), torch.empty(E, dtype=torch.int64, device="meta")
         w, grad = x.new_empty(E, D, F), x.new_empty(P, F)
         shape, least, flops = f"P={P} E={E} D={D} F={F} {str(dtype).removeprefix('torch.')}", num_bytes(x, w, grad), 2 * P * D * F
-        forward = lambda x=x, w=w, c=counts: _product(x, w, c, False)  # noqa: E731
-        yield Case("grouped_mlp", f"product {shape}", forward, least, flops, "matrix")
-        if dtype == torch.bfloat16 and P > 2048:
-            back = lambda g=grad, w=w, c=counts: _product(g, w, c, True)  # noqa: E731
-            yield Case("grouped_mlp", f"input gradient {shape}", back, least, flops, "matrix")
-            yield Case("grouped_mlp", f"weight gradient {shape}", lambda: _weight(x, grad, counts), least, flops, "matrix")  # noqa: B023
+        ways: dict[str, Callable[[], object]] = {
+            "product": partial(_product, x, w, counts, False),
+            "input gradient": partial(_product, grad, w, counts, True),
+            "weight gradient": partial(_weight, x, grad, counts),
+        }
+        for name, run in ways.items():
+            yield Case("grouped_mlp", f"{name} {shape}", run, least, flops, "matrix", bits=8 * dtype.itemsize)
+    yield from fp8.cases()

@@ -22,10 +22,15 @@ def grouped_swiglu(x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF:
     `counts_E` (int64, on the device of `x_PD`) sums to P: rows beyond its sum would come out uninitialised.
     Raises ValueError where D or F rows are no multiples of 16 bytes, which `grouped_mm` needs.
     """
-    if chosen("grouped_mlp", x_PD) == "triton":
-        from hybridtrain.kernels.grouped_mlp.kernel import grouped_swiglu as fused
+    match chosen("grouped_mlp", x_PD):
+        case "triton":
+            from hybridtrain.kernels.grouped_mlp.kernel import grouped_swiglu as fused
 
-        return fused(x_PD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD)
+            return fused(x_PD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD)
+        case "fp8":
+            from hybridtrain.kernels.grouped_mlp.fp8 import grouped_swiglu as fused_fp8
+
+            return fused_fp8(x_PD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD)
     step = 16 // x_PD.element_size()
     if x_PD.size(1) % step or w_gate_EDF.size(2) % step:
         raise ValueError(

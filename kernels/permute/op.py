@@ -9,12 +9,59 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.kernels.choose import chosen
+from hybridtrain.kernels.permute import reference
 from hybridtrain.kernels.permute.reference import sort_by_expert
 
-__all__ = ["combine", "permute", "sort_by_expert"]
+__all__ = ["collect", "combine", "permute", "sort_by_destination", "sort_by_expert", "spread"]
+
+
+def sort_by_destination(experts_NK: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(order_Q, inverse_NK, asked_R2) of tokens that go once to every rank that has one of their experts; see reference.py."""
+    if chosen("permute", experts_NK) == "triton":
+        from hybridtrain.kernels.permute import kernel
+
+        return kernel.sort_by_destination(experts_NK, num_experts, num_ranks)
+    if experts_NK.device.type == "cpu":
+        return _by_hits(experts_NK, num_experts, num_ranks)
+    return reference.sort_by_destination(experts_NK, num_experts, num_ranks)
+
+
+def _by_hits(experts_NK: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """By a table of who goes where, R wide: faster than sorting on the CPU, and `nonzero` waits for the device elsewhere."""
+    N, K = experts_NK.shape
+    present_NK = (experts_NK >= 0) & (experts_NK < num_experts)
+    owner_NK = torch.where(present_NK, experts_NK // (num_experts // num_ranks), num_ranks)
+    hits_NR = torch.zeros(N, num_ranks + 1, dtype=torch.bool).scatter_(1, owner_NK, True)[:, :num_ranks]
+    rank_P, token_P = hits_NR.T.nonzero(as_tuple=True)
+    first_P = (owner_NK[token_P] == rank_P[:, None]).to(torch.int8).argmax(1)
+    order_P = token_P * K + first_P
+    inverse_NK = torch.full_like(experts_NK, -1)
+    inverse_NK.view(-1)[order_P] = torch.arange(len(order_P))
+    pairs_R = torch.bincount(owner_NK.flatten(), minlength=num_ranks + 1)[:num_ranks]
+    order_Q = F.pad(order_P, (0, N * min(K, num_ranks) - len(order_P)), value=-1)
+    return order_Q, inverse_NK, torch.stack([hits_NR.sum(0), pairs_R], 1)
+
+
+def spread(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
+    """`permute` of pairs that stand for others: `inverse_NK` may be -1."""
+    if chosen("permute", x_ND) == "triton":
+        from hybridtrain.kernels.permute import kernel
+
+        return kernel.permute(x_ND, order_P, inverse_NK)
+    return x_ND.index_select(0, order_P // inverse_NK.size(1))
+
+
+def collect(y_PD: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
+    """Each token's sum over the rows of its pairs: [N, D]; `inverse_NK` may be -1."""
+    if chosen("permute", y_PD) == "triton":
+        from hybridtrain.kernels.permute import kernel
+
+        return kernel.combine(y_PD, None, order_P, inverse_NK)
+    return y_PD.new_zeros(len(inverse_NK), y_PD.size(1)).index_add(0, order_P // inverse_NK.size(1), y_PD)
 
 
 def permute(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The GPUs that kernels are compiled for: what one multiprocessor holds and what the whole device can do.
 
-Peaks are the vendors' data sheets': dense bf16 and memory bandwidth of A100 SXM 80 GB, H100 SXM, B200 and MI300X.
+Peaks are the vendors' data sheets': dense products and memory bandwidth of A100 SXM 80 GB, H100 SXM, B200 and MI300X. float32 is
+multiplied as three tf32 products on NVIDIA's, as it is on AMD's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Target:
     warp: int  # threads
     device: str
     bytes_per_second: float
-    flops: float  # bf16, dense
+    flops: dict[int, float]  # of products, by the operands' bits
     registers: int  # 32-bit, of one multiprocessor
     shared: int  # bytes of one multiprocessor
     max_warps: int
@@ -37,17 +38,17 @@ class Target:
         )
         return blocks * warps / self.max_warps
 
-    def seconds(self, moved: int, flops: int) -> float:
-        """The roofline: the longer of moving the bytes and doing the products."""
-        return max(moved / self.bytes_per_second, flops / self.flops)
+    def seconds(self, moved: int, flops: int, bits: int = 16) -> float:
+        """The roofline: the longer of moving the bytes and doing the products of operands of so many bits."""
+        return max(moved / self.bytes_per_second, flops / self.flops[bits] if flops else 0.0)
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", "cuda", 80, 32, "A100", 2.039e12, 312e12, 65536, 164 << 10, 64, 32, 1024),
-        Target("sm_90", "cuda", 90, 32, "H100", 3.35e12, 989e12, 65536, 228 << 10, 64, 32, 1024),
-        Target("sm_100", "cuda", 100, 32, "B200", 8.0e12, 2250e12, 65536, 228 << 10, 64, 32, 1024),
-        Target("gfx942", "hip", "gfx942", 64, "MI300X", 5.3e12, 1307e12, 131072, 64 << 10, 32, 32, 0),
+        Target("sm_80", "cuda", 80, 32, "A100", 2.039e12, {16: 312e12, 32: 52e12}, 65536, 164 << 10, 64, 32, 1024),
+        Target("sm_90", "cuda", 90, 32, "H100", 3.35e12, {8: 1979e12, 16: 989e12, 32: 165e12}, 65536, 228 << 10, 64, 32, 1024),
+        Target("sm_100", "cuda", 100, 32, "B200", 8.0e12, {8: 4500e12, 16: 2250e12, 32: 375e12}, 65536, 228 << 10, 64, 32, 1024),
+        Target("gfx942", "hip", "gfx942", 64, "MI300X", 5.3e12, {16: 1307e12, 32: 163e12}, 131072, 64 << 10, 32, 32, 0),
     )
 }

@@ -21,7 +21,10 @@ FOLDER = Path(__file__).parents[1]
 
 def report(ops: Sequence[str] = TRITON_OPS, targets: Sequence[str] = tuple(TARGETS)) -> list[Row]:
     """One row per launch and target, in the order of ops, cases, launches, targets."""
-    jobs = [(op, number, target) for op in ops for number in range(len(list(_launches(op)))) for target in targets]
+    jobs = []
+    for op in ops:
+        for number, (case, _, _) in enumerate(_launches(op)):
+            jobs += [(op, number, target) for target in targets if target in (case.targets or targets)]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         return list(pool.map(_row, jobs, chunksize=4))
 
@@ -56,7 +59,7 @@ def _row(job: tuple[str, int, str]) -> Row:
         "case_bytes_moved": moved,
         "case_bytes_minimum": case.minimum,
         "flops": case.flops,
-        "roofline_us": round(target.seconds(moved, case.flops) * 1e6, 1),
+        "roofline_us": round(target.seconds(moved, case.flops, case.bits) * 1e6, 1),
     }
 
 
@@ -69,7 +72,8 @@ def config(launch: Launch) -> str:
 def digest() -> str:
     """SHA-256 over what decides the rows: the kernels, the launching and the reading of them."""
     reading = [FOLDER / "report" / name for name in ("compile.py", "hardware.py", "table.py")]
-    files = sorted([*FOLDER.glob("*/kernel.py"), *reading, FOLDER / "launch.py"])
+    kernels = [file for file in FOLDER.glob("*/*.py") if b"@triton.jit" in file.read_bytes()]
+    files = sorted([*kernels, *reading, FOLDER / "launch.py"])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

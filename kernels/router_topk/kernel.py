@@ -1,11 +1,13 @@
 """The routing in Triton: scores, biased top-k, gates, counts, z-loss and balance statistics in one pass; see README.md.
 
-N tokens, E experts, K experts per token. Sums over tokens leave one partial row per program, which torch adds up: no atomics.
+N tokens, E experts, K experts per token, G groups of experts. Sums over tokens leave one partial row per program, which torch adds
+up: no atomics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hybridtrain.kernels.launch import Case, ceil_div, launch, num_bytes, partials, row_tile
-from hybridtrain.kernels.router_topk.reference import Routing
+from hybridtrain.kernels.router_topk.reference import Routing, Rule
 
 
 @triton.jit
@@ -34,10 +36,31 @@ def _scores(logits, real, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
+def _within_best_groups(
+    rank, cols, size, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """`rank` with -inf outside the groups, each of `size` columns, whose two highest ranks have the greatest sums."""
+    groups = tl.arange(0, BLOCK_G)
+    best = tl.full([BLOCK_N, BLOCK_G], float("-inf"), dtype=tl.float32)
+    for group in range(GROUPS):
+        inside = tl.where((cols // size == group)[None, :], rank, float("-inf"))
+        total = tl.max(inside, 1)
+        if size > 1:
+            total += tl.max(tl.where(cols[None, :] == tl.argmax(inside, 1)[:, None], float("-inf"), inside), 1)
+        best = tl.where((groups == group)[None, :], total[:, None], best)
+    allowed = rank != rank
+    for _ in range(TOP_GROUPS):
+        taken = tl.argmax(best, 1)
+        allowed = allowed | ((cols // size)[None, :] == taken[:, None])
+        best = tl.where(groups[None, :] == taken[:, None], float("-inf"), best)
+    return tl.where(allowed, rank, float("-inf"))
+
+
+@triton.jit
 def _forward_kernel(
-    logits_ptr, bias_ptr, experts_ptr, gates_ptr, counts_ptr, shares_ptr, sums_ptr, N, E, scale, tiles,
+    logits_ptr, bias_ptr, experts_ptr, gates_ptr, counts_ptr, shares_ptr, sums_ptr, N, E, scale, tiles, size,
     K: tl.constexpr, BLOCK_K: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     cols, places = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
@@ -55,6 +78,9 @@ def _forward_kernel(
         entropy -= tl.where(tokens, tl.sum(tl.where(shares > 0, shares * tl.log(tl.where(shares > 0, shares, 1.0)), 0.0), 1), 0.0)
         shares_sum += tl.sum(tl.where(tokens[:, None], shares, 0.0), 0)
         rank = tl.where(real, scores + bias[None, :], float("-inf"))
+        rank = tl.where(rank == rank, rank, float("-inf"))  # a logit that is no number must not choose an expert that is none
+        if GROUPS > 1:
+            rank = _within_best_groups(rank, cols, size, GROUPS, TOP_GROUPS, BLOCK_G, BLOCK_N)
         experts = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.int32)
         gates = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
         for i in range(K):
@@ -114,7 +140,7 @@ def _backward_kernel(
 
 
 def _forward(
-    logits_NE: Tensor, bias_E: Tensor, k: int, softmax: bool, normalize: bool, scale: float
+    logits_NE: Tensor, bias_E: Tensor, k: int, softmax: bool, normalize: bool, scale: float, groups: int, top_groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, E = logits_NE.shape
     tile, warps = row_tile(E, elements=1024)
@@ -122,9 +148,10 @@ def _forward(
     experts, gates = logits_NE.new_empty(N, k, dtype=torch.int64), logits_NE.new_empty(N, k)
     counts, shares = logits_NE.new_empty(programs, E, dtype=torch.int32), logits_NE.new_empty(programs, E)
     sums = logits_NE.new_empty(programs, 2)
+    limits = {"GROUPS": groups, "TOP_GROUPS": top_groups, "BLOCK_G": triton.next_power_of_2(groups)}
     launch(
-        _forward_kernel, (programs,), logits_NE, bias_E, experts, gates, counts, shares, sums, N, E, scale, tiles,
-        constants={"K": k, "BLOCK_K": triton.next_power_of_2(k), "SOFTMAX": softmax, "NORMALIZE": normalize, **tile},
+        _forward_kernel, (programs,), logits_NE, bias_E, experts, gates, counts, shares, sums, N, E, scale, tiles, E // groups,
+        constants={"K": k, "BLOCK_K": triton.next_power_of_2(k), "SOFTMAX": softmax, "NORMALIZE": normalize, **limits, **tile},
         num_warps=warps,
     )  # fmt: skip
     totals = sums.sum(0)
@@ -153,7 +180,7 @@ _op_backward = custom_op("hybridtrain::router_topk_backward", _backward, mutates
 
 @_op.register_fake
 def _(
-    logits_NE: Tensor, bias_E: Tensor, k: int, softmax: bool, normalize: bool, scale: float
+    logits_NE: Tensor, bias_E: Tensor, k: int, softmax: bool, normalize: bool, scale: float, groups: int, top_groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, E = logits_NE.shape
     new, whole = logits_NE.new_empty, torch.int64
@@ -169,7 +196,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits_NE, _, _, *ctx.options = inputs
+    logits_NE, _, _, *ctx.options = inputs[:6]
     _, experts, counts, _, _, entropy = output
     ctx.mark_non_differentiable(experts, counts, entropy)
     ctx.save_for_backward(logits_NE, experts)
@@ -177,27 +204,35 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradients(ctx: Any, grad_gates: Tensor, _: Tensor, __: Tensor, grad_shares: Tensor, grad_z: Tensor, ___: Tensor) -> Any:
     grads = (grad_gates.contiguous(), grad_shares.contiguous(), grad_z.contiguous())
-    return _op_backward(*grads, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+    return _op_backward(*grads, *ctx.saved_tensors, *ctx.options), *[None] * 7
 
 
 _op.register_autograd(_gradients, setup_context=_setup)
 
 
-def router_topk(logits_NE: Tensor, bias_E: Tensor, k: int, score: str, normalize: bool, scale: float) -> Routing:
-    """As reference.router_topk, for float32 logits; of equal scores the first is taken. Raises ValueError for k > E."""
-    if k > logits_NE.size(1):
-        raise ValueError(f"k={k} experts of {logits_NE.size(1)}; it may be 1 to {logits_NE.size(1)}")
-    gates, experts, *rest = _op(logits_NE.contiguous(), bias_E, k, score == "softmax", normalize, scale)
+def router_topk(logits_NE: Tensor, bias_E: Tensor, rule: Rule) -> Routing:
+    """As reference.router_topk, for float32 logits; of equal scores the first is taken.
+
+    Raises ValueError where the rule does not fit the number of experts.
+    """
+    E, k, groups = logits_NE.size(1), rule.top_k, rule.num_groups
+    if E % groups or not 0 < rule.top_groups <= groups or k > E // groups * rule.top_groups:
+        raise ValueError(f"k={k} experts of {rule.top_groups} of {groups} groups do not fit {E} experts")
+    options = (k, rule.score == "softmax", rule.normalize, rule.scale, groups, rule.top_groups)
+    gates, experts, *rest = _op(logits_NE.contiguous(), bias_E, *options)
     return Routing(experts, gates, *rest)
 
 
 def cases() -> Iterator[Case]:
-    """256 experts, eight a token, as in DeepSeek-V3 without its groups."""
+    """256 experts, eight a token, as in DeepSeek-V3, with its groups and without."""
     N, E, K = 65536, 256, 8
     logits = torch.empty(N, E, device="meta")
     bias, gates, experts = logits.new_empty(E), logits.new_empty(N, K), logits.new_empty(N, K, dtype=torch.int64)
     shape = f"N={N} E={E} K={K} sigmoid"
     pairs = num_bytes(gates, experts)
-    yield Case("router_topk", f"forward {shape}", lambda: _forward(logits, bias, K, False, True, 1.0), num_bytes(logits) + pairs)
-    back = lambda: _backward(gates, bias, bias[0], logits, experts, False, True, 1.0)  # noqa: E731
+    for groups, top_groups in ((1, 1), (8, 4)):
+        run = partial(_forward, logits, bias, K, False, True, 1.0, groups, top_groups)
+        limits = f", {top_groups} of {groups} groups" if groups > 1 else ""
+        yield Case("router_topk", f"forward {shape}{limits}", run, num_bytes(logits) + pairs)
+    back = partial(_backward, gates, bias, bias[0], logits, experts, False, True, 1.0)
     yield Case("router_topk", f"backward {shape}", back, 2 * num_bytes(logits) + pairs)

@@ -1,4 +1,4 @@
-"""The definition of the routing of tokens to experts. N tokens, E experts, K experts per token; float32."""
+"""The definition of the routing of tokens to experts. N tokens, E experts, K experts per token, G groups of experts; float32."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Rule(NamedTuple):
+    """How logits become experts and gates."""
+
+    top_k: int
+    score: str  # softmax or sigmoid
+    normalize: bool  # the gates of a token sum to one,
+    scale: float  # times this
+    num_groups: int = 1  # equal groups of neighbouring experts,
+    top_groups: int = 1  # of which a token may choose from so many
 
 
 class Routing(NamedTuple):
@@ -19,19 +30,34 @@ class Routing(NamedTuple):
     entropy: Tensor  # sum of the shares' entropies, in nats; without gradient
 
 
-def router_topk(logits_NE: Tensor, bias_E: Tensor, k: int, score: str, normalize: bool, scale: float) -> Routing:
+def router_topk(logits_NE: Tensor, bias_E: Tensor, rule: Rule) -> Routing:
     """Scores are a softmax or sigmoids of the logits; the bias shifts the selection and never the gates (arXiv 2408.15664)."""
-    scores_NE = logits_NE.softmax(-1) if score == "softmax" else logits_NE.sigmoid()
-    experts_NK = (scores_NE.detach() + bias_E).topk(k, -1).indices
+    scores_NE = logits_NE.softmax(-1) if rule.score == "softmax" else logits_NE.sigmoid()
+    experts_NK = select(scores_NE.detach() + bias_E, rule)
     gates_NK = scores_NE.gather(1, experts_NK)
-    if normalize:
+    if rule.normalize:
         gates_NK = gates_NK / gates_NK.sum(-1, keepdim=True).clamp_min(1e-20)
-    shares_NE = scores_NE if score == "softmax" else scores_NE / scores_NE.sum(-1, keepdim=True)
+    shares_NE = scores_NE if rule.score == "softmax" else scores_NE / scores_NE.sum(-1, keepdim=True)
+    sizes_NE = shares_NE.detach()
     return Routing(
         experts_NK,
-        gates_NK * scale,
+        gates_NK if rule.scale == 1 else gates_NK * rule.scale,
         torch.bincount(experts_NK.reshape(-1), minlength=logits_NE.size(1)),
         shares_NE.sum(0),
         logits_NE.logsumexp(-1).square().sum(),
-        torch.special.entr(shares_NE.detach()).sum(),
+        -(sizes_NE * sizes_NE.clamp_min(torch.finfo(sizes_NE.dtype).tiny).log()).sum(),
     )
+
+
+def select(biased_NE: Tensor, rule: Rule) -> Tensor:
+    """The experts of the highest biased scores, within the best groups (DeepSeek-V3, arXiv 2412.19437).
+
+    A group's score is the sum of its two highest biased scores.
+    """
+    if rule.num_groups > 1:
+        grouped_NGX = biased_NE.unflatten(1, (rule.num_groups, -1))
+        score_NG = grouped_NGX.topk(min(2, grouped_NGX.size(2)), -1).values.sum(-1)
+        best_NG = score_NG.topk(rule.top_groups, -1).indices
+        barred_NG = torch.ones_like(score_NG, dtype=torch.bool).scatter_(1, best_NG, False)
+        biased_NE = grouped_NGX.masked_fill(barred_NG[:, :, None], -torch.inf).flatten(1)
+    return biased_NE.topk(rule.top_k, -1).indices

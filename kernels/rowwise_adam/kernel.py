@@ -17,12 +17,20 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hybridtrain.kernels.launch import Case, ceil_div, launch, num_bytes, row_tile
+from hybridtrain.kernels.rowwise_adam.reference import Step
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
 
 
 @triton.jit
 def _step_kernel(
     table_ptr, v_ptr, last_ptr, rows_ptr, grad_ptr, decay_ptr, N, D, step, lr, eps, log2_high, log2_low, gain, correction, seed,
-    DECAY: tl.constexpr, ROUND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    first_row, DECAY: tl.constexpr, ROUND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     places = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
@@ -42,7 +50,8 @@ def _step_kernel(
         weights *= tl.exp(owed).to(tl.float32)[:, None]
     weights -= (lr / (tl.sqrt(v / correction) + eps))[:, None] * grad
     if ROUND:
-        noise = tl.randint(seed, (places.to(tl.int32) * D)[:, None] + cols[None, :]).to(tl.uint32, bitcast=True) & 0xFFFF
+        key = ((first_row + rows) * D).to(tl.uint32)[:, None] + cols.to(tl.uint32)[None, :]
+        noise = _mix(_mix(key) ^ seed) >> 16
         bits = (weights.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
         weights = tl.where(weights == weights, bits.to(tl.float32, bitcast=True), weights)
     tl.store(table_ptr + at, weights.to(table_ptr.dtype.element_ty), mask=inside)
@@ -52,7 +61,7 @@ def _step_kernel(
 
 def _step(
     table_RD: Tensor, v_R: Tensor, last_R: Tensor, rows_N: Tensor, grad_ND: Tensor, decay: Tensor | None,
-    step: int, lr: float, eps: float, beta2: float, gain: float, correction: float, seed: int,
+    step: int, lr: float, eps: float, beta2: float, gain: float, correction: float, seed: int, first_row: int,
 ) -> None:  # fmt: skip
     N, D = grad_ND.shape
     tile, warps = row_tile(D, elements=1024)
@@ -61,7 +70,7 @@ def _step(
     touched = N * (2 * D * table_RD.element_size() + 2 * 8)
     launch(
         _step_kernel, (ceil_div(N, tile["BLOCK_N"]),), table_RD, v_R, last_R, rows_N, grad_ND, decay,
-        N, D, step, lr, eps, high, log2 - high if math.isfinite(log2) else 0.0, gain, correction, seed,
+        N, D, step, lr, eps, high, log2 - high if math.isfinite(log2) else 0.0, gain, correction, seed, first_row,
         constants={"DECAY": decay is not None, "ROUND": table_RD.dtype == torch.bfloat16, **tile}, num_warps=warps,
         traffic=touched + num_bytes(grad_ND, rows_N) + (8 * N if decay is not None else 0),
     )  # fmt: skip
@@ -73,23 +82,16 @@ _op = custom_op("hybridtrain::rowwise_adam", _step, mutates_args=("table_RD", "v
 @_op.register_fake
 def _(
     table_RD: Tensor, v_R: Tensor, last_R: Tensor, rows_N: Tensor, grad_ND: Tensor, decay: Tensor | None,
-    step: int, lr: float, eps: float, beta2: float, gain: float, correction: float, seed: int,
+    step: int, lr: float, eps: float, beta2: float, gain: float, correction: float, seed: int, first_row: int,
 ) -> None:  # fmt: skip
     return None
 
 
 def rowwise_adam(
-    table_RD: Tensor, v_R: Tensor, last_R: Tensor, rows_N: Tensor, grad_ND: Tensor, decay: Tensor | None,
-    *, step: int, lr: float, eps: float, beta2: float, gain: float, correction: float, seed: int,
-) -> None:  # fmt: skip
-    """Update the rows, unique int64 [N], in place; see reference.py. bfloat16 tables are rounded stochastically by `seed`.
-
-    v_R float32, last_R int32, grad_ND any float, decay float64 [step + 1 or more]. beta2 1, gain 1, correction 1 is Adagrad.
-    """
-    _op(
-        table_RD, v_R, last_R, rows_N.contiguous(), grad_ND.contiguous(), decay,
-        step, lr, eps, beta2, gain, correction, seed,
-    )  # fmt: skip
+    table_RD: Tensor, v_R: Tensor, last_R: Tensor, rows_N: Tensor, grad_ND: Tensor, decay: Tensor | None, step: Step
+) -> None:
+    """As op.rowwise_adam; grad_ND any float."""
+    _op(table_RD, v_R, last_R, rows_N.contiguous(), grad_ND.contiguous(), decay, *step)
 
 
 def cases() -> Iterator[Case]:
@@ -102,5 +104,5 @@ def cases() -> Iterator[Case]:
         state = (table, v, last, rows, grad, decay)
         least = 200_000 * (2 * D * dtype.itemsize + 16 + 8 * decayed) + num_bytes(grad, rows)
         name = f"N=200000 D={D} {str(dtype).removeprefix('torch.')}{' with decay' if decayed else ''}"
-        run = partial(_step, *state, 777, 1e-3, 1e-8, 0.95, 0.05, 0.9, 12345)
+        run = partial(_step, *state, 777, 1e-3, 1e-8, 0.95, 0.05, 0.9, 12345, 3_000_000_000)
         yield Case("rowwise_adam", name, run, least)

@@ -18,6 +18,7 @@ from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.evaluate import evaluate
+from hybridtrain.kernels.row_gather.reference import packed_width
 from hybridtrain.metrics import Clock, read_metrics
 from hybridtrain.parallel.mesh import Mesh, make_mesh
 from hybridtrain.parallel.rows import Route, StepPlan
@@ -42,6 +43,7 @@ CASES = {  # by world and name: the ways of memory.fetch, of which "stale" twice
         "two exchanges": ("step overlap", DECAY, "train.micro_batches=2", "memory.exchange_groups=2"),
         "checksum, adagrad": ("step overlap", "memory.optimizer=rowwise_adagrad", "memory.checksum=true"),
         "replicas": ("step overlap stale", DECAY, "parallel.mem=1"),
+        "narrow": ("step overlap", DECAY, "memory.dtype=bfloat16", "memory.wire=float8", "memory.wire_gradients=bfloat16"),
     },
     4: {
         "far": ("step overlap stale", DECAY, "parallel.mem=2", FAR),
@@ -96,7 +98,9 @@ class Rig:
         own = self.parts.mesh.mem.rank
         rows = sum(sum(route.receive) - route.receive[own] for route in routes[mode] if route is not None)
         grads = sum(sum(part.send) - part.send[own] for part in plan.exchanges)
-        return (rows + grads) * 4 * self.settings.memory.head_dim
+        memory, width = self.settings.memory, self.settings.memory.head_dim
+        bytes_of_row = {"exact": 4 * width, "bfloat16": 2 * width, "float8": packed_width(width)}
+        return rows * bytes_of_row[memory.wire] + grads * bytes_of_row[memory.wire_gradients]
 
     def sent(self) -> int:
         entries = self.parts.mesh.traffic.entries()

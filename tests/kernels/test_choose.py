@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels import choose
+from hybridtrain.kernels.rms_norm import op as rms_norm_op
+from hybridtrain.kernels.rms_norm import reference as rms_norm
+from hybridtrain.kernels.swiglu import op as swiglu_op
+from hybridtrain.kernels.swiglu import reference as swiglu
 from hybridtrain.settings import KernelSettings
 from tests.training import ci_settings, make_data
 
 
 def test_every_op_has_a_key_and_every_kernel_is_listed() -> None:
-    assert tuple(KernelSettings.model_fields) == tuple(choose.OPS)
-    for op, known in choose.OPS.items():
+    assert (*KernelSettings.model_fields, "depth_attention") == tuple(choose.OPS)
+    for op in KernelSettings.model_fields:
+        known = choose.OPS[op]
         assert set(KernelSettings.model_fields[op].annotation.__args__) == {"auto", *known}  # type: ignore[union-attr]
     folder = Path(choose.__file__).parent
     assert set(choose.TRITON_OPS) == {path.parent.name for path in folder.glob("*/kernel.py")}
@@ -46,32 +53,63 @@ def test_what_is_missing_is_named_all_at_once(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, data: Path, *overrides: str) -> tuple[float, dict[str, str]]:
-    """(loss of a step, what carried it), on one rank in this process."""
-    from hybridtrain import train as loop
-    from tests.training import loss_curve
-
-    evaluate = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda parts, split, batches: evaluate(parts, split, 1))  # not all of it, interpreted
-
-    small = ["train.steps=1", "train.seq_len=8", "train.global_batch=1", "checkpoint.every=0"]
-    small += ['model.layers=["memory+attention+moe", "attention+dense"]', "model.moe.num_experts=2", "data.vocab_size=1024"]
-    loop.train(ci_settings(folder, data, *small, *overrides))
-    (loss,) = loss_curve(folder)
-    return loss, choose.table()
+def test_fp8_needs_an_nvidia_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(choose.KernelChoiceError, match=r"grouped_mlp=fp8 needs an NVIDIA GPU of compute capability 8.9 or higher"):
+        choose.resolve({"grouped_mlp": "fp8"}, "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert choose.resolve({"grouped_mlp": "fp8"}, "cuda")["grouped_mlp"] == "fp8"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(choose.KernelChoiceError, match="fp8 needs an NVIDIA GPU"):
+        choose.resolve({"grouped_mlp": "fp8"}, "cuda")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_a_run_on_triton_alone_equals_one_on_torch(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = make_data(tmp_path / "data")
-    plain, _ = run(monkeypatch, tmp_path / "torch", data)
-    fused, table = run(monkeypatch, tmp_path / "triton", data, *(f"kernels.{op}=triton" for op in choose.OPS))
+def libraries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands for liger-kernel 0.8.5 and apex, with their signatures; returns the calls made of them, in order, as they come."""
+    calls: list[str] = []
+
+    def liger_rms_norm(X, W, eps, offset=0.0, casting_mode="llama", in_place=True):  # type: ignore[no-untyped-def]
+        calls.append(f"liger_rms_norm {in_place=}")  # in place it would write the gradient over what others may still read
+        return rms_norm.rms_norm(X, W, eps)
+
+    def liger_swiglu(a, b):  # type: ignore[no-untyped-def]
+        calls.append("liger_swiglu")
+        return swiglu.swiglu(a, b)
+
+    def fused_rms_norm_affine(input, weight, normalized_shape, eps=1e-6, memory_efficient=False):  # type: ignore[no-untyped-def]
+        calls.append(f"fused_rms_norm_affine {list(normalized_shape)}")
+        return rms_norm.rms_norm(input, weight, eps)
+
+    modules = {
+        "liger_kernel.transformers.functional": (liger_rms_norm, liger_swiglu),
+        "apex.normalization.fused_layer_norm": (fused_rms_norm_affine,),
+    }
+    for path, functions in modules.items():
+        parts = path.split(".")
+        for length in range(1, len(parts) + 1):
+            module = ModuleType(".".join(parts[:length]))
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        for function in functions:
+            setattr(module, function.__name__, function)
+    return calls
+
+
+def test_a_chosen_library_gets_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = libraries(monkeypatch)
+    x, w, up = torch.randn(3, 8), torch.randn(8), torch.randn(3, 8)
+    wanted = rms_norm.rms_norm(x, w, 1e-6)
+    for how, said in (("liger", "liger_rms_norm in_place=False"), ("apex", "fused_rms_norm_affine [8]")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        table = choose.resolve({"rms_norm": how, "swiglu": "liger"}, "cuda")
+        assert (table["rms_norm"], table["swiglu"]) == (how, "liger")
+        choose.use(table)  # on the CPU, where the ops below are called
+        assert torch.equal(rms_norm_op.rms_norm(x, w, 1e-6), wanted)
+        assert torch.equal(swiglu_op.swiglu(x, up), swiglu.swiglu(x, up))
+        assert calls == [said, "liger_swiglu"]
+        calls.clear()
     choose.use({})
-    assert set(table.values()) == {"triton"}
-    assert fused == pytest.approx(plain, rel=1e-5)
-    assert "op swiglu" in capsys.readouterr().out
 
 
 def test_a_run_refuses_what_is_missing(tmp_path: Path) -> None:

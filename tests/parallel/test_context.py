@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridtrain.kernels.short_conv.op import short_conv
 from hybridtrain.model.attention import attend
 from hybridtrain.model.context import make_context
-from hybridtrain.model.engram import short_conv
 from hybridtrain.model.moe import places_in_line
 from hybridtrain.parallel.context import ContextParallel
 from tests.parallel.groups import mesh_here
@@ -49,16 +49,18 @@ def check(kind: str) -> None:
     for part, whole in zip(mine, (q, k, v), strict=True):
         torch.testing.assert_close(part.grad, whole.grad[:, places])
 
-    x, kernel, grad = randn(SEQUENCES, TOKENS, 6).requires_grad_(), randn(TAPS, 6).requires_grad_(), randn(SEQUENCES, TOKENS, 6)
-    expected = short_conv(x, kernel, DILATION, docs)
+    x, grad = randn(SEQUENCES, TOKENS, 6).requires_grad_(), randn(SEQUENCES, TOKENS, 6)
+    weights = [randn(6).requires_grad_(), randn(TAPS, 6).requires_grad_()]
+    expected = short_conv(x, *weights, docs, DILATION, 1e-6)
     expected.backward(grad)
-    part, own_kernel = here(x), kernel.detach().clone().requires_grad_()
-    out = context.convolve(part, own_kernel, DILATION, docs)
+    part, own = here(x), [w.detach().clone().requires_grad_() for w in weights]
+    out = context.convolve(part, *own, docs, DILATION, 1e-6)
     out.backward(grad[:, places])
     torch.testing.assert_close(out, expected[:, places])
     torch.testing.assert_close(part.grad, x.grad[:, places])
-    torch.distributed.all_reduce(own_kernel.grad)
-    torch.testing.assert_close(own_kernel.grad, kernel.grad)
+    for mine, whole in zip(own, weights, strict=True):
+        torch.distributed.all_reduce(mine.grad)
+        torch.testing.assert_close(mine.grad, whole.grad)
 
 
 def check_places() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridtrain.kernels import choose
 from hybridtrain.model.moe import DROPPED, GroupedExperts, LocalDispatch
 from hybridtrain.model.router import Router
 from hybridtrain.parallel import collectives
@@ -153,6 +155,10 @@ def check_all(node_sizes: list[int]) -> None:
     for node_size in node_sizes:
         for choice in CHOICES:
             check_dispatch(choice, node_size)
+        if importlib.util.find_spec("triton") is not None:
+            choose.use({"permute": "triton"})
+            check_dispatch(partly_dropped, node_size)
+            choose.use({})
 
 
 @pytest.mark.parametrize(("size", "node_sizes"), [(2, [0, 1]), (4, [0, 1, 2])])
@@ -172,7 +178,7 @@ def check_group_limits(node_size: int, top_k: int, most: int) -> None:
         experts_NK, gates_NK = router(x_ND)
         trip = Trip.depart(mesh.ep_levels[0], EXPERTS, x_ND, experts_NK, gates_NK, "MoE", 0)
         trip.arrive()
-        visits.append(int(torch.bincount(trip.token_P).max()))
+        visits.append(int(torch.bincount(trip.order_P // top_k).max()))
     assert visits == [most, min(top_k, 4 // node_size)]
 
 

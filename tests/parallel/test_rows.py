@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridtrain.kernels.row_gather.op import pack, unpack
 from hybridtrain.parallel import rows as module
 from hybridtrain.parallel.collectives import Group, gather_objects
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.rows import ExchangeError, RowExchange, RowPlanner, StepPlan, checked_all_to_all
+from hybridtrain.parallel.rows import ExchangeError, RowExchange, RowPlanner, StepPlan, Wires, checked_all_to_all
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
 
@@ -159,6 +160,41 @@ def check_replicas() -> None:
 
 def test_replicas_stay_bitwise_equal() -> None:
     run_on_ranks(check_replicas, 4)
+
+
+def check_wires() -> None:
+    """Narrow rows arrive as one rank alone would see them, and narrow gradients are added up after they arrived."""
+    mesh = mesh_here(mem=2)
+    bounds, ids = mesh.layout.row_bounds(37), scattered(mesh.rank, 37)
+    low, high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
+    whole = torch.randn(37, WIDTH, generator=torch.Generator().manual_seed(5))
+    planner = RowPlanner(bounds, *mesh.planning_groups("plan"), mesh.device)
+    (part,) = (plan := planner.plan(ids)).exchanges
+    unique = ids.unique()
+    grad_UD = torch.randn(len(unique), WIDTH, generator=torch.Generator().manual_seed(mesh.rank))
+    for wires, row_bytes in ((Wires("float8", "bfloat16"), (16, 2 * WIDTH)), (Wires("bfloat16", "float8"), (2 * WIDTH, 16))):
+
+        def seen(x: Tensor, wire: str) -> Tensor:
+            return unpack(pack(x, None, wire), WIDTH, wire)
+
+        exchange = RowExchange(whole[low:high].clone(), mesh.mem, mesh.mem_replicate, checksum=False, wires=wires)
+        before = mesh.traffic.entries()
+        assert torch.equal(exchange.fetch(part), seen(whole[unique], wires.rows))
+        arrived = exchange.complete(part, exchange.begin(part, exchange.table[part.wanted_Q]))
+        assert torch.equal(arrived, seen(whole[unique], wires.rows))
+        total_ND = torch.zeros(len(plan.touched_N), WIDTH)
+        exchange.push(part, grad_UD, total_ND)
+        everything = torch.zeros_like(whole)
+        for numbers, grads in gather_objects((unique, seen(grad_UD, wires.gradients)), mesh.world):
+            everything.index_add_(0, numbers, grads)
+        assert torch.equal(total_ND, everything[low:high][plan.touched_N])
+        own = mesh.mem.rank
+        rows, grads = sum(part.receive) - part.receive[own], sum(part.send) - part.send[own]
+        assert spent(mesh, "mem", before) == (3, 2 * rows * row_bytes[0] + grads * row_bytes[1])
+
+
+def test_rows_and_gradients_on_narrow_wires() -> None:
+    run_on_ranks(check_wires, 2)
 
 
 def message(act: Callable[[], Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.config import load_settings
 from hybridtrain.data.batches import Batch
-from hybridtrain.model.engram import short_conv
+from hybridtrain.kernels import choose
+from hybridtrain.kernels.short_conv.op import short_conv
 from hybridtrain.model.moe import places_in_line
 from hybridtrain.parallel.apply import materialize, write_local
 from hybridtrain.parallel.layout import Layout
@@ -89,6 +91,15 @@ def vocabulary(mesh: Mesh) -> None:
     torch.testing.assert_close(h_BSD.grad, part(full(whole_BTD.grad), mesh))
     torch.testing.assert_close(full(weight.grad), whole_VD.grad)
     torch.testing.assert_close(VocabularyLogits(mesh.tp)(h_BSD, weight), h_BTD @ weight_VD.T)
+    if find_spec("triton") is not None:
+        choose.use({"cross_entropy": "triton"})
+        again_BSD, again = h_BSD.detach().requires_grad_(), nn.Parameter(weight.detach())
+        fused = VocabularyLoss(mesh.tp)(again_BSD, again, targets_BT)
+        (3 * fused).backward()
+        choose.use({})
+        torch.testing.assert_close(fused, loss)
+        torch.testing.assert_close(again_BSD.grad, h_BSD.grad)
+        torch.testing.assert_close(full(again.grad), full(weight.grad))
     huge = VocabularyLoss(mesh.tp)(h_BSD * 1e4, weight, targets_BT)
     assert torch.isfinite(huge)  # every exponent is taken below the greatest logit of all ranks
 
@@ -105,19 +116,20 @@ def vocabulary(mesh: Mesh) -> None:
 
 def convolution(mesh: Mesh) -> None:
     """Taps reach over the borders of the shards, and over more than one of them."""
-    x_BTD, kernel_JD = drawn(0, B, T, D), drawn(1, 4, D)
+    x_BTD, drawn_weights = drawn(0, B, T, D), (drawn(2, D), drawn(1, 4, D))
     documents_BT = torch.tensor([0] * 5 + [1] * 7).expand(B, T)
     for documents in (None, documents_BT):
-        x_BSD, kernel = part(x_BTD, mesh).clone().requires_grad_(), kernel_JD.clone().requires_grad_()
-        whole, whole_kernel = x_BTD.clone().requires_grad_(), kernel_JD.clone().requires_grad_()
-        out_BSD = SequenceConvolution(short_conv, mesh.tp)(x_BSD, kernel, 3, documents)
-        reference_BTD = short_conv(whole, whole_kernel, 3, documents)
+        x_BSD, own = part(x_BTD, mesh).clone().requires_grad_(), [w.clone().requires_grad_() for w in drawn_weights]
+        whole, weights = x_BTD.clone().requires_grad_(), [w.clone().requires_grad_() for w in drawn_weights]
+        out_BSD = SequenceConvolution(short_conv, mesh.tp)(x_BSD, *own, documents, 3, 1e-6)
+        reference_BTD = short_conv(whole, *weights, documents, 3, 1e-6)
         assert torch.equal(out_BSD, part(reference_BTD, mesh))
         out_BSD.square().sum().backward()
         reference_BTD.square().sum().backward()
         torch.testing.assert_close(x_BSD.grad, part(full(whole.grad), mesh))
-        sum_over_tp([kernel], mesh.tp)
-        torch.testing.assert_close(kernel.grad, whole_kernel.grad)
+        sum_over_tp(own, mesh.tp)
+        for mine, theirs in zip(own, weights, strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def lines_before_experts(mesh: Mesh) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.model.engram import EngramMemory, short_conv
+from hybridtrain.model.engram import EngramMemory
 from hybridtrain.settings import Settings
 
 B, T, DIM, SLOTS, WIDTH = 2, 20, 12, 6, 5
@@ -76,11 +76,6 @@ def test_a_zero_convolution_adds_nothing() -> None:
     torch.nn.init.zeros_(memory.conv)
     h, rows = torch.randn(B, T, DIM), torch.randn(B, T, SLOTS, WIDTH)
     assert torch.equal(memory(h, rows, None), plain(h, rows, None))
-
-
-def test_convolution_longer_than_the_sequence() -> None:
-    x, kernel = torch.randn(1, 2, DIM), torch.randn(4, DIM)
-    torch.testing.assert_close(short_conv(x, kernel, 3, None), x * kernel[-1])
 
 
 def test_gate_statistics() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridtrain.kernels.cross_entropy import reference
+from hybridtrain.kernels import choose
+from hybridtrain.kernels.cross_entropy import op, reference
 from hybridtrain.kernels.linear_cross_entropy import reference as linear
 from hybridtrain.kernels.testing import check
 
@@ -40,6 +41,27 @@ def test_shards_of_a_vocabulary_join() -> None:
 
     # a shard's softmax is scaled to the whole: two exponentials where the definition has one
     check(in_three, lambda x: reference.cross_entropy_sum(x, targets, -100), [logits], times=8.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_as_torch_makes_them(dtype: torch.dtype) -> None:
+    logits, targets = (4 * torch.randn(63, 60)).to(dtype), torch.randint(0, 200, (63,))
+    targets[::7] = -100
+    scale = torch.rand(63)
+    sums = [torch.stack([m + s.log(), picked]) for m, s, picked in run_both(op.partial_sums, logits, targets, 70)]
+    torch.testing.assert_close(*sums)
+    normalizer = sums[0][0] + 1
+    torch.testing.assert_close(*run_both(op.partial_gradient, logits, targets, 70, normalizer, scale))
+
+
+def run_both(function, logits, *rest):  # type: ignore[no-untyped-def]
+    """By torch and by Triton."""
+    results = []
+    for how in ("torch", "triton"):
+        choose.use({"cross_entropy": how}, logits.device.type)
+        results.append(function(logits.clone(), *rest))
+    choose.use({})
+    return results
 
 
 @pytest.mark.parametrize("rows", [16, 4096])

@@ -21,14 +21,9 @@ def test_gate(N: int, M: int, D: int, dtype: torch.dtype) -> None:
     check(kernel.engram_gate, reference.engram_gate, inputs(N, M, D, dtype), 1e-6, 0.01)
 
 
-def test_gates_and_the_model() -> None:
-    from hybridtrain.model.engram import gate
-
-    tensors = inputs(9, 1, 24)
-    out, g = kernel.engram_gate(*tensors, 1e-6, 1e-6)
-    torch.testing.assert_close(g, reference.engram_gate(*tensors, 1e-6, 1e-6)[1])
-    h, k = (torch.nn.functional.rms_norm(x[:, 0], (24,), w[0], 1e-6) for x, w in zip(tensors[:2], tensors[3:], strict=True))
-    torch.testing.assert_close(out[:, 0], gate(h[None], k[None], 1e-6)[0] * tensors[2])
+def test_gates() -> None:
+    tensors = inputs(9, 2, 24)
+    torch.testing.assert_close(kernel.engram_gate(*tensors, 1e-6, 1e-6)[1], reference.engram_gate(*tensors, 1e-6, 1e-6)[1])
 
 
 def test_no_agreement_at_all_has_no_slope() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -25,17 +27,18 @@ def test_equals_the_definition(B: int, T: int, boundary: str, orders: tuple[int,
     tokens, starts = torch.randint(0, 500, (B, T)), torch.rand(B, T) < 0.2
     with poisoned():
         out = kernel.row_ids(a, tokens, starts)
-    assert np.array_equal(out.numpy(), reference.row_ids(a, tokens.numpy(), starts.numpy()))
+    assert np.array_equal(out.cpu().numpy(), reference.row_ids(a, tokens.cpu().numpy(), starts.cpu().numpy()))
 
 
 def test_a_document_per_token() -> None:
     tokens, starts = torch.randint(0, 500, (2, 40)), torch.ones(2, 40, dtype=torch.bool)
     out = kernel.row_ids(addressing(), tokens, starts)
-    assert np.array_equal(out.numpy(), reference.row_ids(addressing(), tokens.numpy(), starts.numpy()))
+    assert np.array_equal(out.cpu().numpy(), reference.row_ids(addressing(), tokens.cpu().numpy(), starts.cpu().numpy()))
 
 
 def test_a_million_tokens_equal_the_torch_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "BLOCK_N", 1 << 15)
+    if os.environ["TRITON_INTERPRET"] == "1":  # fewer programs, one after the other
+        monkeypatch.setattr(kernel, "BLOCK_N", 1 << 15)
     a = addressing(heads=2)
     tokens, starts = torch.randint(0, 500, (4, 250_000)), torch.rand(4, 250_000) < 0.01
     assert torch.equal(kernel.row_ids(a, tokens, starts), op.row_ids(a, tokens, starts))
@@ -47,7 +50,7 @@ def test_products_that_wrap() -> None:
     wrapping = Addressing(a.layers, a.orders, a.heads, huge, a.primes, a.compression, a.pad_id, a.boundary)
     tokens, starts = torch.randint(0, 500, (2, 63)), torch.rand(2, 63) < 0.2
     out = kernel.row_ids(wrapping, tokens, starts)
-    assert np.array_equal(out.numpy(), reference.row_ids(wrapping, tokens.numpy(), starts.numpy()))
+    assert np.array_equal(out.cpu().numpy(), reference.row_ids(wrapping, tokens.cpu().numpy(), starts.cpu().numpy()))
 
 
 def test_op_is_a_torch_op() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,9 +47,28 @@ def test_nothing_spills() -> None:
     assert [name(row) for row in ROWS if row["spill_bytes"]] == []
 
 
+def test_every_kernel_is_in_the_report() -> None:
+    written = set()
+    for file in (ROOT / "kernels").glob("*/*.py"):
+        text = file.read_text(encoding="utf-8")
+        written |= {(file.parent.name, kernel) for kernel in re.findall(r"@triton\.jit\ndef _(\w+)_kernel\(", text)}
+    assert len(written) > 20
+    for target in ("sm_90", "sm_100"):
+        assert written == {(row["op"], row["kernel"]) for row in ROWS if row["target"] == target}
+
+
+def test_fp8_is_compiled_where_it_exists() -> None:
+    rows = [row for row in ROWS if row["op"] == "grouped_mlp" and "fp8" in row["config"]]
+    assert {row["target"] for row in rows} == {"sm_90", "sm_100"}
+    for row in rows:
+        other = [r for r in ROWS if r["case"] == row["case"].replace("fp8", "bfloat16") and r["target"] == row["target"]]
+        assert 0.4 < row["roofline_us"] / other[0]["roofline_us"] < 0.6, name(row)
+
+
 def test_memory_bound_kernels_move_128_bits_at_a_time() -> None:
     rows = [row for row in ROWS if row["bound"] == "memory" and row["target"] in NVIDIA]
     assert [name(row) for row in rows if row["load_bits"] < 128] == []
+    assert [name(row) for row in rows if row["wide_share"] < 0.5] == []  # the rest are one number a row, and indices
     narrow = {(row["op"], row["kernel"]) for row in rows if row["store_bits"] < 128}
     assert narrow <= SMALL_OUTPUTS
 
@@ -73,6 +93,7 @@ def test_occupancy_by_hand() -> None:
     assert a100.occupancy(32, 96 << 10, 8) == 0.125  # one block of 97 KiB in 164
     assert a100.seconds(2_039_000_000, 0) == pytest.approx(1e-3)
     assert a100.seconds(0, 312_000_000_000) == pytest.approx(1e-3)
+    assert TARGETS["sm_90"].seconds(0, 1_979_000_000_000, 8) == pytest.approx(1e-3)
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,9 @@ def test_rope(B: int, T: int, H: int, C: int, dtype: torch.dtype) -> None:
 
 def test_equals_torchs_form() -> None:
     x, turn = torch.randn(2, 9, 3, 16), rotation(9, 16)
-    torch.testing.assert_close(kernel.rope(x, turn), op.rope(x, torch.view_as_complex(turn.view(9, 8, 2))))
+    complex_turn, weight = torch.view_as_complex(turn.view(9, 8, 2)), torch.randn(16)
+    torch.testing.assert_close(kernel.rope(x, turn), op.rope(x, complex_turn))
+    torch.testing.assert_close(kernel.rope(x, turn, weight, 1e-6), op.rope(x, complex_turn, weight, 1e-6))
 
 
 def test_a_program_sums_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

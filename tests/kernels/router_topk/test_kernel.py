@@ -6,25 +6,29 @@ import pytest
 import torch
 
 from hybridtrain.kernels.router_topk import reference
+from hybridtrain.kernels.router_topk.reference import Rule
 from hybridtrain.kernels.testing import check, poisoned
 
 kernel = pytest.importorskip("hybridtrain.kernels.router_topk.kernel", reason="needs triton", exc_type=ImportError)
 
 
-@pytest.mark.parametrize(("N", "E", "k"), [(1, 6, 1), (63, 60, 4), (257, 100, 3)])
+@pytest.mark.parametrize(
+    ("N", "E", "k", "groups"),
+    [(1, 6, 1, (1, 1)), (63, 60, 4, (1, 1)), (257, 100, 3, (5, 2)), (63, 60, 4, (6, 1)), (9, 8, 2, (8, 3))],
+)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_router(N: int, E: int, k: int, score: str, normalize: bool) -> None:
-    logits, bias = 2 * torch.randn(N, E), 0.1 * torch.randn(E)
+def test_router(N: int, E: int, k: int, groups: tuple[int, int], score: str, normalize: bool) -> None:
+    logits, bias, rule = 2 * torch.randn(N, E), 0.1 * torch.randn(E), Rule(k, score, normalize, 2.5, *groups)
     with poisoned():
-        mine = kernel.router_topk(logits, bias, k, score, normalize, 2.5)
-    plain = reference.router_topk(logits, bias, k, score, normalize, 2.5)
+        mine = kernel.router_topk(logits, bias, rule)
+    plain = reference.router_topk(logits, bias, rule)
     assert torch.equal(mine.experts_NK, plain.experts_NK)
     assert torch.equal(mine.counts_E, plain.counts_E)
     torch.testing.assert_close(mine.entropy, plain.entropy, rtol=1e-5, atol=1e-5)
     check(
-        lambda x: tuple(kernel.router_topk(x, bias, k, score, normalize, 2.5)),
-        lambda x: tuple(reference.router_topk(x, bias, k, score, normalize, 2.5)),
+        lambda x: tuple(kernel.router_topk(x, bias, rule)),
+        lambda x: tuple(reference.router_topk(x, bias, rule)),
         [logits],
     )
 
@@ -32,14 +36,32 @@ def test_router(N: int, E: int, k: int, score: str, normalize: bool) -> None:
 def test_one_hot_expert_and_several_tiles_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hybridtrain.kernels.launch.MAX_PROGRAMS", 3)
     logits, bias = torch.randn(257, 16), torch.zeros(16).index_fill(0, torch.tensor(5), 10.0)
-    mine = kernel.router_topk(logits, bias, 2, "softmax", True, 1.0)
+    mine = kernel.router_topk(logits, bias, Rule(2, "softmax", True, 1.0))
     assert mine.counts_E[5] == 257
     assert mine.counts_E.sum() == 2 * 257
     torch.testing.assert_close(mine.shares_E, logits.softmax(-1).sum(0))
     torch.testing.assert_close(mine.z, logits.logsumexp(-1).square().sum())
 
 
-def test_op_is_a_torch_op_and_refuses_too_many_experts() -> None:
-    torch.library.opcheck(kernel._op, (torch.randn(5, 8, requires_grad=True), torch.zeros(8), 2, True, True, 1.0))
-    with pytest.raises(ValueError, match="k=9 experts of 8; it may be 1 to 8"):
-        kernel.router_topk(torch.randn(5, 8), torch.zeros(8), 9, "softmax", True, 1.0)
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_what_is_no_number_chooses_an_expert_that_exists() -> None:
+    logits = torch.full((3, 6), torch.nan)
+    mine = kernel.router_topk(logits, torch.zeros(6), Rule(2, "sigmoid", True, 1.0, 3, 1))
+    assert ((mine.experts_NK >= 0) & (mine.experts_NK < 6)).all()
+    assert mine.gates_NK.isnan().all()
+
+
+def test_no_token() -> None:
+    mine = kernel.router_topk(torch.empty(0, 6), torch.zeros(6), Rule(2, "softmax", True, 1.0))
+    assert mine.experts_NK.shape == (0, 2)
+    assert mine.counts_E.sum() == mine.z == mine.entropy == 0
+
+
+def test_op_is_a_torch_op_and_refuses_a_rule_that_does_not_fit() -> None:
+    logits, bias = torch.randn(5, 8, requires_grad=True), torch.zeros(8)
+    for groups in ((1, 1), (4, 2)):
+        torch.library.opcheck(kernel._op, (logits, bias, 2, True, True, 1.0, *groups))
+    with pytest.raises(ValueError, match="k=9 experts of 1 of 1 groups do not fit 8 experts"):
+        kernel.router_topk(logits, bias, Rule(9, "softmax", True, 1.0))
+    with pytest.raises(ValueError, match="k=2 experts of 1 of 3 groups do not fit 8 experts"):
+        kernel.router_topk(logits, bias, Rule(2, "softmax", True, 1.0, 3, 1))
