@@ -37,6 +37,9 @@ from hybridtrain.parallel.pipeline import Pipeline, StageModule
 from hybridtrain.parallel.schedule import Accumulation, Schedule
 from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages, stage_problems
 from hybridtrain.settings import Settings, layer_specs, memory_layers
+from hybridtrain.spikes import SpikeGuard
+
+_NET_SECONDS = 30  # torch ends a collective this much later than the watchdog, which can say more
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Parts:
     memory: TableMemory | None
     engine: Engine
     positions: torch.Tensor | None  # under cp: the places in the sequence of this rank's tokens
+    guard: SpikeGuard
 
     @property
     def model(self) -> HybridLM:
@@ -150,7 +154,7 @@ def join_world(settings: Settings) -> Mesh:
     if device.type == "cpu":
         keep_freed_memory()
     rendezvous, mixed = os.environ.get(RENDEZVOUS, "env://"), compute_dtype(settings, device) != torch.float32
-    timeout = settings.parallel.timeout
+    timeout = settings.parallel.timeout + _NET_SECONDS
     return make_mesh(layout, rank, device, timeout, rendezvous, table_device(settings, device), always=mixed)
 
 
@@ -258,7 +262,7 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
     layers = tuple(layer for model in stages for layer in model.memory_layers)
     memory = TableMemory(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
     engine = _engine(settings, mesh, here, stages, dtype)
-    return Parts(settings, mesh, vocabulary, tuple(stages), memory, engine, positions)
+    return Parts(settings, mesh, vocabulary, tuple(stages), memory, engine, positions, SpikeGuard(settings.train))
 
 
 def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:

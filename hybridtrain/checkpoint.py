@@ -85,6 +85,8 @@ def load(parts: Parts, path: Path) -> int:
         parts.memory.load_scalars(info["memory_scalars"])
         if parts.settings.memory.fetch == "stale":
             _load_stale(parts.memory, path, no_dist=parts.mesh.world.size == 1)
+    if "guard" in info:
+        parts.guard.load_state(info["guard"])
     return int(info["step"])
 
 
@@ -176,7 +178,8 @@ def _describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "step": step,
-        "sequences": step * parts.settings.train.global_batch,
+        "guard": parts.guard.state(),
+        "sequences": (step + parts.guard.passed_over) * parts.settings.train.global_batch,
         "version": __version__,
         "torch": torch.__version__,
         "layout": parts.mesh.layout.describe(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,9 +141,23 @@ class Report:
         return values
 
     @contextmanager
-    def outside_training(self) -> Iterator[None]:
+    def outside_training(self, phase: str) -> Iterator[None]:
         """Time spent within counts neither as training nor in tokens per second."""
-        yield
+        with self.clock.phase(phase):
+            yield
+        self._mark = time.perf_counter()
+
+    def refused(self, done: int, what: str, action: str, loss: float) -> None:
+        """A step whose update was not made, and what the run does about it."""
+        self.log.write(done, {"refused": action, "refused_loss": loss if math.isfinite(loss) else None})
+        self.log.say(f"step {done:6d}  {what}; {action}")
+        self._mark = time.perf_counter()
+
+    def rolled_back(self, to: int) -> None:
+        """The steps after step `to` are made again: drop what was written of them."""
+        self.log.rewind(to)
+        self._logged_at, self._seconds = to, 0.0
+        self.clock.take()
         self._mark = time.perf_counter()
 
     def validation(self, done: int, values: dict[str, float]) -> None:

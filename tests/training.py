@@ -80,10 +80,10 @@ def train_and_kill(settings: Settings, resume: bool, rank: int, step: int, durin
 
     real_step, real_save = module.train_step, RunFolder.save
 
-    def train_step(parts: Any, number: int, *rest: Any) -> Any:
+    def train_step(parts: Any, number: int, *rest: Any, **named: Any) -> Any:
         if number + 1 == step and parts.mesh.rank == rank and during != "save":
             os.kill(os.getpid(), signal.SIGKILL if during == "step" else signal.SIGTERM)
-        return real_step(parts, number, *rest)
+        return real_step(parts, number, *rest, **named)
 
     def save(folder: Any, parts: Any, done: int) -> None:
         if done == step and parts.mesh.rank == rank and during == "save":
