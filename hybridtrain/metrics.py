@@ -20,7 +20,7 @@ METRICS = "metrics.jsonl"
 class Clock:
     """Seconds spent in named phases since the last `take`. On CUDA by events, so that measuring never waits for the device.
 
-    `step`, `current` and `entered` say where the run stands: step and phase under way, and a number that rises as long as it goes on.
+    `step`, `current` and `entered` say where the run stands: step and phase under way, a number that rises as it goes on.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from hybridtrain.spikes import all_finite
 from hybridtrain.watchdog import Watchdog
 from hybridtrain.weights import start_from
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 Step = tuple[Batch, StepPlan | None]
 
 
@@ -99,6 +101,12 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
             log.close()
     except DispatchMemoryError as error:
         raise TrainingError(str(error)) from error
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        last = checkpoint.latest(Path(settings.run.dir) / "checkpoints")
+        message = f"{error.filename or settings.run.dir}: {error.strerror}; the last good checkpoint is {last or 'none'}"
+        raise TrainingError(message) from error
     finally:
         close_mesh()
 
