@@ -1,4 +1,4 @@
-"""Names who waits for whom where a run stands still, and ends it.
+"""Names who waits for whom where a run stands still, and ends it. docs/reliability.md shows what it says.
 
 A thread of every rank looks whether its main thread goes on: whether it begins collectives (the ledger of
 parallel/collectives.py) and phases of the step (metrics.py). A rank that does neither for most of `timeout` writes down where it
@@ -27,7 +27,7 @@ from hybridtrain.metrics import Clock
 from hybridtrain.parallel.collectives import POINT_TO_POINT, Call, Group
 
 _NOTICED, _SAID = 0.8, 0.9  # shares of the timeout after which a rank writes its record, and ends the run
-_FRAMES, _SHOWN = 4, 8
+_FRAMES, _SHOWN = 6, 8
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def explain(records: Sequence[Record], world: int) -> str:
     first = [rank for rank in late if rank in speaking]
     lines = [_line(speaking[rank]) for rank in [*first, *(r for r in speaking if r not in first)][:_SHOWN]]
     more = [f"  and {len(speaking) - _SHOWN} more"] if len(speaking) > _SHOWN else []
-    stack = [f"stack of rank {rank}'s main thread:\n{speaking[rank].stack}" for rank in first[:1]]
+    stack = [f"stack of rank {rank}'s main thread:\n{speaking[rank].stack}" for rank in [*first, *speaking][:1]]
     return "\n".join([cause, *lines, *more, *stack])
 
 

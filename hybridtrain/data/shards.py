@@ -43,10 +43,9 @@ class Split:
         shard = int(np.searchsorted(self._ends, start, side="right"))
         done = 0
         while done < length:
-            if problems := [p for path, size in self._files[shard] if (p := _size_problem(path, size))]:
-                raise DataError(
-                    "\n".join(f"{self._files[shard][0][0].parent}: {p}; it was there when the run began" for p in problems)
-                )
+            for path, size in self._files[shard]:
+                if problem := _size_problem(path, size):
+                    raise DataError(f"{path.parent}: {problem}; it was whole when the run began")
             base = int(self._ends[shard - 1]) if shard else 0
             low = start + done - base
             high = min(low + length - done, int(self._ends[shard]) - base)

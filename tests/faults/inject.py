@@ -32,7 +32,7 @@ STORY = "HYBRIDTRAIN_TEST_STORY"  # for ranks that torchrun starts: the file tha
 class Fault:
     """What goes wrong in one attempt.
 
-    kind     kill, stop, hang (a lock that nobody opens), fail (all file operations from then on), fill (the disk), vanish (a shard),
+    kind     kill, stop, hang (a lock that nobody opens), fail (file operations from then on), fill (the disk), vanish (a shard),
              truncate, flip, delete (a file of the latest checkpoint, before the attempt)
     when     a phase, "file" or "start"
     number   the n-th time, from 1
