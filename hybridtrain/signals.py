@@ -9,7 +9,7 @@ from types import FrameType
 class StopSignal:
     """While entered, the first SIGTERM or SIGINT sets `received`; the next one acts as it would without this.
 
-    SIGUSR1 sets `save`, which `take_save` returns and clears.
+    SIGUSR1 sets `save`, which whoever saves clears.
     """
 
     def __init__(self) -> None:
@@ -22,10 +22,6 @@ class StopSignal:
             self._previous[number] = signal.signal(number, self._on_signal)
         self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
         return self
-
-    def take_save(self) -> bool:
-        asked, self.save = self.save, False
-        return asked
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

@@ -132,7 +132,7 @@ def _loop(
         done, clock.step = step + 1, step + 1
         with clock.phase("data"):
             upcoming = feed.get(done) if done < steps else (batch, None)
-        asked = {"stop": signal.received, "save": signal.take_save()}
+        asked = {"stop": signal.received, "save": signal.save}
         totals = train_step(parts, step, batch, plan, clock, next_plan=upcoming[1], accepts=guard.accepts, **asked)
         if totals.kept:
             guard.took(done, totals.loss)
@@ -149,6 +149,7 @@ def _loop(
         if done == steps or totals.stop or totals.save or (every and done % every == 0):
             with report.outside_training("save"):
                 folder.save(parts, done)
+            signal.save = False  # also where a request reached this rank a step later than the one that told all
         if totals.stop:
             feed.finish()  # ranks may have planned ahead by different numbers of steps
             return report.stopped(done, signal.name)

@@ -29,6 +29,24 @@ from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
 from tests.ranks import run_on_ranks
 
+TINY = (
+    "train.global_batch=4",
+    "train.seq_len=64",
+    "train.eval_batches=1",
+    "model.dim=16",
+    'model.layers=["memory+attention+moe", "attention+dense"]',
+    "model.attention.num_heads=2",
+    "model.attention.num_kv_heads=2",
+    "model.attention.head_dim=8",
+    "model.dense.hidden=32",
+    "model.moe.hidden=16",
+    "model.moe.num_experts=4",
+    "memory.heads=2",
+    "memory.head_dim=8",
+    "memory.rows_per_head=200",
+)
+"""Overrides of configs/ci.toml for tests of what surrounds the model."""
+
 CI = Path(__file__).parents[1] / "configs" / "ci.toml"
 
 

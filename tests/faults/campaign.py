@@ -23,31 +23,14 @@ from hybridtrain.launch.local import USER_ERROR, run_ranks
 from hybridtrain.metrics import read_metrics
 from tests.faults.inject import DAMAGE, PHASES, STORY, Fault, Story
 from tests.ranks import PRELOAD
-from tests.training import ci_settings
+from tests.training import TINY, ci_settings
 
 STEPS, EVERY, ATTEMPTS = 30, 3, 8
-TINY = [
-    f"train.steps={STEPS}",
-    f"checkpoint.every={EVERY}",
-    "train.eval_every=5",
-    "train.eval_batches=1",
-    "train.global_batch=4",
-    "train.seq_len=16",
-    "model.dim=16",
-    'model.layers=["memory+attention+moe", "attention+dense"]',
-    "model.attention.num_heads=2",
-    "model.attention.num_kv_heads=2",
-    "model.attention.head_dim=8",
-    "model.dense.hidden=32",
-    "model.moe.hidden=16",
-    "model.moe.num_experts=4",
-    "memory.heads=2",
-    "memory.head_dim=8",
-    "memory.rows_per_head=200",
-    "memory.weight_decay=0.1",
-    "parallel.ep=2",
-    "parallel.timeout=5",
-]
+CAMPAIGN = (
+    *TINY,
+    *f"train.steps={STEPS} checkpoint.every={EVERY} train.eval_every=5 train.seq_len=16 parallel.timeout=5".split(),
+    *["parallel.ep=2", "memory.weight_decay=0.1"],
+)
 VARIANTS = {"": [], "overlap": ["memory.fetch=overlap"], "stale": ["memory.fetch=stale"], "replicas": ["parallel.mem=1"]}
 NAMED = {
     "fail": r"Input/output error",
@@ -125,7 +108,7 @@ def _attempt(chance: random.Random, kind: str) -> tuple[Fault, ...]:
 
 
 def settings_of(folder: Path, variant: str) -> dict[str, Any]:
-    return ci_settings(folder / "disk" / "run", folder / "data", *TINY, *VARIANTS[variant]).model_dump()
+    return ci_settings(folder / "disk" / "run", folder / "data", *CAMPAIGN, *VARIANTS[variant]).model_dump()
 
 
 def undisturbed(data: Path, folder: Path, variant: str) -> Path:
