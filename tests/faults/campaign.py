@@ -25,6 +25,7 @@ from tests.faults.inject import DAMAGE, PHASES, STORY, Fault, Story
 from tests.ranks import PRELOAD
 from tests.training import TINY, ci_settings
 
+SEED, STORIES, UNDER_TORCHRUN, LEAST = 5, 28, 3, 200
 STEPS, EVERY, ATTEMPTS = 30, 3, 8
 CAMPAIGN = (
     *TINY,
