@@ -68,6 +68,11 @@ def contradictions(s: Settings) -> list[str]:
         )
     if s.train.on_spike == "rollback" and s.checkpoint.every == 0:
         out.append('train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it above 0')
+    if s.checkpoint.table_full_every > 1 and memory.optimizer == "adam":
+        out.append(
+            f"checkpoint.table_full_every={s.checkpoint.table_full_every} saves the rows that changed, and "
+            'memory.optimizer="adam" changes all; it may be 1'
+        )
     parallel = s.parallel
     if parallel.pp > 1 and memory.exchange_groups > 1:
         out.append(

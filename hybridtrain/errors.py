@@ -25,6 +25,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, could not be written, or belongs to another model."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint's files are not what they were when it was finished; an older one may still be good."""
+
+
 class FormatError(UserError):
     """A model cannot be carried to or from another format; the message lists every reason, one a line."""
 

@@ -169,14 +169,25 @@ class TableMemory:
 
     def state(self) -> dict[str, Tensor]:
         """Table and row state as logical tensors over all owners, for checkpoints; in stale mode also the rows read ahead."""
-        state = {"table": self._logical(self.table), **{f"rows.{k}": self._logical(v) for k, v in self.optimizer.state.items()}}
-        if self._ahead is not None and self._ahead.stale is not None:
-            state |= self._ahead.stale.state(self.low, self.high)
-        return state
+        return self.logical_rows() | self.stale_state()
 
-    def load_stale(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave of the rows read ahead, from all owners that had rows of this one's."""
-        self._saved = StaleRows.pieces({name: value.to(self.table.device) for name, value in state.items()})
+    def logical_rows(self) -> dict[str, Tensor]:
+        """`row_tensors` as parts of the whole table's."""
+        return {name: self._logical(value) for name, value in self.row_tensors().items()}
+
+    def row_tensors(self) -> dict[str, Tensor]:
+        """The local rows and their state, each with the rows as dim 0, by their names in `state`."""
+        return {"table": self.table, **{f"rows.{name}": value for name, value in self.optimizer.state.items()}}
+
+    def stale_state(self) -> dict[str, Tensor]:
+        """In stale mode the rows read ahead, which nothing writes to any more."""
+        ahead = self._ahead
+        return ahead.stale.state(self.low, self.high) if ahead is not None and ahead.stale is not None else {}
+
+    def load_stale(self, pieces: Sequence[StaleRows]) -> None:
+        """Take over what `stale_state` gave, from all owners that had rows of this one's."""
+        device = self.table.device
+        self._saved = [StaleRows(piece.numbers.to(device), piece.values.to(device)) for piece in pieces] or None
 
     def scalars(self) -> dict[str, Any]:
         return self.optimizer.scalars()

@@ -4,11 +4,15 @@ settings.toml     every setting, resolved        metrics.jsonl, tensorboard/   w
 tokenizer.json    copies from the data folder,   checkpoints/step-…, latest    written by checkpoint.py
 compression.npy   so that the run stands alone   summary.json                  written at the end
 addressing.json   multipliers and primes
+
+The checkpoints are elsewhere where `checkpoint.dir` says so.
 """
 
 from __future__ import annotations
 
 import shutil
+import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 from hybridtrain import checkpoint
@@ -16,22 +20,36 @@ from hybridtrain.assemble import Parts, Vocabulary
 from hybridtrain.config import dump_settings
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.prepare import ensure_prepared
+from hybridtrain.data.progress import say
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.data.sources import file_digest
-from hybridtrain.errors import CheckpointError, DataError, SettingsError
+from hybridtrain.errors import CheckpointError, DamagedCheckpoint, DataError, SettingsError
 from hybridtrain.kernels.engram_hash.addressing import Addressing
-from hybridtrain.parallel.collectives import Group, barrier
+from hybridtrain.parallel.collectives import Group, barrier, gather_objects
 from hybridtrain.settings import Settings
 
 SETTINGS, ADDRESSING, SUMMARY = "settings.toml", "addressing.json", "summary.json"
+CHECKPOINTS = "checkpoints"
 
 
 class RunFolder:
     """The folder `run.dir` of this run."""
 
-    def __init__(self, path: Path, world: Group) -> None:
+    def __init__(self, path: Path, world: Group, checkpoints: str = "") -> None:
         self.path, self.world = path, world
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = checkpoint.place(checkpoints) if checkpoints else path / CHECKPOINTS
+        self._base: checkpoint.Base | None = None
+        self._saver: checkpoint.Saver | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, world: Group) -> RunFolder:
+        """The folder as it is, new or old."""
+        return cls(Path(settings.run.dir), world, settings.checkpoint.dir)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume from, damaged or not."""
+        return bool(checkpoint.candidates(self.checkpoints))
 
     @classmethod
     def open(cls, settings: Settings, world: Group, resume: bool) -> RunFolder:
@@ -40,15 +58,15 @@ class RunFolder:
         Raises SettingsError where a new run would overwrite an old one's checkpoints, CheckpointError where there is none
         to resume.
         """
-        folder = cls(Path(settings.run.dir), world)
-        last = checkpoint.latest(folder.checkpoints)
+        folder = cls.of(settings, world)
+        last = next(iter(checkpoint.candidates(folder.checkpoints)), None)
         barrier(world)  # every rank has looked before rank 0 writes
         if resume and last is None:
             raise CheckpointError(f"{folder.checkpoints}: no finished checkpoint to resume from; start without --resume")
         if not resume and last is not None:
+            key, where = ("checkpoint.dir", folder.checkpoints) if settings.checkpoint.dir else ("run.dir", folder.path)
             raise SettingsError(
-                f"run.dir={folder.path}",
-                [f"holds a run with the checkpoint {last.name}; go on with --resume or choose another run.dir"],
+                f"{key}={where}", [f"holds a run with the checkpoint {last.name}; go on with --resume or choose another {key}"]
             )
         if world.rank == 0:
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -66,7 +84,7 @@ class RunFolder:
         barrier(self.world)
         dataset = TokenDataset.open(settings.data.path, verify=settings.data.verify and self.world.rank == 0)
         ours = self.path / TOKENIZER
-        if ours.exists() and file_digest(ours) != dataset.manifest.tokenizer_xxh3 and checkpoint.latest(self.checkpoints):
+        if ours.exists() and file_digest(ours) != dataset.manifest.tokenizer_xxh3 and checkpoint.candidates(self.checkpoints):
             raise DataError(f"{dataset.tokenizer_path} is another tokenizer than the one this run was trained with, {ours}")
         barrier(self.world)
         if self.world.rank == 0:
@@ -75,26 +93,66 @@ class RunFolder:
         return Vocabulary.of(dataset, settings.model.vocab_size), dataset
 
     def restore(self, parts: Parts, addressing: Addressing | None) -> int:
-        """Load the latest checkpoint into the parts; returns its step. Raises CheckpointError where it does not fit."""
-        last = checkpoint.latest(self.checkpoints)
-        if last is None:
-            raise CheckpointError(f"{self.checkpoints}: no finished checkpoint to resume from")
-        checkpoint.check_fits(
-            last,
-            parts.settings,
-            parts.vocabulary.size,
-            file_digest(self.path / TOKENIZER),
-            addressing.to_json() if addressing is not None else None,
-        )
-        step = checkpoint.load(parts, last)
-        if self.world.rank == 0:
-            self._write_settings(parts.settings)  # not before: a refused resume leaves the run as it was
-        return step
+        """Load the latest good checkpoint into the parts; returns its step.
 
-    def save(self, parts: Parts, step: int) -> None:
+        What is wrong with a damaged one is said, and the one before it taken. Raises CheckpointError where the checkpoint does
+        not fit, or none is good.
+        """
+        self.settle()
+        tokenizer = file_digest(self.path / TOKENIZER)
+        problems: list[str] = []
+        for path in gather_objects(checkpoint.candidates(self.checkpoints), self.world)[0]:
+            try:
+                checkpoint.verify(path, parts.settings.checkpoint.verify, self.world)
+                checkpoint.check_fits(
+                    path, parts.settings, parts.vocabulary.size, tokenizer, addressing.to_json() if addressing is not None else None
+                )
+                step = checkpoint.load(parts, path)
+            except DamagedCheckpoint as error:
+                problems.append(str(error))
+                continue
+            self._base = checkpoint.Base.of(path)
+            if self._saver is not None:
+                self._saver.base = self._base
+            if self.world.rank == 0:
+                if problems:
+                    say("\n".join([*problems, f"going on from {path}, the one before"]))
+                self._write_settings(parts.settings)  # not before: a refused resume leaves the run as it was
+            return step
+        raise CheckpointError("\n".join([f"{self.checkpoints}: no good checkpoint to resume from", *problems]))
+
+    def save(self, parts: Parts, step: int, wait: bool = False) -> None:
+        """Save a checkpoint; one that goes on in the background is waited for with `wait`.
+
+        Raises CheckpointError on every rank where any could not write, in the background also when the next one is saved.
+        """
         if self.world.rank == 0 and parts.memory is not None:
             (self.path / ADDRESSING).write_text(parts.memory.addressing.to_json(), encoding="utf-8")
-        checkpoint.save(parts, self.checkpoints, step, file_digest(self.path / TOKENIZER))
+        if self._saver is None:
+            self._saver = checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self._base)
+        self._saver.save(step)
+        if wait:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for a save in the background. Raises CheckpointError on every rank where it failed."""
+        if self._saver is not None:
+            self._saver.finish()
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether a save in the background has failed on this rank."""
+        return self._saver is not None and self._saver.failed
+
+    def before_update(self) -> None:
+        """Wait until a save in the background has copied what the coming update changes."""
+        if self._saver is not None:
+            self._saver.before_update()
+
+    def close(self) -> None:
+        """Wait for a save in the background; a run that ends otherwise does not raise what became of it."""
+        with suppress(CheckpointError):
+            self.settle()
 
     def _write_settings(self, settings: Settings) -> None:
         (self.path / SETTINGS).write_text(dump_settings(settings), encoding="utf-8")
@@ -104,7 +162,15 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """(run folder, checkpoint) for a run folder, or for one of its checkpoints. Raises CheckpointError where there is neither."""
     if (path / checkpoint.INFO).is_file():
         return path.parent.parent, path
-    last = checkpoint.latest(path / "checkpoints")
+    last = checkpoint.latest(_checkpoints_of(path))
     if last is None:
         raise CheckpointError(f"{path} is neither a run folder with a finished checkpoint nor a checkpoint")
     return path, last
+
+
+def _checkpoints_of(run: Path) -> Path:
+    try:
+        where = tomllib.loads((run / SETTINGS).read_text(encoding="utf-8")).get("checkpoint", {}).get("dir", "")
+    except (OSError, tomllib.TOMLDecodeError):
+        where = ""
+    return checkpoint.place(where) if where else run / CHECKPOINTS

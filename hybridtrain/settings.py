@@ -215,7 +215,14 @@ class DeepSpeedSettings(_Section):
 
 class CheckpointSettings(_Section):
     every: Natural = Field(100, description="steps between checkpoints; 0: only at the end and on a signal")
-    keep: Positive = Field(2, description="checkpoints kept")
+    dir: str = Field("", description="folder or fsspec URL that receives them; empty: `checkpoints` in run.dir")
+    keep_last: Positive = Field(2, description="latest checkpoints kept")
+    keep_every: Natural = Field(0, description="those of every so-many-th step are kept as well; 0: none")
+    background: bool = Field(False, description="written while training goes on; at most one at a time")
+    table_full_every: Positive = Field(
+        1, description="one in so many has the whole table, the others the rows that changed since; 1: every one"
+    )
+    verify: Literal["full", "sizes"] = Field("full", description="what is compared before a load: checksums of all files, or sizes")
 
 
 class KernelSettings(_Section):

@@ -63,8 +63,7 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
     mesh = join_world(settings)
     try:
         if resume is None:
-            found = checkpoint.latest(Path(settings.run.dir) / "checkpoints") is not None
-            resume = any(gather_objects(found, mesh.world))
+            resume = any(gather_objects(RunFolder.of(settings, mesh.world).has_checkpoint, mesh.world))
         folder = RunFolder.open(settings, mesh.world, resume)
         vocabulary, dataset = folder.prepare_data(settings)
         addressing = make_addressing(settings, vocabulary)
@@ -99,12 +98,13 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
                 return _loop(parts, folder, addressing, feed, signal, report, validate, start)
         finally:
             log.close()
+            folder.close()
     except DispatchMemoryError as error:
         raise TrainingError(str(error)) from error
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        last = checkpoint.latest(Path(settings.run.dir) / "checkpoints")
+        last = checkpoint.latest(RunFolder.of(settings, mesh.world).checkpoints)
         message = f"{error.filename or settings.run.dir}: {error.strerror}; the last good checkpoint is {last or 'none'}"
         raise TrainingError(message) from error
     finally:
@@ -132,8 +132,9 @@ def _loop(
         done, clock.step = step + 1, step + 1
         with clock.phase("data"):
             upcoming = feed.get(done) if done < steps else (batch, None)
-        asked = {"stop": signal.received, "save": signal.save}
-        totals = train_step(parts, step, batch, plan, clock, next_plan=upcoming[1], accepts=guard.accepts, **asked)
+        asked = {"stop": signal.received or folder.save_failed, "save": signal.save}
+        hooks = {"before_update": folder.before_update, "accepts": guard.accepts}
+        totals = train_step(parts, step, batch, plan, clock, next_plan=upcoming[1], **asked, **hooks)
         if totals.kept:
             guard.took(done, totals.loss)
             report.step(done, totals, plan)
@@ -148,7 +149,7 @@ def _loop(
                 report.validation(done, validate(settings.train.eval_batches if done < steps else 0))
         if done == steps or totals.stop or totals.save or (every and done % every == 0):
             with report.outside_training("save"):
-                folder.save(parts, done)
+                folder.save(parts, done, wait=done == steps or totals.stop)
             signal.save = False  # also where a request reached this rank a step later than the one that told all
         if totals.stop:
             feed.finish()  # ranks may have planned ahead by different numbers of steps
@@ -168,6 +169,7 @@ def _begin(parts: Parts, feed: Feed[Step], clock: Clock, step: int) -> Step:
 def _refuse(parts: Parts, folder: RunFolder, report: Report, done: int, batch: Batch, plan: StepPlan | None, totals: Totals) -> str:
     """What `train.on_spike` says to do about a step that was not made: "skip" or "rollback"; raises TrainingError to stop."""
     train, action = parts.settings.train, parts.settings.train.on_spike
+    folder.settle()
     last = checkpoint.latest(folder.checkpoints)
     what = parts.guard.describe(totals.loss, totals.grad_norm)
     allowed = parts.guard.refuse(done)
@@ -191,6 +193,7 @@ def train_step(
     clock: Clock,
     stop: bool,
     next_plan: StepPlan | None = None,
+    before_update: Callable[[], None] | None = None,
     *,
     save: bool = False,
     accepts: Callable[[float, float], bool] = all_finite,
@@ -198,7 +201,8 @@ def train_step(
     """One optimizer step (`step` counts from 0). Nothing is updated where `accepts` refuses its loss and gradient norm.
 
     `next_plan` is the next step's, some of whose rows may come while this one computes; None: there is none. `stop` and `save`
-    are what this rank was asked for; the totals say whether any was.
+    are what this rank was asked for; the totals say whether any was. `before_update` is called before parameters and
+    optimizer state change.
     """
     stages, memory, settings = parts.stages, parts.memory, parts.settings
     scale = lr_scale(step, settings.optim, settings.train.steps)
@@ -234,6 +238,8 @@ def train_step(
 
     if totals.kept:
         with clock.phase("optimizer"):
+            if before_update is not None:
+                before_update()
             set_learning_rates(parts.engine.optimizers, scale)
             parts.engine.step()
             if memory is not None and plan is not None and rows_grad is not None:

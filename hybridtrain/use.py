@@ -44,6 +44,7 @@ def open_checkpoint(path: Path) -> tuple[Parts, Path, int]:
     mixed, table = compute_dtype(settings, device) != torch.float32, table_device(settings, device)
     mesh = make_mesh(resolve_layout(settings, 1), 0, device, settings.parallel.timeout, table_device=table, always=mixed)
     parts = assemble(settings, mesh, vocabulary, addressing)
+    checkpoint.verify(saved, settings.checkpoint.verify, mesh.world)
     checkpoint.load(parts, saved)
     return parts, run, vocabulary.separator_id
 

@@ -26,15 +26,20 @@ from hybridtrain.launch.local import STALLED, end_rank
 from hybridtrain.metrics import Clock
 from hybridtrain.parallel.collectives import POINT_TO_POINT, Call, Group
 
-_NOTICED, _SAID = 0.8, 0.9  # shares of the timeout after which a rank writes its record, and ends the run
+_NOTICED, _SAID = 0.8, 0.95  # shares of the timeout after which a rank writes its record, and ends the run
+_TICKS, _LOOK = 20, 3  # a timeout's ticks; those between two looks at the others' records
 _FRAMES, _SHOWN = 6, 8
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where a rank stands. `still`: seconds without progress. `calls`: its last collective in every group, newest first."""
+    """Where a rank stands. `still`: seconds without progress. `calls`: its last collective in every group, newest first.
+
+    `number` rises as long as the rank can write.
+    """
 
     rank: int
+    number: int
     host: str
     step: int
     phase: str
@@ -59,6 +64,7 @@ class Watchdog:
         self, world: Group, clock: Clock, folder: Path, timeout: float, end: Callable[[str, int], object] = end_rank
     ) -> None:
         self.world, self.clock, self.folder, self.timeout, self.end = world, clock, folder, timeout, end
+        self._number, self._heard = 0, dict[int, int]()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -73,17 +79,18 @@ class Watchdog:
             self._thread.join()
 
     def _run(self) -> None:
-        tick = min(5.0, self.timeout / 20)
-        still, seen, at = 0.0, self._progress(), time.monotonic()
+        tick = min(5.0, self.timeout / _TICKS)
+        still, seen, at, ticks = 0.0, self._progress(), time.monotonic(), 0
         while not self._closed.wait(tick):
             now = time.monotonic()
             still += min(now - at, 2 * tick)  # a process that was suspended with all others did not stand still
-            at = now
+            at, ticks = now, ticks + 1
             if (progress := self._progress()) != seen:
-                still, seen = 0.0, progress
+                still, seen, ticks = 0.0, progress, 0
+            noticed = still >= _NOTICED * self.timeout
             with contextlib.suppress(OSError):  # a disk that fails must not keep it from ending the run
-                self._speak(still >= _NOTICED * self.timeout, still)
-            if still >= _SAID * self.timeout:
+                self._speak(noticed, still)
+            if noticed and ticks % _LOOK == 0 and not self._others_go_on() and still >= _SAID * self.timeout:
                 self.end(f"error: {self._report(still)}", STALLED)
                 return
 
@@ -101,16 +108,34 @@ class Watchdog:
             asked.unlink(missing_ok=True)
         if not any(self.folder.glob("still-*")):
             mine.unlink(missing_ok=True)
-        elif not mine.exists():
+            return
+        if not mine.exists():
             with self._place("rank", ".stacks.txt").open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            write_atomically(mine, json.dumps(asdict(self._record(still))).encode())
+        self._number += 1
+        write_atomically(mine, json.dumps(asdict(self._record(still))).encode())
+
+    def _others_go_on(self) -> bool:
+        """Whether another rank says that it makes progress, and has said so again since the last look: a slow disk, for one."""
+        others = {r.rank: r for r in self._records() if r.rank != self.world.rank and r.still < self.timeout / 2}
+        going_on = [rank for rank, record in others.items() if record.number != self._heard.get(rank)]
+        self._heard = {rank: record.number for rank, record in others.items()}
+        return bool(going_on)
+
+    def _records(self) -> list[Record]:
+        records = []
+        for path in sorted(self.folder.glob("rank-*.json")):
+            with contextlib.suppress(OSError):  # taken back just now
+                records.append(Record.read(path))
+        return records
 
     def _record(self, still: float) -> Record:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_list(traceback.extract_stack(frame)[-_FRAMES:])).rstrip()
         calls = tuple(call._replace(at=round(time.monotonic() - call.at, 1)) for call in self.world.traffic.last_calls())
-        return Record(self.world.rank, socket.gethostname(), self.clock.step, self.clock.current, round(still, 1), calls, stack)
+        return Record(
+            self.world.rank, self._number, socket.gethostname(), self.clock.step, self.clock.current, round(still, 1), calls, stack
+        )
 
     def _place(self, what: str, suffix: str) -> Path:
         return self.folder / f"{what}-{self.world.rank:05d}{suffix}"
@@ -118,8 +143,7 @@ class Watchdog:
     def _report(self, still: float) -> str:
         text = f"no progress for {still:.0f} s (parallel.timeout={self.timeout:g}): "
         try:
-            records = [Record.read(path) for path in sorted(self.folder.glob("rank-*.json"))]
-            text += f"{explain(records, self.world.size)}\nrecords and stacks of the ranks that could speak: {self.folder}"
+            text += f"{explain(self._records(), self.world.size)}\nrecords and stacks of the ranks that could speak: {self.folder}"
             write_atomically(self._place("report-of-rank", ".txt"), text.encode())
         except OSError as error:
             text += f"{self.folder} cannot be used ({error.strerror}), so this is rank {self.world.rank} alone:\n"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts
+from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.config import parse_settings
 from hybridtrain.data.progress import say
 from hybridtrain.errors import CheckpointError
@@ -18,7 +19,6 @@ from hybridtrain.model.hybrid_lm import HybridLM
 from hybridtrain.optim.rowwise import make_row_optimizer
 from hybridtrain.run_folder import find_checkpoint
 from hybridtrain.settings import MemorySettings, Settings
-from hybridtrain.stored import StoredTensors
 
 ROWS_AT_ONCE = 1 << 18
 # files that say how a published model's tokenizer is used; what was imported keeps them, and an export gives them back
@@ -55,6 +55,7 @@ def start_from(parts: Parts, path: Path, folder: Path, tokenizer_digest: str) ->
     other tensor that one side lacks or has in another shape, another tokenizer, and another addressing.
     """
     run, saved = find_checkpoint(path)
+    checkpoint.verify(saved, parts.settings.checkpoint.verify, parts.mesh.world)
     info = checkpoint.read_info(saved)
     stored = StoredTensors(saved)
     expected = {f"model.{name}": tuple(value.shape) for name, value in model_tensors(parts.settings, parts.vocabulary.size).items()}

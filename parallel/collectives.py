@@ -57,6 +57,11 @@ class Traffic:
             number = self._last[group.name].number + 1 if group.name in self._last else 1
             self._last[group.name] = Call(group.name, group.ranks, operation, number, time.monotonic())
 
+    def alive(self) -> None:
+        """Something else was done that takes its time: a part of a checkpoint written."""
+        with self._lock:
+            self.calls += 1
+
     def last_calls(self) -> list[Call]:
         """Of every group that was used, the newest first."""
         with self._lock:

@@ -71,6 +71,10 @@ class Mesh:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         return _group(self.layout, self.rank, "mem", f"mem_{name}", self.traffic, self.timeout, backend=backend)
 
+    def own_world_group(self, name: str, timeout: float) -> Group:
+        """A gloo copy of `world` for a thread of its own, whose collectives may take `timeout` seconds. Collective."""
+        return _group(self.layout, self.rank, "world", name, self.traffic, timeout, backend="gloo")
+
 
 def world_from_environment() -> tuple[int, int]:
     """(rank, world size) as torchrun sets them; (0, 1) alone."""

@@ -103,10 +103,10 @@ def train_and_kill(settings: Settings, resume: bool, rank: int, step: int, durin
             os.kill(os.getpid(), signal.SIGKILL if during == "step" else signal.SIGTERM)
         return real_step(parts, number, *rest, **named)
 
-    def save(folder: Any, parts: Any, done: int) -> None:
+    def save(folder: Any, parts: Any, done: int, wait: bool) -> None:
         if done == step and parts.mesh.rank == rank and during == "save":
             os.kill(os.getpid(), signal.SIGKILL)
-        real_save(folder, parts, done)
+        real_save(folder, parts, done, wait)
 
     module.train_step = train_step  # type: ignore[assignment]
     RunFolder.save = save  # type: ignore[assignment,method-assign]
@@ -115,18 +115,17 @@ def train_and_kill(settings: Settings, resume: bool, rank: int, step: int, durin
 
 def train_on_a_full_disk(settings: Settings, rank: int, step: int) -> None:
     """On a rank of the launcher: train; rank `rank` cannot write its part of the checkpoint after `step` steps."""
-    from torch.distributed.checkpoint import FileSystemWriter
-
+    from hybridtrain.checkpoint.files import Writer
     from hybridtrain.train import train
 
-    real = FileSystemWriter.write_data
+    real = Writer.write_data
 
     def write_data(self: Any, *rest: Any) -> Any:
         if dist.get_rank() == rank and f"{step:08d}" in str(self.path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(self, *rest)
 
-    FileSystemWriter.write_data = write_data  # type: ignore[method-assign]
+    Writer.write_data = write_data  # type: ignore[method-assign]
     train(settings)
 
 

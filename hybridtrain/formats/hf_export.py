@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain import checkpoint
+from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors
 from hybridtrain.config import parse_settings
 from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.data.tokenizer import load_tokenizer
@@ -24,7 +25,6 @@ from hybridtrain.formats.shards import write_safetensors
 from hybridtrain.formats.tensors import is_stacked, their_shape, to_theirs
 from hybridtrain.run_folder import find_checkpoint
 from hybridtrain.settings import Settings, layer_specs, memory_layers
-from hybridtrain.stored import LazyTensor, StoredTensors
 from hybridtrain.weights import COMPANIONS
 
 AUTO = "auto"

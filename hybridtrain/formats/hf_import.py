@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain import __version__, checkpoint
+from hybridtrain.checkpoint.stored import LazyTensor, write_tensors
 from hybridtrain.config import dump_settings, parse_settings
 from hybridtrain.data.compress import compression_map
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, write_atomically
@@ -28,7 +29,6 @@ from hybridtrain.formats.shards import SafetensorsFolder
 from hybridtrain.formats.tensors import their_shape, to_ours
 from hybridtrain.run_folder import SETTINGS
 from hybridtrain.settings import Settings
-from hybridtrain.stored import LazyTensor, write_tensors
 from hybridtrain.weights import COMPANIONS, model_tensors
 
 SEQ_LEN = 1024  # where the model can see further: what fits a small machine
@@ -69,10 +69,9 @@ def import_hf(folder: Path, out: Path, *, separator: str | None = None, seq_len:
         write_atomically(made / SETTINGS, dump_settings(settings).encode())
         staging = made / "checkpoints" / "partial"
         staging.mkdir(parents=True)
-        write_tensors(staging, tensors)
-        info = _describe(settings, separator_id, file_digest(made / TOKENIZER), family)
-        write_atomically(staging / checkpoint.INFO, json.dumps(info, indent=1).encode())
-        checkpoint.commit_folder(staging, staging.with_name("step-00000000"))
+        files = write_tensors(staging, tensors)
+        info = _describe(settings, separator_id, file_digest(made / TOKENIZER), family) | {"files": files}
+        checkpoint.commit_folder(staging, staging.with_name("step-00000000"), info)
     return settings
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors
 from hybridtrain.data.manifest import COMPRESSION
 from hybridtrain.errors import CheckpointError
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.settings import Settings, layer_specs, memory_layers
-from hybridtrain.stored import LazyTensor, StoredTensors
 from hybridtrain.weights import read_rows
 
 NAME = "hybridtrain"

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hybridtrain.checkpoint.stored import LazyTensor
 from hybridtrain.errors import DataError, UserError
-from hybridtrain.stored import LazyTensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

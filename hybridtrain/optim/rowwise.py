@@ -6,7 +6,7 @@ Shapes: R rows of the local table, D row width, N touched rows. t is the global 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,12 @@ class RowOptimizer(Protocol):
 
     def step(self, rows_N: Tensor, grad_ND: Tensor, lr: float) -> None:
         """Update the rows, sorted unique int64 [N], by their gradients; every other row has gradient 0. N may be 0."""
+
+    def changed_since(self, step_count: int) -> Tensor:
+        """Ascending int64 [N]: at least every row that was written to since there were `step_count` updates."""
+
+    def watch(self, keep: Callable[[Tensor], None] | None) -> bool:
+        """Call `keep` with rows, ascending, before they change, from now on; None ends it. False: a step changes every row."""
 
     def scalars(self) -> dict[str, Any]:
         """What a checkpoint must hold beside `state`: numbers and lists of numbers, exact in JSON."""
@@ -78,6 +84,7 @@ class _Rowwise:
             "last": torch.zeros(rows, dtype=torch.int32, device=device),
         }
         self._decay: _DecayLog | None = None  # none as long as no step has decayed anything
+        self._keep: Callable[[Tensor], None] | None = None
 
     @torch.no_grad()
     def catch_up(self, rows_N: Tensor) -> None:
@@ -121,6 +128,14 @@ class _Rowwise:
             weights_ND.mul_(self._decay.factor(last_N).unsqueeze(1))
         self._write(rows_N, v_N, weights_ND.addcmul_(grad_ND, scale_N.unsqueeze(1)))
 
+    def changed_since(self, step_count: int) -> Tensor:
+        """See RowOptimizer; whatever writes to a row notes the step count, which may not have moved since."""
+        return (self.state["last"] >= step_count).nonzero().flatten()
+
+    def watch(self, keep: Callable[[Tensor], None] | None) -> bool:
+        self._keep = keep
+        return True
+
     def scalars(self) -> dict[str, Any]:
         """The step count and, where rows may owe weight decay, its log by step (8 bytes a step)."""
         out: dict[str, Any] = {"step_count": self.step_count}
@@ -153,6 +168,9 @@ class _Rowwise:
         return _DecayLog([0.0] * (self.step_count + 1), self.table_RD.device)
 
     def _write(self, rows_N: Tensor, v_N: Tensor, weights_ND: Tensor) -> None:
+        keep = self._keep  # another thread may end it
+        if keep is not None:
+            keep(rows_N)
         self.table_RD.index_copy_(0, rows_N, weights_ND.to(self.table_RD.dtype))
         self.state["v"].index_copy_(0, rows_N, v_N)
         self.state["last"].index_fill_(0, rows_N, self.step_count)
@@ -250,6 +268,14 @@ class DenseAdam:
         if self._copied:
             self.table_RD.copy_(weights_RD)
         self.step_count += 1
+
+    def changed_since(self, step_count: int) -> Tensor:
+        """All rows: every step updates them."""
+        return torch.arange(len(self.table_RD), device=self.table_RD.device)
+
+    def watch(self, keep: Callable[[Tensor], None] | None) -> bool:
+        """Every step changes every row."""
+        return False
 
     def scalars(self) -> dict[str, Any]:
         """The step count."""

@@ -20,11 +20,7 @@ FEW, FEW_SEED = 20, 3
 
 
 def wrong(outcomes: list[Outcome]) -> list[str]:
-    return [
-        f"{outcome.fault} ({outcome.plan.variant} {outcome.plan.launcher}): {outcome.problem}"
-        for outcome in outcomes
-        if outcome.problem
-    ]
+    return [f"{o.fault} ({o.plan.variant} {o.plan.launcher}): {o.problem}" for o in outcomes if o.problem]
 
 
 @pytest.fixture(scope="module")

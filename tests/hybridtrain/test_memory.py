@@ -145,7 +145,7 @@ def save_and_resume(resumed: dict[str, Settings], folder: str) -> dict[str, Run]
     """What the first run does after step SAVED, and what every one does that goes on from its checkpoint there."""
     undisturbed = Rig(next(iter(resumed.values())))
     undisturbed.steps(0, SAVED)
-    path = checkpoint.save(undisturbed.parts, Path(folder), SAVED, "digest")
+    path = checkpoint.Saver(undisturbed.parts, Path(folder), "digest").save(SAVED)
     runs = {"undisturbed": undisturbed.steps(SAVED, STEPS)}
     for name, settings in resumed.items():
         rig = Rig(settings)

@@ -19,7 +19,7 @@ PAIR, FOUR = (0, 1), (0, 1, 2, 3)
 
 
 def record(rank: int, *calls: tuple[str, tuple[int, ...], str, int, float], phase: str = "forward") -> Record:
-    return Record(rank, "host", 7, phase, 4.0, tuple(Call(*call) for call in calls), f"stack of {rank}")
+    return Record(rank, 1, "host", 7, phase, 4.0, tuple(Call(*call) for call in calls), f"stack of {rank}")
 
 
 def test_a_rank_that_writes_nothing_is_named() -> None:
@@ -81,25 +81,37 @@ def go_on(watched: Watchdog, seconds: float) -> None:
         time.sleep(0.02)
 
 
-def test_a_rank_that_stands_still_ends_its_run_and_the_others_say_where_they_are(tmp_path: Path) -> None:
-    """Two ranks in one process: rank 0 stands still, rank 1 goes on but is behind in a group."""
+def test_ranks_that_stand_still_end_their_run_and_say_where_they_are(tmp_path: Path) -> None:
+    """Two ranks in one process: rank 0 waits in a collective that rank 1, which goes on for a while, does not come to."""
     ends: dict[int, list[tuple[str, int]]] = {0: [], 1: []}
-    begin = time.monotonic()
-    with dog(0, tmp_path / "stalls", 2.0, ends[0]) as still, dog(1, tmp_path / "stalls", 2.0, ends[1]) as moving:
-        ep = Group("ep", (0, 1), 0, None, still.world.traffic)
-        still.world.traffic.add(ep, "all_to_all", 8)
-        while not ends[0] and time.monotonic() < begin + 20:
-            go_on(moving, 0.1)
-    ((text, status),) = ends[0]
-    assert ends[1] == []
+    with dog(0, tmp_path / "stalls", 2.0, ends[0]) as waits, dog(1, tmp_path / "stalls", 2.0, ends[1]) as moving:
+        ep = Group("ep", (0, 1), 0, None, waits.world.traffic)
+        waits.world.traffic.add(ep, "all_to_all", 8)
+        go_on(moving, 4.0)
+        assert ends == {0: [], 1: []}  # a slow rank is waited for
+        assert Record.read(tmp_path / "stalls/rank-00001.json").still < 1.0
+        deadline = time.monotonic() + 20
+        while not ends[0] and time.monotonic() < deadline:
+            time.sleep(0.01)
+    text, status = ends[0][0]
     assert status == STALLED
-    assert text.startswith(
-        "error: no progress for 2 s (parallel.timeout=2): rank 1 has not come to all_to_all number 1 of group ep (ranks 0, 1)"
-    )
+    assert text.startswith("error: no progress for ")
+    assert " s (parallel.timeout=2): rank 1 has not come to all_to_all number 1 of group ep (ranks 0, 1)" in text.splitlines()[0]
     assert "rank 0 on" in text
-    assert "go_on" in text  # where the main thread was
+    assert "test_ranks_that_stand_still" in text  # where the main thread was
     assert (tmp_path / "stalls/report-of-rank-00000.txt").read_text() == text.removeprefix("error: ")
     assert "Thread" in (tmp_path / "stalls/rank-00001.stacks.txt").read_text()
+
+
+def test_a_rank_that_stopped_while_it_went_on_is_not_waited_for(tmp_path: Path) -> None:
+    ends: list[tuple[str, int]] = []
+    with dog(0, tmp_path, 1.0, ends):
+        stopped = Record(1, 5, "host", 7, "save", 0.1, (), "")
+        (tmp_path / "rank-00001.json").write_text(json.dumps(asdict(stopped)))
+        deadline = time.monotonic() + 20
+        while not ends and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "rank 1 has not come to all_reduce number 1 of group world" in ends[0][0]
 
 
 def test_who_goes_on_is_left_alone_and_takes_its_record_back(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing, resolve_layout
-from hybridtrain.checkpoint import _state
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.metrics import Clock
@@ -86,6 +85,12 @@ def new_world(store: str) -> str:
 def stage_states(parts: Parts) -> list[State]:
     """Every tensor of each of this rank's stages, whole; copies that other ranks hold too are among them."""
     return [{name: whole(value) for name, value in _state(parts, stage).items()} for stage in range(len(parts.stages))]
+
+
+def _state(parts: Parts, stage: int) -> State:
+    """By their names in checkpoints; the memory goes with the rank's first stage."""
+    memory = parts.memory.state() if parts.memory is not None and stage == 0 else {}
+    return {**parts.engine.state(stage), **{f"memory.{name}": value for name, value in memory.items()}}
 
 
 def whole(tensor: Tensor) -> Tensor:

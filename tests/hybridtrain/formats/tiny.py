@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -101,9 +100,10 @@ def random_run(folder: Path, data: Path, *overrides: str) -> Path:
     folder.mkdir()
     for name in (TOKENIZER, COMPRESSION):
         shutil.copyfile(data / name, folder / name)
-    saved = checkpoint.save(parts, folder / "checkpoints", 0, file_digest(folder / TOKENIZER))
-    info = json.loads((saved / checkpoint.INFO).read_text())
-    (saved / checkpoint.INFO).write_text(json.dumps(info | {"weights_only": True}))  # optimizers make their state at a first step
+    saved = checkpoint.Saver(parts, folder / "checkpoints", file_digest(folder / TOKENIZER)).save(0)
+    checkpoint.write_info(
+        saved, checkpoint.read_info(saved) | {"weights_only": True}
+    )  # optimizers make their state at a first step
     return folder
 
 

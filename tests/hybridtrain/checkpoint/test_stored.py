@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hybridtrain import checkpoint
+from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
 from hybridtrain.errors import CheckpointError
-from hybridtrain.stored import LazyTensor, StoredTensors, write_tensors
 from hybridtrain.use import open_checkpoint
 from tests.hybridtrain.conftest import TWO_RANKS
 from tests.ranks import run_on_ranks

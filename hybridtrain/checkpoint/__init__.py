@@ -1,0 +1,36 @@
+"""Checkpoints: torch's distributed format under a commit protocol. A folder without `checkpoint.json` was never finished.
+
+place.py    a folder or URL as a path                 saver.py    saves them, also beside the training
+files.py    files with checksums; pieces of tensors   load.py     checks them and fills a run from one
+blocks.py   large tensors in blocks of rows           history.py  those of a run: latest, older ones, what may go
+state.py    what of a run is saved                    stored.py   tensors one by one, without a process group
+info.py     checkpoint.json                           together.py ranks that succeed or fail together
+"""
+
+from hybridtrain.checkpoint.history import candidates, commit_folder, latest
+from hybridtrain.checkpoint.info import FORMAT, INFO, check_fits, identity, read_info, write_info
+from hybridtrain.checkpoint.load import load, read_into, verify
+from hybridtrain.checkpoint.place import place
+from hybridtrain.checkpoint.saver import Base, Saver
+from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
+
+__all__ = [
+    "FORMAT",
+    "INFO",
+    "Base",
+    "LazyTensor",
+    "Saver",
+    "StoredTensors",
+    "candidates",
+    "check_fits",
+    "commit_folder",
+    "identity",
+    "latest",
+    "load",
+    "place",
+    "read_info",
+    "read_into",
+    "verify",
+    "write_info",
+    "write_tensors",
+]

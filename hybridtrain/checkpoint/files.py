@@ -1,0 +1,250 @@
+"""The files of a checkpoint's tensors: written with a checksum on the way, read without a copy on the way.
+
+They are torch's distributed checkpoint format: pieces of tensors, each as `torch.save` writes it, and an index, `.metadata`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+import xxhash
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
+from torch.futures import Future
+from torch.utils import serialization
+
+from hybridtrain.checkpoint.place import flush_file, make_folder
+
+METADATA = ".metadata"  # torch's index of the tensors
+CHUNK = 1 << 20  # bytes that are hashed and then written, while they are in the cache
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a finished file was when it was written: bytes, and their xxh3 (128 bits, hex)."""
+
+    size: int
+    xxh3: str
+
+
+Records = dict[str, dict[str, Any]]
+"""By file name what a FileRecord says, as checkpoint.json has it."""
+
+
+class Writer(FileSystemWriter):
+    """torch's writer, into a folder or URL. `records` is what this rank has written, once `save` is done.
+
+    `alive` is called for every part that was written.
+    """
+
+    def __init__(self, folder: Path, alive: Callable[[], None] = lambda: None, single_file_per_rank: bool = True) -> None:
+        super().__init__("", single_file_per_rank, sync_files=False)  # the files flush themselves
+        self.path, self._files = folder, _Files(alive)
+        self.fs = cast(Any, self._files)
+
+    @property
+    def records(self) -> Records:
+        return {name: asdict(record) for name, record in self._files.records.items()}
+
+    def storage_meta(self) -> StorageMeta:
+        """Nothing: neither the folder's name nor a random number belong to what is saved."""
+        return StorageMeta()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        config = cast(Any, serialization.config)
+        with config.patch({"save.compute_crc32": False}):  # it takes longer than ours, which is over the whole file
+            return super().write_data(plan, planner)
+
+
+class Reader(FileSystemReader):
+    """torch's reader, from a folder or URL, that reads rows from their place in a file into their place in a tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("")
+        self.path, self.fs = folder, cast(Any, _Files())
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in sorted(plan.items, key=lambda item: self._position(item.storage_index)):
+            if item.type == LoadItemType.BYTE_IO:
+                raise ValueError(f"{item.storage_index.fqn} is no tensor")
+            piece = Piece.find(cast(Path, self.path), self.storage_data[item.storage_index])
+            target = planner.resolve_tensor(item).detach()
+            low = item.storage_offsets[0] if piece.shape else 0
+            high = low + item.lengths[0] if piece.shape else 1
+            if tuple(item.lengths[1:]) == piece.shape[1:]:
+                piece.read_into(target, low, high)
+            else:
+                rows = piece.read(low, high)
+                for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                    rows = rows.narrow(dim, offset, length) if dim else rows
+                target.copy_(rows)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _position(self, index: Any) -> tuple[str, int]:
+        place = self.storage_data[index]
+        return place.relative_path, place.offset
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored piece of a tensor: `length` bytes from `start` of a file, the storage of a tensor of that shape and stride."""
+
+    file: Path
+    start: int
+    length: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def find(cls, folder: Path, entry: Any) -> Piece:
+        """The piece of an entry of the index. torch says where its bytes lie when it loads without data."""
+        file = folder / entry.relative_path
+        with file.open("rb") as stream, FakeTensorMode():
+            view = cast(IO[bytes], _create_file_view(stream, entry.offset, entry.length))
+            fake = torch.load(view, map_location="cpu", weights_only=True)
+        storage = fake.untyped_storage()
+        start = entry.offset + (storage._checkpoint_offset if storage.nbytes() else 0)
+        return cls(file, start, storage.nbytes(), tuple(fake.shape), tuple(fake.stride()), fake.dtype)
+
+    def read(self, low: int, high: int) -> Tensor:
+        """Rows `low` to `high-1` (dim 0); all of a tensor without dims."""
+        out = torch.empty((high - low, *self.shape[1:]) if self.shape else (), dtype=self.dtype)
+        self.read_into(out, low, high)
+        return out
+
+    def read_into(self, out: Tensor, low: int, high: int) -> None:
+        """The same into `out`, of their shape, any dtype and device."""
+        if not out.numel():
+            return
+        if not self._in_rows():
+            whole = torch.empty(self.length // self.dtype.itemsize, dtype=self.dtype)
+            self._read_bytes(whole, 0)
+            out.copy_(whole.as_strided(self.shape, self.stride)[low:high])
+            return
+        straight = out.device.type == "cpu" and out.dtype == self.dtype and out.is_contiguous()
+        target = out if straight else torch.empty(out.shape, dtype=self.dtype)
+        self._read_bytes(target, low * math.prod(self.shape[1:]) * self.dtype.itemsize)
+        if not straight:
+            out.copy_(target)
+
+    def _in_rows(self) -> bool:
+        return torch.empty(self.shape, device="meta").stride() == self.stride
+
+    def _read_bytes(self, target: Tensor, offset: int) -> None:
+        rest = byte_view(target)
+        with self.file.open("rb") as stream:
+            stream.seek(self.start + offset)
+            while rest.nbytes:
+                count = cast(Any, stream).readinto(rest)
+                if not count:
+                    raise EOFError(f"{self.file} ends {rest.nbytes} bytes too early")
+                rest = rest[count:]
+
+
+@contextmanager
+def quiet() -> Generator[None, None, None]:
+    """Without torch's warning that a world of one rank is meant to be one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    return memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
+
+
+def digest_file(path: Path) -> FileRecord:
+    """What the file is now. Raises OSError where it cannot be read."""
+    digest, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(CHUNK))
+    with path.open("rb") as stream:
+        while count := cast(Any, stream).readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return FileRecord(size, digest.hexdigest())
+
+
+class _Files(FileSystemBase):
+    """The files of a folder or URL as torch's reader and writer ask for them; `records` is what was written."""
+
+    def __init__(self, alive: Callable[[], None] = lambda: None) -> None:
+        self.records: dict[str, FileRecord] = {}
+        self._alive = alive
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Generator[io.IOBase, None, None]:
+        with path.open(mode) as raw:
+            if mode == "rb":
+                yield raw
+                return
+            stream = _Hashing(raw, self._alive)
+            yield stream
+            flush_file(raw, path)
+            self.records[path.name] = stream.record()
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    def init_path(self, path: Any) -> Any:
+        return path
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        path.rename(new_path)
+        self.records[new_path.name] = self.records.pop(path.name)
+
+    def mkdir(self, path: Any) -> None:
+        make_folder(path)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def exists(self, path: Any) -> bool:
+        return bool(path.exists())
+
+    def rm_file(self, path: Any) -> None:
+        path.unlink()
+
+
+class _Hashing(io.RawIOBase):
+    """Hashes what passes through."""
+
+    def __init__(self, raw: IO[bytes], alive: Callable[[], None]) -> None:
+        self._raw, self._digest, self._size, self._alive = raw, xxhash.xxh3_128(), 0, alive
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), CHUNK):
+            part = view[start : start + CHUNK]
+            self._digest.update(part)
+            self._raw.write(part)
+            self._alive()
+        self._size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._size
+
+    def record(self) -> FileRecord:
+        return FileRecord(self._size, self._digest.hexdigest())

@@ -1,0 +1,101 @@
+"""The checkpoints of a run, one beside the other: which is the latest, which are older, which may go."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hybridtrain.checkpoint.info import INFO, base_of, read_info, write_info
+from hybridtrain.checkpoint.place import flush_folder, is_local, make_folder, names_in, remove_folder, write_whole
+from hybridtrain.errors import CheckpointError
+
+LATEST = "latest"
+PREFIX = "step-"
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"{PREFIX}{step:08d}"
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The last committed checkpoint, or None."""
+    try:
+        path = checkpoints / (checkpoints / LATEST).read_text().strip()
+    except OSError:
+        return None
+    return path if (path / INFO).is_file() else None
+
+
+def candidates(checkpoints: Path) -> list[Path]:
+    """The finished checkpoints that a run may go on from, best first: the latest and those before it.
+
+    Those after the latest belong to a line that was given up. Where `latest` names none, all are candidates.
+    """
+    last, finished = latest(checkpoints), _finished(checkpoints)
+    return [path for _, path in sorted(finished.items(), reverse=True) if last is None or path.name <= last.name]
+
+
+def staging_of(final: Path) -> Path:
+    """Where the checkpoint `final` is written before it has its name; an object store has no renames, so there at once."""
+    return final.with_name(f".{final.name}.partial") if is_local(final) else final
+
+
+def begin_folder(staging: Path) -> None:
+    """Make it an empty folder. What earlier saves left unfinished is removed."""
+    for name in names_in(staging.parent):
+        if name.startswith(f".{PREFIX}"):
+            remove_folder(staging.parent / name)
+    _remove(staging)
+    make_folder(staging)
+
+
+def commit_folder(staging: Path, final: Path, info: dict[str, Any]) -> str:
+    """Make the files in `staging`, which `info` describes, the finished checkpoint `final` and the latest one.
+
+    Returns the checksum of `checkpoint.json`.
+    """
+    xxh3 = write_info(staging, info)
+    if staging != final:
+        old = final.with_name(f".{final.name}.old")
+        if final.exists():  # of a line that was given up: a run resumed from before this step writes it anew
+            os.rename(final, old)
+        os.rename(staging, final)
+        flush_folder(final.parent)
+        remove_folder(old)
+    write_whole(final.parent / LATEST, final.name.encode())
+    return xxh3
+
+
+def prune(checkpoints: Path, step: int, keep_last: int, keep_every: int) -> None:
+    """Remove what need not be kept now that the checkpoint of `step` is the latest, and what was never finished.
+
+    Kept are the last `keep_last`, those of every `keep_every`-th step, what they are based on, and those after `step`.
+    """
+    finished = _finished(checkpoints)
+    before = sorted(s for s in finished if s <= step)
+    kept = {s for s in finished if s > step or s in before[-keep_last:] or (keep_every and s % keep_every == 0)}
+    try:
+        bases = {base.name for s in kept if (base := base_of(finished[s], read_info(finished[s]))) is not None}
+    except CheckpointError:
+        return  # of one that cannot be read it is not known what it needs
+    names = {finished[s].name for s in kept} | bases
+    for name in names_in(checkpoints):
+        if (theirs := _step(name)) is not None and theirs <= step and name not in names:
+            _remove(checkpoints / name)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that what a crash leaves of it is no finished one."""
+    (path / INFO).unlink(missing_ok=True)
+    remove_folder(path)
+
+
+def _finished(checkpoints: Path) -> dict[int, Path]:
+    steps = {_step(name): checkpoints / name for name in names_in(checkpoints)}
+    return {step: path for step, path in steps.items() if step is not None and (path / INFO).is_file()}
+
+
+def _step(name: str) -> int | None:
+    digits = name.removeprefix(PREFIX)
+    return int(digits) if digits != name and digits.isdigit() else None

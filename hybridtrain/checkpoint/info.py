@@ -1,0 +1,176 @@
+"""What a checkpoint says of itself, `checkpoint.json`, and whether its files are still what it says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from hybridtrain import __version__
+from hybridtrain.assemble import Parts
+from hybridtrain.checkpoint.files import FileRecord, digest_file
+from hybridtrain.checkpoint.place import write_whole
+from hybridtrain.errors import CheckpointError, DamagedCheckpoint
+from hybridtrain.settings import Settings
+
+FORMAT = 2
+INFO = "checkpoint.json"
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, settings, addressing, tokenizer digest, files.
+
+    Raises CheckpointError where `path` is no finished checkpoint or of another format, DamagedCheckpoint where it was changed.
+    """
+    try:
+        info: dict[str, Any] = json.loads((path / INFO).read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{path} is no finished checkpoint: it has no {INFO}") from None
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path / INFO} is damaged: {error}") from None
+    if info.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {info.get('format')}; this version reads format {FORMAT}")
+    if (found := _seal(info)) != info.get("xxh3"):
+        raise DamagedCheckpoint(f"{path / INFO} is damaged: its content has xxh3 {found}, it says {info.get('xxh3')}")
+    return info
+
+
+def write_info(path: Path, info: dict[str, Any]) -> str:
+    """Write `checkpoint.json`, which makes the files of the folder `path` a finished checkpoint; returns its checksum."""
+    xxh3 = _seal(info)
+    write_whole(path / INFO, json.dumps(info | {"xxh3": xxh3}, indent=1).encode())
+    return xxh3
+
+
+def _seal(info: dict[str, Any]) -> str:
+    """The xxh3 of all that it says but this."""
+    rest = json.loads(json.dumps({key: value for key, value in info.items() if key != "xxh3"}))  # as it will be read
+    return xxhash.xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def base_of(path: Path, info: dict[str, Any]) -> Path | None:
+    """The checkpoint beside it that holds the rows which `path`, described by `info`, does not; None where it holds all."""
+    return path.parent / info["base"]["name"] if info.get("base") else None
+
+
+def damage(path: Path, level: str, share: int = 0, shares: int = 1) -> list[str]:
+    """Why the checkpoint `path` cannot be used: every file of it, and of its base, that is not what it was; one line each.
+
+    `level`: "sizes" looks how long they are, "full" also reads them. With `shares` only the files of number `share` are
+    looked at, of as many shares of about equal bytes.
+    """
+    try:
+        info = read_info(path)
+        base = base_of(path, info)
+        theirs = read_info(base) if base is not None else None
+    except CheckpointError as error:
+        return [str(error)]
+    files = [(path / name, record) for name, record in info["files"].items()]
+    problems = []
+    if base is not None and theirs is not None:
+        files += [(base / name, record) for name, record in theirs["files"].items()]
+        if theirs["xxh3"] != (wanted := info["base"]["xxh3"]):
+            problems.append(f"{base / INFO}: is another base: it has xxh3 {theirs['xxh3']}, must have {wanted}")
+    loads = [0] * shares
+    for file, record in sorted(files, key=lambda f: (-f[1]["size"], str(f[0]))):
+        least = loads.index(min(loads))
+        loads[least] += record["size"] + 1
+        if least == share and (problem := _problem(file, record, level)):
+            problems.append(f"{file}: {problem}")
+    return problems
+
+
+def _problem(file: Path, record: dict[str, Any], level: str) -> str:
+    size, xxh3 = record["size"], record["xxh3"]
+    try:
+        found = digest_file(file) if level == "full" else FileRecord(file.stat().st_size, xxh3)
+    except FileNotFoundError:
+        return f"is missing; it had {size} bytes with xxh3 {xxh3}"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    if found == FileRecord(size, xxh3):
+        return ""
+    if level == "full":
+        return f"is damaged: it has {found.size} bytes with xxh3 {found.xxh3}, must have {size} with xxh3 {xxh3}"
+    return f"is damaged: it has {found.size} bytes, must have {size}"
+
+
+def describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
+    """What a checkpoint of the run after `step` steps says of it; its files and base are added when they are known."""
+    memory = parts.memory
+    return {
+        "format": FORMAT,
+        "step": step,
+        "guard": parts.guard.state(),
+        "sequences": (step + parts.guard.passed_over) * parts.settings.train.global_batch,
+        "version": __version__,
+        "torch": torch.__version__,
+        "layout": parts.mesh.layout.describe(),
+        "identity": identity(parts.settings),
+        "vocab_size": parts.vocabulary.size,
+        "separator_id": parts.vocabulary.separator_id,
+        "tokenizer_digest": tokenizer_digest,
+        "addressing": memory.addressing.to_json() if memory is not None else None,
+        "memory_scalars": memory.scalars() if memory is not None else None,
+        "settings": parts.settings.model_dump(mode="json"),
+    }
+
+
+def check_fits(path: Path, settings: Settings, vocab_size: int, tokenizer_digest: str, addressing: str | None) -> None:
+    """Raise CheckpointError listing every way in which the checkpoint at `path` is one of another model."""
+    info = read_info(path)
+    if info.get("weights_only"):
+        raise CheckpointError(
+            f"{path} holds imported weights and no optimizer state; "
+            f"start a new run from it with train.init_from={path.parent.parent}"
+        )
+    problems = [
+        f"{key}: the checkpoint has {json.dumps(theirs)}, the settings say {json.dumps(ours)}"
+        for key, ours, theirs in _differences(identity(settings), info["identity"])
+    ]
+    if info["vocab_size"] != vocab_size:
+        problems.append(f"vocabulary: the checkpoint has {info['vocab_size']} tokens, the data {vocab_size}")
+    elif info["tokenizer_digest"] != tokenizer_digest:
+        problems.append(f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has {tokenizer_digest}")
+    elif info["addressing"] != addressing and not problems:
+        problems.append("memory: the checkpoint's multipliers, primes or compression map are others")
+    if problems:
+        raise CheckpointError("\n".join([f"{path} is a checkpoint of another model", *(f"  {p}" for p in problems)]))
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """The settings that say what the model and its optimizer state are, flat; a checkpoint fits where they are equal."""
+    memory = {
+        "enabled",
+        "orders",
+        "heads",
+        "head_dim",
+        "rows_per_head",
+        "boundary",
+        "conv",
+        "conv_kernel",
+        "gate_floor",
+        "optimizer",
+    }
+    rates = ("bias_rate", "aux_weight", "z_weight")
+    tree = {
+        "model": settings.model.model_dump(mode="json", exclude={"init_std": True, "vocab_size": True, "moe": set(rates)}),
+        "memory": settings.memory.model_dump(mode="json", include=memory),
+        "optim": {"backbone": settings.optim.backbone},
+    }
+    return dict(_flatten(tree))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    out: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        out += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return out
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    keys = dict.fromkeys([*ours, *theirs])
+    return [(key, ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)]

@@ -1,0 +1,90 @@
+"""Looks whether a checkpoint is what it was, and fills a run's parts from it, at whatever layout it was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.api import CheckpointException
+
+from hybridtrain.assemble import Parts
+from hybridtrain.checkpoint.files import METADATA, Reader, quiet
+from hybridtrain.checkpoint.info import damage, read_info
+from hybridtrain.checkpoint.stored import MEMORY, StoredTensors
+from hybridtrain.checkpoint.together import Failures, describe_failures, together
+from hybridtrain.errors import DamagedCheckpoint
+from hybridtrain.memory import TableMemory
+from hybridtrain.parallel.collectives import Group
+from hybridtrain.stale import KIND, StaleRows
+
+
+def load(parts: Parts, path: Path) -> int:
+    """Fill the run's parts from the checkpoint folder `path`, at whatever layout it was written; returns its step.
+
+    Call `verify` before. Raises DamagedCheckpoint on every rank where any cannot read it; the parts are then worth nothing.
+    """
+    world = parts.mesh.world
+    info = read_info(path)
+    weights_only = bool(info.get("weights_only"))
+    if not weights_only:
+        parts.engine.allocate_state()
+    for stage in range(len(parts.stages)):  # as many on every rank
+        state = parts.engine.state(stage)
+        if weights_only:
+            state = {name: value for name, value in state.items() if name.startswith("model.")}
+        read_into(state, path, world)
+        parts.engine.load_state(stage, state)
+    memory = parts.memory
+    if memory is not None:
+        try:
+            together(world, lambda: _load_rows(memory, StoredTensors(path), weights_only))
+        except Failures as failures:
+            raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be read", *_lines(failures.problems)])) from None
+        if not weights_only:
+            memory.load_scalars(info["memory_scalars"])
+    if "guard" in info:  # imported weights have none
+        parts.guard.load_state(info["guard"])
+    return int(info["step"])
+
+
+def verify(path: Path, level: str, world: Group) -> None:
+    """Raise DamagedCheckpoint listing every file of the checkpoint, or of its base, that is not what it was.
+
+    Collective: each rank looks at its share of the files. `level` as of `damage`.
+    """
+    try:
+        found = together(world, lambda: damage(path, level, world.rank, world.size))
+    except Failures as failures:
+        found = [failures.problems]
+    if problems := list(dict.fromkeys(p for theirs in found for p in theirs)):
+        raise DamagedCheckpoint("\n".join([f"{path} cannot be used", *_lines(problems)]))
+
+
+def read_into(state: dict[str, Any], path: Path, world: Group) -> None:
+    """Fill the tensors of `state` from the checkpoint folder `path`, DTensors with their own part; collective.
+
+    Raises DamagedCheckpoint where the checkpoint is damaged or lacks one.
+    """
+    if not (path / METADATA).is_file():
+        raise DamagedCheckpoint(f"{path}: damaged: {METADATA} is missing")
+    try:
+        with quiet():
+            state_dict_loader.load(state, storage_reader=Reader(path), no_dist=world.size == 1)
+    except (Exception, CheckpointException) as error:
+        problems = describe_failures(error, world.rank)
+        raise DamagedCheckpoint("\n".join([f"{path}: damaged or not of this model", *_lines(problems)])) from None
+
+
+def _load_rows(memory: TableMemory, stored: StoredTensors, weights_only: bool) -> None:
+    """This owner's rows, out of whatever pieces they lie in."""
+    for name, value in memory.row_tensors().items():
+        if name == "table" or not weights_only:
+            stored.read_into(value, f"{MEMORY}{name}", memory.low)
+    if memory.mode == "stale" and not weights_only:
+        pieces = stored.pieces(f"{MEMORY}{KIND}", memory.low, memory.high)
+        memory.load_stale([StaleRows(stored.read(f"{piece}.numbers"), stored.read(f"{piece}.values")) for piece in pieces])
+
+
+def _lines(problems: list[str]) -> list[str]:
+    return [f"  {problem}" for problem in problems]

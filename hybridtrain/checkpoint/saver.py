@@ -1,0 +1,163 @@
+"""Saves a run's checkpoints, one at a time, beside the training where `checkpoint.background` says so.
+
+A save writes into a staging folder, every rank its own part; when all succeeded, rank 0 adds `checkpoint.json`, renames
+the folder and only then moves `latest`. What fails on the way leaves the last good checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from torch.distributed.checkpoint import state_dict_saver
+
+from hybridtrain.assemble import Parts
+from hybridtrain.checkpoint.blocks import BlockPlanner
+from hybridtrain.checkpoint.files import Records, Writer, quiet
+from hybridtrain.checkpoint.history import begin_folder, commit_folder, folder_of, latest, prune, staging_of
+from hybridtrain.checkpoint.info import base_of, describe, read_info
+from hybridtrain.checkpoint.place import flush_folder, free_space, remove_folder
+from hybridtrain.checkpoint.state import Content, content, release
+from hybridtrain.checkpoint.together import Failures, on_first, together
+from hybridtrain.errors import CheckpointError
+from hybridtrain.parallel.collectives import Group
+
+PATIENCE = 24 * 3600.0
+"""Seconds that ranks wait for the slowest disk among them; a rank that died is noticed at once."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The last checkpoint with a whole table."""
+
+    name: str
+    xxh3: str  # of its checkpoint.json
+    updates: int  # of the table when it was saved
+    age: int = 0  # incremental checkpoints based on it
+
+    @classmethod
+    def of(cls, path: Path) -> Base | None:
+        """What a run that goes on from the checkpoint `path` bases its incremental checkpoints on; None without a table."""
+        info = read_info(path)
+        age = info["base"]["age"] if info.get("base") else 0
+        base = base_of(path, info) or path
+        info = read_info(base)
+        scalars = info["memory_scalars"]
+        return cls(base.name, info["xxh3"], scalars["step_count"], age) if scalars else None
+
+
+class Saver:
+    """Saves the run's parts under `folder`; every method is called by all ranks at the same step."""
+
+    def __init__(self, parts: Parts, folder: Path, tokenizer_digest: str, base: Base | None = None) -> None:
+        self.parts, self.folder, self.tokenizer_digest = parts, folder, tokenizer_digest
+        self.base = base
+        self._world: Group = parts.mesh.own_world_group("checkpoint", PATIENCE)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._held = threading.Event()
+        self._held.set()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way has failed here; `finish` says how, on every rank."""
+        return self._error is not None
+
+    def save(self, step: int) -> Path:
+        """Save the run as it is after `step` steps; returns the checkpoint's folder. In the background it is finished later.
+
+        Raises CheckpointError on every rank where any could not write; nothing that was committed is touched.
+        """
+        self.finish()
+        settings, final = self.parts.settings.checkpoint, folder_of(self.folder, step)
+        info = describe(self.parts, step, self.tokenizer_digest)
+        base = self.base
+        if base is not None and (base.age + 1 >= settings.table_full_every or base.name == final.name):
+            base = None
+        if base is not None:
+            base = replace(base, age=base.age + 1)
+            info["base"] = {"name": base.name, "xxh3": base.xxh3, "age": base.age}
+        what = content(self.parts, base.updates if base is not None else None, later=settings.background)
+        work = partial(self._save, final, step, what, info, base)
+        if settings.background:
+            self._held.clear()
+            self._thread = threading.Thread(target=self._catch, args=(work,), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            work()
+        return final
+
+    def before_update(self) -> None:
+        """Wait until parameters and optimizer state, which the coming update changes, are copied for the save under way."""
+        self._held.wait()
+
+    def finish(self) -> None:
+        """Wait for the save under way. Raises CheckpointError, as `save` does, where it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _catch(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._error = error
+
+    def _save(self, final: Path, step: int, what: Content, info: dict[str, Any], base: Base | None) -> None:
+        world, settings, staging = self._world, self.parts.settings.checkpoint, staging_of(final)
+        try:
+            if settings.background:
+                together(world, self._holding(what))
+            on_first(world, partial(begin_folder, staging))
+            records = together(world, partial(_write, what, staging, world))
+            info |= {"files": {name: record for theirs in records for name, record in theirs.items()}}
+            xxh3 = on_first(world, partial(commit_folder, staging, final, info))
+        except Failures as failures:
+            last = latest(self.folder)
+            message = (
+                f"{final}: the checkpoint of step {step} could not be written{free_space(self.folder)}; the last good one stays: "
+                + "\n".join([str(last or "none"), *(f"  {p}" for p in failures.problems)])
+            )
+            if world.rank == 0:
+                remove_folder(staging)
+            raise CheckpointError(message) from None
+        finally:
+            self._held.set()
+            release(self.parts)
+        memory = self.parts.memory
+        if memory is not None:
+            self.base = base or Base(final.name, xxh3, info["memory_scalars"]["step_count"])
+        if world.rank == 0:
+            with suppress(OSError):  # what cannot be removed now is removed after another save
+                prune(self.folder, step, settings.keep_last, settings.keep_every)
+
+    def _holding(self, what: Content) -> Callable[[], None]:
+        def hold() -> None:
+            try:
+                what.hold()
+            finally:
+                self._held.set()
+
+        return hold
+
+
+def _write(what: Content, staging: Path, world: Group) -> Records:
+    writer = Writer(staging, world.traffic.alive)
+    with quiet():
+        state_dict_saver.save(
+            cast(dict[str, Any], what.state),
+            storage_writer=writer,
+            planner=BlockPlanner(what.sources),
+            process_group=world.process_group,
+            no_dist=world.size == 1,
+        )
+    flush_folder(staging)
+    return writer.records

@@ -1,0 +1,161 @@
+"""A checkpoint's tensors one by one, without a process group: read in slices, written as they are made.
+
+Reading takes the asked rows from their place in the files; writing holds one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+
+from hybridtrain.checkpoint.files import Piece, Reader, Records, Writer, quiet
+from hybridtrain.checkpoint.info import INFO, base_of, read_info
+from hybridtrain.errors import CheckpointError, DamagedCheckpoint
+from hybridtrain.pieces import pieces_for
+
+MEMORY = "memory."
+CHANGED = f"{MEMORY}changed"
+"""Kind of the pieces (pieces.py) of an incremental checkpoint: its rows that changed since its base was saved."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is needed."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class StoredTensors:
+    """The tensors of the checkpoint folder `path` by their names ("model.…", "memory.…"); an incremental one's with its base.
+
+    Raises DamagedCheckpoint where the folder's index or one of its files cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            metadata = Reader(path).read_metadata()
+        except Exception as error:  # whatever unpickling a damaged file raises
+            raise DamagedCheckpoint(f"{path}: damaged: its index of tensors cannot be read: {error}") from None
+        self._entries = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+        self._places: dict[MetadataIndex, Any] = dict(metadata.storage_data or {})
+        base = base_of(path, read_info(path)) if (path / INFO).is_file() else None
+        self._base = StoredTensors(base) if base is not None else None
+        here = {k.removeprefix(f"{CHANGED}.").partition(".")[2] for k in self._entries if k.startswith(CHANGED)} - {"numbers"}
+        self._merged = {f"{MEMORY}{k}" for k in here}  # tensors whose changed rows are here and whose others are in the base
+        self._numbers: dict[str, Tensor] = {}  # of changed rows, by piece
+        self.shapes: dict[str, tuple[int, ...]] = {k: tuple(v.size) for k, v in self._entries.items() if not k.startswith(CHANGED)}
+        if self._base is not None:
+            self.shapes |= {k: self._base.shapes[k] for k in sorted(self._merged)}
+
+    def read(self, name: str, low: int = 0, high: int | None = None) -> Tensor:
+        """Rows `low` to `high-1` (dim 0; all where None) of a tensor, on the CPU."""
+        shape = self.shapes[name]
+        if shape:
+            high = shape[0] if high is None else high
+            shape = (high - low, *shape[1:])
+        out = torch.empty(shape, dtype=self.dtype(name))
+        self.read_into(out, name, low)
+        return out
+
+    def read_into(self, out: Tensor, name: str, low: int = 0) -> None:
+        """Fill `out`, of any dtype and device, with as many rows of a tensor as it has, from row `low` on."""
+        if self._base is not None and name in self._merged:
+            self._base.read_into(out, name, low)
+            self._write_changes_over(out, name, low)
+        else:
+            self._read_rows(out, name, low)
+
+    def dtype(self, name: str) -> torch.dtype:
+        if self._base is not None and name in self._merged:
+            return self._base.dtype(name)
+        return self._entries[name].properties.dtype
+
+    def pieces(self, kind: str, low: int, high: int) -> list[str]:
+        """The pieces of rows of a kind (pieces.py) that may have rows among `low` to `high-1`."""
+        return pieces_for(self._entries, kind, low, high)
+
+    def _write_changes_over(self, out: Tensor, name: str, low: int) -> None:
+        """Put the changed ones among the rows from `low` on in their places."""
+        high = low + len(out)
+        for piece in self.pieces(CHANGED, low, high):
+            numbers = self._numbers_of(piece)
+            start, end = torch.searchsorted(numbers, torch.tensor([low, high])).tolist()
+            if start < end:
+                values = torch.empty((end - start, *out.shape[1:]), dtype=self.dtype(name))
+                self._read_rows(values, f"{piece}.{name.removeprefix(MEMORY)}", start)
+                out.index_copy_(0, (numbers[start:end] - low).to(out.device), values.to(out))
+
+    def _numbers_of(self, piece: str) -> Tensor:
+        if piece not in self._numbers:
+            numbers = torch.empty(tuple(self._entries[f"{piece}.numbers"].size), dtype=torch.int64)
+            self._read_rows(numbers, f"{piece}.numbers", 0)
+            self._numbers[piece] = numbers
+        return self._numbers[piece]
+
+    def _read_rows(self, out: Tensor, name: str, low: int) -> None:
+        entry = self._entries[name]
+        high = low + len(out) if out.shape else 1
+        for chunk in entry.chunks:
+            if not out.shape:
+                self._read_piece(out, name, chunk, 0, 1)
+                continue
+            start, end = max(low, chunk.offsets[0]), min(high, chunk.offsets[0] + chunk.sizes[0])
+            if start < end:
+                rest = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
+                target = out[(slice(start - low, end - low), *rest)]
+                self._read_piece(target, name, chunk, start - chunk.offsets[0], end - chunk.offsets[0])
+
+    def _read_piece(self, out: Tensor, name: str, chunk: ChunkStorageMetadata, low: int, high: int) -> None:
+        place = self._places[MetadataIndex(name, chunk.offsets)]
+        try:
+            Piece.find(self.path, place).read_into(out, low, high)
+        except Exception as error:  # whatever a missing or damaged file makes torch or the disk raise
+            raise DamagedCheckpoint(f"{self.path / place.relative_path}: damaged: {name} cannot be read: {error}") from None
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> Records:
+    """Write a checkpoint's tensors into `folder`, one in memory at a time; returns what `checkpoint.json` says of its files.
+
+    Raises CheckpointError where that fails.
+    """
+    state = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    writer = Writer(folder, single_file_per_rank=False)  # it keeps what it wrote to a file until the file is done
+    with quiet():
+        try:
+            state_dict_saver.save(cast(dict[str, Any], state), storage_writer=writer, planner=_Maker(tensors), no_dist=True)
+        except CheckpointException as error:
+            ((cause, _),) = error.failures.values()
+            raise CheckpointError(f"{folder}: cannot be written: {type(cause).__name__}: {cause}") from None
+    return writer.records
+
+
+class _Maker(DefaultSavePlanner):
+    """Plans from shapes alone, and makes each tensor when the writer asks for it."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        tensor = self.tensors[index.fqn]
+        value = tensor.make()
+        if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype:
+            raise ValueError(f"{index.fqn}: made {list(value.shape)} {value.dtype}, planned {list(tensor.shape)} {tensor.dtype}")
+        return value
