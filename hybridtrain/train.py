@@ -132,9 +132,18 @@ def _loop(
         done, clock.step = step + 1, step + 1
         with clock.phase("data"):
             upcoming = feed.get(done) if done < steps else (batch, None)
-        asked = {"stop": signal.received or folder.save_failed, "save": signal.save}
-        hooks = {"before_update": folder.before_update, "accepts": guard.accepts}
-        totals = train_step(parts, step, batch, plan, clock, next_plan=upcoming[1], **asked, **hooks)
+        totals = train_step(
+            parts,
+            step,
+            batch,
+            plan,
+            clock,
+            signal.received or folder.save_failed,
+            upcoming[1],
+            folder.before_update,
+            save=signal.save,
+            accepts=guard.accepts,
+        )
         if totals.kept:
             guard.took(done, totals.loss)
             report.step(done, totals, plan)

@@ -19,7 +19,12 @@ from tests.training import make_data
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 BEGIN, END = "<!-- written by tools/fault_campaign.py -->", "<!-- end of what is written -->"
-ENDS = ("restarted", "refused", "unharmed")
+ENDS = {
+    "restarted": "restarted",
+    "fell back": "went on from the checkpoint before",
+    "refused": "refused, cause named",
+    "unharmed": "harmless",
+}
 NAMES = {
     "stop": "SIGSTOP of a rank, at a phase",
     "hang": "a lock that a rank waits for forever, at a phase",
@@ -52,10 +57,9 @@ def name_of(outcome: Outcome) -> str:
 def table(outcomes: Sequence[Outcome], seed: int) -> str:
     counts = Counter((name_of(outcome), outcome.ended) for outcome in outcomes)
     wrong = Counter(name_of(outcome) for outcome in outcomes if outcome.problem)
-    lines = [
-        f"Seed {seed}: {len(outcomes)} faults in {len({o.plan for o in outcomes})} runs, {sum(wrong.values())} with a wrong end.\n\n"
-    ]
-    lines += ["| fault | injected | restarted | refused, cause named | harmless | wrong |\n|---|--:|--:|--:|--:|--:|\n"]
+    runs = len({outcome.plan for outcome in outcomes})
+    lines = [f"Seed {seed}: {len(outcomes)} faults in {runs} runs, {sum(wrong.values())} with a wrong end.\n\n"]
+    lines += [f"| fault | injected | {' | '.join(ENDS.values())} | wrong |\n|---|{'--:|' * (len(ENDS) + 2)}\n"]
     for name in sorted({name for name, _ in counts}):
         cells = [counts[name, end] for end in ENDS]
         lines.append(f"| {name} | {sum(cells)} | {' | '.join(map(str, cells))} | {wrong[name]} |\n")
@@ -71,7 +75,7 @@ def problems() -> list[str]:
         return [f"{PAGE.name} has no table; run: python -m tools.fault_campaign"]
     seed, faults, runs, wrong = map(int, said.groups())
     rows = [
-        [int(cell) for cell in line.split("|")[2:7]]
+        [int(cell) for cell in line.split("|")[2:8]]
         for line in text.splitlines()
         if line.startswith("| ") and "injected" not in line
     ]
@@ -79,7 +83,7 @@ def problems() -> list[str]:
     out += [f"{faults} faults are fewer than {LEAST}"] if faults < LEAST else []
     out += [f"{runs} runs are not {STORIES + UNDER_TORCHRUN}"] if runs != STORIES + UNDER_TORCHRUN else []
     out += [f"{wrong} faults ended wrong"] if wrong else []
-    out += ["the lines do not add up"] if [sum(row[0] for row in rows), sum(row[4] for row in rows)] != [faults, wrong] else []
+    out += ["the lines do not add up"] if [sum(row[0] for row in rows), sum(row[5] for row in rows)] != [faults, wrong] else []
     return out
 
 

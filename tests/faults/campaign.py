@@ -32,7 +32,13 @@ CAMPAIGN = (
     *f"train.steps={STEPS} checkpoint.every={EVERY} train.eval_every=5 train.seq_len=16 parallel.timeout=5".split(),
     *["parallel.ep=2", "memory.weight_decay=0.1"],
 )
-VARIANTS = {"": [], "overlap": ["memory.fetch=overlap"], "stale": ["memory.fetch=stale"], "replicas": ["parallel.mem=1"]}
+VARIANTS = {
+    "": [],
+    "overlap": ["memory.fetch=overlap", "checkpoint.background=true"],
+    "stale": ["memory.fetch=stale"],
+    "increments": ["checkpoint.table_full_every=3", "checkpoint.background=true", "checkpoint.keep_last=3"],
+    "replicas": ["parallel.mem=1"],
+}
 NAMED = {
     "fail": r"Input/output error",
     "fill": r"No space left on device",
@@ -178,15 +184,19 @@ def judge(story: Story, plan: Plan, messages: Sequence[str], reference: Path) ->
     wrong = "" if curve(story.run) == curve(reference) else "the curve is not that of the undisturbed run"
     if without := set(range(made)) - {event["attempt"] for event in fired}:
         wrong = f"attempt(s) {sorted(without)} ended without a fault: {[messages[n] for n in without if messages]}"
-    out = []
+    out, harmed = [], set[str]()
     for event in fired:
-        fault = story.attempts[event["attempt"]][event["number"]]
-        message = messages[event["attempt"]] if messages else None
-        ended, problem = _ended(fault, message, event["attempt"] == made)
-        since = event["attempt"] + (fault.kind not in DAMAGE)
-        resumed = [e["step"] for e in events if e["event"] == "resumed" and e["attempt"] >= since]
-        lost = _lost(event["committed"], resumed) if fault.kind not in DAMAGE else ""
-        out.append(Outcome(fault, plan, ended, wrong or problem or lost))
+        fault, attempt = story.attempts[event["attempt"]][event["number"]], event["attempt"]
+        resumed = {e["attempt"]: e["step"] for e in events if e["event"] == "resumed"}
+        message = messages[attempt] if messages else None
+        if fault.kind in DAMAGE:
+            harmed.add(event["committed"])
+            ended, problem = _fallen_back(story, event, resumed.get(attempt), message)
+        else:
+            ended, problem = _ended(fault, message, attempt == made)
+            after = next((step for number, step in sorted(resumed.items()) if number > attempt), None)
+            problem = problem or ("" if event["committed"] in harmed else _lost(event["committed"], after))
+        out.append(Outcome(fault, plan, ended, wrong or problem))
     return out
 
 
@@ -196,19 +206,36 @@ def _ended(fault: Fault, message: str | None, last: bool) -> tuple[str, str]:
         return "restarted", ""
     if "was ended by SIGKILL" in message or message.startswith("error: no progress"):
         said = STALLS.get(fault.kind, "rank {rank} was ended by SIGKILL").format(rank=fault.rank)
-        good = fault.kind in DAMAGE or re.search(said, message, re.S)
-        return "restarted", "" if good else f"it does not say {said}: {message}"
+        return "restarted", "" if re.search(said, message, re.S) else f"it does not say {said}: {message}"
     if message.startswith("error: "):
         named = NAMED.get(fault.kind)
         return "refused", "" if named and re.search(named, message) else f"the refusal does not name the cause: {message}"
     return "unharmed", "" if last and not message else f"it ended with: {message}"
 
 
-def _lost(committed: str | None, resumed: Sequence[int]) -> str:
+def _fallen_back(story: Story, event: dict[str, Any], resumed: int | None, message: str | None) -> tuple[str, str]:
+    """The same of a damaged file; the one before its checkpoint is the best that there is, and the file is named."""
+    step = _step(event["committed"])
+    if resumed is None:
+        named = message is not None and event["file"] in message
+        return "refused", "" if named else f"{event['file']} was damaged, and the attempt ended with: {message}"
+    if resumed == step:
+        return "unharmed", ""
+    told = event["file"] in (story.folder / "ranks.log").read_text(errors="replace")
+    expected = step - EVERY
+    problem = "" if resumed == expected else f"the run went on from step {resumed} and not from {expected}"
+    return "fell back", problem or ("" if told else f"{event['file']} is not named")
+
+
+def _lost(committed: str | None, resumed: int | None) -> str:
     """Whether the run went on from less than was committed when the fault happened."""
-    if committed is None or not resumed or resumed[0] >= int(committed.removeprefix("step-")):
+    if committed is None or resumed is None or resumed >= _step(committed):
         return ""
-    return f"{committed} was committed, and the run went on from step {resumed[0]}"
+    return f"{committed} was committed, and the run went on from step {resumed}"
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
 def curve(run: Path) -> list[tuple[int, str, float]]:
