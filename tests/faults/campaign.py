@@ -21,7 +21,7 @@ from typing import Any
 
 from hybridtrain.launch.local import USER_ERROR, run_ranks
 from hybridtrain.metrics import read_metrics
-from tests.faults.inject import DAMAGE, PHASES, STORY, Fault, Story
+from tests.faults.inject import DAMAGE, PHASES, STORY, Fault, Story, harmed_checkpoints
 from tests.ranks import PRELOAD
 from tests.training import TINY, ci_settings
 
@@ -171,9 +171,8 @@ def mend(story: Story, data: Path) -> None:
     """What a user would do after a refusal: make room, bring back what is missing."""
     (story.folder / "disk" / "ballast").unlink(missing_ok=True)
     shutil.copytree(data, story.folder / "data", dirs_exist_ok=True)
-    for intact in (story.folder / "intact").glob("step-*"):
-        if (place := story.run / "checkpoints" / intact.name).exists():
-            shutil.copytree(intact, place, dirs_exist_ok=True)
+    for folder, copy in harmed_checkpoints(story):
+        shutil.copytree(copy, folder, dirs_exist_ok=True)
 
 
 def judge(story: Story, plan: Plan, messages: Sequence[str], reference: Path) -> list[Outcome]:
@@ -184,13 +183,12 @@ def judge(story: Story, plan: Plan, messages: Sequence[str], reference: Path) ->
     wrong = "" if curve(story.run) == curve(reference) else "the curve is not that of the undisturbed run"
     if without := set(range(made)) - {event["attempt"] for event in fired}:
         wrong = f"attempt(s) {sorted(without)} ended without a fault: {[messages[n] for n in without if messages]}"
-    out, harmed = [], set[str]()
+    out, harmed = [], {event["committed"] for event in fired if "file" in event}
     for event in fired:
         fault, attempt = story.attempts[event["attempt"]][event["number"]], event["attempt"]
         resumed = {e["attempt"]: e["step"] for e in events if e["event"] == "resumed"}
         message = messages[attempt] if messages else None
         if fault.kind in DAMAGE:
-            harmed.add(event["committed"])
             ended, problem = _fallen_back(story, event, resumed.get(attempt), message)
         else:
             ended, problem = _ended(fault, message, attempt == made)

@@ -117,7 +117,7 @@ def arm(story: Story, fault: Fault, event: dict[str, Any]) -> None:
     """Let the fault happen in this process when its moment comes."""
     if fault.kind in DAMAGE:
         if (path := damage(story, fault)) is not None:
-            story.note(**event, committed=committed(story.run), file=str(path))
+            story.note(**event, committed=path.parent.name, file=str(path))
         return
     act: Callable[[], Any] = {
         "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -201,12 +201,15 @@ def fill(story: Story) -> None:
 
 
 def damage(story: Story, fault: Fault) -> Path | None:
-    """Harm a file of the latest checkpoint, as fault.kind says; it keeps a copy of the checkpoint. None where there is none."""
-    if (name := committed(story.run)) is None:
+    """Harm a file of the latest checkpoint that is whole, as fault.kind says; a copy is kept. None where there is none."""
+    harmed = {folder.name for folder, _ in harmed_checkpoints(story)}
+    last = committed(story.run)
+    whole = [p for p in sorted((story.run / "checkpoints").glob("step-*")) if p.name not in harmed and last and p.name <= last]
+    if not whole:
         return None
-    folder = story.run / "checkpoints" / name
-    shutil.copytree(folder, story.folder / "intact" / name, dirs_exist_ok=True)
-    draw = random.Random(f"{story.seed} {fault.number} {name}")
+    folder = whole[-1]
+    shutil.copytree(folder, story.folder / "intact" / f"{folder.name}.{folder.stat().st_ino}")
+    draw = random.Random(f"{story.seed} {fault.number} {folder.name}")
     path = draw.choice(sorted(p for p in folder.rglob("*") if p.is_file()))
     content = bytearray(path.read_bytes())
     if fault.kind == "delete":
@@ -216,7 +219,14 @@ def damage(story: Story, fault: Fault) -> Path | None:
     else:
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(content)
-    return path.relative_to(story.run)
+    return path
+
+
+def harmed_checkpoints(story: Story) -> list[tuple[Path, Path]]:
+    """Those that `damage` has harmed and no later save has replaced, each with its copy."""
+    copies = [(copy, *copy.name.split(".")) for copy in (story.folder / "intact").glob("step-*")]
+    folders = [(story.run / "checkpoints" / name, copy, int(inode)) for copy, name, inode in copies]
+    return [(folder, copy) for folder, copy, inode in folders if folder.exists() and folder.stat().st_ino == inode]
 
 
 def committed(run: Path) -> str | None:
