@@ -30,6 +30,9 @@ class RunSettings(_Section):
     dir: str = Field("runs/default", min_length=1, description="folder that receives metrics, checkpoints and the summary")
     seed: Natural = Field(0, description="draws the parameters and the sample order")
     threads: Natural = Field(0, description="CPU threads per rank; 0 leaves torch's choice")
+    slow_rank: NonNegative = Field(
+        2.0, description="multiple of its pipeline stage's median step time, waiting apart, from which on a rank is named; 0: never"
+    )
 
 
 class DataSettings(_Section):

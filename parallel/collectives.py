@@ -11,7 +11,8 @@ from __future__ import annotations
 import pickle
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,7 +40,8 @@ class Call(NamedTuple):
 class Traffic:
     """A ledger of (group, operation) -> [calls, bytes] and of the last call of each group; safe to write from several threads.
 
-    A call is entered before it is made, so that a rank that waits in it is known to.
+    A call is entered before it is made, so that a rank that waits in it is known to. `calls` rises as long as this rank goes
+    on; `waited` are its seconds in collectives, where the host waits for them.
     """
 
     def __init__(self) -> None:
@@ -47,6 +49,7 @@ class Traffic:
         self._entries: dict[tuple[str, str], list[int]] = {}
         self._last: dict[str, Call] = {}
         self.calls = 0
+        self.waited = 0.0
 
     def add(self, group: Group, operation: str, sent: int) -> None:
         with self._lock:
@@ -56,6 +59,14 @@ class Traffic:
             self.calls += 1
             number = self._last[group.name].number + 1 if group.name in self._last else 1
             self._last[group.name] = Call(group.name, group.ranks, operation, number, time.monotonic())
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Seconds that the main thread spends inside are `waited`: for other ranks, or for what is sent to arrive."""
+        begin = time.perf_counter()
+        yield
+        if threading.current_thread() is threading.main_thread():
+            self.waited += time.perf_counter() - begin
 
     def alive(self) -> None:
         """Something else was done that takes its time: a part of a checkpoint written."""
@@ -104,7 +115,8 @@ def launch_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], gr
     out, _, work = post_all_to_all(x, send, receive, group)
 
     def finish() -> Tensor:
-        work.wait()
+        with group.traffic.waiting():
+            work.wait()
         return out
 
     return finish
@@ -163,7 +175,8 @@ def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty((group.size, *x.shape))
     count_all_gather(x, group)
-    dist.all_gather_single(out, x.contiguous()[None], group=group.process_group)
+    with group.traffic.waiting():
+        dist.all_gather_single(out, x.contiguous()[None], group=group.process_group)
     return out
 
 
@@ -171,7 +184,8 @@ def _all_gather(x: Tensor, group: Group) -> Tensor:
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(x.shape[1:])
     count_reduce_scatter(out, group)
-    dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group)
+    with group.traffic.waiting():
+        dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group)
     return out
 
 
@@ -185,7 +199,8 @@ def all_reduce_(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.Redu
     """Reduce `x` in place over the group; every rank gets bitwise the same result."""
     if group.size > 1:
         count_all_reduce(x, group)
-        dist.all_reduce(x, op=op, group=group.process_group)
+        with group.traffic.waiting():
+            dist.all_reduce(x, op=op, group=group.process_group)
     return x
 
 
@@ -200,7 +215,8 @@ def all_gather_uneven(x: Tensor, group: Group) -> list[Tensor]:
     padded[: x.shape[0]] = x
     out = padded.new_empty((group.size * max(lengths), *x.shape[1:]))
     count_all_gather(padded, group)
-    dist.all_gather_single(out, padded, group=group.process_group)
+    with group.traffic.waiting():
+        dist.all_gather_single(out, padded, group=group.process_group)
     return [
         part[:length] for part, length in zip(out.chunk(group.size) if max(lengths) else [x] * group.size, lengths, strict=True)
     ]
@@ -227,8 +243,9 @@ def swap(x: Tensor, peer: int, group: Group) -> Tensor:
             dist.P2POp(dist.irecv, out, group=pair, group_peer=peer),
         ]
     )
-    for work in works:
-        work.wait()
+    with group.traffic.waiting():
+        for work in works:
+            work.wait()
     return out
 
 

@@ -29,7 +29,7 @@ SEED, STORIES, UNDER_TORCHRUN, LEAST = 5, 28, 3, 200
 STEPS, EVERY, ATTEMPTS = 30, 3, 8
 CAMPAIGN = (
     *TINY,
-    *f"train.steps={STEPS} checkpoint.every={EVERY} train.eval_every=5 train.seq_len=16 parallel.timeout=5".split(),
+    *f"train.steps={STEPS} checkpoint.every={EVERY} train.eval_every=5 train.seq_len=16 parallel.timeout=8".split(),
     *["parallel.ep=2", "memory.weight_decay=0.1"],
 )
 VARIANTS = {
@@ -171,7 +171,7 @@ def mend(story: Story, data: Path) -> None:
     """What a user would do after a refusal: make room, bring back what is missing."""
     (story.folder / "disk" / "ballast").unlink(missing_ok=True)
     shutil.copytree(data, story.folder / "data", dirs_exist_ok=True)
-    for folder, copy in harmed_checkpoints(story):
+    for folder, copy in sorted(harmed_checkpoints(story))[:1]:  # a run that went on from before the others has dropped their lines
         shutil.copytree(copy, folder, dirs_exist_ok=True)
 
 
