@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import shutil
 import tomllib
-from contextlib import suppress
 from pathlib import Path
 
 from hybridtrain import checkpoint
@@ -38,8 +37,7 @@ class RunFolder:
     def __init__(self, path: Path, world: Group, checkpoints: str = "") -> None:
         self.path, self.world = path, world
         self.checkpoints = checkpoint.place(checkpoints) if checkpoints else path / CHECKPOINTS
-        self._base: checkpoint.Base | None = None
-        self._saver: checkpoint.Saver | None = None
+        self.base: checkpoint.Base | None = None  # of the checkpoint that the run was restored from
 
     @classmethod
     def of(cls, settings: Settings, world: Group) -> RunFolder:
@@ -98,7 +96,6 @@ class RunFolder:
         What is wrong with a damaged one is said, and the one before it taken. Raises CheckpointError where the checkpoint does
         not fit, or none is good.
         """
-        self.settle()
         tokenizer = file_digest(self.path / TOKENIZER)
         problems: list[str] = []
         for path in gather_objects(checkpoint.candidates(self.checkpoints), self.world)[0]:
@@ -111,9 +108,7 @@ class RunFolder:
             except DamagedCheckpoint as error:
                 problems.append(str(error))
                 continue
-            self._base = checkpoint.Base.of(path)
-            if self._saver is not None:
-                self._saver.base = self._base
+            self.base = checkpoint.Base.of(path)
             if self.world.rank == 0:
                 if problems:
                     say("\n".join([*problems, f"going on from {path}, the one before"]))
@@ -121,38 +116,11 @@ class RunFolder:
             return step
         raise CheckpointError("\n".join([f"{self.checkpoints}: no good checkpoint to resume from", *problems]))
 
-    def save(self, parts: Parts, step: int, wait: bool = False) -> None:
-        """Save a checkpoint; one that goes on in the background is waited for with `wait`.
-
-        Raises CheckpointError on every rank where any could not write, in the background also when the next one is saved.
-        """
+    def saver(self, parts: Parts) -> checkpoint.Saver:
+        """What saves the run's checkpoints, once it was restored or begun; collective."""
         if self.world.rank == 0 and parts.memory is not None:
             (self.path / ADDRESSING).write_text(parts.memory.addressing.to_json(), encoding="utf-8")
-        if self._saver is None:
-            self._saver = checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self._base)
-        self._saver.save(step)
-        if wait:
-            self.settle()
-
-    def settle(self) -> None:
-        """Wait for a save in the background. Raises CheckpointError on every rank where it failed."""
-        if self._saver is not None:
-            self._saver.finish()
-
-    @property
-    def save_failed(self) -> bool:
-        """Whether a save in the background has failed on this rank."""
-        return self._saver is not None and self._saver.failed
-
-    def before_update(self) -> None:
-        """Wait until a save in the background has copied what the coming update changes."""
-        if self._saver is not None:
-            self._saver.before_update()
-
-    def close(self) -> None:
-        """Wait for a save in the background; a run that ends otherwise does not raise what became of it."""
-        with suppress(CheckpointError):
-            self.settle()
+        return checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self.base)
 
     def _write_settings(self, settings: Settings) -> None:
         (self.path / SETTINGS).write_text(dump_settings(settings), encoding="utf-8")

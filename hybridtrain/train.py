@@ -6,7 +6,6 @@ import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from hybridtrain.data.prefetch import Feed
 from hybridtrain.diagnose import name_source_of_nonfinite
 from hybridtrain.errors import TrainingError
 from hybridtrain.evaluate import evaluate
-from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.memory import by_exchange
 from hybridtrain.metrics import Clock, MetricsLog
 from hybridtrain.model.statistics import apply_router_statistics, collect, no_statistics, reset
@@ -70,7 +68,8 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
         parts = assemble(settings, mesh, vocabulary, addressing)
         start = folder.restore(parts, addressing) if resume else 0
         if settings.train.init_from and not resume:
-            start_from(parts, Path(settings.train.init_from), folder.path, dataset.manifest.tokenizer_xxh3)
+            source_run = checkpoint.place(settings.train.init_from, "train.init_from")
+            start_from(parts, source_run, folder.path, dataset.manifest.tokenizer_xxh3)
         log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps)
         report = Report(parts, log, folder.path, start)
         loader = BatchLoader(
@@ -94,11 +93,16 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
         stalls = folder.path / "stalls" / gather_objects(time.strftime("%Y%m%d-%H%M%S"), mesh.world)[0]
         watchdog = Watchdog(mesh.world, report.clock, stalls, settings.parallel.timeout)
         try:
-            with Feed(load, settings.train.steps) as feed, StopSignal() as signal, watchdog:
-                return _loop(parts, folder, addressing, feed, signal, report, validate, start)
+            with folder.saver(parts) as saver, Feed(load, settings.train.steps) as feed, StopSignal() as signal, watchdog:
+
+                def restore() -> int:
+                    step = folder.restore(parts, addressing)
+                    saver.base = folder.base
+                    return step
+
+                return _loop(parts, saver, restore, feed, signal, report, validate, start)
         finally:
             log.close()
-            folder.close()
     except DispatchMemoryError as error:
         raise TrainingError(str(error)) from error
     except OSError as error:
@@ -113,8 +117,8 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
 
 def _loop(
     parts: Parts,
-    folder: RunFolder,
-    addressing: Addressing | None,
+    saver: checkpoint.Saver,
+    restore: Callable[[], int],
     feed: Feed[Step],
     signal: StopSignal,
     report: Report,
@@ -138,17 +142,17 @@ def _loop(
             batch,
             plan,
             clock,
-            signal.received or folder.save_failed,
+            signal.received or saver.failed,
             upcoming[1],
-            folder.before_update,
+            saver.before_update,
             save=signal.save,
             accepts=guard.accepts,
         )
         if totals.kept:
             guard.took(done, totals.loss)
             report.step(done, totals, plan)
-        elif _refuse(parts, folder, report, done, batch, plan, totals) == "rollback":
-            data, done = done + guard.passed_over, folder.restore(parts, addressing)
+        elif _refuse(parts, saver, report, done, batch, plan, totals) == "rollback":
+            data, done = done + guard.passed_over, restore()
             guard.passed_over = data - done  # the refused batch and those before it are not read again
             report.rolled_back(done)
             upcoming = _begin(parts, feed, clock, done)
@@ -158,7 +162,7 @@ def _loop(
                 report.validation(done, validate(settings.train.eval_batches if done < steps else 0))
         if done == steps or totals.stop or totals.save or (every and done % every == 0):
             with report.outside_training("save"):
-                folder.save(parts, done, wait=done == steps or totals.stop)
+                saver.save(done, wait=done == steps or totals.stop)
             signal.save = False  # also where a request reached this rank a step later than the one that told all
         if totals.stop:
             feed.finish()  # ranks may have planned ahead by different numbers of steps
@@ -175,11 +179,13 @@ def _begin(parts: Parts, feed: Feed[Step], clock: Clock, step: int) -> Step:
     return first
 
 
-def _refuse(parts: Parts, folder: RunFolder, report: Report, done: int, batch: Batch, plan: StepPlan | None, totals: Totals) -> str:
+def _refuse(
+    parts: Parts, saver: checkpoint.Saver, report: Report, done: int, batch: Batch, plan: StepPlan | None, totals: Totals
+) -> str:
     """What `train.on_spike` says to do about a step that was not made: "skip" or "rollback"; raises TrainingError to stop."""
     train, action = parts.settings.train, parts.settings.train.on_spike
-    folder.settle()
-    last = checkpoint.latest(folder.checkpoints)
+    saver.finish()
+    last = checkpoint.latest(saver.folder)
     what = parts.guard.describe(totals.loss, totals.grad_norm)
     allowed = parts.guard.refuse(done)
     if action == "stop" or not allowed or (action == "rollback" and last is None):

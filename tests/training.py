@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.assemble import Parts, Vocabulary, assemble, compute_dtype, make_addressing, resolve_layout
+from hybridtrain.checkpoint import Saver
 from hybridtrain.config import load_settings
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.metrics import Clock, read_metrics
 from hybridtrain.parallel.mesh import make_mesh
-from hybridtrain.run_folder import RunFolder
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
 from tests.ranks import run_on_ranks
@@ -96,20 +96,20 @@ def train_and_kill(settings: Settings, resume: bool, rank: int, step: int, durin
     """
     from hybridtrain import train as module
 
-    real_step, real_save = module.train_step, RunFolder.save
+    real_step, real_save = module.train_step, Saver.save
 
     def train_step(parts: Any, number: int, *rest: Any, **named: Any) -> Any:
         if number + 1 == step and parts.mesh.rank == rank and during != "save":
             os.kill(os.getpid(), signal.SIGKILL if during == "step" else signal.SIGTERM)
         return real_step(parts, number, *rest, **named)
 
-    def save(folder: Any, parts: Any, done: int, wait: bool) -> None:
-        if done == step and parts.mesh.rank == rank and during == "save":
+    def save(saver: Any, done: int, wait: bool) -> Any:
+        if done == step and saver.parts.mesh.rank == rank and during == "save":
             os.kill(os.getpid(), signal.SIGKILL)
-        real_save(folder, parts, done, wait)
+        return real_save(saver, done, wait)
 
     module.train_step = train_step  # type: ignore[assignment]
-    RunFolder.save = save  # type: ignore[assignment,method-assign]
+    Saver.save = save  # type: ignore[assignment,method-assign]
     module.train(settings, resume)
 
 

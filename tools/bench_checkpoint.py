@@ -105,14 +105,19 @@ def _round(trainer: _Trainer, options: Options, number: int) -> dict[str, float]
         seconds[name] = time.perf_counter() - begin
         return result
 
+    target = Path(options.folder) / "dd"
+
     def copy() -> None:
         if number and world.rank == 0:
-            _dd(folder / f"step-{2 * number:08d}", Path(options.folder) / "dd")  # what the round before has left
+            _dd(folder / f"step-{2 * number:08d}", target)  # what the round before has left
 
     saver = trainer.saver(folder, background=False)
-    works = [("dd", copy), ("save", lambda: saver.save(2 * number + 1))]
+    works: list[tuple[str, Callable[[], Any]]] = [("dd", copy), ("save", lambda: saver.save(2 * number + 1))]
     for name, work in works if number % 2 else works[::-1]:
         path = timed(name, work) or path
+        if world.rank == 0:
+            for file in target.parent.glob(f"{target.name}-*"):
+                file.unlink()
     size = sum(record["size"] for record in checkpoint.read_info(path)["files"].values())
     timed("verify", lambda: checkpoint.verify(path, "full", world))
     timed("load", lambda: checkpoint.load(parts, path))
@@ -174,8 +179,6 @@ def _dd(source: Path, target: Path) -> None:
     for file in sorted(source.glob("*.distcp")):
         command = ["dd", f"if={file}", f"of={target}-{file.name}", "bs=1M", "conv=fsync", "status=none"]
         subprocess.run(command, check=True)
-    for copy in target.parent.glob(f"{target.name}-*"):
-        copy.unlink()
 
 
 def summarise(rounds: list[dict[str, float]], options: Options) -> dict[str, Any]:

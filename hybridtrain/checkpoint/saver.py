@@ -27,8 +27,8 @@ from hybridtrain.checkpoint.together import Failures, on_first, together
 from hybridtrain.errors import CheckpointError
 from hybridtrain.parallel.collectives import Group
 
-PATIENCE = 24 * 3600.0
-"""Seconds that ranks wait for the slowest disk among them; a rank that died is noticed at once."""
+PATIENCE = 6
+"""Times `parallel.timeout` that ranks wait for the slowest disk among them; a rank that died is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -52,26 +52,39 @@ class Base:
 
 
 class Saver:
-    """Saves the run's parts under `folder`; every method is called by all ranks at the same step."""
+    """Saves the run's parts under `folder`; every method is called by all ranks at the same step.
+
+    Leaving its context waits for a save that is under way.
+    """
 
     def __init__(self, parts: Parts, folder: Path, tokenizer_digest: str, base: Base | None = None) -> None:
         self.parts, self.folder, self.tokenizer_digest = parts, folder, tokenizer_digest
         self.base = base
-        self._world: Group = parts.mesh.own_world_group("checkpoint", PATIENCE)
+        self._world: Group = parts.mesh.own_world_group("checkpoint", PATIENCE * parts.mesh.timeout)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._held = threading.Event()
         self._held.set()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        elif self._thread is not None:
+            self._thread.join(self.parts.mesh.timeout)  # what ends the run is told, and not what became of this
 
     @property
     def failed(self) -> bool:
         """Whether the save under way has failed here; `finish` says how, on every rank."""
         return self._error is not None
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int, wait: bool = False) -> Path:
         """Save the run as it is after `step` steps; returns the checkpoint's folder. In the background it is finished later.
 
-        Raises CheckpointError on every rank where any could not write; nothing that was committed is touched.
+        One that is under way is waited for before, and with `wait` this one is as well. Raises CheckpointError on every rank
+        where any could not write; nothing that was committed is touched.
         """
         self.finish()
         settings, final = self.parts.settings.checkpoint, folder_of(self.folder, step)
@@ -90,6 +103,8 @@ class Saver:
             self._thread.start()
         else:
             work()
+        if wait:
+            self.finish()
         return final
 
     def before_update(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -177,13 +178,14 @@ def cut_in_half(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "expected"),
     [
-        (lambda c: cut_in_half(c / "__0_0.distcp"), "damaged or not of this model"),
-        (lambda c: (c / "__0_0.distcp").unlink(), "damaged or not of this model"),
-        (lambda c: (c / ".metadata").unlink(), "damaged: .metadata is missing"),
+        (lambda c: cut_in_half(c / "__0_0.distcp"), "__0_0.distcp: is damaged: it has "),
+        (lambda c: flip(c / "__0_0.distcp"), "__0_0.distcp: is damaged: it has "),
+        (lambda c: (c / "__0_0.distcp").unlink(), "__0_0.distcp: is missing; it had "),
+        (lambda c: (c / ".metadata").unlink(), ".metadata: is missing; it had "),
         (lambda c: cut_in_half(c / "checkpoint.json"), "checkpoint.json is damaged"),
         (lambda c: (c / "checkpoint.json").unlink(), "no finished checkpoint to resume from"),
     ],
-    ids=["truncated", "missing part", "no metadata", "truncated info", "no info"],
+    ids=["truncated", "flipped", "missing part", "no metadata", "truncated info", "no info"],
 )
 def test_a_damaged_checkpoint_is_refused(
     trained: Callable[..., Path], tmp_path: Path, resumable: Callable[..., str], harm: Callable[[Path], None], expected: str
@@ -192,6 +194,49 @@ def test_a_damaged_checkpoint_is_refused(
     message = resumable()
     assert expected in message
     assert str(tmp_path / "run/checkpoints") in message
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    trained: Callable[..., Path], ci_data: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained(1), tmp_path / "run")
+    last, before = (run / f"checkpoints/step-000000{step}" for step in (20, 10))
+    flip(last / "__0_0.distcp")
+    arguments = [CI, f"run.dir={run}", f"data.path={ci_data}", "--resume"]
+    outcome = hybridtrain("train", *arguments)
+    assert outcome.status == 0, outcome.err
+    record = checkpoint.read_info(trained(1) / "checkpoints/step-00000020")["files"]["__0_0.distcp"]
+    assert re.search(
+        rf"{last} cannot be used\n  {last}/__0_0.distcp: is damaged: it has {record['size']} bytes with xxh3 (?!{record['xxh3']})"
+        rf"[0-9a-f]{{32}}, must have {record['size']} with xxh3 {record['xxh3']}\ngoing on from {before}, the one before",
+        outcome.err,
+    ), outcome.err
+    assert_same_end(run, trained(1))
+
+    for path in (last, before):
+        flip(path / ".metadata")
+    message = refused(hybridtrain("train", *arguments))
+    assert message.startswith(f"error: {run}/checkpoints: no good checkpoint to resume from\n")
+    for path in (last, before):
+        assert f"{path} cannot be used\n  {path}/.metadata: is damaged: it has " in message
+
+
+def test_a_run_that_saves_in_the_background_elsewhere_and_in_parts_is_the_same(
+    trained: Callable[..., Path], ci_data: Path, tmp_path: Path
+) -> None:
+    ways = ("checkpoint.background=true", "checkpoint.table_full_every=3", "checkpoint.every=2", "checkpoint.keep_last=1")
+    settings = ci_settings(
+        tmp_path / "run", ci_data, *TWO, *ways, "checkpoint.keep_every=6", f"checkpoint.dir={tmp_path / 'there'}"
+    )
+    assert launch(settings, False, 1, 9, "sigterm") == 0
+    assert checkpoint.latest(tmp_path / "there") == tmp_path / "there/step-00000010"
+    train_on(2, settings, resume=True)
+    assert_same_end(tmp_path / "run", trained(2, *TWO))
+    assert not (tmp_path / "run/checkpoints").exists()
+    # whole ones after 2, 8, 14 and 20 steps: an incremental one keeps its base, 6 that of 2 and 12 that of 8
+    assert sorted(p.name for p in (tmp_path / "there").iterdir()) == [
+        "latest", *(f"step-000000{step:02d}" for step in (2, 6, 8, 12, 14, 18, 20))
+    ]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -235,3 +280,17 @@ def test_a_disk_that_is_full_on_one_rank_ends_all_with_one_message(
     assert "rank 1: " in err
     assert "No space left on device" in err
     assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == ["latest", "step-00000002"]
+
+
+def test_a_save_in_the_background_that_fails_ends_all_ranks_after_the_same_step(
+    ci_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ways = ("checkpoint.background=true", "checkpoint.every=20", "train.steps=500", "train.eval_every=0")
+    settings = ci_settings(tmp_path / "run", ci_data, *ways, *TWO)
+    assert run_ranks("tests.training:train_on_a_full_disk", (settings, 1, 20), 2, threads=1, preload=PRELOAD) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    assert f"error: {tmp_path}/run/checkpoints/step-00000020: the checkpoint of step 20 could not be written (" in err
+    assert "the last good one stays: none\n  rank 1: OSError: [Errno 28] No space left on device" in err
+    assert 20 < len(loss_curve(tmp_path / "run")) < 40  # it did not wait for the next one
+    assert not list((tmp_path / "run/checkpoints").iterdir())

@@ -42,6 +42,11 @@ LAYER = 'write "[N*][memory+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ["memory.exchange_groups=3 does not divide train.micro_batches=2; it may be 1 or 2"],
         ),
         (
+            ["checkpoint.table_full_every=2", "memory.optimizer=adam"],
+            ['checkpoint.table_full_every=2 saves the rows that changed, and memory.optimizer="adam" changes all; it may be 1'],
+        ),
+        (["checkpoint.keep=3"], ["checkpoint.keep: unknown key; did you mean checkpoint.keep_last?"]),
+        (
             ["memory.fetch=overlap", "memory.optimizer=adam"],
             [
                 'memory.fetch="overlap" needs rows that an update leaves alone, and memory.optimizer="adam" changes all; '

@@ -16,6 +16,7 @@ from torch import Tensor
 from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts
 from hybridtrain.checkpoint import blocks, files
+from hybridtrain.checkpoint.state import Content
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.errors import CheckpointError
 from hybridtrain.metrics import Clock
@@ -65,18 +66,22 @@ def loaded(settings: Settings, path: Path) -> tuple[Parts, BatchLoader]:
 
 @contextmanager
 def slow_writes(seconds: float) -> Iterator[None]:
-    """Nothing is read of what is saved for so long."""
-    real = files.Writer.write_data
+    """Nothing is copied of what is saved for so long, and then again nothing is written."""
+    real = Content.hold, files.Writer.write_data
+
+    def hold(self: Content) -> None:
+        time.sleep(seconds)
+        real[0](self)
 
     def write_data(self: Any, *rest: Any) -> Any:
         time.sleep(seconds)
-        return real(self, *rest)
+        return real[1](self, *rest)
 
-    files.Writer.write_data = write_data  # type: ignore[method-assign]
+    Content.hold, files.Writer.write_data = hold, write_data  # type: ignore[method-assign]
     try:
         yield
     finally:
-        files.Writer.write_data = real  # type: ignore[method-assign]
+        Content.hold, files.Writer.write_data = real  # type: ignore[method-assign]
 
 
 def saved_bytes(path: Path) -> dict[str, Any]:
@@ -151,8 +156,9 @@ def load_both(settings: Settings, folder: Path) -> tuple[list[str], list[int]]:
     return equal(all_state(plain), all_state(incremental)), [plain.memory.low, plain.memory.high]
 
 
-def test_every_way_to_save_gives_the_same_bits_at_every_layout(ci_data: Path, tmp_path: Path) -> None:
-    for out in run_on_ranks(save_in_every_way, 2, settings_of(ci_data, *TWO), tmp_path):
+@pytest.mark.parametrize("mem", [2, 1], ids=["owners of unequal parts", "copies"])
+def test_every_way_to_save_gives_the_same_bits_at_every_layout(ci_data: Path, tmp_path: Path, mem: int) -> None:
+    for out in run_on_ranks(save_in_every_way, 2, settings_of(ci_data, "parallel.ep=2", f"parallel.mem={mem}"), tmp_path):
         assert out["rest"]
         assert out["same"] == [True, True]
         assert out["not yet"] is None
@@ -173,8 +179,10 @@ def test_every_way_to_save_gives_the_same_bits_at_every_layout(ci_data: Path, tm
     assert rows % 2 == 1
     for low, high in ((0, 1), (rows // 2 - 5, rows // 2 + 5), (rows - 1, rows), (3, 3)):
         assert torch.equal(incremental.read("memory.table", low, high), plain.read("memory.table", low, high))
-    (alone,) = run_on_ranks(load_both, 1, settings_of(ci_data)["plain"], tmp_path)
-    assert alone == ([], [0, rows])
+    others = {1: (), 2: ("parallel.ep=1", f"parallel.mem={3 - mem}")}
+    found = {n: run_on_ranks(load_both, n, settings_of(ci_data, *more)["plain"], tmp_path) for n, more in others.items()}
+    half = -(-rows // 2)
+    assert found == {1: [([], [0, rows])], 2: [([], [0, half]), ([], [half, rows])] if mem == 1 else [([], [0, rows])] * 2}
 
 
 def at_urls(settings: dict[str, Settings], where: str) -> list[Any]:
@@ -218,3 +226,18 @@ def test_checkpoints_may_lie_at_any_url(ci_data: Path, tmp_path: Path, nproc: in
         assert found == ["step-00000005", "step-00000004"]
         assert differ == []
         assert same
+
+
+def test_a_table_that_changes_as_a_whole_is_copied_before_it_does(ci_data: Path, tmp_path: Path) -> None:
+    settings = ci_settings(Path("unused"), ci_data, *TABLE, "memory.optimizer=adam", "checkpoint.background=true")
+    run = build_here(settings)
+    with checkpoint.Saver(run[0], tmp_path, "digest") as saver, slow_writes(0.5):
+        steps(run, 0, 2)
+        then = all_state(run[0])
+        path = saver.save(2)
+        steps(run, 2, 4, saver.before_update)
+    now = all_state(run[0])
+    stored = checkpoint.StoredTensors(path)
+    for name in ("table", "rows.m", "rows.v"):
+        assert torch.equal(stored.read(f"memory.{name}"), then[name])
+        assert not torch.equal(now[name], then[name])

@@ -267,3 +267,30 @@ def test_make_row_optimizer(name, kind, names):
 def test_dense_adam_refuses_beta2_of_one():
     with pytest.raises(SettingsError, match=r'memory.beta2=1.0 must be below 1 for memory.optimizer="adam"'):
         make_row_optimizer(MemorySettings(optimizer="adam", beta2=1.0), torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("make", [RowwiseAdam, RowwiseAdagrad])
+def test_what_changed_is_known_and_told_before(make):
+    table = torch.ones(10, 2)
+    optimizer = make(table, weight_decay=0.1)
+    told = []
+    assert optimizer.watch(lambda rows: told.append((rows.tolist(), bool((table[rows] == 1).all()))))
+    grad = torch.ones(2, 2)
+    optimizer.step(torch.tensor([1, 4]), grad, 0.1)
+    assert told == [([1, 4], True)]
+    optimizer.watch(None)
+    optimizer.step(torch.tensor([2, 4]), grad, 0.1)
+    assert len(told) == 1
+    saved = optimizer.step_count
+    optimizer.catch_up(torch.tensor([7]))  # after it was saved, but of the same step
+    optimizer.step(torch.tensor([5]), grad[:1], 0.1)
+    changed = optimizer.changed_since(saved).tolist()
+    assert set(changed) >= {5, 7}
+    assert set(changed) <= {2, 4, 5, 7}  # those of the last step before may be among them
+    assert optimizer.changed_since(0).tolist() == list(range(10))
+
+
+def test_dense_adam_changes_everything():
+    optimizer = DenseAdam(torch.ones(3, 2))
+    assert not optimizer.watch(lambda rows: None)
+    assert optimizer.changed_since(0).tolist() == [0, 1, 2]
