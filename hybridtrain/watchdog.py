@@ -26,7 +26,7 @@ from hybridtrain.launch.local import STALLED, end_rank
 from hybridtrain.metrics import Clock
 from hybridtrain.parallel.collectives import POINT_TO_POINT, Call, Group
 
-_NOTICED, _SAID = 0.8, 0.95  # shares of the timeout after which a rank writes its record, and ends the run
+_NOTICED, _SAID = 0.8, 0.9  # shares of the timeout after which a rank writes its record, and ends the run
 _TICKS, _LOOK = 20, 3  # a timeout's ticks; those between two looks at the others' records
 _FRAMES, _SHOWN = 6, 8
 
