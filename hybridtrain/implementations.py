@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hybridtrain.assemble import Parts, compute_dtype
+from hybridtrain.assemble import Parts
 from hybridtrain.kernels import choose
+from hybridtrain.world import compute_dtype
 
 
 def implementations(parts: Parts) -> dict[str, str]:

@@ -122,7 +122,6 @@ class Report:
         self._last = values
         self._total_seconds += seconds
         self._logged_at = done
-        self._pace.skip()
 
     def _slowest(self, own: list[float]) -> dict[str, float]:
         """The slowest rank by every rank's own seconds per step; it is named where it is far from the others."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts, assemble, join_world, make_addressing
+from hybridtrain.assemble import Parts, assemble, make_addressing
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.prefetch import Feed
 from hybridtrain.diagnose import name_source_of_nonfinite
@@ -34,6 +34,7 @@ from hybridtrain.signals import StopSignal
 from hybridtrain.spikes import all_finite
 from hybridtrain.watchdog import Watchdog
 from hybridtrain.weights import start_from
+from hybridtrain.world import join_world
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 Step = tuple[Batch, StepPlan | None]

@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hybridtrain.assemble import Vocabulary, assemble, join_world, keep_freed_memory
+from hybridtrain.assemble import Vocabulary, assemble
 from hybridtrain.data.batches import Batch
 from hybridtrain.metrics import Clock
 from hybridtrain.model.feedforward import SwiGLU
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
+from hybridtrain.world import join_world, keep_freed_memory
 
 Step = Callable[[], object]
 Made = tuple[Step, int | None]

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain import train as module
-from hybridtrain.assemble import join_world
 from hybridtrain.launch.local import RENDEZVOUS
 from hybridtrain.metrics import read_metrics
 from hybridtrain.settings import Settings
+from hybridtrain.world import join_world
 from tests.ranks import run_on_ranks
 from tests.training import ci_settings, loss_curve, train_here
 
