@@ -39,13 +39,8 @@ VARIANTS = {
     "increments": ["checkpoint.table_full_every=3", "checkpoint.background=true", "checkpoint.keep_last=3"],
     "replicas": ["parallel.mem=1"],
 }
-NAMED = {
-    "fail": r"Input/output error",
-    "fill": r"No space left on device",
-    "vanish": r"train-\d+\.tokens",
-    **dict.fromkeys(DAMAGE, r"step-\d{8}"),
-}
-"""What a refusal must say, by the kind of the fault."""
+NAMED = {"fail": "Input/output error", "fill": "No space left on device", "vanish": r"train-\d+\.tokens"}
+"""What a refusal must say, by the kind of the fault; of a damaged file its name."""
 STALLS = {"stop": r"no progress for \d+ s .*rank {rank} gave no sign", "hang": r"no progress for \d+ s .*rank {rank} "}
 KINDS = {
     "kill at a phase": 0.44,
