@@ -26,7 +26,7 @@ from tests.ranks import PRELOAD
 from tests.training import TINY, ci_settings
 
 SEED, STORIES, UNDER_TORCHRUN, LEAST = 5, 28, 3, 200
-STEPS, EVERY, ATTEMPTS = 30, 2, 8
+STEPS, EVERY, ATTEMPTS = 30, 3, 8
 CAMPAIGN = (
     *TINY,
     *f"train.steps={STEPS} checkpoint.every={EVERY} train.eval_every=5 train.seq_len=16 parallel.timeout=8".split(),
