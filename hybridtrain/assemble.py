@@ -31,6 +31,7 @@ from hybridtrain.parallel.pipeline import Pipeline, StageModule
 from hybridtrain.parallel.schedule import Accumulation, Schedule
 from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages
 from hybridtrain.settings import Settings, layer_specs, memory_layers
+from hybridtrain.spikes import SpikeGuard
 from hybridtrain.world import compute_dtype
 
 
@@ -63,6 +64,7 @@ class Parts:
     memory: TableMemory | None
     engine: Engine
     positions: torch.Tensor | None  # under cp: the places in the sequence of this rank's tokens
+    guard: SpikeGuard
 
     @property
     def model(self) -> HybridLM:
@@ -147,7 +149,7 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
     layers = tuple(layer for model in stages for layer in model.memory_layers)
     memory = TableMemory(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
     engine = _engine(settings, mesh, here, stages, dtype)
-    return Parts(settings, mesh, vocabulary, tuple(stages), memory, engine, positions)
+    return Parts(settings, mesh, vocabulary, tuple(stages), memory, engine, positions, SpikeGuard(settings.train))
 
 
 def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:

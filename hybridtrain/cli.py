@@ -27,15 +27,21 @@ app.add_typer(kernels_app, name="kernels")
 Config = Annotated[Path, typer.Argument(help="TOML file of settings, e.g. configs/quickstart.toml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. train.steps=50 parallel.ep=2")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the run folder's latest checkpoint")]
+AutoResume = Annotated[
+    bool,
+    typer.Option(
+        "--auto-resume", help="go on from the latest checkpoint where there is one, else start: for torchrun --max-restarts"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+def train(config: Config, overrides: Overrides = None, resume: Resume = False, auto_resume: AutoResume = False) -> None:
     """Train on this process, or as one rank of a torchrun launch."""
     from hybridtrain.train import train as run
 
-    run(load_settings(config, overrides or []), resume)
+    run(load_settings(config, overrides or []), resume or (None if auto_resume else False))
 
 
 @app.command()
@@ -44,6 +50,10 @@ def launch(
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option("--nproc", min=1, help="ranks to start on this machine")] = 1,
     resume: Resume = False,
+    auto_resume: AutoResume = False,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="times that ranks which died are all started again, from the latest checkpoint")
+    ] = 0,
 ) -> None:
     """Start N training ranks on this machine."""
     from hybridtrain.data.prepare import ensure_prepared
@@ -54,7 +64,9 @@ def launch(
     resolve_layout(settings, nproc)  # refuse before anything starts
     check_compiler(settings)
     ensure_prepared(settings.data)
-    raise typer.Exit(run_ranks("hybridtrain.train:train", (settings, resume), nproc, threads=settings.run.threads))
+    arguments = (settings, resume or (None if auto_resume else False))
+    target, threads = "hybridtrain.train:train", settings.run.threads
+    raise typer.Exit(run_ranks(target, arguments, nproc, threads=threads, restarts=max_restarts, again=(settings, None)))
 
 
 @app.command()

@@ -66,6 +66,13 @@ def contradictions(s: Settings) -> list[str]:
         out.append(
             f'memory.exchange_groups={memory.exchange_groups}: memory.fetch="stale" reads all rows of a step at once; it may be 1'
         )
+    if s.train.on_spike != "stop" and s.train.engine == "deepspeed":
+        out.append(
+            f'train.on_spike="{s.train.on_spike}": DeepSpeed keeps the gradients of a step that is not made; with '
+            'train.engine="deepspeed" it may be "stop"'
+        )
+    if s.train.on_spike == "rollback" and s.checkpoint.every == 0:
+        out.append('train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it above 0')
     if s.checkpoint.table_full_every > 1 and memory.optimizer == "adam":
         out.append(
             f"checkpoint.table_full_every={s.checkpoint.table_full_every} saves the rows that changed, and "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -23,10 +23,11 @@ def together(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def evaluate(parts: Parts, split: Split, batches: int = 0) -> dict[str, float]:
+def evaluate(parts: Parts, split: Split, batches: int = 0, alive: Callable[[], None] = lambda: None) -> dict[str, float]:
     """`loss` (nats per token), `perplexity`, `bits_per_byte` and `tokens` of the split, or of its first global batches (0: all).
 
     Bits per byte spread the split's bytes evenly over its tokens; over a whole split that is exact. An empty split gives {}.
+    `alive` is called for every batch.
     """
     if split.num_tokens == 0:
         return {}
@@ -39,6 +40,7 @@ def evaluate(parts: Parts, split: Split, batches: int = 0) -> dict[str, float]:
     limit = batches * settings.train.micro_batches
     batches_of_one = EvalBatches(split, settings.train.seq_len, batch_size, dp_rank, mesh.layout.dp, limit=limit)
     for batch in together(batches_of_one, mesh.layout.pp):
+        alive()
         plan = None
         if memory is not None:
             plan = memory.plan(batch, evaluate=True)

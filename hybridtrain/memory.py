@@ -148,6 +148,12 @@ class TableMemory:
         seconds, self._arrived = sum(pending.hidden_seconds() for pending in self._arrived), []
         return seconds
 
+    def forget_ahead(self) -> None:
+        """Let go of rows that came ahead of an update which is then not made; the next `fetch` brings them all."""
+        if self._ahead is not None:
+            self._ahead.arrival.wait()
+            self._ahead = None
+
     def push(self, exchange: RowPlan, total_ND: Tensor) -> None:
         """Return the leaves' gradients to the rows' owners, added to `total_ND`, and let go of the leaves."""
         grads = self.rows.grads()

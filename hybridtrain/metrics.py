@@ -18,15 +18,20 @@ METRICS = "metrics.jsonl"
 
 
 class Clock:
-    """Seconds spent in named phases since the last `take`. On CUDA by events, so that measuring never waits for the device."""
+    """Seconds spent in named phases since the last `take`. On CUDA by events, so that measuring never waits for the device.
+
+    `step`, `current` and `entered` say where the run stands: step and phase under way, a number that rises as it goes on.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
+        self.step, self.current, self.entered = 0, "", 0
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self.current, self.entered = name, self.entered + 1
         if self.cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -37,6 +42,11 @@ class Clock:
             begin_at = time.perf_counter()
             yield
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin_at
+        self.current = ""
+
+    def alive(self) -> None:
+        """Something within a long phase was done."""
+        self.entered += 1
 
     def take(self) -> dict[str, float]:
         """Seconds per phase since the last call."""
@@ -58,8 +68,8 @@ class MetricsLog:
         self.active = rank == 0
         if not self.active:
             return
-        self._file = _open_truncated(run_dir / METRICS, resumed_at)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+        self._run_dir = run_dir
+        self._open(resumed_at)
         self.console = Console()
         self._progress = Progress(
             TextColumn("step"),
@@ -72,6 +82,17 @@ class MetricsLog:
         )
         self._task = self._progress.add_task("train", total=total_steps, completed=resumed_at, note="")
         self._progress.start()
+
+    def _open(self, resumed_at: int) -> None:
+        self._file = _open_truncated(self._run_dir / METRICS, resumed_at)
+        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=resumed_at + 1)
+
+    def rewind(self, step: int) -> None:
+        """Drop every line after this step, which the run goes on from."""
+        if self.active:
+            self._file.close()
+            self._board.close()
+            self._open(step)
 
     def step(self, step: int, note: str) -> None:
         """Move the progress bar."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,15 +16,14 @@ from torch import Tensor
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts, resolve_stages
-from hybridtrain.kernels import choose
+from hybridtrain.implementations import implementations
 from hybridtrain.metrics import Clock, MetricsLog, measure_matmul_peak
 from hybridtrain.model.count import count_parameters, flops_per_token
 from hybridtrain.optim.schedule import lr_scale
+from hybridtrain.pace import Pace, slowest
 from hybridtrain.parallel.collectives import all_reduce_
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.run_folder import SUMMARY
-from hybridtrain.settings import layer_specs
-from hybridtrain.world import compute_dtype
 
 if TYPE_CHECKING:
     from hybridtrain.train import Totals
@@ -49,8 +48,8 @@ class Report:
         peak = torch.tensor(measure_matmul_peak(parts.mesh.device), dtype=torch.float64, device=parts.mesh.device)
         self.peak = float(all_reduce_(peak, parts.mesh.world))
         self.start = start
-        self._seconds = self._total_seconds = 0.0
-        self._mark = time.perf_counter()
+        self._total_seconds = 0.0
+        self._pace = Pace(parts.mesh)
         self._logged_at = start
         self._traffic: dict[str, int] = {}
         self._fetch_seconds, self._exposed_seconds = 0.0, 0.0
@@ -82,7 +81,7 @@ class Report:
         for row in rows:
             table.add_row(*row)
         self.log.say(table)
-        self._mark = time.perf_counter()
+        self._pace.skip()
 
     def _pipeline(self) -> str:
         """Schedule and layers of each stage, with the rank along pp that has it."""
@@ -93,9 +92,7 @@ class Report:
 
     def step(self, done: int, totals: Totals, plan: StepPlan | None) -> None:
         """Take in a finished step; every `train.log_every` steps, and after the last, write a line."""
-        now = time.perf_counter()
-        self._seconds += now - self._mark
-        self._mark = now
+        self._pace.add()
         settings = self.parts.settings
         share = dropped_share(totals.statistics)
         dropped = f"  dropped {share:.2%}" if share is not None else ""
@@ -104,12 +101,14 @@ class Report:
             return
         steps = done - self._logged_at
         phases = self.clock.take()
+        seconds, own = self._pace.take(steps)
         values: dict[str, Any] = {
             "loss": totals.loss,
             "learning_rate": settings.optim.lr * lr_scale(done - 1, settings.optim, settings.train.steps),
             "grad_norm": totals.grad_norm,
             "grad_norm_table": totals.table_grad_norm,
-            **self._speed(steps, self._seconds),
+            **self._speed(steps, seconds),
+            **self._slowest(own),
             **layer_statistics(totals.statistics),
             **{f"seconds/{name}": seconds / steps for name, seconds in phases.items()},
             **self._bytes(steps),
@@ -123,8 +122,21 @@ class Report:
                 f"{values['tokens_per_second']:,.0f} tokens/s{dropped}"
             )
         self._last = values
-        self._total_seconds += self._seconds
-        self._seconds, self._logged_at = 0.0, done
+        self._total_seconds += seconds
+        self._logged_at = done
+
+    def _slowest(self, own: list[float]) -> dict[str, float]:
+        """The slowest rank by every rank's own seconds per step; it is named where it is far from the others."""
+        mesh, bound = self.parts.mesh, self.parts.settings.run.slow_rank
+        if mesh.world.size == 1:
+            return {}
+        rank, ratio = slowest(own, [mesh.layout.coordinate(r, "pp") for r in range(mesh.world.size)])
+        if bound and ratio > bound:
+            self.log.say(
+                f"rank {rank} is slow: {1000 * own[rank]:.1f} ms a step without waiting for others, {ratio:.1f} times the median "
+                "of its pipeline stage"
+            )
+        return {"slowest/rank": rank, "slowest/seconds_per_step": own[rank], "slowest/over_median": ratio}
 
     def _memory(self, plan: StepPlan, exposed: float, steps: int) -> dict[str, float]:
         """This rank's rows of the last step, and how long its fetches took: `exposed` seconds of them the loop waited."""
@@ -144,10 +156,23 @@ class Report:
         return values
 
     @contextmanager
-    def outside_training(self) -> Iterator[None]:
+    def outside_training(self, phase: str) -> Iterator[None]:
         """Time spent within counts neither as training nor in tokens per second."""
-        yield
-        self._mark = time.perf_counter()
+        with self.clock.phase(phase):
+            yield
+        self._pace.skip()
+
+    def refused(self, done: int, what: str, action: str, loss: float) -> None:
+        """A step whose update was not made, and what the run does about it."""
+        self.log.write(done, {"refused": action, "refused_loss": loss if math.isfinite(loss) else None})
+        self.log.say(f"step {done:6d}  {what}; {action}")
+        self._pace.skip()
+
+    def rolled_back(self, to: int) -> None:
+        """The steps after step `to` are made again: drop what was written of them."""
+        self.log.rewind(to)
+        self._logged_at, self._pace = to, Pace(self.parts.mesh)
+        self.clock.take()
 
     def validation(self, done: int, values: dict[str, float]) -> None:
         if values:
@@ -183,7 +208,7 @@ class Report:
     def _summarise(self, done: int, stopped: bool) -> dict[str, Any]:
         """The run in one flat dict, written to summary.json by rank 0."""
         tokens = (done - self.start) * self.parts.tokens_per_step
-        seconds = self._total_seconds + self._seconds
+        seconds = self._total_seconds + self._pace.seconds
         summary = {
             "steps": done,
             "stopped": stopped,
@@ -256,57 +281,6 @@ def dropped_share(totals: dict[str, Tensor]) -> float | None:
         for what in (".dropped_pairs", ".expert_tokens")
     )
     return dropped / pairs if any(name.endswith(".dropped_pairs") for name in totals) else None
-
-
-def implementations(parts: Parts) -> dict[str, str]:
-    """What carries each operation in this run."""
-    cuda = parts.mesh.device.type == "cuda"
-    train, dtype = parts.settings.train, compute_dtype(parts.settings, parts.mesh.device)
-    blocked = not cuda and dtype == torch.float32
-    compiled = " · compiled between exchanges" if train.compile else ""
-    ops = {
-        "layers": f"{str(dtype).removeprefix('torch.')} · recompute {train.recompute}{compiled}",
-        "attention": "torch scaled_dot_product_attention",
-        "rope": "torch complex product",
-        "swiglu": "torch, two passes",
-        "rms_norm": "torch, own backward" if blocked else "torch rms_norm",
-        "grouped_mlp": "torch grouped_mm",
-        "permute": "torch index_select, own backward",
-        "head and loss": "blocked over tokens, own backward" if blocked else "torch product, then cross_entropy",
-    }
-    if parts.mesh.tp.size > 1:
-        ops["head and loss"] = f"vocabulary over tp={parts.mesh.tp.size}, blocked over tokens, own backward"
-    if any(spec.feedforward == "moe" for spec in layer_specs(parts.settings)):
-        ops["router_topk"] = "torch topk"
-    if parts.memory is not None:
-        ops |= {
-            "engram_hash": "torch int64",
-            "engram_gate": "torch, around rms_norm",
-            "row_gather": "torch index_select",
-            "segment_sum": "torch sort + embedding_bag" if cuda else "torch index_add",
-            "row optimizer": type(parts.memory.optimizer).__name__,
-        }
-        if parts.settings.memory.conv:
-            ops["short_conv"] = "torch tap by tap"
-        if parts.settings.memory.optimizer != "adam":
-            ops["rowwise_adam"] = "torch, several passes"
-    on_host = parts.memory is not None and parts.memory.table.device.type != parts.mesh.device.type
-    for op, how in choose.table().items():
-        if on_host and op == "rowwise_adam":
-            continue
-        row = "head and loss" if op == "cross_entropy" else op
-        if how != "torch" and row in ops and not (op == "cross_entropy" and parts.mesh.tp.size > 1):
-            ops[row] = how
-    ops["dispatch"] = _dispatch(parts)
-    return ops
-
-
-def _dispatch(parts: Parts) -> str:
-    levels = ", then ".join(f"{group.name}={group.size}" for group in parts.mesh.ep_levels)
-    how = f"all-to-all over {levels}" if parts.mesh.ep.size > 1 else "local"
-    if parts.settings.parallel.dispatch == "hierarchical" and parts.mesh.layout.ep_inter == 1:
-        how += " (hierarchical: ep x etp is on one node)"
-    return how
 
 
 def _short(count: int) -> str:

@@ -37,7 +37,17 @@ class RunFolder:
     def __init__(self, path: Path, world: Group, checkpoints: str = "") -> None:
         self.path, self.world = path, world
         self.checkpoints = checkpoint.place(checkpoints) if checkpoints else path / CHECKPOINTS
-        self._base: checkpoint.Base | None = None  # of the checkpoint that the run was restored from
+        self.base: checkpoint.Base | None = None  # of the checkpoint that the run was restored from
+
+    @classmethod
+    def of(cls, settings: Settings, world: Group) -> RunFolder:
+        """The folder as it is, new or old."""
+        return cls(Path(settings.run.dir), world, settings.checkpoint.dir)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume from, damaged or not."""
+        return bool(checkpoint.candidates(self.checkpoints))
 
     @classmethod
     def open(cls, settings: Settings, world: Group, resume: bool) -> RunFolder:
@@ -46,7 +56,7 @@ class RunFolder:
         Raises SettingsError where a new run would overwrite an old one's checkpoints, CheckpointError where there is none
         to resume.
         """
-        folder = cls(Path(settings.run.dir), world, settings.checkpoint.dir)
+        folder = cls.of(settings, world)
         last = next(iter(checkpoint.candidates(folder.checkpoints)), None)
         barrier(world)  # every rank has looked before rank 0 writes
         if resume and last is None:
@@ -98,7 +108,7 @@ class RunFolder:
             except DamagedCheckpoint as error:
                 problems.append(str(error))
                 continue
-            self._base = checkpoint.Base.of(path)
+            self.base = checkpoint.Base.of(path)
             if self.world.rank == 0:
                 if problems:
                     say("\n".join([*problems, f"going on from {path}, the one before"]))
@@ -110,7 +120,7 @@ class RunFolder:
         """What saves the run's checkpoints, once it was restored or begun; collective."""
         if self.world.rank == 0 and parts.memory is not None:
             (self.path / ADDRESSING).write_text(parts.memory.addressing.to_json(), encoding="utf-8")
-        return checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self._base)
+        return checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self.base)
 
     def _write_settings(self, settings: Settings) -> None:
         (self.path / SETTINGS).write_text(dump_settings(settings), encoding="utf-8")

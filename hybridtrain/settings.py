@@ -30,6 +30,9 @@ class RunSettings(_Section):
     dir: str = Field("runs/default", min_length=1, description="folder that receives metrics, checkpoints and the summary")
     seed: Natural = Field(0, description="draws the parameters and the sample order")
     threads: Natural = Field(0, description="CPU threads per rank; 0 leaves torch's choice")
+    slow_rank: NonNegative = Field(
+        2.0, description="multiple of its pipeline stage's median step time, waiting apart, from which on a rank is named; 0: never"
+    )
 
 
 class DataSettings(_Section):
@@ -166,6 +169,16 @@ class TrainSettings(_Section):
     compile: bool = Field(
         False, description="torch.compile of every layer, between its exchanges and experts; needs a C++ compiler"
     )
+    on_spike: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="where a loss is not finite or a spike: end the run, leave the step's update out, or go back to the last "
+        "checkpoint and on behind the batch (docs/reliability.md)",
+    )
+    spike_score: NonNegative = Field(
+        0.0, description="robust deviations above the median of the last losses that make a spike; 0: only what is not finite"
+    )
+    spike_window: Annotated[int, Field(ge=8)] = Field(100, description="losses that a spike is measured against, the last ones")
+    spike_limit: Positive = Field(3, description="skips or rollbacks in a row before the run is ended")
     engine: Literal["native", "deepspeed"] = Field(
         "native",
         description="what shards, reduces and updates the backbone: FSDP2, or DeepSpeed's ZeRO (docs/deepspeed.md)",
@@ -200,7 +213,7 @@ class ParallelSettings(_Section):
         "near", description="a copy lies on neighbouring ranks, or on ranks spread evenly over stages and nodes"
     )
     reshard_after_forward: bool = Field(False, description="free gathered parameters between forward and backward (ZeRO-3)")
-    timeout: Positive = Field(300, description="seconds a collective may take before the run is ended")
+    timeout: Positive = Field(300, description="seconds without progress of a rank before the run is ended with who waits for whom")
 
 
 class DeepSpeedSettings(_Section):

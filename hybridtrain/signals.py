@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request: the loop finishes its step, saves and ends. A second one ends at once."""
+"""SIGTERM and Ctrl-C as a request: the loop finishes its step, saves and ends. A second one ends at once. SIGUSR1: it saves."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from types import FrameType
 
 
 class StopSignal:
-    """While entered, the first SIGTERM or SIGINT sets `received`; the next one acts as it would without this."""
+    """While entered, the first SIGTERM or SIGINT sets `received`; the next one acts as it would without this.
+
+    SIGUSR1 sets `save`, which whoever saves clears.
+    """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = self.save = False
         self.name = ""
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._on_signal)
+        self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -28,3 +32,6 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received, self.name = True, signal.Signals(number).name
+
+    def _on_save(self, number: int, frame: FrameType | None) -> None:
+        self.save = True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import errno
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts, assemble, make_addressing
 from hybridtrain.data.batches import Batch, BatchLoader
-from hybridtrain.data.prefetch import Prefetcher
+from hybridtrain.data.prefetch import Feed
 from hybridtrain.diagnose import name_source_of_nonfinite
 from hybridtrain.errors import TrainingError
 from hybridtrain.evaluate import evaluate
@@ -22,7 +23,7 @@ from hybridtrain.metrics import Clock, MetricsLog
 from hybridtrain.model.statistics import apply_router_statistics, collect, no_statistics, reset
 from hybridtrain.optim.groups import set_learning_rates
 from hybridtrain.optim.schedule import lr_scale
-from hybridtrain.parallel.collectives import Group, all_reduce_
+from hybridtrain.parallel.collectives import Group, all_reduce_, gather_objects
 from hybridtrain.parallel.dispatch import DispatchMemoryError
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.parallel.rows import StepPlan
@@ -30,8 +31,13 @@ from hybridtrain.report import Report
 from hybridtrain.run_folder import RunFolder
 from hybridtrain.settings import Settings
 from hybridtrain.signals import StopSignal
+from hybridtrain.spikes import all_finite
+from hybridtrain.watchdog import Watchdog
 from hybridtrain.weights import start_from
 from hybridtrain.world import join_world
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+Step = tuple[Batch, StepPlan | None]
 
 
 @dataclass(frozen=True)
@@ -41,17 +47,22 @@ class Totals:
     loss: float  # nats per token
     statistics: dict[str, Tensor]
     stop: bool
+    save: bool
     grad_norm: float
     table_grad_norm: float
+    kept: bool  # the update was made
 
 
-def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
+def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
     """Run `settings.train.steps` steps, or with `resume` the rest of them; returns the summary that rank 0 writes.
 
-    Raises UserError or LayoutError for what the user can mend.
+    `resume` None: the rest where the run folder has a checkpoint, else all. Raises UserError or LayoutError for what the
+    user can mend.
     """
     mesh = join_world(settings)
     try:
+        if resume is None:
+            resume = any(gather_objects(RunFolder.of(settings, mesh.world).has_checkpoint, mesh.world))
         folder = RunFolder.open(settings, mesh.world, resume)
         vocabulary, dataset = folder.prepare_data(settings)
         addressing = make_addressing(settings, vocabulary)
@@ -72,22 +83,35 @@ def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
             settings.run.seed,
         )
 
-        def load(step: int) -> tuple[Batch, StepPlan | None]:
+        def load(step: int) -> Step:
             batch = loader.load(step)
             plan = parts.memory.plan(batch) if parts.memory is not None else None  # from tokens on the CPU
             return batch.at(parts.positions), plan
 
+        def validate(batches: int) -> dict[str, float]:
+            return evaluate(parts, dataset.split("validation"), batches, report.clock.alive)
+
+        stalls = folder.path / "stalls" / gather_objects(time.strftime("%Y%m%d-%H%M%S"), mesh.world)[0]
+        watchdog = Watchdog(mesh.world, report.clock, stalls, settings.parallel.timeout)
         try:
-            with (
-                folder.saver(parts) as saver,
-                Prefetcher(load, start, depth=1, stop_step=settings.train.steps) as source,
-                StopSignal() as signal,
-            ):
-                return _loop(parts, saver, source, signal, report, lambda n: evaluate(parts, dataset.split("validation"), n), start)
+            with folder.saver(parts) as saver, Feed(load, settings.train.steps) as feed, StopSignal() as signal, watchdog:
+
+                def restore() -> int:
+                    step = folder.restore(parts, addressing)
+                    saver.base = folder.base
+                    return step
+
+                return _loop(parts, saver, restore, feed, signal, report, validate, start)
         finally:
             log.close()
     except DispatchMemoryError as error:
         raise TrainingError(str(error)) from error
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        last = checkpoint.latest(RunFolder.of(settings, mesh.world).checkpoints)
+        message = f"{error.filename or settings.run.dir}: {error.strerror}; the last good checkpoint is {last or 'none'}"
+        raise TrainingError(message) from error
     finally:
         close_mesh()
 
@@ -95,45 +119,86 @@ def train(settings: Settings, resume: bool = False) -> dict[str, Any]:
 def _loop(
     parts: Parts,
     saver: checkpoint.Saver,
-    source: Prefetcher[tuple[Batch, StepPlan | None]],
+    restore: Callable[[], int],
+    feed: Feed[Step],
     signal: StopSignal,
     report: Report,
     validate: Callable[[int], dict[str, float]],
     start: int,
 ) -> dict[str, Any]:
-    settings, clock = parts.settings, report.clock
+    settings, clock, guard = parts.settings, report.clock, parts.guard
     steps, every = settings.train.steps, settings.checkpoint.every
     if start >= steps:
         return report.nothing_left(start)
     report.header()
-    with clock.phase("data"):
-        upcoming = source.get(start)
-    if parts.memory is not None:
-        parts.memory.resume(upcoming[1])
-    for step in range(start, steps):
-        batch, plan = upcoming
+    done, upcoming = start, _begin(parts, feed, clock, start)
+    while done < steps:
+        step, (batch, plan) = done, upcoming
+        done, clock.step = step + 1, step + 1
         with clock.phase("data"):
-            upcoming = source.get(step + 1) if step + 1 < steps else (batch, None)
-        stop = signal.received or saver.failed
-        totals = train_step(parts, step, batch, plan, clock, stop, upcoming[1], saver.before_update)
-        if not math.isfinite(totals.loss) or not math.isfinite(totals.grad_norm):
-            where = name_source_of_nonfinite(parts, batch, plan)
-            raise TrainingError(
-                f"step {step + 1}: the loss is {totals.loss} and the gradient norm {totals.grad_norm}; {where}. "
-                f"The last good checkpoint is {checkpoint.latest(saver.folder) or 'none'}; nothing of this step was kept"
-            )
-        done = step + 1
-        report.step(done, totals, plan)
+            upcoming = feed.get(done) if done < steps else (batch, None)
+        totals = train_step(
+            parts,
+            step,
+            batch,
+            plan,
+            clock,
+            signal.received or saver.failed,
+            upcoming[1],
+            saver.before_update,
+            save=signal.save,
+            accepts=guard.accepts,
+        )
+        if totals.kept:
+            guard.took(done, totals.loss)
+            report.step(done, totals, plan)
+        elif _refuse(parts, saver, report, done, batch, plan, totals) == "rollback":
+            data, done = done + guard.passed_over, restore()
+            guard.passed_over = data - done  # the refused batch and those before it are not read again
+            report.rolled_back(done)
+            upcoming = _begin(parts, feed, clock, done)
+            continue
         if done == steps or (settings.train.eval_every and done % settings.train.eval_every == 0):
-            with report.outside_training():
+            with report.outside_training("validation"):
                 report.validation(done, validate(settings.train.eval_batches if done < steps else 0))
-        if done == steps or totals.stop or (every and done % every == 0):
-            with report.outside_training():
+        if done == steps or totals.stop or totals.save or (every and done % every == 0):
+            with report.outside_training("save"):
                 saver.save(done, wait=done == steps or totals.stop)
+            signal.save = False  # also where a request reached this rank a step later than the one that told all
         if totals.stop:
-            source.finish()  # ranks may have planned ahead by different numbers of steps
+            feed.finish()  # ranks may have planned ahead by different numbers of steps
             return report.stopped(done, signal.name)
     return report.finish(steps)
+
+
+def _begin(parts: Parts, feed: Feed[Step], clock: Clock, step: int) -> Step:
+    """The batch of step `step`, which nothing was done for ahead but what a checkpoint holds."""
+    with clock.phase("data"):
+        first = feed.begin(step, parts.guard.passed_over)
+    if parts.memory is not None:
+        parts.memory.resume(first[1])
+    return first
+
+
+def _refuse(
+    parts: Parts, saver: checkpoint.Saver, report: Report, done: int, batch: Batch, plan: StepPlan | None, totals: Totals
+) -> str:
+    """What `train.on_spike` says to do about a step that was not made: "skip" or "rollback"; raises TrainingError to stop."""
+    train, action = parts.settings.train, parts.settings.train.on_spike
+    saver.finish()
+    last = checkpoint.latest(saver.folder)
+    what = parts.guard.describe(totals.loss, totals.grad_norm)
+    allowed = parts.guard.refuse(done)
+    if action == "stop" or not allowed or (action == "rollback" and last is None):
+        if not all_finite(totals.loss, totals.grad_norm):
+            what += f"; {name_source_of_nonfinite(parts, batch, plan)}"
+        if not allowed:
+            what += f"; that is more than train.spike_limit={train.spike_limit} in a row"
+        raise TrainingError(f"step {done}: {what}. The last good checkpoint is {last or 'none'}; nothing of this step was kept")
+    if parts.memory is not None and (action == "rollback" or parts.settings.memory.fetch == "overlap"):
+        parts.memory.forget_ahead()  # rows as they would be after the update
+    report.refused(done, what, action, totals.loss)
+    return action
 
 
 def train_step(
@@ -145,11 +210,15 @@ def train_step(
     stop: bool,
     next_plan: StepPlan | None = None,
     before_update: Callable[[], None] | None = None,
+    *,
+    save: bool = False,
+    accepts: Callable[[float, float], bool] = all_finite,
 ) -> Totals:
-    """One optimizer step (`step` counts from 0). Nothing is updated where the loss or the gradient is not finite.
+    """One optimizer step (`step` counts from 0). Nothing is updated where `accepts` refuses its loss and gradient norm.
 
-    `next_plan` is the next step's, some of whose rows may come while this one computes; None: there is none.
-    `before_update` is called before parameters and optimizer state change.
+    `next_plan` is the next step's, some of whose rows may come while this one computes; None: there is none. `stop` and `save`
+    are what this rank was asked for; the totals say whether any was. `before_update` is called before parameters and
+    optimizer state change.
     """
     stages, memory, settings = parts.stages, parts.memory, parts.settings
     scale = lr_scale(step, settings.optim, settings.train.steps)
@@ -174,13 +243,16 @@ def train_step(
             memory.exchange.reduce_replicas(rows_grad)
         loss /= parts.mesh.layout.tp  # its ranks have the same losses
         statistics = no_statistics(settings) | {k: v for stage in stages for k, v in collect(stage).items()}
-        sums = reduce_sums({"loss": loss, "stop": torch.tensor(float(stop)), **statistics}, parts.mesh.world)
+        asked = {"stop": torch.tensor(float(stop)), "save": torch.tensor(float(save))}
+        sums = reduce_sums({"loss": loss, **asked, **statistics}, parts.mesh.world)
         for stage in stages:
             reset(stage)
         norm, table_norm = parts.engine.clip(rows_grad, settings.optim.clip_norm)
-    totals = Totals(float(sums.pop("loss")), sums, bool(sums.pop("stop") > 0), norm, table_norm)
+    total = float(sums.pop("loss"))
+    stop, save = (bool(sums.pop(name) > 0) for name in asked)
+    totals = Totals(total, sums, stop, save, norm, table_norm, kept=accepts(total, norm))
 
-    if math.isfinite(totals.loss) and math.isfinite(norm):
+    if totals.kept:
         with clock.phase("optimizer"):
             if before_update is not None:
                 before_update()

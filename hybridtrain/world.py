@@ -17,6 +17,8 @@ from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, ranks_of_a
 from hybridtrain.parallel.stages import stage_problems
 from hybridtrain.settings import Settings, layer_specs
 
+_NET_SECONDS = 30  # torch ends a collective this much later than the watchdog, which can say more
+
 
 def resolve_layout(settings: Settings, world: int) -> Layout:
     """The run's layout on `world` ranks; raises LayoutError listing everything that does not fit."""
@@ -83,7 +85,7 @@ def join_world(settings: Settings) -> Mesh:
         # softmax of a sure head, ends among the denormal numbers, with which x86 computes 20 to 150 times slower.
         torch.set_flush_denormal(True)
     rendezvous, mixed = os.environ.get(RENDEZVOUS, "env://"), compute_dtype(settings, device) != torch.float32
-    timeout = settings.parallel.timeout
+    timeout = settings.parallel.timeout + _NET_SECONDS
     return make_mesh(layout, rank, device, timeout, rendezvous, table_device(settings, device), always=mixed)
 
 

@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this machine and ends them together.
+"""Starts the ranks of a run on this machine, ends them together, and starts them again where that is asked for.
 
 Ranks are forked from one server process that has imported torch already, so four of them cost little more than one.
 """
@@ -15,27 +15,60 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 RENDEZVOUS = "HYBRIDTRAIN_RENDEZVOUS"
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often the ranks were started again, as torchrun says it
 _ERRORS = "HYBRIDTRAIN_ERRORS"  # folder in which a failing rank leaves its message
 USER_ERROR = 2
+STALLED = 3
 _GRACE_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 
 
-def run_ranks(target: str, arguments: tuple[Any, ...], nproc: int, *, threads: int = 0, preload: Sequence[str] = ()) -> int:
+def run_ranks(
+    target: str,
+    arguments: tuple[Any, ...],
+    nproc: int,
+    *,
+    threads: int = 0,
+    preload: Sequence[str] = (),
+    restarts: int = 0,
+    again: tuple[Any, ...] | None = None,
+) -> int:
     """Call `module:function` in `nproc` ranks and return the exit status: 0, or the first failing rank's.
 
-    When a rank fails the others get SIGTERM, and SIGKILL 30 s later. SIGTERM and Ctrl-C are passed on to the ranks,
-    which end in their own way. `threads` (0: the machine's cores shared out) bounds each rank's CPU threads.
+    When a rank fails the others get SIGTERM, and SIGKILL 30 s later. SIGTERM, Ctrl-C and SIGUSR1 are passed on to the ranks,
+    which end or save in their own way. `threads` (0: the machine's cores shared out) bounds each rank's CPU threads.
+    Ranks that failed are all started again, up to `restarts` times, with the arguments `again` where given; not after
+    an error that the user has to mend, nor once they were asked to end.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([target.partition(":")[0], *preload])
     threads = threads or max(1, (os.cpu_count() or 1) // nproc)
+    with _ForwardSignals() as signals:
+        for attempt in range(restarts + 1):
+            status = _run_once(context, target, arguments, nproc, threads, attempt, signals)
+            if status in (0, USER_ERROR) or signals.ending or attempt == restarts:
+                break
+            print(f"status {status}: restart {attempt + 1} of at most {restarts}", file=sys.stderr, flush=True)
+            arguments = arguments if again is None else again
+    return status
+
+
+def _run_once(
+    context: ForkServerContext,
+    target: str,
+    arguments: tuple[Any, ...],
+    nproc: int,
+    threads: int,
+    attempt: int,
+    signals: _ForwardSignals,
+) -> int:
     with tempfile.TemporaryDirectory(prefix="hybridtrain-") as folder:
         errors = Path(folder) / "errors"
         errors.mkdir()
@@ -43,10 +76,11 @@ def run_ranks(target: str, arguments: tuple[Any, ...], nproc: int, *, threads: i
             "WORLD_SIZE": str(nproc),
             "LOCAL_WORLD_SIZE": str(nproc),
             "OMP_NUM_THREADS": str(threads),
+            RESTARTS: str(attempt),
             _ERRORS: str(errors),
             RENDEZVOUS: f"file://{Path(folder) / 'rendezvous'}",
         }
-        ranks = [
+        signals.ranks = [
             context.Process(
                 target=_rank,
                 args=(target, arguments, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}),
@@ -54,17 +88,29 @@ def run_ranks(target: str, arguments: tuple[Any, ...], nproc: int, *, threads: i
             )
             for rank in range(nproc)
         ]
-        with _ForwardSignals(ranks):
-            for rank in ranks:
-                rank.start()
-            status = _wait(ranks)
+        for rank in signals.ranks:
+            rank.start()
+        status = _wait(signals.ranks)
         told = _print_errors(errors)
-        return told if told and status in (1, USER_ERROR) else status  # which of several failed ranks was seen first is chance
+        return told if told and status in (1, told) else status  # which of several failed ranks was seen first is chance
+
+
+def end_rank(text: str, status: int) -> NoReturn:
+    """End this rank at once, from any thread, with `text` as the reason that the launcher prints, or alone this process."""
+    folder = os.environ.get(_ERRORS)
+    if folder is None:
+        print(text, file=sys.stderr, flush=True)
+    else:
+        name = f"{time.time_ns()}-rank-{os.environ['RANK']}-{status}"
+        (Path(folder) / name).write_text(text, encoding="utf-8")
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _rank(target: str, arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to save that comes before there is anything to save
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     import torch
 
@@ -77,9 +123,9 @@ def _rank(target: str, arguments: tuple[Any, ...], environment: dict[str, str]) 
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except Exception as error:
-        status = USER_ERROR if _is_user_error(error) else 1
-        text = f"error: {error}" if status == USER_ERROR else traceback.format_exc()
-        (Path(environment[_ERRORS]) / f"{time.time_ns()}-rank-{environment['RANK']}").write_text(text, encoding="utf-8")
+        if _is_user_error(error):
+            end_rank(f"error: {error}", USER_ERROR)
+        end_rank(traceback.format_exc(), 1)
     sys.stdout.flush()
     os._exit(status)  # a background thread in a collective must not keep a failed rank alive
 
@@ -97,12 +143,13 @@ def _print_errors(folder: Path) -> int:
     messages = sorted(folder.iterdir(), key=lambda path: int(path.name.partition("-")[0]))
     if not messages:
         return 0
-    text, status = messages[0].read_text(encoding="utf-8").rstrip(), USER_ERROR
-    if not text.startswith("error: "):
+    text = messages[0].read_text(encoding="utf-8").rstrip()
+    _, _, rank, status = messages[0].name.split("-")
+    if status == "1":
         others = f" first, {len(messages) - 1} other(s) after it" if messages[1:] else ""
-        text, status = f"{messages[0].name.partition('-')[2].replace('-', ' ')} failed{others}:\n{text}", 1
+        text = f"rank {rank} failed{others}:\n{text}"
     print(text, file=sys.stderr, flush=True)
-    return status
+    return int(status)
 
 
 def _is_user_error(error: Exception) -> bool:
@@ -123,8 +170,9 @@ def _wait(ranks: Sequence[BaseProcess]) -> int:
                 if rank.exitcode < 0:
                     print(f"{rank.name} was ended by {signal.Signals(-rank.exitcode).name}", file=sys.stderr)
                 for other in ranks:
-                    if other.is_alive():
+                    if other.is_alive() and other.pid is not None:
                         other.terminate()
+                        os.kill(other.pid, signal.SIGCONT)  # one that was stopped cannot end
         if time.monotonic() > deadline:
             for rank in ranks:
                 rank.kill()
@@ -133,19 +181,23 @@ def _wait(ranks: Sequence[BaseProcess]) -> int:
 
 
 class _ForwardSignals:
-    """While entered, SIGTERM and SIGINT go on to the ranks. (A terminal sends Ctrl-C to them itself.)"""
+    """While entered, SIGTERM, SIGINT and SIGUSR1 go on to the ranks. (A terminal sends Ctrl-C to them itself.)"""
 
-    def __init__(self, ranks: Sequence[BaseProcess]) -> None:
-        self._ranks = ranks
+    def __init__(self) -> None:
+        self.ranks: Sequence[BaseProcess] = ()
+        self.ending = False
 
-    def __enter__(self) -> None:
-        self._previous = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    def __enter__(self) -> _ForwardSignals:
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self._previous = {number: signal.signal(number, self._forward) for number in numbers}
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        for rank in self._ranks:
+        self.ending = self.ending or number != signal.SIGUSR1
+        for rank in self.ranks:
             if rank.pid is not None and rank.is_alive():
                 os.kill(rank.pid, number)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,19 +23,60 @@ from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disab
 
 from hybridtrain.parallel.replay import refuse_again, replayed, replayed_start
 
+POINT_TO_POINT = ("send", "swap")
+"""Operations in which not all ranks of a group take part."""
+
+
+class Call(NamedTuple):
+    """The last collective that this rank began in a group: its `number`-th there, counted from 1."""
+
+    group: str
+    ranks: tuple[int, ...]
+    operation: str
+    number: int
+    at: float  # time.monotonic()
+
 
 class Traffic:
-    """A ledger of (group, operation) -> [calls, bytes]; safe to write from several threads."""
+    """A ledger of (group, operation) -> [calls, bytes] and of the last call of each group; safe to write from several threads.
+
+    A call is entered before it is made, so that a rank that waits in it is known to. `calls` rises as long as this rank goes
+    on; `waited` are its seconds in collectives, where the host waits for them.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: dict[tuple[str, str], list[int]] = {}
+        self._last: dict[str, Call] = {}
+        self.calls = 0
+        self.waited = 0.0
 
-    def add(self, group: str, operation: str, sent: int) -> None:
+    def add(self, group: Group, operation: str, sent: int) -> None:
         with self._lock:
-            entry = self._entries.setdefault((group, operation), [0, 0])
+            entry = self._entries.setdefault((group.name, operation), [0, 0])
             entry[0] += 1
             entry[1] += sent
+            self.calls += 1
+            number = self._last[group.name].number + 1 if group.name in self._last else 1
+            self._last[group.name] = Call(group.name, group.ranks, operation, number, time.monotonic())
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Seconds that the main thread spends inside are `waited`: for other ranks, or for what is sent to arrive."""
+        begin = time.perf_counter()
+        yield
+        if threading.current_thread() is threading.main_thread():
+            self.waited += time.perf_counter() - begin
+
+    def alive(self) -> None:
+        """Something else was done that takes its time: a part of a checkpoint written."""
+        with self._lock:
+            self.calls += 1
+
+    def last_calls(self) -> list[Call]:
+        """Of every group that was used, the newest first."""
+        with self._lock:
+            return sorted(self._last.values(), key=lambda call: -call.at)
 
     def entries(self) -> dict[tuple[str, str], tuple[int, int]]:
         with self._lock:
@@ -72,7 +115,8 @@ def launch_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], gr
     out, _, work = post_all_to_all(x, send, receive, group)
 
     def finish() -> Tensor:
-        work.wait()
+        with group.traffic.waiting():
+            work.wait()
         return out
 
     return finish
@@ -82,8 +126,8 @@ def post_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], grou
     """What will be received, what is sent and must live as long, and the work to wait for."""
     x = x.contiguous()
     out = x.new_empty((sum(receive), *x.shape[1:]))
-    work = dist.all_to_all_single(out, x, list(receive), list(send), group=group.process_group, async_op=True)
     _count(group, "all_to_all", (sum(send) - send[group.rank]) * _row_bytes(x))
+    work = dist.all_to_all_single(out, x, list(receive), list(send), group=group.process_group, async_op=True)
     return out, x, work
 
 
@@ -130,16 +174,18 @@ def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
 @replayed
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty((group.size, *x.shape))
-    dist.all_gather_single(out, x.contiguous()[None], group=group.process_group)
     count_all_gather(x, group)
+    with group.traffic.waiting():
+        dist.all_gather_single(out, x.contiguous()[None], group=group.process_group)
     return out
 
 
 @replayed
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(x.shape[1:])
-    dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group)
     count_reduce_scatter(out, group)
+    with group.traffic.waiting():
+        dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group)
     return out
 
 
@@ -152,8 +198,9 @@ def exchange_counts(counts: Tensor, group: Group) -> Tensor:
 def all_reduce_(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce `x` in place over the group; every rank gets bitwise the same result."""
     if group.size > 1:
-        dist.all_reduce(x, op=op, group=group.process_group)
         count_all_reduce(x, group)
+        with group.traffic.waiting():
+            dist.all_reduce(x, op=op, group=group.process_group)
     return x
 
 
@@ -167,8 +214,9 @@ def all_gather_uneven(x: Tensor, group: Group) -> list[Tensor]:
     padded = x.new_zeros((max(lengths), *x.shape[1:]))
     padded[: x.shape[0]] = x
     out = padded.new_empty((group.size * max(lengths), *x.shape[1:]))
-    dist.all_gather_single(out, padded, group=group.process_group)
     count_all_gather(padded, group)
+    with group.traffic.waiting():
+        dist.all_gather_single(out, padded, group=group.process_group)
     return [
         part[:length] for part, length in zip(out.chunk(group.size) if max(lengths) else [x] * group.size, lengths, strict=True)
     ]
@@ -179,8 +227,8 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
     if group.size == 1:
         return [value]
     out: list[Any] = [None] * group.size
-    dist.all_gather_object(out, value, group=group.process_group)
     _count(group, "all_gather", (group.size - 1) * len(pickle.dumps(value)))
+    dist.all_gather_object(out, value, group=group.process_group)
     return out
 
 
@@ -188,22 +236,23 @@ def swap(x: Tensor, peer: int, group: Group) -> Tensor:
     """Send `x` to rank `peer` of the group and return that rank's, of the same shape; only the two take part."""
     out = torch.empty_like(x)
     pair = group.process_group
+    count_send(x, group, "swap")
     works = dist.batch_isend_irecv(
         [
             dist.P2POp(dist.isend, x.contiguous(), group=pair, group_peer=peer),
             dist.P2POp(dist.irecv, out, group=pair, group_peer=peer),
         ]
     )
-    for work in works:
-        work.wait()
-    count_send(x, group, "swap")
+    with group.traffic.waiting():
+        for work in works:
+            work.wait()
     return out
 
 
 def barrier(group: Group) -> None:
     if group.size > 1:
-        dist.barrier(group=group.process_group)
         _count(group, "barrier", 0)
+        dist.barrier(group=group.process_group)
 
 
 def count_all_gather(mine: Tensor, group: Group) -> None:
@@ -230,4 +279,4 @@ def _row_bytes(x: Tensor) -> int:
 
 def _count(group: Group, operation: str, sent: int) -> None:
     refuse_again(f"{operation} over {group.name}")
-    group.traffic.add(group.name, operation, sent)
+    group.traffic.add(group, operation, sent)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridtrain.parallel import collectives
-from hybridtrain.parallel.collectives import Group
+from hybridtrain.parallel.collectives import Group, Traffic
 
 Guard = Callable[[], AbstractContextManager[None]]
 
@@ -22,8 +22,8 @@ Guard = Callable[[], AbstractContextManager[None]]
 class Pending:
     """An all-to-all under way beside the computation; it holds what is sent until `wait` has given the result."""
 
-    def __init__(self, out: Tensor, sent: Tensor, work: dist.Work | None) -> None:
-        self._out, self._sent, self._work = out, sent, work
+    def __init__(self, out: Tensor, sent: Tensor, work: dist.Work | None, traffic: Traffic | None = None) -> None:
+        self._out, self._sent, self._work, self._traffic = out, sent, work, traffic
         self._times: list[float] = []  # begun, waited for and ended, in any order of the last two
         self._events: list[torch.cuda.Event] = []
         if work is not None and out.is_cuda:
@@ -43,7 +43,8 @@ class Pending:
         elif work is not None:
             self._times.append(time.perf_counter())
         if work is not None:
-            work.wait()
+            with self._traffic.waiting() if self._traffic is not None else nullcontext():
+                work.wait()
         del self._out, self._sent, self._work
         return out
 
@@ -64,7 +65,7 @@ def begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], gro
     """`all_to_all` that runs on beside what follows. Every rank begins it at the same place among the group's collectives."""
     if group.size == 1:
         return Pending(x, x, None)
-    return Pending(*collectives.post_all_to_all(x, send, receive, group))
+    return Pending(*collectives.post_all_to_all(x, send, receive, group), group.traffic)
 
 
 def all_to_all_autograd(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, guard: Guard = nullcontext) -> Tensor:

@@ -32,7 +32,8 @@ class _CountedAllGather(DefaultAllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         count_all_gather(input_tensor, self._counted)
-        return super().__call__(output_tensor, input_tensor, group, async_op)
+        with self._counted.traffic.waiting():
+            return super().__call__(output_tensor, input_tensor, group, async_op)
 
 
 class _CountedReduceScatter(DefaultReduceScatter):
@@ -72,7 +73,8 @@ class RankOrderSum(ReduceScatter):
             raise ValueError(f"gradients are summed, at once; got {op}, async_op={async_op}")
         count_reduce_scatter(output_tensor, self._counted)
         parts = torch.empty_like(input_tensor)
-        dist.all_to_all_single(parts, input_tensor, group=group)
+        with self._counted.traffic.waiting():
+            dist.all_to_all_single(parts, input_tensor, group=group)
         first, *others = parts.chunk(group.size())
         output_tensor.copy_(first)
         for part in others:

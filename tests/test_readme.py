@@ -55,9 +55,11 @@ def check(line: str) -> None:
         assert words[1].startswith("tools/")
         options = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', (ROOT / words[1]).read_text(encoding="utf-8")))
         assert not unknown_options(words[2:], options)
-    elif words[0] == "torchrun":
-        assert words[1:5] == ["--nproc-per-node", words[2], "-m", "hybridtrain"]
-        check_hybridtrain(words[5:], world=int(words[2]))
+    elif "torchrun" in words[:2]:
+        options, _, rest = (part.split() for part in line.partition(" -m hybridtrain "))
+        options = options[options.index("torchrun") + 1 :]
+        assert not unknown_options(options, {"--nproc-per-node", "--max-restarts"})
+        check_hybridtrain(rest, world=int(options[options.index("--nproc-per-node") + 1]))
     elif words[0] == "deepspeed":
         assert words[1:6] == ["--num_gpus", words[2], "--no_local_rank", "--module", "hybridtrain"]
         check_hybridtrain(words[6:], world=int(words[2]))

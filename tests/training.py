@@ -30,6 +30,24 @@ from hybridtrain.train import train_step
 from hybridtrain.world import compute_dtype, resolve_layout
 from tests.ranks import run_on_ranks
 
+TINY = (
+    "train.global_batch=4",
+    "train.seq_len=64",
+    "train.eval_batches=1",
+    "model.dim=16",
+    'model.layers=["memory+attention+moe", "attention+dense"]',
+    "model.attention.num_heads=2",
+    "model.attention.num_kv_heads=2",
+    "model.attention.head_dim=8",
+    "model.dense.hidden=32",
+    "model.moe.hidden=16",
+    "model.moe.num_experts=4",
+    "memory.heads=2",
+    "memory.head_dim=8",
+    "memory.rows_per_head=200",
+)
+"""Overrides of configs/ci.toml for tests of what surrounds the model."""
+
 CI = Path(__file__).parents[1] / "configs" / "ci.toml"
 
 
@@ -81,10 +99,10 @@ def train_and_kill(settings: Settings, resume: bool, rank: int, step: int, durin
 
     real_step, real_save = module.train_step, Saver.save
 
-    def train_step(parts: Any, number: int, *rest: Any) -> Any:
+    def train_step(parts: Any, number: int, *rest: Any, **named: Any) -> Any:
         if number + 1 == step and parts.mesh.rank == rank and during != "save":
             os.kill(os.getpid(), signal.SIGKILL if during == "step" else signal.SIGTERM)
-        return real_step(parts, number, *rest)
+        return real_step(parts, number, *rest, **named)
 
     def save(saver: Any, done: int, wait: bool) -> Any:
         if done == step and saver.parts.mesh.rank == rank and during == "save":

@@ -9,7 +9,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,11 +46,14 @@ Records = dict[str, dict[str, Any]]
 
 
 class Writer(FileSystemWriter):
-    """torch's writer, into a folder or URL. `records` is what this rank has written, once `save` is done."""
+    """torch's writer, into a folder or URL. `records` is what this rank has written, once `save` is done.
 
-    def __init__(self, folder: Path, single_file_per_rank: bool = True) -> None:
+    `alive` is called for every part that was written.
+    """
+
+    def __init__(self, folder: Path, alive: Callable[[], None] = lambda: None, single_file_per_rank: bool = True) -> None:
         super().__init__("", single_file_per_rank, sync_files=False)  # the files flush themselves
-        self.path, self._files = folder, _Files()
+        self.path, self._files = folder, _Files(alive)
         self.fs = cast(Any, self._files)
 
     @property
@@ -182,8 +185,9 @@ def digest_file(path: Path) -> FileRecord:
 class _Files(FileSystemBase):
     """The files of a folder or URL as torch's reader and writer ask for them; `records` is what was written."""
 
-    def __init__(self) -> None:
+    def __init__(self, alive: Callable[[], None] = lambda: None) -> None:
         self.records: dict[str, FileRecord] = {}
+        self._alive = alive
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Generator[io.IOBase, None, None]:
@@ -191,7 +195,7 @@ class _Files(FileSystemBase):
             if mode == "rb":
                 yield raw
                 return
-            stream = _Hashing(raw)
+            stream = _Hashing(raw, self._alive)
             yield stream
             flush_file(raw, path)
             self.records[path.name] = stream.record()
@@ -223,8 +227,8 @@ class _Files(FileSystemBase):
 class _Hashing(io.RawIOBase):
     """Hashes what passes through."""
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw, self._digest, self._size = raw, xxhash.xxh3_128(), 0
+    def __init__(self, raw: IO[bytes], alive: Callable[[], None]) -> None:
+        self._raw, self._digest, self._size, self._alive = raw, xxhash.xxh3_128(), 0, alive
 
     def writable(self) -> bool:
         return True
@@ -235,6 +239,7 @@ class _Hashing(io.RawIOBase):
             part = view[start : start + CHUNK]
             self._digest.update(part)
             self._raw.write(part)
+            self._alive()
         self._size += len(view)
         return len(view)
 

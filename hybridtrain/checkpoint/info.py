@@ -104,7 +104,8 @@ def describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "step": step,
-        "sequences": step * parts.settings.train.global_batch,
+        "guard": parts.guard.state(),
+        "sequences": (step + parts.guard.passed_over) * parts.settings.train.global_batch,
         "version": __version__,
         "torch": torch.__version__,
         "layout": parts.mesh.layout.describe(),

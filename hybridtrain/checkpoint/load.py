@@ -45,6 +45,8 @@ def load(parts: Parts, path: Path) -> int:
             raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be read", *_lines(failures.problems)])) from None
         if not weights_only:
             memory.load_scalars(info["memory_scalars"])
+    if "guard" in info:  # imported weights have none
+        parts.guard.load_state(info["guard"])
     return int(info["step"])
 
 

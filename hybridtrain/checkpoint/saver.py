@@ -165,7 +165,7 @@ class Saver:
 
 
 def _write(what: Content, staging: Path, world: Group) -> Records:
-    writer = Writer(staging)
+    writer = Writer(staging, world.traffic.alive)
     with quiet():
         state_dict_saver.save(
             cast(dict[str, Any], what.state),

@@ -98,3 +98,36 @@ class Prefetcher(Generic[T]):
                 return self._ready.put(item, timeout=_POLL_SECONDS)
             except queue.Full:
                 continue
+
+
+class Feed(Generic[T]):
+    """The results of `load` for the steps of a run up to `steps`, one step ahead; `begin` goes on elsewhere."""
+
+    def __init__(self, load: Callable[[int], T], steps: int) -> None:
+        self._load, self._steps = load, steps
+        self._source: Prefetcher[T] | None = None
+        self._offset = 0
+
+    def begin(self, step: int, offset: int) -> T:
+        """The result for `step`; step k takes `load(k + offset)` from here on. At the same place in every process."""
+        self.finish()
+        self._offset = offset
+        self._source = Prefetcher(self._load, step + offset, depth=1, stop_step=self._steps + offset)
+        return self.get(step)
+
+    def get(self, step: int) -> T:
+        """The result for the next step; see Prefetcher."""
+        assert self._source is not None, "begin comes first"
+        return self._source.get(step + self._offset)
+
+    def finish(self) -> None:
+        """End early at the same place in every process; see Prefetcher."""
+        if self._source is not None:
+            self._source.finish()
+
+    def __enter__(self) -> Feed[T]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._source is not None:
+            self._source.close()

@@ -27,12 +27,14 @@ class Split:
         token_type = np.dtype(dtype).newbyteorder("<")
         self._tokens = [_map(folder / f"{shard.name}.tokens", token_type, shard.tokens) for shard in info.shards]
         self._starts = [_map(folder / f"{shard.name}.starts", np.dtype("<i8"), shard.documents) for shard in info.shards]
+        self._files = [_files(folder, shard, token_type.itemsize) for shard in info.shards]
         self._ends = np.cumsum([shard.tokens for shard in info.shards], dtype=np.int64)
 
     def window(self, start: int, length: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Tokens int64 [length] from position `start` on, and bool [length], True where a document starts.
 
-        Raises IndexError where the window leaves the split.
+        Raises IndexError where the window leaves the split, DataError where a shard is gone or was cut since it was opened: a
+        mapped file that was cut ends the process without a word when it is read.
         """
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(f"window [{start}, {start + length}) leaves the {self.num_tokens} tokens of {self.name}")
@@ -41,6 +43,9 @@ class Split:
         shard = int(np.searchsorted(self._ends, start, side="right"))
         done = 0
         while done < length:
+            for path, size in self._files[shard]:
+                if problem := _size_problem(path, size):
+                    raise DataError(f"{path.parent}: {problem}; it was whole when the run began")
             base = int(self._ends[shard - 1]) if shard else 0
             low = start + done - base
             high = min(low + length - done, int(self._ends[shard]) - base)
@@ -106,17 +111,24 @@ def _artefact_problems(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
+def _files(folder: Path, shard: ShardInfo, token_bytes: int) -> list[tuple[Path, int]]:
+    """A shard's files with their sizes in bytes."""
+    return [(folder / f"{shard.name}.tokens", shard.tokens * token_bytes), (folder / f"{shard.name}.starts", shard.documents * 8)]
+
+
+def _size_problem(path: Path, size: int) -> str:
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path.name}: is missing"
+    return "" if actual == size else f"{path.name}: has {actual:,} bytes instead of {size:,}"
+
+
 def _shard_problems(folder: Path, shard: ShardInfo, token_bytes: int, verify: bool) -> list[str]:
     problems = []
-    for suffix, size, digest in (
-        (".tokens", shard.tokens * token_bytes, shard.tokens_xxh3),
-        (".starts", shard.documents * 8, shard.starts_xxh3),
-    ):
-        path = folder / (shard.name + suffix)
-        if not path.exists():
-            problems.append(f"{path.name}: is missing")
-        elif (actual := path.stat().st_size) != size:
-            problems.append(f"{path.name}: has {actual:,} bytes instead of {size:,}")
+    for (path, size), digest in zip(_files(folder, shard, token_bytes), (shard.tokens_xxh3, shard.starts_xxh3), strict=True):
+        if problem := _size_problem(path, size):
+            problems.append(problem)
         elif verify and (found := file_digest(path)) != digest:
             problems.append(f"{path.name}: is damaged (xxh3 {found}, manifest {digest})")
     return problems

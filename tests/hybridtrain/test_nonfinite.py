@@ -46,13 +46,13 @@ def train_poisoned(settings: Settings, where: str) -> str:
     """On a rank: the message of a run whose state is poisoned before step STEP."""
     real = module.train_step
 
-    def train_step(parts: Parts, step: int, batch: Any, plan: Any, *rest: Any) -> Any:
+    def train_step(parts: Parts, step: int, batch: Any, plan: Any, *rest: Any, **named: Any) -> Any:
         if step + 1 != STEP:
-            return real(parts, step, batch, plan, *rest)
+            return real(parts, step, batch, plan, *rest, **named)
         with torch.no_grad():
             poison(parts, plan, where)
         before = snapshot(parts)
-        totals = real(parts, step, batch, plan, *rest)
+        totals = real(parts, step, batch, plan, *rest, **named)
         after = snapshot(parts)
         assert after.keys() == before.keys()
         for name, value in after.items():

@@ -65,6 +65,13 @@ def test_killed_before_the_first_checkpoint_there_is_nothing_to_resume(ci_data: 
     assert f"{tmp_path / 'run/checkpoints'}: no finished checkpoint to resume from; start without --resume" in message
 
 
+def test_auto_resume_goes_on_where_there_is_a_checkpoint(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained(1), tmp_path / "run")
+    outcome = hybridtrain("train", CI, f"run.dir={run}", f"data.path={ci_data}", "--auto-resume")
+    assert outcome.status == 0, outcome
+    assert f"{run} has done 20 steps of train.steps=20: nothing is left to do" in outcome.out
+
+
 def test_a_signal_stops_cleanly_and_the_run_resumes_bitwise(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:
     settings = ci_settings(tmp_path / "run", ci_data, *TWO)
     step = random.Random(2).randint(3, 7)

@@ -58,6 +58,17 @@ LAYER = 'write "[N*][memory+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ['memory.exchange_groups=2: memory.fetch="stale" reads all rows of a step at once; it may be 1'],
         ),
         (
+            ["train.on_spike=rollback", "checkpoint.every=0"],
+            ['train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it above 0'],
+        ),
+        (
+            ["train.on_spike=skip", "train.engine=deepspeed"],
+            [
+                'train.on_spike="skip": DeepSpeed keeps the gradients of a step that is not made; with train.engine="deepspeed" '
+                'it may be "stop"'
+            ],
+        ),
+        (
             ["data.tokenizer=t.json", "data.vocab_size=100"],
             ["data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out"],
         ),

@@ -82,9 +82,9 @@ def record(settings: Settings) -> list[tuple[str, int]]:
         events.append(("load", step))
         return real_load(self, step)
 
-    def train_step(parts: Any, step: int, *rest: Any) -> Any:
+    def train_step(parts: Any, step: int, *rest: Any, **named: Any) -> Any:
         events.append(("train", step))
-        return real_step(parts, step, *rest)
+        return real_step(parts, step, *rest, **named)
 
     module.BatchLoader.load = load  # type: ignore[method-assign]
     module.train_step = train_step  # type: ignore[assignment]

@@ -14,7 +14,7 @@ import pytest
 
 from hybridtrain.errors import TrainingError
 from hybridtrain.launch import local
-from hybridtrain.launch.local import RENDEZVOUS, USER_ERROR, run_ranks
+from hybridtrain.launch.local import RENDEZVOUS, RESTARTS, STALLED, USER_ERROR, run_ranks
 from hybridtrain.parallel.layout import Layout
 from tests.ranks import PRELOAD
 from tests.training import CI
@@ -65,6 +65,23 @@ def fail_with_a_follower(folder: str, first: int, kind: str) -> None:
         raise TrainingError("the reason") if kind == "user" else ValueError("the reason")
     time.sleep(0.03)
     raise OSError("connection closed by peer")
+
+
+def fail_at_first(folder: str, mark: str, how: str) -> None:
+    """Fails in the first attempt, after the other rank has begun, and notes the arguments and the count of restarts."""
+    noted = Path(folder) / f"{os.environ[RESTARTS]}-{rank()}"
+    noted.write_text(mark)
+    if noted.name[0] != "0":
+        return
+    while not (Path(folder) / f"0-{1 - rank()}").exists():
+        time.sleep(0.01)
+    if how == "stall" and rank() == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "stall":
+        local.end_rank("error: rank 0 stands still", STALLED)
+    elif rank() == 1:
+        fail_on(1, how)
+    time.sleep(60)
 
 
 def ignore_termination() -> None:
@@ -137,6 +154,34 @@ def test_the_first_failure_is_the_one_that_is_told(
     assert "connection closed" not in err
 
 
+@pytest.mark.parametrize(
+    ("how", "status", "message"),
+    [
+        ("kill", 0, "rank 1 was ended by SIGKILL\nstatus 137: restart 1 of at most 2\n"),
+        ("exit", 0, "status 7: restart 1 of at most 2\n"),
+        ("stall", 0, "error: rank 0 stands still\nstatus 3: restart 1 of at most 2\n"),
+        ("user", USER_ERROR, "error: the loss is nan\n"),
+    ],
+)
+def test_ranks_are_started_again_but_not_after_what_the_user_has_to_mend(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], how: str, status: int, message: str
+) -> None:
+    begin = time.monotonic()
+    folder, target = str(tmp_path), f"{HERE}:fail_at_first"
+    arguments, again = (folder, "first", how), (folder, "again", how)
+    assert run_ranks(target, arguments, 2, threads=1, preload=PRELOAD, restarts=2, again=again) == status
+    assert time.monotonic() - begin < 25  # nor is a stopped rank waited for
+    noted = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert noted == {"0-0": "first", "0-1": "first"} | ({} if status else {"1-0": "again", "1-1": "again"})
+    assert capfd.readouterr().err == message
+
+
+def test_restarts_come_to_an_end(capfd: pytest.CaptureFixture[str]) -> None:
+    target, arguments = f"{HERE}:fail_on", (0, "exit")
+    assert run_ranks(target, arguments, 2, threads=1, preload=PRELOAD, restarts=1) == 7
+    assert capfd.readouterr().err == "status 7: restart 1 of at most 1\n"
+
+
 def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(local, "_GRACE_SECONDS", 1.0)
     begin = time.monotonic()
@@ -164,11 +209,12 @@ def test_a_signal_to_the_launcher_reaches_every_rank(tmp_path: Path) -> None:
     assert {p.read_text() for p in tmp_path.glob("done-*")} == {str([int(signal.SIGTERM)])}
 
 
-def test_a_launched_run_stops_on_sigterm_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_launched_run_saves_on_sigusr1_and_stops_on_sigterm_and_says_how_to_go_on(tmp_path: Path) -> None:
     from tests.training import make_data
 
     data, run = make_data(tmp_path / "data"), tmp_path / "run"
     arguments = ["launch", "--nproc", "2", str(CI), f"run.dir={run}", f"data.path={data}", "train.steps=2000", "train.eval_every=0"]
+    arguments += ["checkpoint.every=0"]
     launcher = subprocess.Popen(
         [sys.executable, "-m", "hybridtrain", *arguments, "parallel.ep=2"],
         stdout=subprocess.PIPE,
@@ -182,6 +228,13 @@ def test_a_launched_run_stops_on_sigterm_and_says_how_to_go_on(tmp_path: Path) -
             if metrics.exists() and metrics.read_text().count("\n") >= 3:
                 break
             time.sleep(0.05)
+        launcher.send_signal(signal.SIGUSR1)
+        latest = run / "checkpoints/latest"
+        while time.monotonic() < deadline and not latest.exists():
+            time.sleep(0.05)
+        saved, lines = int(latest.read_text().removeprefix("step-")), metrics.read_text().count("\n")
+        while time.monotonic() < deadline and metrics.read_text().count("\n") < lines + 2:
+            time.sleep(0.05)
         launcher.send_signal(signal.SIGTERM)
         out, err = launcher.communicate(timeout=60)
     finally:
@@ -190,7 +243,8 @@ def test_a_launched_run_stops_on_sigterm_and_says_how_to_go_on(tmp_path: Path) -
     assert "Traceback" not in err
     summary = json.loads((run / "summary.json").read_text())
     assert summary["stopped"] is True
-    assert 3 <= summary["steps"] < 2000
+    assert 3 <= saved < summary["steps"] < 2000
+    assert (run / "checkpoints" / f"step-{saved:08d}").is_dir()
     assert f"stopped after step {summary['steps']} (SIGTERM asked for it)" in out
     assert "the checkpoint is written, go on with --resume" in out
     assert (run / "checkpoints/latest").read_text() == f"step-{summary['steps']:08d}"

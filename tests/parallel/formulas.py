@@ -181,9 +181,9 @@ class Formulas:
         return (n - 1) * max(len(rows) for rows in self.wanted()) * INT + 2 * (n - 1) * INT
 
     def world(self) -> int:
-        """float64: loss, stop flag and the layers' statistics; then two squared norms."""
+        """float64: loss, the flags to stop and to save, and the layers' statistics; then two squared norms."""
         n, moe = self.layout.world, self.s.model.moe
-        statistics = 2 + sum(
+        statistics = 3 + sum(
             (moe.num_experts + 4 if spec.feedforward == "moe" else 0) + (2 if spec.memory else 0) for spec in layer_specs(self.s)
         )
         return 2 * (n - 1) * statistics * 8 // n + 2 * (n - 1) * 2 * 8 // n

@@ -107,9 +107,12 @@ def test_a_group_of_one_rank_moves_and_counts_nothing() -> None:
 
 def test_traffic_adds_up_by_group() -> None:
     traffic = c.Traffic()
-    traffic.add("ep", "all_to_all", 5)
-    traffic.add("ep", "all_to_all", 7)
-    traffic.add("ep", "all_reduce", 1)
-    traffic.add("mem", "all_to_all", 2)
+    ep, mem = c.Group("ep", (0, 1), 0), c.Group("mem", (0, 1, 2, 3), 0)
+    traffic.add(ep, "all_to_all", 5)
+    traffic.add(ep, "all_to_all", 7)
+    traffic.add(mem, "all_to_all", 2)
+    traffic.add(ep, "all_reduce", 1)
     assert traffic.entries()["ep", "all_to_all"] == (2, 12)
     assert traffic.bytes_by_group() == {"ep": 13, "mem": 2}
+    assert traffic.calls == 4
+    assert [call[:4] for call in traffic.last_calls()] == [("ep", (0, 1), "all_reduce", 3), ("mem", (0, 1, 2, 3), "all_to_all", 1)]

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from hybridtrain.data.prefetch import Prefetcher
+from hybridtrain.data.prefetch import Feed, Prefetcher
 
 
 def wait_until(condition) -> None:  # type: ignore[no-untyped-def]
@@ -95,3 +95,19 @@ def test_finish_ends_two_processes_at_the_same_step_however_far_each_has_loaded(
     go.set()
     assert all(source.finish(timeout=10) for source in sources.values())
     assert loaded["ahead"] == loaded["behind"] == [0, 1, 2, 3]
+
+
+def test_a_feed_goes_on_elsewhere_and_ends_where_the_run_does() -> None:
+    loaded: list[int] = []
+
+    def load(number: int) -> int:
+        loaded.append(number)
+        return number
+
+    with Feed(load, steps=6) as feed:
+        assert [feed.begin(0, 0), feed.get(1), feed.get(2), feed.get(3)] == [0, 1, 2, 3]
+        assert [feed.begin(2, 2), feed.get(3), feed.get(4), feed.get(5)] == [4, 5, 6, 7]  # back by two steps, and on in the data
+        with pytest.raises(ValueError, match="not the next one"):
+            feed.get(6)
+        feed.finish()
+    assert max(loaded) == 7

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -135,3 +136,17 @@ def test_bad_manifests_are_refused(copy: Path, damage: Callable[[Path], None], m
 def test_a_missing_folder_tells_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: no such data folder; make it with `hybridtrain data SOURCE --out .*nowhere`"):
         TokenDataset.open(tmp_path / "nowhere", verify=True)
+
+
+@pytest.mark.parametrize("harm", ["unlink", "cut"])
+def test_a_shard_that_goes_away_while_it_is_read_is_named(copy: Path, harm: str) -> None:
+    split = TokenDataset.open(copy).split("train")
+    split.window(0, 10)
+    path = copy / "train-00000.tokens"
+    if harm == "unlink":
+        path.unlink()
+    else:
+        os.truncate(path, 2)
+    message = "is missing" if harm == "unlink" else r"has 2 bytes instead of [\d,]+"
+    with pytest.raises(DataError, match=rf"{copy}: {path.name}: {message}; it was whole when the run began"):
+        split.window(0, 10)
