@@ -84,7 +84,7 @@ class Copy:
         self.source, self.boxes, self.segments, self.folder, self.wrote = source, boxes, segments, folder, wrote
 
     def run(self, journal: Journal) -> None:
-        """Copy what the journal does not have yet. Raises DamagedCheckpoint where it is read back otherwise, OSError of the disk."""
+        """Copy what the journal does not have yet. Raises DamagedCheckpoint where it reads back otherwise, and OSError."""
         todo = range(len(journal.done), len(self.segments))
         config = cast(Any, serialization.config)
         with (

@@ -92,7 +92,8 @@ class Journal:
         whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
         self._file.truncate(len(whole.encode()))
         first, *rest = whole.splitlines() or [""]
-        if not first:
+        if not rest and (not first or json.loads(first) != job):  # nothing was done
+            self._file.truncate(0)
             self._write(json.dumps(job))
             return []
         if json.loads(first) != job:

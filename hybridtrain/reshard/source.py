@@ -27,7 +27,7 @@ class Source:
     """What is read of `stored`; `shapes` are those of the target, of all its tensors."""
 
     def __init__(self, stored: StoredTensors, changed: Mapping[str, Shape], noise: float, seed: int) -> None:
-        """`changed`: target shapes of tensors that get more rows. `noise`: on new router rows, relative to their root mean square."""
+        """`changed`: target shapes of tensors that get more rows. `noise`: on new router rows, over their root mean square."""
         self.stored, self.noise, self.seed = stored, noise, seed
         self.shapes: dict[str, Shape] = {**stored.shapes, **changed}
         self.changed = frozenset(changed)

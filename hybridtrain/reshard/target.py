@@ -48,9 +48,8 @@ def plan_target(info: dict[str, Any], out: Path, overrides: Sequence[str], nproc
         ours.append(f"model.vocab_size={growth.vocab}")
     settings = parse_settings(before.model_dump(mode="json"), [*overrides, *ours], source="overrides")
     problems = _growth_problems(info, before, growth)
-    problems += [
-        f"{o.partition('=')[0]}: the target is the folder OUT" for o in overrides if o.startswith(("run.dir=", "checkpoint.dir="))
-    ]
+    taken = ("run.dir", "checkpoint.dir")
+    problems += [f"{override}: the target is {out}" for override in overrides if override.partition("=")[0] in taken]
     problems += _other_model(before, settings, growth)
     if problems:
         raise UserError("\n".join([f"{out}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))

@@ -40,7 +40,8 @@ from hybridtrain.run_folder import ADDRESSING, CHECKPOINTS, SETTINGS, find_check
 from hybridtrain.weights import COMPANIONS, model_tensors
 
 ALONE = Group("world", (0,), 0)
-MAX_MEMORY = 512 * 2**20
+MAX_MEMORY = 512 * 10**6
+NONE = Growth()
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def reshard(
     *,
     nproc: int | None = None,
     max_memory: int = MAX_MEMORY,
-    growth: Growth = Growth(),
+    growth: Growth = NONE,
     show: bool = False,
 ) -> Outcome:
     """Write the run folder or checkpoint `path` as the run folder `out`, for `nproc` ranks of its settings with `overrides`.
@@ -131,10 +132,9 @@ def _begin(staging: Path, journal: Journal) -> None:
     make_folder(staging)
     done = {name: record for segment in journal.done for name, record in segment.files.items()}
     for name, record in done.items():
-        if not (staging / name).is_file() or (staging / name).stat().st_size != record["size"]:
-            raise DamagedCheckpoint(
-                f"{staging / name}: is not what {journal.path} says; remove {journal.path.parent} and start anew"
-            )
+        file = staging / name
+        if not file.is_file() or file.stat().st_size != record["size"]:
+            raise DamagedCheckpoint(f"{file}: is not what {journal.path} says; remove {journal.path.parent} and start anew")
     for file in staging.iterdir():
         if file.name not in done:
             file.unlink()
