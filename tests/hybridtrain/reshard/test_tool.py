@@ -131,7 +131,7 @@ def test_damage_is_noticed_before_and_behind(run: Path, tmp_path: Path, monkeypa
 def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(LayoutError, match=r"parallel.tp=3 does not divide model.attention.num_kv_heads=4; tp may be 1, 2 or 4"):
-        reshard(run, out, ["parallel.tp=3", "parallel.ep=1"], nproc=3)
+        reshard(run, out, ["parallel.tp=3", "parallel.ep=1", "parallel.mem=-1"], nproc=3)
     others = ["model.moe.num_experts=16", "memory.rows_per_head=2000", "model.moe.top_k=3", "optim.backbone=muon", "run.dir=x"]
     with pytest.raises(UserError) as error:
         reshard(run, out, others, nproc=2, growth=Growth(vocab=7))
