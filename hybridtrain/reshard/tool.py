@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from hybridtrain import __version__, checkpoint
 from hybridtrain.checkpoint.files import Records, Writer
-from hybridtrain.checkpoint.history import folder_of, staging_of
-from hybridtrain.checkpoint.place import flush_folder, free_space, make_folder
+from hybridtrain.checkpoint.history import LATEST, folder_of, staging_of
+from hybridtrain.checkpoint.place import flush_folder, free_space, make_folder, write_whole
 from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.config import dump_settings, parse_settings
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
@@ -77,6 +77,8 @@ def reshard(
     segments = plan_segments(source, max_memory)
     placement = place_model(target.settings, target.layout, target.vocab_size)
     boxes = {name: placement.boxes(name, shape) for name, shape in source.shapes.items()}
+    sizes = [sum(source.num_bytes(span.name, span.low, span.high) for span in segment) for segment in segments]
+    outcome = Outcome(len(source.shapes), sum(sizes), target.layout.world, target.layout.describe())
     final = folder_of(out / CHECKPOINTS, info["step"])
     staging = staging_of(final)
     job = {
@@ -89,9 +91,12 @@ def reshard(
     }
     with Journal(out, job) as journal:
         try:
+            if (final / checkpoint.INFO).is_file():  # ended behind the commit
+                write_whole(final.parent / LATEST, final.name.encode())
+                journal.remove()
+                return outcome
             checkpoint.verify(saved, target.settings.checkpoint.verify, ALONE)
             _begin(staging, journal)
-            sizes = [sum(source.num_bytes(span.name, span.low, span.high) for span in segment) for segment in segments]
             with CopyProgress(sum(sizes), sum(sizes[: len(journal.done)]), show) as progress:
                 Copy(source, boxes, segments, staging, progress.advance).run(journal)
             digests = _digests(source, journal)
@@ -103,7 +108,7 @@ def reshard(
         except OSError as error:
             where = f"{error.filename or out}: cannot be written{free_space(out)}: {error.strerror}"
             raise CheckpointError(f"{where}; call it again to go on") from None
-    return Outcome(len(source.shapes), sum(sizes), target.layout.world, target.layout.describe())
+    return outcome
 
 
 def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -> Source:

@@ -81,6 +81,10 @@ def die_after(segments: int, run: Path, out: Path, extra: list[str]) -> None:
     reshard(run, out, extra, nproc=4)
 
 
+def _interrupt(_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_one_that_was_killed_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, extra = tmp_path / "out", overrides("tp 2 · ep 4")
     with pytest.raises(RankFailure, match="died"):
@@ -97,6 +101,11 @@ def test_one_that_was_killed_goes_on_where_it_stopped(run: Path, tmp_path: Path,
     monkeypatch.setattr(copy, "SEGMENT", 1 << 18)
     with pytest.raises(UserError, match="unfinished reshard of something else, or with other arguments"):
         reshard(run, out, overrides("tp 2"), nproc=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(copy.Journal, "remove", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            reshard(run, out, extra, nproc=4)
+    (out / "checkpoints" / "latest").unlink()  # as a kill behind the rename leaves it
     reshard(run, out, extra, nproc=4)
     assert digests(out) == digests(run)
     assert {name: (latest(out) / name).stat().st_mtime_ns for name in files} == stamps  # not written again
