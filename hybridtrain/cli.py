@@ -46,9 +46,9 @@ def launch(
     resume: Resume = False,
 ) -> None:
     """Start N training ranks on this machine."""
-    from hybridtrain.assemble import check_compiler, resolve_layout
     from hybridtrain.data.prepare import ensure_prepared
     from hybridtrain.launch.local import run_ranks
+    from hybridtrain.world import check_compiler, resolve_layout
 
     settings = load_settings(config, overrides or [])
     resolve_layout(settings, nproc)  # refuse before anything starts

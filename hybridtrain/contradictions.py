@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybridtrain.parallel.layout import choices, divisors
 from hybridtrain.settings import DataSettings, Settings, layer_specs
 
 WHOLE_BACKWARD = ("gpipe", "1f1b", "interleaved")
@@ -21,7 +22,7 @@ def contradictions(s: Settings) -> list[str]:
     if attention.num_heads % attention.num_kv_heads:
         out.append(
             f"model.attention.num_kv_heads={attention.num_kv_heads} does not divide num_heads={attention.num_heads}; "
-            f"it may be {_divisors(attention.num_heads)}"
+            f"it may be {choices(divisors(attention.num_heads))}"
         )
     if attention.head_dim % 2:
         out.append(f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. {attention.head_dim + 1}")
@@ -31,7 +32,7 @@ def contradictions(s: Settings) -> list[str]:
     if moe.num_experts % moe.num_groups:
         out.append(
             f"model.moe.num_groups={moe.num_groups} does not divide num_experts={moe.num_experts}; "
-            f"it may be {_divisors(moe.num_experts)}"
+            f"it may be {choices(divisors(moe.num_experts))}"
         )
     elif moe.top_groups > moe.num_groups:
         out.append(f"model.moe.top_groups={moe.top_groups} exceeds num_groups={moe.num_groups}; it may be 1 to {moe.num_groups}")
@@ -45,12 +46,12 @@ def contradictions(s: Settings) -> list[str]:
     if s.train.global_batch % s.train.micro_batches:
         out.append(
             f"train.micro_batches={s.train.micro_batches} does not divide train.global_batch={s.train.global_batch}; "
-            f"it may be {_divisors(s.train.global_batch)}"
+            f"it may be {choices(divisors(s.train.global_batch))}"
         )
     if s.train.micro_batches % memory.exchange_groups:
         out.append(
             f"memory.exchange_groups={memory.exchange_groups} does not divide train.micro_batches={s.train.micro_batches}; "
-            f"it may be {_divisors(s.train.micro_batches)}"
+            f"it may be {choices(divisors(s.train.micro_batches))}"
         )
     if memory.fetch == "overlap" and memory.optimizer == "adam":
         out.append(
@@ -86,14 +87,12 @@ def contradictions(s: Settings) -> list[str]:
             "train.recompute=selective: the products inside compiled layers are not seen; it may be none or full, "
             "or train.compile=false"
         )
-    if s.train.compile:
-        out += [
-            f"parallel.{axis}={degree} with train.compile=true, which is proven over dp_shard and ep alone; {axis} may be 1"
-            for axis in ("pp", "cp", "tp")
-            if (degree := getattr(parallel, axis)) > 1
-        ]
-        if s.train.recompute == "full" and parallel.ep > 1:
-            out.append("train.recompute=full with train.compile=true and parallel.ep above 1 fails in the exchange; it may be none")
+    if s.train.compile and parallel.pp > 1 and parallel.schedule not in WHOLE_BACKWARD:
+        out.append(
+            f"train.compile=true: parallel.schedule={parallel.schedule} goes back through a layer in parts, and a compiled layer "
+            f"does all of it each time and may overwrite what the next needs; it may be false, or parallel.schedule one of "
+            f"{', '.join(WHOLE_BACKWARD)}"
+        )
     if s.train.engine == "deepspeed":
         out += _beyond_deepspeed(s)
         if s.train.init_from:
@@ -143,9 +142,3 @@ def _beyond_deepspeed(s: Settings) -> list[str]:
     if s.deepspeed.offload_optimizer and s.deepspeed.zero_stage == 0:
         out.append("deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3")
     return out
-
-
-def _divisors(number: int) -> str:
-    """The divisors of `number` in words: "1, 2 or 4"."""
-    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
-    return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hybridtrain import __version__
-from hybridtrain.assemble import Parts, compute_dtype, resolve_stages
+from hybridtrain.assemble import Parts, resolve_stages
 from hybridtrain.kernels import choose
 from hybridtrain.metrics import Clock, MetricsLog, measure_matmul_peak
 from hybridtrain.model.count import count_parameters, flops_per_token
@@ -23,6 +23,7 @@ from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.parallel.collectives import all_reduce_
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.run_folder import SUMMARY
+from hybridtrain.world import compute_dtype
 
 if TYPE_CHECKING:
     from hybridtrain.train import Totals

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts, assemble, join_world, make_addressing
+from hybridtrain.assemble import Parts, assemble, make_addressing
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.prefetch import Prefetcher
 from hybridtrain.diagnose import name_source_of_nonfinite
@@ -31,6 +31,7 @@ from hybridtrain.run_folder import RunFolder
 from hybridtrain.settings import Settings
 from hybridtrain.signals import StopSignal
 from hybridtrain.weights import start_from
+from hybridtrain.world import join_world
 
 
 @dataclass(frozen=True)

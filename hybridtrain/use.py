@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts, Vocabulary, assemble, compute_dtype, resolve_layout, table_device
+from hybridtrain.assemble import Parts, Vocabulary, assemble
 from hybridtrain.config import parse_settings
 from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
@@ -21,6 +21,7 @@ from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.parallel.layout import DENSE_AXES
 from hybridtrain.parallel.mesh import choose_device, make_mesh
 from hybridtrain.run_folder import find_checkpoint
+from hybridtrain.world import compute_dtype, resolve_layout, table_device
 
 # compilation and engines are for training
 ONE_RANK = [*(f"parallel.{axis}=1" for axis in (*DENSE_AXES, "ep", "etp", "mem")), "train.compile=false", "train.engine=native"]

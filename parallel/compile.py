@@ -19,6 +19,9 @@ def compile_layer(layer: nn.Module) -> None:
 
     # a graph for each kind of layer, with and without inner document starts; beyond the limit torch would stop compiling silently
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
+    # Several graphs may fit a layer: one that ends before its feed-forward fits all kinds of those. The graph used last would be
+    # tried first, and a layer that is run again would be given another than the first time. So they are tried in order of age.
+    torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]  # torch's stubs lack it
     for module in layer.modules():
         if hasattr(module, "dispatch"):  # shapes that only the data know, and products that inductor does not take in float32
             _leave_out(module, "forward")

@@ -1,8 +1,8 @@
 """DeepSpeed as the engine: ZeRO 0 to 3 over all ranks, with our dispatch of tokens, our table and our checkpoints.
 
-What of DeepSpeed this file relies on is public but for four names, which `REQUIRED` pins to the versions tried: gradients stand in
-`averaged_gradients`, fp32 weights in the flat partitions of the optimizer, moments are linked by `_lazy_init_…`, and expert groups
-are looked up in `deepspeed.utils.groups`.
+What of DeepSpeed this file and deepspeed_model.py rely on is public but for four names, which `REQUIRED` pins to the versions
+tried: gradients stand in `averaged_gradients`, fp32 weights in the flat partitions of the optimizer, moments are linked by
+`_lazy_init_…`, and expert groups are looked up in `deepspeed.utils.groups`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from hybridtrain.parallel.deepspeed_model import Groups, as_moe, own_experts, take_out
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.norms import clip_by_global_norm
 from hybridtrain.parallel.schedule import Accumulation, Schedule
@@ -70,18 +71,18 @@ class DeepSpeedEngine:
             ", optimizer on the CPU" if offload_optimizer else ""
         )
         self.model, self.mesh, self.zero_stage, self.offload = model, mesh, zero_stage, offload_optimizer
-        _take_out(outside, model)
-        self.experts = _own_experts(deepspeed, model, mesh)
+        take_out(outside, model)
+        self.experts = own_experts(deepspeed, model, mesh)
         self.params = dict(model.named_parameters())
         self.optimizer = make_optimizer(model)
         root = model
         if self.experts:
             split = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer
             self.optimizer.param_groups[:] = split(self.optimizer.param_groups)
-            root = _as_moe(deepspeed, model)
+            root = as_moe(deepspeed, model)
         elements = sum(p.numel() for p in self.params.values())
         config = _config(zero_stage, offload_optimizer, elements, micro_batch, micro_batches, mesh.device)
-        self.engine, *_ = deepspeed.initialize(model=root, optimizer=self.optimizer, config=config, mpu=_Groups(mesh))
+        self.engine, *_ = deepspeed.initialize(model=root, optimizer=self.optimizer, config=config, mpu=Groups(mesh))
         self.allocate_state()
         self.optimizers: Sequence[torch.optim.Optimizer] = [self.optimizer]
         self.schedule: Schedule = _EngineAccumulation(self.engine, tokens_per_step, mesh.device)
@@ -181,31 +182,6 @@ class _EngineAccumulation(Accumulation):
         self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
 
 
-class _Groups:
-    """The process groups that DeepSpeed asks a model-parallel unit for: every rank reads other tokens, none shares a matrix."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.world = mesh.world
-
-    def get_data_parallel_group(self) -> Any:
-        return dist.group.WORLD
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.world.size
-
-    def get_data_parallel_rank(self) -> int:
-        return self.world.rank
-
-    def get_model_parallel_group(self) -> None:
-        return None
-
-    def get_model_parallel_world_size(self) -> int:
-        return 1
-
-    def get_model_parallel_rank(self) -> int:
-        return 0
-
-
 def _import(device: torch.device) -> Any:
     """The package, for this device; what it would compile or warn of without need is turned off."""
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # it calls them by old names
@@ -221,10 +197,8 @@ def _import(device: torch.device) -> Any:
 def _config(
     zero_stage: int, offload_optimizer: bool, elements: int, micro_batch: int, micro_batches: int, device: torch.device
 ) -> dict[str, Any]:
-    zero: dict[str, Any] = {
-        "stage": zero_stage,
-        "reduce_bucket_size": min(_BUCKET, elements),
-    }  # allocated whole, however small the model
+    bucket = min(_BUCKET, elements)  # allocated whole, however small the model
+    zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": bucket}
     if offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     elif zero_stage in (1, 2):
@@ -236,53 +210,6 @@ def _config(
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # its own CPU optimizer is compiled on first use, for minutes
     }
-
-
-def _take_out(outside: nn.Module, model: nn.Module) -> None:
-    """Leave `outside` where it is as an attribute, but not as a submodule: ZeRO-0 would average whatever parameters it finds."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if child is outside:
-                del module._modules[name]
-                module.__dict__[name] = child
-
-
-def _own_experts(deepspeed: Any, model: nn.Module, mesh: Mesh) -> frozenset[str]:
-    """Put plain local parameters in the place of experts cut over ep, marked as DeepSpeed marks them; returns their names.
-
-    A parameter marked so is reduced and partitioned over edp alone.
-    """
-    group, found = f"ep_size_{mesh.layout.ep}", set()
-    for prefix, module in model.named_modules():
-        for name, param in list(module.named_parameters(recurse=False)):
-            if isinstance(param, DTensor):
-                local: Any = nn.Parameter(param.to_local())
-                local.allreduce, local.group_name = False, group
-                module.register_parameter(name, local)
-                found.add(f"{prefix}.{name}")
-    if found and mesh.expert_mesh is not None:
-        groups = deepspeed.utils.groups
-        groups._EXPERT_PARALLEL_GROUP[group] = mesh.expert_mesh.get_group("ep")
-        groups._EXPERT_DATA_PARALLEL_GROUP[group] = mesh.expert_mesh.get_group("edp")
-    return frozenset(found)
-
-
-def _as_moe(deepspeed: Any, model: nn.Module) -> nn.Module:
-    """The model inside a module of DeepSpeed's own MoE class: only where it finds one does it reduce marked experts over edp."""
-
-    class Root(deepspeed.moe.layer.MoE):  # type: ignore[misc]
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.model, self.num_experts = model, 0
-
-        def set_deepspeed_parallelism(self, *_: Any) -> None:
-            """The groups stand."""
-
-        def forward(self, *inputs: Any) -> Tensor:
-            output: Tensor = self.model(*inputs)
-            return output
-
-    return Root()
 
 
 def _gather(param: nn.Parameter, key: str | None = None) -> Tensor:

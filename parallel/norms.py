@@ -59,11 +59,22 @@ def clip_by_global_norm(
     squares = torch.zeros(2, dtype=torch.float64)
     if grads:
         times = torch.tensor(held_by or [1] * len(grads), dtype=torch.float64) * mesh.layout.dp_replicate
-        squares[0] = (torch.stack(torch._foreach_norm(grads)).double().square().cpu() / times).sum()
+        squares[0] = (_squares(grads).cpu() / times).sum()
     if rows_ND is not None:
-        squares[1] = torch.linalg.vector_norm(rows_ND).double().square().cpu() / mesh.mem_replicate.size
+        squares[1] = _squares([rows_ND]).cpu()[0] / mesh.mem_replicate.size
     backbone, table = all_reduce_(squares.to(mesh.device), mesh.world).tolist()
     norm = (backbone + table) ** 0.5
     if bound > 0 and norm > bound:
         torch._foreach_mul_([*grads, *copies, *([] if rows_ND is None else [rows_ND])], bound / (norm + 1e-6))
     return norm, table**0.5
+
+
+def _squares(tensors: list[Tensor]) -> Tensor:
+    """The squared L2 norm of each tensor, in float64.
+
+    On the CPU by way of its rows: a norm of all at once runs there on one core and in one float32 sum, 6e-4 off for 16 M elements.
+    """
+    if tensors[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(tensors)).double().square()
+    rows = [torch.linalg.vector_norm(t, dim=-1).double() for t in tensors]
+    return torch.stack([row.square().sum() for row in rows])

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import typer
 
-from hybridtrain.assemble import resolve_layout
 from hybridtrain.cli import app
 from hybridtrain.config import load_settings
+from hybridtrain.world import resolve_layout
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, compute_dtype, make_addressing, resolve_layout
+from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.checkpoint import Saver
 from hybridtrain.config import load_settings
 from hybridtrain.data.batches import BatchLoader
@@ -27,6 +27,7 @@ from hybridtrain.metrics import Clock, read_metrics
 from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
+from hybridtrain.world import compute_dtype, resolve_layout
 from tests.ranks import run_on_ranks
 
 CI = Path(__file__).parents[1] / "configs" / "ci.toml"
@@ -164,6 +165,17 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
 def traces(runs: list[Settings], steps: int = 3) -> list[Trace]:
     """On a rank: `trace` of one run after the other."""
     return [trace(settings, steps) for settings in runs]
+
+
+def assert_bitwise(ours: Trace, theirs: Trace) -> None:
+    """The same losses, statistics, gradients and parameters, bit for bit."""
+    assert ours.losses == theirs.losses
+    for mine, other in zip(
+        [*ours.statistics, *ours.gradients, ours.state], [*theirs.statistics, *theirs.gradients, theirs.state], strict=True
+    ):
+        assert mine.keys() == other.keys()
+        for name, value in mine.items():
+            assert torch.equal(value, other[name]), name
 
 
 def _whole(tensor: Tensor) -> Tensor:

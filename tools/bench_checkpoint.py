@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts, Vocabulary, assemble, join_world, make_addressing
+from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.config import load_settings
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import ensure_prepared
@@ -40,6 +40,7 @@ from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.reshard import reshard
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
+from hybridtrain.world import join_world
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 STEPS = ("dd", "save", "reshard", "verify", "load", "background save")

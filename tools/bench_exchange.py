@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridtrain.assemble import Vocabulary, join_world, make_addressing
+from hybridtrain.assemble import Vocabulary, make_addressing
 from hybridtrain.config import load_settings
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.prepare import ensure_prepared
@@ -43,6 +43,7 @@ from hybridtrain.parallel.collectives import all_to_all, barrier, exchange_count
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import Mesh, close_mesh
 from hybridtrain.settings import Settings, memory_layers
+from hybridtrain.world import join_world
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 GRADIENT, LEARNING_RATE = 1e-3, 1e-3  # made up: every lookup's gradient

@@ -18,13 +18,14 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, join_world, make_addressing
+from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.config import load_settings
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.metrics import Clock
 from hybridtrain.train import train_step
+from hybridtrain.world import join_world
 
 CASES = {
     "plain": (),

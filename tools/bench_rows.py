@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, join_world, make_addressing
+from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.config import load_settings
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.prepare import ensure_prepared
@@ -42,6 +42,7 @@ from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
+from hybridtrain.world import join_world
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 

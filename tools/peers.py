@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hybridtrain.assemble import Vocabulary, assemble, join_world, keep_freed_memory
+from hybridtrain.assemble import Vocabulary, assemble
 from hybridtrain.data.batches import Batch
 from hybridtrain.metrics import Clock
 from hybridtrain.model.feedforward import SwiGLU
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
+from hybridtrain.world import join_world, keep_freed_memory
 
 Step = Callable[[], object]
 Made = tuple[Step, int | None]
@@ -49,8 +50,11 @@ class Case:
     ranks: int = 1
     threads: int = 2
 
-    def settings(self) -> Settings:
-        """The same model in hybridtrain's words. With several ranks the experts lie over all of them."""
+    def settings(self, experts: str = "sharded") -> Settings:
+        """The same model in hybridtrain's words. `experts` over several ranks: "sharded" as DeepSpeed's, each rank with some of
+        them, what else there is under FSDP; "replicated" as transformers' under DDP, each rank with the whole model.
+        """
+        parallel = {"sharded": {"dp_shard": -1, "ep": self.ranks}, "replicated": {"dp_shard": 1, "dp_replicate": self.ranks}}
         attention = {"num_heads": self.heads, "num_kv_heads": self.heads, "head_dim": self.dim // self.heads, "qk_norm": False}
         moe = {"num_experts": self.experts, "top_k": self.top_k, "hidden": self.hidden, "aux_weight": AUX_WEIGHT}
         model = {"dim": self.dim, "layers": (f"{self.layers}*attention+moe",), "attention": attention, "moe": moe}
@@ -59,7 +63,7 @@ class Case:
                 "model": model,
                 "memory": {"enabled": False},
                 "train": {"seq_len": self.seq_len, "global_batch": self.batch},
-                "parallel": {"dp_shard": -1, "ep": self.ranks},
+                "parallel": parallel[experts],
                 "optim": {"backbone": "adamw", "lr": LEARNING_RATE, "clip_norm": CLIP_NORM},
                 "run": {"threads": self.threads},
             }
@@ -71,9 +75,9 @@ class Case:
         return whole.chunk(self.ranks)[int(os.environ["RANK"])]
 
 
-def hybridtrain(case: Case) -> Made:
-    """The project's own step, as its loop runs it."""
-    settings = case.settings()
+def hybridtrain(case: Case, experts: str = "sharded") -> Made:
+    """The project's own step, as its loop runs it; `experts` as in `Case.settings`."""
+    settings = case.settings(experts)
     parts = assemble(settings, join_world(settings), Vocabulary(case.vocab, 0, torch.zeros(case.vocab).numpy()), None)
     tokens, clock = case.tokens()[None], Clock(torch.device("cpu"))
     batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), torch.zeros_like(tokens[..., 1:], dtype=torch.bool))

@@ -18,6 +18,8 @@ from hybridtrain.memory import TableMemory
 from hybridtrain.parallel.collectives import Group
 from hybridtrain.stale import KIND, StaleRows
 
+ALONE = Group("world", (0,), 0)
+
 
 def load(parts: Parts, path: Path) -> int:
     """Fill the run's parts from the checkpoint folder `path`, at whatever layout it was written; returns its step.
@@ -46,7 +48,7 @@ def load(parts: Parts, path: Path) -> int:
     return int(info["step"])
 
 
-def verify(path: Path, level: str, world: Group) -> None:
+def verify(path: Path, level: str, world: Group = ALONE) -> None:
     """Raise DamagedCheckpoint listing every file of the checkpoint, or of its base, that is not what it was.
 
     Collective: each rank looks at its share of the files. `level` as of `damage`.

@@ -45,6 +45,7 @@ def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int
         raise CheckpointError(f"{run} lacks {TOKENIZER}, which belongs to its checkpoints")
     info = checkpoint.read_info(saved)
     settings = parse_settings(info["settings"], source=str(saved))
+    checkpoint.verify(saved, settings.checkpoint.verify)
     stored = StoredTensors(saved)
     chosen = _choose(path, family, settings, _biased(stored))
     transformers = need_transformers()

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing, resolve_layout
+from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.metrics import Clock
 from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.train import train_step
+from hybridtrain.world import resolve_layout
 from tests.training import ci_settings
 
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridtrain.assemble import join_world
 from hybridtrain.config import parse_settings
 from hybridtrain.errors import SettingsError
 from hybridtrain.metrics import read_metrics
 from hybridtrain.settings import Settings
 from hybridtrain.use import open_checkpoint
+from hybridtrain.world import join_world
 from tests.hybridtrain.test_nonfinite import train_poisoned
 from tests.hybridtrain.test_parity import assert_same_curve, assert_same_state, state
 from tests.hybridtrain.test_resume import at_step_10

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing, resolve_layout, table_device
+from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.evaluate import evaluate
@@ -24,6 +24,7 @@ from hybridtrain.parallel.rows import Route, StepPlan
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
 from hybridtrain.use import evaluate_checkpoint
+from hybridtrain.world import resolve_layout, table_device
 from tests.console import hybridtrain
 from tests.ranks import run_on_ranks
 from tests.training import CI, ci_settings, loss_curve

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hybridtrain.assemble import compute_dtype
 from hybridtrain.errors import SettingsError
 from hybridtrain.launch.local import RENDEZVOUS
 from hybridtrain.metrics import read_metrics
@@ -20,6 +19,7 @@ from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.settings import Settings
 from hybridtrain.train import train
 from hybridtrain.use import evaluate_checkpoint, generate_text, open_checkpoint
+from hybridtrain.world import compute_dtype
 from tests.ranks import run_on_ranks
 from tests.training import Trace, ci_settings, loss_curve, traces
 

@@ -285,12 +285,12 @@ def test_a_disk_that_is_full_on_one_rank_ends_all_with_one_message(
 def test_a_save_in_the_background_that_fails_ends_all_ranks_after_the_same_step(
     ci_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ways = ("checkpoint.background=true", "checkpoint.every=40", "train.steps=500", "train.eval_every=0")
+    ways = ("checkpoint.background=true", "checkpoint.every=20", "train.steps=500", "train.eval_every=0")
     settings = ci_settings(tmp_path / "run", ci_data, *ways, *TWO)
-    assert run_ranks("tests.training:train_on_a_full_disk", (settings, 1, 40), 2, threads=1, preload=PRELOAD) == 2
+    assert run_ranks("tests.training:train_on_a_full_disk", (settings, 1, 20), 2, threads=1, preload=PRELOAD) == 2
     err = capfd.readouterr().err
     assert "Traceback" not in err
-    assert f"error: {tmp_path}/run/checkpoints/step-00000040: the checkpoint of step 40 could not be written (" in err
+    assert f"error: {tmp_path}/run/checkpoints/step-00000020: the checkpoint of step 20 could not be written (" in err
     assert "the last good one stays: none\n  rank 1: OSError: [Errno 28] No space left on device" in err
-    assert 40 < len(loss_curve(tmp_path / "run")) < 80  # it did not wait for the next one
+    assert 20 < len(loss_curve(tmp_path / "run")) < 40  # it did not wait for the next one
     assert not list((tmp_path / "run/checkpoints").iterdir())

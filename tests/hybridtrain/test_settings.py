@@ -80,10 +80,11 @@ LAYER = 'write "[N*][memory+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ],
         ),
         (
-            ["train.compile=true", "train.recompute=full", "parallel.ep=2", "parallel.tp=2"],
+            ["train.compile=true", "parallel.pp=2", "parallel.schedule=zbv"],
             [
-                "parallel.tp=2 with train.compile=true, which is proven over dp_shard and ep alone; tp may be 1",
-                "train.recompute=full with train.compile=true and parallel.ep above 1 fails in the exchange; it may be none",
+                "train.compile=true: parallel.schedule=zbv goes back through a layer in parts, and a compiled layer does all of it "
+                "each time and may overwrite what the next needs; it may be false, or parallel.schedule one of gpipe, 1f1b, "
+                "interleaved"
             ],
         ),
         (

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from hybridtrain import train as module
 from hybridtrain.launch.local import RENDEZVOUS
 from hybridtrain.metrics import read_metrics
 from hybridtrain.settings import Settings
+from hybridtrain.world import join_world
 from tests.ranks import run_on_ranks
 from tests.training import ci_settings, loss_curve, train_here
 
@@ -100,6 +102,21 @@ def test_batches_are_loaded_a_few_steps_ahead_and_never_past_the_end(ci_data: Pa
             trained = step
         else:
             assert step <= trained + 4  # one being trained, one handed over, two waiting, one being loaded
+
+
+def products_of_denormals(settings: Settings) -> list[float]:
+    """On a rank: the largest of what 200,000 denormal numbers times one are, in a world of a run and before it."""
+    tiny = torch.full((200_000,), 1e-40)
+    before = float(tiny.mul(1.0).max())
+    dist.destroy_process_group()
+    join_world(settings)
+    return [before, float(tiny.mul(1.0).max())]
+
+
+def test_ranks_on_the_cpu_flush_denormal_numbers(ci_data: Path, tmp_path: Path) -> None:
+    ((before, after),) = run_on_ranks(products_of_denormals, 1, ci_settings(tmp_path / "run", ci_data))
+    assert before > 0
+    assert after == 0
 
 
 def test_metrics_hold_every_step_and_validation(trained: Callable[..., Path]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing, resolve_layout
+from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import CheckpointError
 from hybridtrain.formats.hf_import import import_hf
@@ -17,6 +17,7 @@ from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.settings import Settings
 from hybridtrain.use import evaluate_checkpoint, open_checkpoint
 from hybridtrain.weights import start_from
+from hybridtrain.world import resolve_layout
 from tests.console import hybridtrain, refused
 from tests.hybridtrain.conftest import TWO_RANKS
 from tests.hybridtrain.formats.tiny import save_theirs, their_model

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridtrain.assemble import check_compiler
 from hybridtrain.errors import SettingsError
 from hybridtrain.settings import Settings
+from hybridtrain.world import check_compiler
 from tests.ranks import run_on_ranks
-from tests.training import Trace, ci_settings, make_data, trace, traces
+from tests.training import Trace, assert_bitwise, ci_settings, make_data, trace, traces
 
-SHORT = ("train.micro_batches=2", "train.global_batch=8", "train.seq_len=32", "model.moe.aux_weight=0.01")
+SHORT = ("train.micro_batches=2", "train.global_batch=8", "train.seq_len=40", "model.moe.aux_weight=0.01")
 ONE_LAYER = 'model.layers=["attention+dense"]'
 COMPILE = "train.compile=true"
 
@@ -63,11 +63,60 @@ def test_compiled_layers_of_every_kind(data: Path) -> None:
     assert all(torch.equal(value, compiled.state[name]) for name, value in recomputed.state.items())
 
 
+QUICK = {
+    "ep": ["parallel.ep=2", "train.recompute=full", 'model.layers=["attention+dense", "attention+moe"]'],
+    "tp": ["parallel.tp=2", "train.recompute=full", 'model.layers=["memory+attention+dense"]'],
+    "cp": ["parallel.cp=2", 'model.layers=["memory+attention+dense"]'],
+    "pp": ["parallel.pp=2", "parallel.schedule=gpipe", 'model.layers=["attention+dense", "memory+attention+moe"]'],
+}
+FOUR = {
+    "tp, cp": ["parallel.tp=2", "parallel.cp=2", "parallel.ep=4", "train.recompute=full"],
+    "pp, tp": ["parallel.pp=2", "parallel.schedule=interleaved", "parallel.tp=2", "train.recompute=full"],
+    "pp, cp": ["parallel.pp=2", "parallel.cp=2", "parallel.mem=2"],
+    "hsdp": ["parallel.dp_replicate=2", "parallel.ep=2", "parallel.reshard_after_forward=true", "train.recompute=full"],
+}
+
+
+def traces_op_by_op(runs: list[Settings]) -> tuple[list[Trace], int]:
+    """On a rank: `traces` with the graphs that inductor would get, run as they are; and how many those were."""
+    torch.compiler.set_default_backend("aot_eager")
+    out = traces(runs, 2)
+    return out, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def assert_bitwise_over(nproc: int, data: Path, layouts: dict[str, list[str]]) -> None:
+    """What is compiled, exchanged and run again is the same, bit for bit, where no operations are fused."""
+    runs = [ci_settings(Path("unused"), data, *SHORT, *layout, *c) for layout in layouts.values() for c in ([], [COMPILE])]
+    for rank, graphs in run_on_ranks(traces_op_by_op, nproc, runs, timeout=280):
+        assert graphs >= 4 * len(layouts)
+        for number, name in enumerate(layouts):
+            plain, compiled = rank[2 * number : 2 * number + 2]
+            assert_bitwise(compiled, plain)
+            assert compiled.traffic == plain.traffic, name
+
+
+def test_layouts_over_two_ranks(data: Path) -> None:
+    assert_bitwise_over(2, data, QUICK)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", list(FOUR))
+def test_layouts_over_four_ranks(data: Path, name: str) -> None:
+    assert_bitwise_over(4, data, {name: FOUR[name]})
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "layout",
     [
         ["parallel.ep=2", "parallel.reshard_after_forward=true"],
+        ["parallel.ep=2", "train.recompute=full", "memory.fetch=overlap"],
+        ["parallel.dp_replicate=2", "memory.fetch=stale"],
+        ["parallel.tp=2", "parallel.ep=2"],
+        ["parallel.tp=2", "parallel.etp=2", "train.recompute=full", "model.moe.capacity=1.1"],
+        ["parallel.cp=2", "parallel.ep=2", "train.recompute=full"],
+        ["parallel.pp=2", "parallel.mem=1"],
+        ["parallel.pp=2", "parallel.schedule=interleaved", "train.recompute=full"],
     ],
     ids=" ".join,
 )

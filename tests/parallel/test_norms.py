@@ -94,3 +94,13 @@ def test_a_value_that_is_not_finite_reaches_every_rank() -> None:
 def nan_on_one() -> float:
     mesh = mesh_here()
     return clip_by_global_norm([torch.tensor([math.nan if mesh.rank else 1.0])], None, mesh, 1.0)[0]
+
+
+def test_many_elements_are_summed_to_single_precision() -> None:
+    ((norm, expected),) = run_on_ranks(of_many, 1)
+    assert norm == pytest.approx(expected, rel=1e-6)  # one float32 running sum is 8e-5 off
+
+
+def of_many() -> tuple[float, float]:
+    grad = torch.randn(2**11, 2**11, generator=torch.Generator().manual_seed(2))
+    return clip_by_global_norm([grad], None, mesh_here(), 0.0)[0], float(grad.double().square().sum().sqrt())

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing, resolve_layout
+from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError, TrainingError
@@ -27,6 +27,7 @@ from hybridtrain.parallel.stages import SCHEDULES
 from hybridtrain.settings import Settings
 from hybridtrain.train import train
 from hybridtrain.use import evaluate_checkpoint, generate_text
+from hybridtrain.world import resolve_layout
 from tests.hybridtrain.test_parity import assert_same_curve, assert_same_state, state
 from tests.ranks import run_on_ranks
 from tests.training import ci_settings, loss_curve, make_data, train_on

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.metrics import Clock
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
 from tests.ranks import run_on_ranks
-from tests.training import Trace, build_here, ci_settings, make_data, trace, traces
+from tests.training import assert_bitwise, build_here, ci_settings, make_data, trace, traces
 from tools.bench_layers import PeakBytes
 
 MODES = ("none", "selective", "full")
@@ -37,16 +36,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings_of(data: Path, *overrides: str) -> Settings:
     return ci_settings(Path("unused"), data, "train.micro_batches=2", "train.global_batch=8", *LOSSES, *overrides)
-
-
-def assert_bitwise(ours: Trace, theirs: Trace) -> None:
-    assert ours.losses == theirs.losses
-    for mine, other in zip(
-        [*ours.statistics, *ours.gradients, ours.state], [*theirs.statistics, *theirs.gradients, theirs.state], strict=True
-    ):
-        assert mine.keys() == other.keys()
-        for name, value in mine.items():
-            assert torch.equal(value, other[name]), name
 
 
 def test_one_rank_is_bitwise_equal(data: Path) -> None:

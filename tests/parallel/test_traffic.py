@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.assemble import Parts, resolve_layout
+from hybridtrain.assemble import Parts
 from hybridtrain.data.batches import Batch
 from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.model.hybrid_lm import HybridLM
 from hybridtrain.model.router import Router
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.settings import Settings
+from hybridtrain.world import resolve_layout
 from tests.parallel.formulas import FLOAT, Facts, Formulas
 from tests.parity.cases import settings_of
 from tests.parity.runs import new_world, start_run, train_steps

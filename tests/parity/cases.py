@@ -14,12 +14,12 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
-from hybridtrain.assemble import resolve_layout
 from hybridtrain.config import load_settings
 from hybridtrain.errors import SettingsError
 from hybridtrain.parallel.layout import Layout, LayoutError, divisors
 from hybridtrain.parallel.stages import SCHEDULES
 from hybridtrain.settings import Settings
+from hybridtrain.world import resolve_layout
 
 CI = Path(__file__).parents[2] / "configs" / "ci.toml"
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp", "mem")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing, resolve_layout
+from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.metrics import Clock
@@ -25,6 +25,7 @@ from hybridtrain.parallel.mesh import close_mesh, make_mesh
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.settings import Settings
 from hybridtrain.train import Totals, train_step
+from hybridtrain.world import resolve_layout
 from tests.parity.cases import Case, settings_of
 from tests.parity.faults import FAULTS
 

@@ -156,8 +156,9 @@ def load_both(settings: Settings, folder: Path) -> tuple[list[str], list[int]]:
     return equal(all_state(plain), all_state(incremental)), [plain.memory.low, plain.memory.high]
 
 
-def test_every_way_to_save_gives_the_same_bits_at_every_layout(ci_data: Path, tmp_path: Path) -> None:
-    for out in run_on_ranks(save_in_every_way, 2, settings_of(ci_data, *TWO), tmp_path):
+@pytest.mark.parametrize("mem", [2, 1], ids=["owners of unequal parts", "copies"])
+def test_every_way_to_save_gives_the_same_bits_at_every_layout(ci_data: Path, tmp_path: Path, mem: int) -> None:
+    for out in run_on_ranks(save_in_every_way, 2, settings_of(ci_data, "parallel.ep=2", f"parallel.mem={mem}"), tmp_path):
         assert out["rest"]
         assert out["same"] == [True, True]
         assert out["not yet"] is None
@@ -178,8 +179,10 @@ def test_every_way_to_save_gives_the_same_bits_at_every_layout(ci_data: Path, tm
     assert rows % 2 == 1
     for low, high in ((0, 1), (rows // 2 - 5, rows // 2 + 5), (rows - 1, rows), (3, 3)):
         assert torch.equal(incremental.read("memory.table", low, high), plain.read("memory.table", low, high))
-    (alone,) = run_on_ranks(load_both, 1, settings_of(ci_data)["plain"], tmp_path)
-    assert alone == ([], [0, rows])
+    others = {1: (), 2: ("parallel.ep=1", f"parallel.mem={3 - mem}")}
+    found = {n: run_on_ranks(load_both, n, settings_of(ci_data, *more)["plain"], tmp_path) for n, more in others.items()}
+    half = -(-rows // 2)
+    assert found == {1: [([], [0, rows])], 2: [([], [0, half]), ([], [half, rows])] if mem == 1 else [([], [0, rows])] * 2}
 
 
 def at_urls(settings: dict[str, Settings], where: str) -> list[Any]:

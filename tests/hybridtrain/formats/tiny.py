@@ -14,12 +14,13 @@ import transformers
 from torch import Tensor
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing, resolve_layout
+from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.data.sources import file_digest
 from hybridtrain.parallel.mesh import make_mesh
+from hybridtrain.world import resolve_layout
 from tests.training import ci_settings
 
 VOCABULARY = 1032  # more than the 1024 entries of the tokenizer, as many published models have
