@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import resolve_layout
 from hybridtrain.config import parse_settings
 from hybridtrain.errors import UserError
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.settings import Settings
+from hybridtrain.world import resolve_layout
 
 BESIDE_EXPERTS = ("top_k", "num_groups", "top_groups", "gate_scale")
 """Of model.moe: what may change with the number of experts, so that the copies are chosen together."""
