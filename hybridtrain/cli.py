@@ -230,7 +230,9 @@ def reshard(
     from hybridtrain.formats.shards import parse_size
     from hybridtrain.reshard import Growth
     from hybridtrain.reshard import reshard as lay_out
+    from hybridtrain.world import keep_freed_memory
 
+    keep_freed_memory()  # blocks of the same sizes follow one another
     done = lay_out(
         run,
         out,

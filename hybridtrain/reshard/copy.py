@@ -1,7 +1,7 @@
 """Copies tensors into files laid out for the ranks of a placement, in bounded memory, and reads back what it wrote.
 
 Work goes through the tensors in order, by spans of whole rows that are in memory at once. A segment is as many spans as fill
-SEGMENT bytes; each rank that has a part of them gets one file of it, and when all its files are on the disk and were read
+SEGMENT bytes, more for many ranks; each rank that has a part of them gets one file of it, and when all its files are on the disk and were read
 back, the segment is noted in the journal. While a span is written the next one is read, and while a segment is written the one
 before it is flushed and read back.
 """
@@ -29,7 +29,8 @@ from hybridtrain.reshard.journal import Journal, Segment, StoredPiece
 from hybridtrain.reshard.placement import Box
 from hybridtrain.reshard.source import Source
 
-SEGMENT = 1 << 30
+SEGMENT = 1 << 28  # what a kill may cost; the disk is busy with one while the next is made
+PER_RANK = 1 << 24  # of a segment at least, so that files do not become small where ranks are many
 HELD = 8
 """Spans that are in memory at once at most: one being read, one being written and its parts, one being read back, and copies."""
 
@@ -45,7 +46,7 @@ class Span:
     high: int
 
 
-def plan_segments(source: Source, max_memory: int) -> list[list[Span]]:
+def plan_segments(source: Source, max_memory: int, ranks: int) -> list[list[Span]]:
     """All rows of all tensors. Raises UserError where `max_memory` bytes cannot hold HELD times the largest row."""
     largest = max(source.shapes, key=lambda name: digest.row_bytes(source.shapes[name], source.dtype(name)))
     least = HELD * max(digest.BLOCK, digest.row_bytes(source.shapes[largest], source.dtype(largest)))
@@ -62,7 +63,7 @@ def plan_segments(source: Source, max_memory: int) -> list[list[Span]]:
         step = block * max(1, min(max_memory // HELD, BLOCK_BYTES) // max(1, block * bytes_a_row))
         for low in range(0, digest.rows_of(shape) if bytes_a_row else 0, step):
             high = min(low + step, digest.rows_of(shape))
-            if size >= SEGMENT:
+            if size >= max(SEGMENT, ranks * PER_RANK):
                 segments.append([])
                 size = 0
             segments[-1].append(Span(name, low, high))
@@ -146,12 +147,15 @@ class Copy:
         return Segment(written.number, written.records, [p for pieces in written.pieces for p in pieces], blocks)
 
     def _read_back(self, span: Span, pieces: Sequence[StoredPiece]) -> Tensor:
-        shape = self.source.shapes[span.name]
-        out = torch.empty((span.high - span.low, *shape[1:]) if shape else (), dtype=self.source.dtype(span.name))
+        whole = self.source.shapes[span.name]
+        shape = (span.high - span.low, *whole[1:]) if whole else ()
+        out = torch.empty(shape, dtype=self.source.dtype(span.name))
         for piece in pieces:
             with (self.folder / piece.file).open("rb") as stream:
                 view = cast(IO[bytes], _create_file_view(stream, piece.start, piece.length))
-                values = torch.load(view, map_location="cpu", weights_only=True)
+                values: Tensor = torch.load(view, map_location="cpu", weights_only=True)
+            if piece.sizes == shape:
+                return values
             places = [slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True)]
             if places:
                 places[0] = slice(piece.offsets[0] - span.low, piece.offsets[0] - span.low + piece.sizes[0])

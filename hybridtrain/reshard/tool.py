@@ -74,7 +74,7 @@ def reshard(
     info = checkpoint.read_info(saved)
     target = plan_target(info, out, overrides, nproc, growth)
     source = _source(saved, info, target, growth)
-    segments = plan_segments(source, max_memory)
+    segments = plan_segments(source, max_memory, target.layout.world)
     placement = place_model(target.settings, target.layout, target.vocab_size)
     boxes = {name: placement.boxes(name, shape) for name, shape in source.shapes.items()}
     sizes = [sum(source.num_bytes(span.name, span.low, span.high) for span in segment) for segment in segments]

@@ -69,7 +69,7 @@ def _assert_files_are_the_ranks_own(path: Path, ranks: int, mem: int) -> None:
 def die_after(segments: int, run: Path, out: Path, extra: list[str]) -> None:
     """On a rank: reshard in many small segments, and be killed when so many are done."""
     torch.distributed.destroy_process_group()
-    copy.SEGMENT = 1 << 18
+    copy.SEGMENT, copy.PER_RANK = 1 << 18, 0
     real = copy.Journal.add
 
     def add(self: copy.Journal, segment: object) -> None:
@@ -99,6 +99,7 @@ def test_one_that_was_killed_goes_on_where_it_stopped(run: Path, tmp_path: Path,
         journal.write('{"segment": 3, "fil')  # a line that the kill cut
     (staging / "__0_9.distcp").write_text("half a file")
     monkeypatch.setattr(copy, "SEGMENT", 1 << 18)
+    monkeypatch.setattr(copy, "PER_RANK", 0)
     with pytest.raises(UserError, match="unfinished reshard of something else, or with other arguments"):
         reshard(run, out, overrides("tp 2"), nproc=2)
     with monkeypatch.context() as patch:
