@@ -1,9 +1,9 @@
 """Copies tensors into files laid out for the ranks of a placement, in bounded memory, and reads back what it wrote.
 
 Work goes through the tensors in order, by spans of whole rows that are in memory at once. A segment is as many spans as fill
-SEGMENT bytes, more for many ranks; each rank that has a part of them gets one file of it, and when all its files are on the disk and were read
-back, the segment is noted in the journal. While a span is written the next one is read, and while a segment is written the one
-before it is flushed and read back.
+SEGMENT bytes, more for many ranks; each rank that has a part of them gets one file of it. When all its files are on the disk and
+were read back, the segment is noted in the journal. While a span is written the next one is read, and while a segment is
+written the one before it is flushed and read back.
 """
 
 from __future__ import annotations
