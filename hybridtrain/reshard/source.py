@@ -1,7 +1,8 @@
 """The tensors of a checkpoint as the target has them: as they are, or with experts or tokens added.
 
 A new expert e is a copy of expert e mod E: weights, selection bias and optimizer state. So are the router's rows, but for
-noise; an expert's share of the load is divided among its copies. A new token has the mean of all tokens' embeddings and of
+noise; an expert's share of the load is divided among its copies. Softmax scores of copies are E / N of what they were, so the
+biases that are added to them become E / N as well, and select as before. A new token has the mean of all tokens' embeddings and of
 all rows of the head (J. Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021), and optimizer state
 of zeros.
 
@@ -26,9 +27,9 @@ MEAN_ROWS = 1 << 12  # tokens read at a time for their mean
 class Source:
     """What is read of `stored`; `shapes` are those of the target, of all its tensors."""
 
-    def __init__(self, stored: StoredTensors, changed: Mapping[str, Shape], noise: float, seed: int) -> None:
-        """`changed`: target shapes of tensors that get more rows. `noise`: on new router rows, over their root mean square."""
-        self.stored, self.noise, self.seed = stored, noise, seed
+    def __init__(self, stored: StoredTensors, changed: Mapping[str, Shape], noise: float, seed: int, softmax: bool) -> None:
+        """`changed`: target shapes of tensors that get more rows. `noise`: on new router rows, over their root mean square. `softmax`: routers score so."""
+        self.stored, self.noise, self.seed, self.softmax = stored, noise, seed, softmax
         self.shapes: dict[str, Shape] = {**stored.shapes, **changed}
         self.changed = frozenset(changed)
         self._means: dict[str, Tensor] = {}
@@ -63,6 +64,8 @@ class Source:
         if name.endswith("router.load_E"):
             numbers = torch.arange(low, low + len(out))
             out /= (new - 1 - numbers % old) // old + 1  # copies of each expert
+        elif name.endswith("router.bias_E") and self.softmax:
+            out *= old / new
         elif name.startswith("model.") and name.endswith("router.weight") and self.noise:
             first = max(low, old)
             rows = slice(first - old, low + len(out) - old)

@@ -129,7 +129,9 @@ def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -
     ]
     if problems:
         raise DamagedCheckpoint("\n".join([f"{saved}: its tensors are not those of its settings", *(f"  {p}" for p in problems)]))
-    return Source(stored, grown_shapes(stored.shapes, before, after), growth.router_noise, target.settings.run.seed)
+    settings = target.settings
+    softmax = settings.model.moe.score == "softmax"
+    return Source(stored, grown_shapes(stored.shapes, before, after), growth.router_noise, settings.run.seed, softmax)
 
 
 def _begin(staging: Path, journal: Journal) -> None:

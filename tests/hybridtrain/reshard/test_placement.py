@@ -54,12 +54,12 @@ def test_paper_and_ranks_agree(ci_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_process_among_others_has_no_paper(tmp_path: Path) -> None:
-    settings = ci_settings(tmp_path / "run", tmp_path)
+    layout = resolve_layout(ci_settings(tmp_path / "run", tmp_path), 2)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         with (
             pytest.raises(RuntimeError, match="a process that has joined no others"),
-            mesh_on_paper(resolve_layout(settings, 2), 0),
+            mesh_on_paper(layout, 0),
         ):
             pass
     finally:
