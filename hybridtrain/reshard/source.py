@@ -28,7 +28,7 @@ class Source:
     """What is read of `stored`; `shapes` are those of the target, of all its tensors."""
 
     def __init__(self, stored: StoredTensors, changed: Mapping[str, Shape], noise: float, seed: int, softmax: bool) -> None:
-        """`changed`: target shapes of tensors that get more rows. `noise`: on new router rows, over their root mean square. `softmax`: routers score so."""
+        """`changed`: target shapes of tensors that get more rows. `noise`: on new router rows, over their root mean square."""
         self.stored, self.noise, self.seed, self.softmax = stored, noise, seed, softmax
         self.shapes: dict[str, Shape] = {**stored.shapes, **changed}
         self.changed = frozenset(changed)
