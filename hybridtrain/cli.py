@@ -206,7 +206,7 @@ def export(
     from hybridtrain.formats.hf_export import export_hf
     from hybridtrain.formats.shards import parse_size
 
-    written = export_hf(run, out, family=family, max_shard_bytes=parse_size(max_shard_size), dtype=dtype)
+    written = export_hf(run, out, family=family, max_shard_bytes=parse_size("--max-shard-size", max_shard_size), dtype=dtype)
     print(f"{out}: {written}")
 
 
@@ -225,6 +225,36 @@ def import_(
 
     settings = import_hf(folder, out, separator=separator, seq_len=seq_len)
     print(f"{out}: {', '.join(settings.model.layers)}; train from it with hybridtrain train {out}/settings.toml")
+
+
+@app.command()
+def reshard(
+    run: Annotated[Path, typer.Argument(metavar="IN", help="run folder, or one of its checkpoints")],
+    out: Annotated[Path, typer.Argument(help="run folder to write; one that was begun is gone on with")],
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="ranks to lay it out for; as few as the axes need if not given")] = None,
+    max_memory: Annotated[str, typer.Option(help="of the tensors' bytes, what may be in memory, e.g. 512M or 2G")] = "512M",
+    grow_experts: Annotated[int | None, typer.Option(min=1, help="number of experts to grow to; new ones are copies")] = None,
+    router_noise: Annotated[float, typer.Option(min=0.0, help="on the new experts' router rows, relative to their size")] = 0.0,
+    extend_vocab: Annotated[int | None, typer.Option(min=1, help="rows of embedding and head to extend to")] = None,
+) -> None:
+    """Lay a checkpoint out for another layout, without its ranks; every tensor's checksum stays what it was."""
+    from hybridtrain.formats.shards import parse_size
+    from hybridtrain.reshard import Growth
+    from hybridtrain.reshard import reshard as lay_out
+    from hybridtrain.world import keep_freed_memory
+
+    keep_freed_memory()  # blocks of the same sizes follow one another
+    done = lay_out(
+        run,
+        out,
+        overrides or [],
+        nproc=nproc,
+        max_memory=parse_size("--max-memory", max_memory),
+        growth=Growth(grow_experts, extend_vocab, router_noise),
+        show=sys.stderr.isatty(),
+    )
+    print(f"{out}: {done.tensors} tensors, {done.bytes:,} bytes for {done.layout}; every tensor's xxh3 is what it was")
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:

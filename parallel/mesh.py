@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -127,15 +128,10 @@ def make_mesh(
         said = "; ".join(f"rank {i} has {other.describe()}" for i, other in enumerate(layouts) if other != layouts[i - 1])
         raise LayoutError(layout.world, [f"ranks have resolved different layouts: {said}; set parallel.node_size to one number"])
 
-    replicate = ("dp_replicate",) if layout.dp_replicate > 1 else ()  # a replicate dim of one would still cost an all-reduce
-    tensor = ("tp",) if layout.tp > 1 else ()
-    etp = ("etp",) if layout.etp > 1 else ()
-
     def group(axis: str) -> Group:
         return _group(layout, rank, axis, axis, traffic, timeout)
 
-    dense_mesh = _device_mesh(layout, device, (*replicate, "fsdp", *tensor)) if meshes else None
-    expert_mesh = _device_mesh(layout, device, (*replicate, "edp", "ep", *etp)) if meshes else None
+    dense_mesh, expert_mesh = _parameter_meshes(layout, device) if meshes else (None, None)
 
     def group_of(mesh: DeviceMesh | None, axis: str) -> Group:
         ranks = next(ranks for ranks in layout.groups(axis) if rank in ranks)
@@ -180,9 +176,58 @@ def _group(layout: Layout, rank: int, axis: str, name: str, traffic: Traffic, ti
     return Group(name, tuple(ranks), ranks.index(rank), process_group, traffic)
 
 
+@contextmanager
+def mesh_on_paper(layout: Layout, rank: int) -> Iterator[Mesh]:
+    """The mesh of `rank` in a process without any other: it says where the parts of a model on the meta device lie.
+
+    What is sent over it arrives nowhere.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a mesh on paper needs a process that has joined no others")
+    cpu, traffic = torch.device("cpu"), Traffic()
+    if layout.world > 1:
+        from torch.testing._internal.distributed import fake_pg  # noqa: F401  # registers the backend "fake"
+
+        dist.init_process_group("fake", store=HashStore(), rank=rank, world_size=layout.world)
+    try:
+        meshes = _parameter_meshes(layout, cpu) if layout.world > 1 else (None, None)
+        ep_levels = ("ep_inter", "ep_intra") if layout.ep_inter > 1 else ("ep",)
+        axes = ("pp", "dp", "cp", "tp", "ep", "mem", "mem_replicate", "fsdp", "edp", "dp_replicate")
+
+        def group(axis: str) -> Group:
+            ranks = next(ranks for ranks in layout.groups(axis) if rank in ranks)
+            return Group(axis, tuple(ranks), ranks.index(rank), None, traffic)
+
+        yield Mesh(
+            layout=layout,
+            rank=rank,
+            device=cpu,
+            table_device=cpu,
+            traffic=traffic,
+            world=Group("world", tuple(range(layout.world)), rank, None, traffic),
+            ep_levels=tuple(group(axis) for axis in ep_levels),
+            timeout=0,
+            dense_mesh=meshes[0],
+            expert_mesh=meshes[1],
+            memory_mesh=None,
+            **{axis: group(axis) for axis in axes},
+        )
+    finally:
+        close_mesh()
+
+
 def close_mesh() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _parameter_meshes(layout: Layout, device: torch.device) -> tuple[DeviceMesh, DeviceMesh]:
+    """`dense_mesh` and `expert_mesh`."""
+    replicate = ("dp_replicate",) if layout.dp_replicate > 1 else ()  # a replicate dim of one would still cost an all-reduce
+    tensor = ("tp",) if layout.tp > 1 else ()
+    etp = ("etp",) if layout.etp > 1 else ()
+    dense = _device_mesh(layout, device, (*replicate, "fsdp", *tensor))
+    return dense, _device_mesh(layout, device, (*replicate, "edp", "ep", *etp))
 
 
 def _device_mesh(layout: Layout, device: torch.device, axes: Sequence[str]) -> DeviceMesh:

@@ -16,7 +16,7 @@ from hybridtrain.checkpoint.stored import LazyTensor
 from hybridtrain.errors import DataError, UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 class SafetensorsFolder:
@@ -87,9 +87,9 @@ def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "5GB", "200MB", "64KB" or a plain number; units of a thousand, as transformers has them."""
-    match = re.fullmatch(r"(\d+)\s*([KMG]?B)?", text.strip().upper())
+def parse_size(option: str, text: str) -> int:
+    """Bytes of "5GB", "200MB", "64K" or a plain number; units of a thousand, as transformers has them."""
+    match = re.fullmatch(r"(\d+)\s*([KMG]?B?)", text.strip().upper())
     if match is None or int(match[1]) == 0:
-        raise UserError(f'--max-shard-size "{text}": write a number of bytes with KB, MB or GB, e.g. 5GB')
-    return int(match[1]) * _UNITS[match[2] or ""]
+        raise UserError(f'{option} "{text}": write a number of bytes with KB, MB or GB, e.g. 5GB')
+    return int(match[1]) * _UNITS[match[2].rstrip("B")]

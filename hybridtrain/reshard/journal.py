@@ -1,0 +1,109 @@
+"""What a reshard has done so far, so that one that was killed goes on: a line of JSON for each finished segment."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hybridtrain.checkpoint.files import Records
+from hybridtrain.errors import UserError
+
+NAME = "reshard.jsonl"
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """`sizes` elements from `offsets` on of the tensor `name`: `length` bytes of `file` from `start` on."""
+
+    name: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What a finished segment left: its files and the pieces in them, and the xxh3s of its tensors' blocks, by name."""
+
+    number: int
+    files: Records = field(default_factory=dict)
+    pieces: list[StoredPiece] = field(default_factory=list)
+    blocks: dict[str, bytes] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        tree = {
+            "segment": self.number,
+            "files": self.files,
+            "pieces": [list(asdict(piece).values()) for piece in self.pieces],
+            "blocks": {name: blocks.hex() for name, blocks in self.blocks.items()},
+        }
+        return json.dumps(tree, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str) -> Segment:
+        tree = json.loads(line)
+        pieces = [StoredPiece(name, tuple(offsets), tuple(sizes), *rest) for name, offsets, sizes, *rest in tree["pieces"]]
+        return cls(tree["segment"], tree["files"], pieces, {name: bytes.fromhex(text) for name, text in tree["blocks"].items()})
+
+
+class Journal:
+    """The journal in the folder `out`, held by this process alone while it is open; `done` are the finished segments.
+
+    `job` says what is done; the first line has it. Raises UserError where `out` holds something else than this job unfinished.
+    """
+
+    def __init__(self, out: Path, job: dict[str, Any]) -> None:
+        self.path = out / NAME
+        if not self.path.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists and is not empty; choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise UserError(f"{out}: another process is writing there") from None
+        self.done = self._read(json.loads(json.dumps(job)))
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def add(self, segment: Segment) -> None:
+        """Note a finished segment, durably."""
+        self._write(segment.to_json())
+        self.done.append(segment)
+
+    def remove(self) -> None:
+        self.path.unlink()
+
+    def _read(self, job: dict[str, Any]) -> list[Segment]:
+        self._file.seek(0)
+        text = self._file.read().decode(errors="replace")
+        whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
+        self._file.truncate(len(whole.encode()))
+        first, *rest = whole.splitlines() or [""]
+        if not rest and (not first or json.loads(first) != job):  # nothing was done
+            self._file.truncate(0)
+            self._write(json.dumps(job))
+            return []
+        if json.loads(first) != job:
+            raise UserError(
+                f"{self.path.parent} holds an unfinished reshard of something else, or with other arguments; "
+                "repeat those, or remove the folder"
+            )
+        return [Segment.from_json(line) for line in rest]
+
+    def _write(self, line: str) -> None:
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())

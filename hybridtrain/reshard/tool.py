@@ -1,0 +1,209 @@
+"""From a run's checkpoint to a run folder whose one checkpoint is laid out for the ranks of another layout."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from hybridtrain import __version__, checkpoint
+from hybridtrain.checkpoint.files import Records, Writer
+from hybridtrain.checkpoint.history import LATEST, folder_of, staging_of
+from hybridtrain.checkpoint.place import flush_folder, free_space, make_folder, write_whole
+from hybridtrain.checkpoint.stored import StoredTensors
+from hybridtrain.config import dump_settings, parse_settings
+from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
+from hybridtrain.errors import CheckpointError, DamagedCheckpoint
+from hybridtrain.metrics import METRICS
+from hybridtrain.parallel.collectives import Group
+from hybridtrain.reshard.copy import Copy, plan_segments
+from hybridtrain.reshard.digest import digest_of
+from hybridtrain.reshard.journal import Journal, StoredPiece
+from hybridtrain.reshard.placement import place_model
+from hybridtrain.reshard.progress import CopyProgress
+from hybridtrain.reshard.source import Source, grown_shapes
+from hybridtrain.reshard.target import Growth, Target, plan_target
+from hybridtrain.run_folder import ADDRESSING, CHECKPOINTS, SETTINGS, find_checkpoint
+from hybridtrain.weights import COMPANIONS, model_tensors
+
+ALONE = Group("world", (0,), 0)
+MAX_MEMORY = 512 * 10**6
+NONE = Growth()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was written: logical tensors and their bytes, for the ranks of a layout."""
+
+    tensors: int
+    bytes: int
+    ranks: int
+    layout: str
+
+
+def reshard(
+    path: Path,
+    out: Path,
+    overrides: Sequence[str] = (),
+    *,
+    nproc: int | None = None,
+    max_memory: int = MAX_MEMORY,
+    growth: Growth = NONE,
+    show: bool = False,
+) -> Outcome:
+    """Write the run folder or checkpoint `path` as the run folder `out`, for `nproc` ranks of its settings with `overrides`.
+
+    Every rank's part of every tensor is a piece of a file of its own. Of the tensors `max_memory` bytes are in memory at most.
+    One that was ended goes on when it is called again. Raises LayoutError or UserError where the target is impossible or is
+    another model, DamagedCheckpoint where files are not what they were written as, CheckpointError where `out` cannot be written.
+    """
+    run, saved = find_checkpoint(path)
+    info = checkpoint.read_info(saved)
+    target = plan_target(info, out, overrides, nproc, growth)
+    source = _source(saved, info, target, growth)
+    segments = plan_segments(source, max_memory, target.layout.world)
+    placement = place_model(target.settings, target.layout, target.vocab_size)
+    boxes = {name: placement.boxes(name, shape) for name, shape in source.shapes.items()}
+    sizes = [sum(source.num_bytes(span.name, span.low, span.high) for span in segment) for segment in segments]
+    outcome = Outcome(len(source.shapes), sum(sizes), target.layout.world, target.layout.describe())
+    final = folder_of(out / CHECKPOINTS, info["step"])
+    staging = staging_of(final)
+    job = {
+        "source": info["xxh3"],
+        "settings": target.settings.model_dump(mode="json"),
+        "ranks": target.layout.world,
+        "growth": [growth.experts, growth.vocab, growth.router_noise],
+        "max_memory": max_memory,
+        "version": __version__,
+    }
+    with Journal(out, job) as journal:
+        try:
+            if (final / checkpoint.INFO).is_file():  # ended behind the commit
+                write_whole(final.parent / LATEST, final.name.encode())
+                journal.remove()
+                return outcome
+            checkpoint.verify(saved, target.settings.checkpoint.verify, ALONE)
+            _begin(staging, journal)
+            with CopyProgress(sum(sizes), sum(sizes[: len(journal.done)]), show) as progress:
+                Copy(source, boxes, segments, staging, progress.advance).run(journal)
+            digests = _digests(source, journal)
+            _compare(saved, info, digests, source)
+            files = _write_index(staging, source, journal)
+            _write_companions(run, out, target)
+            checkpoint.commit_folder(staging, final, _describe(info, target) | {"files": files, "tensors": digests})
+            journal.remove()
+        except OSError as error:
+            where = f"{error.filename or out}: cannot be written{free_space(out)}: {error.strerror}"
+            raise CheckpointError(f"{where}; call it again to go on") from None
+    return outcome
+
+
+def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -> Source:
+    """The checkpoint's tensors as the target has them; CheckpointError where they are not those of its settings."""
+    stored = StoredTensors(saved)
+    before, after = (
+        {name: tuple(value.shape) for name, value in model_tensors(settings, vocab_size).items()}
+        for settings, vocab_size in (
+            (parse_settings(info["settings"], source=str(saved)), info["vocab_size"]),
+            (target.settings, target.vocab_size),
+        )
+    )
+    problems = [
+        f"model.{name}: it has {list(stored.shapes[f'model.{name}']) if f'model.{name}' in stored.shapes else 'none'}, "
+        f"its settings say {list(shape)}"
+        for name, shape in before.items()
+        if stored.shapes.get(f"model.{name}") != shape
+    ]
+    if problems:
+        raise DamagedCheckpoint("\n".join([f"{saved}: its tensors are not those of its settings", *(f"  {p}" for p in problems)]))
+    settings = target.settings
+    softmax = settings.model.moe.score == "softmax"
+    return Source(stored, grown_shapes(stored.shapes, before, after), growth.router_noise, settings.run.seed, softmax)
+
+
+def _begin(staging: Path, journal: Journal) -> None:
+    """Make the folder ready to go on: what finished segments left stays, what else is there goes."""
+    make_folder(staging)
+    done = {name: record for segment in journal.done for name, record in segment.files.items()}
+    for name, record in done.items():
+        file = staging / name
+        if not file.is_file() or file.stat().st_size != record["size"]:
+            raise DamagedCheckpoint(f"{file}: is not what {journal.path} says; remove {journal.path.parent} and start anew")
+    for file in staging.iterdir():
+        if file.name not in done:
+            file.unlink()
+
+
+def _digests(source: Source, journal: Journal) -> dict[str, str]:
+    blocks: dict[str, bytearray] = {name: bytearray() for name in source.shapes}
+    for segment in journal.done:
+        for name, some in segment.blocks.items():
+            blocks[name] += some
+    return {name: digest_of(bytes(all_of_it)) for name, all_of_it in blocks.items()}
+
+
+def _compare(saved: Path, info: dict[str, Any], digests: dict[str, str], source: Source) -> None:
+    """Where a checkpoint knows the digests of its tensors, those that did not grow have them still."""
+    theirs = info.get("tensors", {})
+    if others := [name for name in theirs if name not in source.changed and theirs[name] != digests[name]]:
+        raise DamagedCheckpoint(
+            "\n".join([f"{saved}: these tensors have other xxh3s than when they were written", *(f"  {n}" for n in others)])
+        )
+
+
+def _write_index(staging: Path, source: Source, journal: Journal) -> Records:
+    """Write torch's index of all pieces; returns the records of all files."""
+    chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in source.shapes}
+    results = []
+    for piece in (piece for segment in journal.done for piece in segment.pieces):
+        offsets, sizes = torch.Size(piece.offsets), torch.Size(piece.sizes)
+        chunks[piece.name].append(ChunkStorageMetadata(offsets, sizes))
+        results.append(_result(piece))
+    tensors = {
+        name: TensorStorageMetadata(TensorProperties(source.dtype(name)), torch.Size(source.shapes[name]), parts)
+        for name, parts in chunks.items()
+    }
+    writer = Writer(staging)
+    writer.finish(Metadata(dict(tensors), planner_data={name: (name,) for name in tensors}), [results])
+    flush_folder(staging)
+    return {name: record for segment in journal.done for name, record in segment.files.items()} | writer.records
+
+
+def _result(piece: StoredPiece) -> WriteResult:
+    index = MetadataIndex(piece.name, piece.offsets)
+    return WriteResult(index, piece.length, _StorageInfo(piece.file, piece.start, piece.length))
+
+
+def _describe(info: dict[str, Any], target: Target) -> dict[str, Any]:
+    """What the new checkpoint says of itself: what the old one did, but for where its parts lie."""
+    gone = ("xxh3", "files", "base", "tensors")
+    return {key: value for key, value in info.items() if key not in gone} | {
+        "version": __version__,
+        "torch": torch.__version__,
+        "layout": target.layout.describe(),
+        "identity": checkpoint.identity(target.settings),
+        "vocab_size": target.vocab_size,
+        "settings": target.settings.model_dump(mode="json"),
+    }
+
+
+def _write_companions(run: Path, out: Path, target: Target) -> None:
+    """What belongs to a run beside its checkpoints, its curve included."""
+    for name in (TOKENIZER, COMPRESSION, ADDRESSING, METRICS, *COMPANIONS):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, out / name)
+    (out / SETTINGS).write_text(dump_settings(target.settings), encoding="utf-8")
+    flush_folder(out)
