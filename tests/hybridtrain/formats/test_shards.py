@@ -51,7 +51,13 @@ def test_one_shard_needs_no_index(tmp_path: Path) -> None:
 
 
 def test_sizes() -> None:
-    assert [parse_size(text) for text in ("5GB", "200mb", "64 KB", "7")] == [5 * 10**9, 2 * 10**8, 64_000, 7]
-    for text in ("5G", "0MB", "-1", "five"):
+    assert [parse_size("--max-shard-size", text) for text in ("5GB", "5G", "200mb", "64 KB", "7")] == [
+        5 * 10**9,
+        5 * 10**9,
+        2 * 10**8,
+        64_000,
+        7,
+    ]
+    for text in ("5T", "0MB", "-1", "five"):
         with pytest.raises(UserError, match="write a number of bytes with KB, MB or GB"):
-            parse_size(text)
+            parse_size("--max-shard-size", text)

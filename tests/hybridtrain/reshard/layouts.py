@@ -39,7 +39,8 @@ def overrides(name: str) -> list[str]:
     chosen = LAYOUTS[name][1]
     defaults = [f"parallel.{axis}=1" for axis in AXES[:-1]]
     rest = ["parallel.mem=-1", "parallel.schedule=1f1b", "parallel.stage_cuts=[]", "parallel.mem_placement=near"]
-    return [*defaults, *rest, *(f"parallel.{override}" for override in chosen)]
+    stages = next((int(o.partition("=")[2]) for o in chosen if o.startswith("pp=")), 1)
+    return [*defaults, *rest, *(f"parallel.{override}" for override in chosen), f"train.micro_batches={stages}"]
 
 
 def latest(run: Path) -> Path:

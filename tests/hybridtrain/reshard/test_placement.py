@@ -17,7 +17,14 @@ from hybridtrain.world import resolve_layout
 from tests.ranks import run_on_ranks
 from tests.training import build_here, ci_settings
 
-LAYOUT = ("parallel.pp=2", "parallel.tp=2", "parallel.mem=2", "parallel.mem_placement=far", "model.tie_embeddings=true")
+LAYOUT = (
+    "parallel.pp=2",
+    "parallel.tp=2",
+    "parallel.mem=2",
+    "parallel.mem_placement=far",
+    "model.tie_embeddings=true",
+    "train.micro_batches=2",
+)
 Parts = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
