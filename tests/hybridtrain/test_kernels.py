@@ -49,7 +49,7 @@ def test_a_run_on_triton_alone_equals_one_on_torch(
     name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda parts, split, batches: evaluate(parts, split, 1))  # not all of it, interpreted
+    monkeypatch.setattr(loop, "evaluate", lambda parts, split, *_: evaluate(parts, split, 1))  # not all of it, interpreted
 
     def curve(how: str) -> list[tuple[float, float, float]]:
         kernels = [f"kernels.{op}={how}" for op in KernelSettings.model_fields]
