@@ -78,7 +78,7 @@ def test_the_miniature_trains_as_on_the_cpu(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.skipif(not has_triton, reason="needs triton")
 def test_the_same_on_the_cpu_with_what_a_gpu_would_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, evaluate = make_data(tmp_path / "data"), loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda parts, split, batches: evaluate(parts, split, 1))  # not all of it, interpreted
+    monkeypatch.setattr(loop, "evaluate", lambda parts, split, *_: evaluate(parts, split, 1))  # not all of it, interpreted
     stay_on_the_cpu(monkeypatch)
     small = ["train.steps=3", "train.seq_len=16", "train.global_batch=2"]
     small += ['model.layers=["memory+attention+moe", "attention+dense"]']

@@ -45,6 +45,7 @@ def assert_alike(ours: Trace, theirs: Trace) -> None:
         torch.testing.assert_close(value, theirs.statistics[0][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parity  # inductor compiles every kind of layer: a minute with a cold cache
 def test_a_compiled_layer_computes_the_same(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # so that it does compile
     plain = trace(ci_settings(Path("unused"), data, *SHORT, ONE_LAYER))

@@ -156,7 +156,7 @@ def load_both(settings: Settings, folder: Path) -> tuple[list[str], list[int]]:
     return equal(all_state(plain), all_state(incremental)), [plain.memory.low, plain.memory.high]
 
 
-@pytest.mark.parametrize("mem", [2, 1], ids=["owners of unequal parts", "copies"])
+@pytest.mark.parametrize("mem", [2, pytest.param(1, marks=pytest.mark.parity)], ids=["owners of unequal parts", "copies"])
 def test_every_way_to_save_gives_the_same_bits_at_every_layout(ci_data: Path, tmp_path: Path, mem: int) -> None:
     for out in run_on_ranks(save_in_every_way, 2, settings_of(ci_data, "parallel.ep=2", f"parallel.mem={mem}"), tmp_path):
         assert out["rest"]
