@@ -29,7 +29,7 @@ class ScheduleRule:
 
 SCHEDULES = {
     "gpipe": ScheduleRule(1, 1, 1),
-    "1f1b": ScheduleRule(1, 1, 1),
+    "1f1b": ScheduleRule(1, 1, 1, fills_stages=True),
     "interleaved": ScheduleRule(2, 2, 0, in_rounds=True),
     "zero_bubble": ScheduleRule(2, 1, 0, in_rounds=True),
     "zbv": ScheduleRule(2, 2, 2, mirrored=True),

@@ -155,7 +155,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="numbers of ranks; the threads are shared out among them")
     parser.add_argument("--threads", type=int, default=2, help="threads of all ranks together")
     parser.add_argument(
-        "--peers", nargs="+", default=["transformers:grouped_mm", "deepspeed"], help="also transformers:eager, :batched_mm"
+        "--peers",
+        nargs="+",
+        default=["transformers:grouped_mm", "deepspeed"],
+        help="also transformers:eager, :batched_mm, hybridtrain:replicated",
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=2, help="steps of a round")

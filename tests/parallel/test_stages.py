@@ -133,7 +133,11 @@ def test_our_rules_and_rank_order_are_torchs(schedule: str) -> None:
             ["train.micro_batches=3 is below the 4 stages of parallel.schedule=dualpipev; it may be 4 or more"],
         ),
         (("dualpipev", 1, 5, (7,), 4, 3), []),
-        (("1f1b", 4, 0, (1, 1, 1, 1), 4, 1), []),
+        (
+            ("1f1b", 4, 0, (1, 1, 1, 1), 4, 1),
+            ["train.micro_batches=1 is below the 4 stages of parallel.schedule=1f1b; it may be 4 or more"],
+        ),
+        (("gpipe", 4, 0, (1, 1, 1, 1), 4, 1), []),
     ],
 )
 def test_what_does_not_fit_is_told_with_what_would(given: tuple[object, ...], expected: list[str]) -> None:
