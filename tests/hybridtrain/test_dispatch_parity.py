@@ -21,7 +21,7 @@ from tests.training import ci_settings, train_here
 CAPACITY = ("model.moe.capacity=1.0", "model.moe.num_shared=1")
 NODES_OF_TWO = ('parallel.dispatch="hierarchical"', "parallel.node_size=2")
 LAYOUTS = [
-    (4, "parallel.tp=2", "parallel.etp=2", "parallel.ep=2", "parallel.mem=1"),
+    pytest.param((4, "parallel.tp=2", "parallel.etp=2", "parallel.ep=2", "parallel.mem=1"), marks=pytest.mark.parity),
     (4, "parallel.tp=2", "parallel.cp=2", "parallel.ep=4", "parallel.mem=2"),
 ]
 
