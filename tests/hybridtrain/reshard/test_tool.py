@@ -159,7 +159,9 @@ def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path:
     assert not out.exists()
     message = refused(hybridtrain("reshard", run, out, "parallel.ep=3", "--grow-experts", 4))
     assert "--grow-experts 4: the model has 8, and none can be taken away; it may be more" in message
-    done = hybridtrain("reshard", run, out, "parallel.tp=2", "parallel.pp=2", "parallel.ep=1", "--max-memory", "64M")
+    done = hybridtrain(
+        "reshard", run, out, "parallel.tp=2", "parallel.pp=2", "parallel.ep=1", "train.micro_batches=2", "--max-memory", "64M"
+    )
     assert done.status == 0, done
     assert "for pp 2 · tp 2 · edp 2 · mem 2 · mem_replicate 2; every tensor's xxh3 is what it was" in done.out
 
