@@ -5,6 +5,7 @@ Ranks are forked from one server process that has imported torch already, so fou
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -108,6 +109,7 @@ def end_rank(text: str, status: int) -> NoReturn:
 
 
 def _rank(target: str, arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
+    gc.freeze()  # what the server had imported: collecting it would copy every page of it into this rank
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to save that comes before there is anything to save

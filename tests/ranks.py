@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -82,6 +83,7 @@ def _collect(receivers: list[Connection], deadline: float, timeout: float) -> li
 def _rank(
     function: Callable[..., Any], args: tuple[Any, ...], rank: int, nproc: int, store: str, timeout: float, sender: Connection
 ) -> None:
+    gc.freeze()  # as the launcher's ranks
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(nproc), OMP_NUM_THREADS="1")
     import torch
     import torch.distributed as dist

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -34,7 +35,7 @@ def note_environment(folder: str) -> None:
     import torch
 
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", RENDEZVOUS)
-    noted = {name: os.environ[name] for name in names} | {"threads": torch.get_num_threads()}
+    noted = {name: os.environ[name] for name in names} | {"threads": torch.get_num_threads(), "frozen": gc.get_freeze_count()}
     (Path(folder) / f"rank-{rank()}.json").write_text(json.dumps(noted))
 
 
@@ -110,6 +111,7 @@ def test_ranks_get_torchruns_environment(tmp_path: Path) -> None:
         (str(i), str(i), "3", "3") for i in range(3)
     ]
     assert {n["threads"] for n in noted} == {2}
+    assert all(n["frozen"] > 100_000 for n in noted)  # torch's objects, which a collection would copy
     assert len({n[RENDEZVOUS] for n in noted}) == 1
     assert noted[0][RENDEZVOUS].startswith("file:///")
     assert not Path(noted[0][RENDEZVOUS].removeprefix("file://")).parent.exists()  # nothing is left behind
