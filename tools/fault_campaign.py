@@ -6,15 +6,24 @@ About ten minutes on two cores. `--check` runs nothing: it says whether the page
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import re
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
-from tests.faults.campaign import LEAST, SEED, STORIES, UNDER_TORCHRUN, Outcome, draw, play, undisturbed
-from tests.faults.inject import DAMAGE
+from tests.faults.acts import PAUSE_SECONDS
+from tests.faults.campaign import LEAST, SEED, STORIES, UNDER_TORCHRUN, draw, play, undisturbed
+from tests.faults.judge import Outcome, Plan
+from tests.faults.story import DAMAGE
+from tests.ranks import PRELOAD
 from tests.training import make_data
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
@@ -27,31 +36,50 @@ ENDS = {
 }
 NAMES = {
     "stop": "SIGSTOP of a rank, at a phase",
-    "hang": "a lock that a rank waits for forever, at a phase",
+    "hang": "a lock that a rank waits for forever, at a phase or in a save",
+    "kill all": "SIGKILL of all ranks at once",
+    "abandon": "SIGSTOP of one rank and SIGKILL of the other",
+    "pause": f"a rank stands still for {PAUSE_SECONDS} s, which is less than the timeout",
+    "nan": "a layer gives NaN",
     "fail": "file operations of a rank fail from some moment on (EIO)",
     "fill": "a full disk (tmpfs)",
     "vanish": "a data shard disappears",
+    "cut": "a data shard is cut to half",
     **{kind: f"{kind} a file of the latest checkpoint" for kind in DAMAGE},
 }
 
 
-def run(seed: int, stories: int, with_torchrun: int, folder: Path) -> Iterator[Outcome]:
-    """Every outcome of the campaign of this seed, story by story."""
+def run(plans: Sequence[Plan], folder: Path) -> Iterator[Outcome]:
+    """Every outcome of a campaign, story by story. One story more is played than there are pairs of cores for its two ranks:
+    one that waits, for a watchdog or for processes to start, leaves its cores to another.
+    """
     data = make_data(folder / "data", documents=4)
-    references: dict[str, Path] = {}
-    for number, plan in enumerate(draw(seed, stories, with_torchrun)):
-        if plan.variant not in references:
-            references[plan.variant] = undisturbed(data, folder / f"undisturbed-{plan.variant}", plan.variant)
-        yield from play(plan, data, folder / f"story-{number}", references[plan.variant])
+    variants = dict.fromkeys(plan.variant for plan in plans)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD, "tests.faults.campaign"])
+    with ProcessPoolExecutor(min(4, (os.cpu_count() or 1) // 2 + 1), context, initializer=_end_with_parent) as pool:
+        made = pool.map(undisturbed, repeat(data), [folder / f"undisturbed-{variant}" for variant in variants], variants)
+        references = dict(zip(variants, made, strict=True))
+        folders = [folder / f"story-{number}" for number in range(len(plans))]
+        for outcomes in pool.map(play, plans, repeat(data), folders, [references[plan.variant] for plan in plans]):
+            yield from outcomes
+
+
+def _end_with_parent() -> None:
+    """A process of the pool would outlive a campaign that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def name_of(outcome: Outcome) -> str:
     """The line of the table in which a fault is counted."""
     fault = outcome.fault
+    by = " (torchrun)" if outcome.plan.launcher == "torchrun" else ""
     if fault.kind != "kill":
-        return NAMES[fault.kind]
+        return NAMES[fault.kind] + by
     where = {"start": "at any time from its start", "file": "at a file operation of the run"}.get(fault.when, f"in {fault.when}")
-    return f"SIGKILL of a rank, {where}" + (" (torchrun)" if outcome.plan.launcher == "torchrun" else "")
+    return f"SIGKILL of a rank, {where}{by}"
 
 
 def table(outcomes: Sequence[Outcome], seed: int) -> str:
@@ -102,7 +130,7 @@ def main() -> None:
         sys.exit("\n".join(problems()) or 0)
     with tempfile.TemporaryDirectory() as folder:
         outcomes = []
-        for outcome in run(arguments.seed, STORIES, UNDER_TORCHRUN, Path(folder)):
+        for outcome in run(draw(arguments.seed, STORIES, UNDER_TORCHRUN), Path(folder)):
             outcomes.append(outcome)
             print(f"{len(outcomes):4d}  {outcome.fault}: {outcome.ended}  {outcome.problem}", flush=True)
     print(text := table(outcomes, arguments.seed))

@@ -1,7 +1,7 @@
-"""Runs that faults are injected into, and what came of each: `draw` a campaign by its seed, `play` a story, judge it.
+"""Runs that faults are injected into: `draw` a campaign by its seed, `play` a story, which judge.py judges.
 
-A story passes where its run ends with the undisturbed run's curve, bit for bit, every fault having led to a restart from the
-last committed checkpoint or to a refusal that names the cause; what was refused for is then mended and the run goes on.
+A story passes where its run ends as the undisturbed one, bit for bit, every fault having led to a restart from the last
+committed checkpoint or to a refusal that names the cause; what was refused for is then mended and the run goes on.
 """
 
 from __future__ import annotations
@@ -15,98 +15,90 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hybridtrain.launch.local import USER_ERROR, run_ranks
-from hybridtrain.metrics import read_metrics
-from tests.faults.inject import DAMAGE, PHASES, STORY, Fault, Story, harmed_checkpoints
+from tests.faults.acts import harmed_checkpoints
+from tests.faults.inject import STORY
+from tests.faults.judge import Outcome, Plan, judge
+from tests.faults.story import DAMAGE, PHASES, PIPELINE_PHASES, Fault, Story
 from tests.ranks import PRELOAD
 from tests.training import TINY, ci_settings
 
-SEED, STORIES, UNDER_TORCHRUN, LEAST = 5, 28, 3, 200
-STEPS, EVERY, ATTEMPTS = 30, 3, 8
+SEED, STORIES, UNDER_TORCHRUN, LEAST = 5, 24, 3, 200
+STEPS, EVERY, ATTEMPTS = 30, 2, 9
 CAMPAIGN = (
     *TINY,
-    *f"train.steps={STEPS} checkpoint.every={EVERY} train.eval_every=5 train.seq_len=16 parallel.timeout=8".split(),
+    *f"train.steps={STEPS} checkpoint.every={EVERY} train.eval_every=5 train.seq_len=48 parallel.timeout=8".split(),
     *["parallel.ep=2", "memory.weight_decay=0.1"],
 )
 VARIANTS = {
-    "": [],
     "overlap": ["memory.fetch=overlap", "checkpoint.background=true"],
+    "pipeline": ["parallel.pp=2", "parallel.ep=1", "train.micro_batches=2"],
+    "": [],
     "stale": ["memory.fetch=stale"],
     "increments": ["checkpoint.table_full_every=3", "checkpoint.background=true", "checkpoint.keep_last=3"],
     "replicas": ["parallel.mem=1"],
 }
-NAMED = {"fail": "Input/output error", "fill": "No space left on device", "vanish": r"train-\d+\.tokens"}
-"""What a refusal must say, by the kind of the fault; of a damaged file its name."""
-STALLS = {"stop": r"no progress for \d+ s .*rank {rank} gave no sign", "hang": r"no progress for \d+ s .*rank {rank} "}
 KINDS = {
-    "kill at a phase": 0.44,
-    "kill at a file": 0.2,
-    "kill at any time": 0.1,
-    "stop": 0.05,
+    "kill at a phase": 0.36,
+    "kill at a file": 0.18,
+    "kill at any time": 0.08,
+    "kill all": 0.06,
+    "abandon": 0.03,
+    "stop": 0.03,
     "hang": 0.03,
-    "fail": 0.05,
-    "fill": 0.03,
-    "vanish": 0.02,
+    "pause": 0.02,
+    "nan": 0.03,
+    "fail": 0.04,
+    "fill": 0.02,
+    "vanish": 0.015,
+    "cut": 0.015,
     "truncate": 0.03,
-    "flip": 0.03,
+    "flip": 0.04,
     "delete": 0.02,
 }
-"""Shares of the attempts of a campaign; one with a damaged file has a kill as well."""
+"""Shares of the attempts of a campaign; one with a pause or a damaged file has a kill as well."""
+UNDER_TORCHRUN_KINDS = ("kill at a phase", "kill at a file", "kill all")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A story before it has a place: which run, started by what, and the faults of each attempt."""
-
-    seed: int
-    variant: str
-    launcher: str
-    attempts: tuple[tuple[Fault, ...], ...]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a fault: how its attempt ended, and what is wrong with it or with the run as a whole."""
-
-    fault: Fault
-    plan: Plan
-    ended: str
-    problem: str
-
-
-def draw(seed: int, stories: int, with_torchrun: int) -> list[Plan]:
-    """A campaign. Those under torchrun have kills only: it starts ranks anew whatever they ended for."""
+def draw(seed: int, stories: int, with_torchrun: int, attempts: int = ATTEMPTS) -> list[Plan]:
+    """A campaign. Those under torchrun have kills only, and fewer: it starts ranks anew whatever they ended for, and slowly."""
     chance = random.Random(seed)
     plans = []
-    for number in range(stories):
-        variant = list(VARIANTS)[number % len(VARIANTS)]
-        kinds = chance.choices(list(KINDS), list(KINDS.values()), k=ATTEMPTS)
-        plans.append(Plan(chance.randrange(2**32), variant, "launch", tuple(_attempt(chance, kind) for kind in kinds)))
-    for number in range(with_torchrun):
-        variant = list(VARIANTS)[number % len(VARIANTS)]
-        kills = tuple(_attempt(chance, chance.choice(list(KINDS)[:2])) for _ in range(ATTEMPTS // 2))
-        plans.append(Plan(chance.randrange(2**32), variant, "torchrun", kills))
+    for number in range(stories + with_torchrun):
+        launcher = "launch" if number < stories else "torchrun"
+        variant = list(VARIANTS)[(number if number < stories else number - stories) % len(VARIANTS)]
+        if launcher == "launch":
+            kinds = chance.choices(list(KINDS), list(KINDS.values()), k=attempts)
+        else:
+            kinds = chance.choices(UNDER_TORCHRUN_KINDS, k=attempts // 3)
+        plans.append(Plan(chance.randrange(2**32), variant, launcher, tuple(_attempt(chance, variant, kind) for kind in kinds)))
     return plans
 
 
-def _attempt(chance: random.Random, kind: str) -> tuple[Fault, ...]:
-    rank, phase = chance.randrange(2), chance.choice(PHASES)
-    number = chance.randint(1, {"save": 2, "validation": 1}.get(phase, 6))
+def _attempt(chance: random.Random, variant: str, kind: str) -> tuple[Fault, ...]:
+    rank, phase = chance.randrange(2), chance.choice(PIPELINE_PHASES if variant == "pipeline" else PHASES)
+    number = chance.randint(1, {"save": 3, "validation": 1}.get(phase, 6))
     if kind in DAMAGE:
-        return (Fault(kind, 0, number=chance.randrange(2**16)), *_attempt(chance, "kill at a phase"))
+        return (Fault(kind, 0, number=chance.randrange(2**16)), *_attempt(chance, variant, "kill at a phase"))
+    if kind == "pause":
+        return (Fault(kind, rank, phase, number), *_attempt(chance, variant, "kill at a phase"))
     if kind == "kill at any time":
-        return (Fault("kill", rank, "start", delay=chance.uniform(0.1, 4.0)),)
+        return (Fault("kill", rank, "start", delay=chance.uniform(0.1, 3.0)),)
     if kind in ("kill at a file", "fail"):
         return (Fault(kind.split()[0], rank, "file", chance.randint(1, 30 if rank == 0 else 4)),)
-    if kind in ("fill", "vanish"):
-        return (Fault(kind, 0, "forward", chance.randint(1, 6)),)
-    if kind in ("stop", "hang"):
-        return (Fault(kind, rank, phase, number),)
-    return (Fault("kill", rank, phase, number, chance.choice((0.0, 0.0, chance.uniform(0.0005, 0.01)))),)
+    if kind == "hang" and chance.random() < 0.3:
+        return (Fault(kind, 1, "file", chance.randint(1, 4)),)  # rank 1 has no files but those of checkpoints
+    if kind in ("fill", "vanish", "cut"):
+        return (Fault(kind, 0, "fetch", chance.randint(1, 6)),)
+    if kind == "nan":
+        return (Fault(kind, rank, "fetch", chance.randint(1, 6)),)
+    if kind == "kill at a phase":
+        return (Fault("kill", rank, phase, number, chance.choice((0.0, 0.0, chance.uniform(0.0005, 0.01)))),)
+    return (Fault(kind, rank, phase, number),)
 
 
 def settings_of(folder: Path, variant: str) -> dict[str, Any]:
@@ -114,8 +106,10 @@ def settings_of(folder: Path, variant: str) -> dict[str, Any]:
 
 
 def undisturbed(data: Path, folder: Path, variant: str) -> Path:
-    """The run folder of the variant without faults."""
-    story = Story(folder, settings_of(folder, variant), (), 0)
+    """The run folder of the variant without faults, and with no checkpoint but the last: saving changes nothing either."""
+    settings = settings_of(folder, variant)
+    settings["checkpoint"]["every"] = 0
+    story = Story(folder, settings, (), 0)
     shutil.copytree(data, folder / "data")
     messages = _launch(story, data)
     assert messages == [""], messages
@@ -168,73 +162,6 @@ def mend(story: Story, data: Path) -> None:
     shutil.copytree(data, story.folder / "data", dirs_exist_ok=True)
     for folder, copy in sorted(harmed_checkpoints(story))[:1]:  # a run that went on from before the others has dropped their lines
         shutil.copytree(copy, folder, dirs_exist_ok=True)
-
-
-def judge(story: Story, plan: Plan, messages: Sequence[str], reference: Path) -> list[Outcome]:
-    """One outcome for every fault that happened."""
-    events = story.events()
-    fired = [event for event in events if event["event"] == "fired"]
-    made = max(event["attempt"] for event in events if event["event"] == "attempt")
-    wrong = "" if curve(story.run) == curve(reference) else "the curve is not that of the undisturbed run"
-    if without := set(range(made)) - {event["attempt"] for event in fired}:
-        wrong = f"attempt(s) {sorted(without)} ended without a fault: {[messages[n] for n in without if messages]}"
-    out, harmed = [], {event["committed"] for event in fired if "file" in event}
-    for event in fired:
-        fault, attempt = story.attempts[event["attempt"]][event["number"]], event["attempt"]
-        resumed = {e["attempt"]: e["step"] for e in events if e["event"] == "resumed"}
-        message = messages[attempt] if messages else None
-        if fault.kind in DAMAGE:
-            ended, problem = _fallen_back(story, event, resumed.get(attempt), message)
-        else:
-            ended, problem = _ended(fault, message, attempt == made)
-            after = next((step for number, step in sorted(resumed.items()) if number > attempt), None)
-            problem = problem or ("" if event["committed"] in harmed else _lost(event["committed"], after))
-        out.append(Outcome(fault, plan, ended, wrong or problem))
-    return out
-
-
-def _ended(fault: Fault, message: str | None, last: bool) -> tuple[str, str]:
-    """How the attempt with this fault ended, and what is wrong with that."""
-    if message is None:
-        return "restarted", ""
-    if "was ended by SIGKILL" in message or message.startswith("error: no progress"):
-        said = STALLS.get(fault.kind, "rank {rank} was ended by SIGKILL").format(rank=fault.rank)
-        return "restarted", "" if re.search(said, message, re.S) else f"it does not say {said}: {message}"
-    if message.startswith("error: "):
-        named = NAMED.get(fault.kind)
-        return "refused", "" if named and re.search(named, message) else f"the refusal does not name the cause: {message}"
-    return "unharmed", "" if last and not message else f"it ended with: {message}"
-
-
-def _fallen_back(story: Story, event: dict[str, Any], resumed: int | None, message: str | None) -> tuple[str, str]:
-    """The same of a damaged file; the one before its checkpoint is the best that there is, and the file is named."""
-    step = _step(event["committed"])
-    if resumed is None:
-        named = message is not None and event["file"] in message
-        return "refused", "" if named else f"{event['file']} was damaged, and the attempt ended with: {message}"
-    if resumed == step:
-        return "unharmed", ""
-    told = event["file"] in (story.folder / "ranks.log").read_text(errors="replace")
-    expected = step - EVERY
-    problem = "" if resumed == expected else f"the run went on from step {resumed} and not from {expected}"
-    return "fell back", problem or ("" if told else f"{event['file']} is not named")
-
-
-def _lost(committed: str | None, resumed: int | None) -> str:
-    """Whether the run went on from less than was committed when the fault happened."""
-    if committed is None or resumed is None or resumed >= _step(committed):
-        return ""
-    return f"{committed} was committed, and the run went on from step {resumed}"
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step-"))
-
-
-def curve(run: Path) -> list[tuple[int, str, float]]:
-    """Every loss of the run, in the order written: a step that stands there twice shows."""
-    names = ("loss", "grad_norm", "validation_loss")
-    return [(line["step"], name, line[name]) for line in read_metrics(run) for name in names if name in line]
 
 
 @contextlib.contextmanager

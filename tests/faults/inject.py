@@ -1,4 +1,4 @@
-"""Faults in a training rank: what happens, on which rank, and when. The trainer itself knows nothing of them.
+"""Faults in a training rank, each when its moment comes. The trainer itself knows nothing of them.
 
 A moment is the n-th entry of a phase of the loop (metrics.Clock), the n-th time that a file of the run is made, renamed or
 removed (by Python's audit events, in whatever thread), or a time after the start.
@@ -7,83 +7,20 @@ removed (by Python's audit events, in whatever thread), or a time after the star
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
 import pickle
-import random
-import shutil
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hybridtrain.launch.local import RESTARTS
+from tests.faults.acts import ACTS, damage
+from tests.faults.story import DAMAGE, Fault, Story, committed
 
-PHASES = ("data", "fetch", "forward", "backward", "push", "reduce", "optimizer", "validation", "save")
 STORY = "HYBRIDTRAIN_TEST_STORY"  # for ranks that torchrun starts: the file that `main` reads
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What goes wrong in one attempt.
-
-    kind     kill, stop, hang (a lock that nobody opens), fail (file operations from then on), fill (the disk), vanish (a shard),
-             truncate, flip, delete (a file of the latest checkpoint, before the attempt)
-    when     a phase, "file" or "start"
-    number   the n-th time, from 1
-    delay    seconds later than that; of "start" the moment itself
-    """
-
-    kind: str
-    rank: int
-    when: str = "start"
-    number: int = 1
-    delay: float = 0.0
-
-    def __str__(self) -> str:
-        if self.kind in DAMAGE:
-            return f"{self.kind} a file of the latest checkpoint"
-        at = f"{self.delay:.1f} s after the start" if self.when == "start" else f"{self.when} {self.number}"
-        return f"{self.kind} rank {self.rank} at {at}"
-
-
-DAMAGE = ("truncate", "flip", "delete")
-
-
-@dataclass(frozen=True)
-class Story:
-    """A run with its faults, attempt by attempt. `base`: attempts made by earlier commands."""
-
-    folder: Path  # holds data/, disk/run/, the events and what ranks print
-    settings: dict[str, Any]
-    attempts: tuple[tuple[Fault, ...], ...]
-    seed: int
-    base: int = 0
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "disk" / "run"
-
-    def note(self, **values: Any) -> None:
-        """Add an event; safe from several processes."""
-        handle = os.open(self.folder / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(handle, (json.dumps(values) + "\n").encode())
-        os.close(handle)
-
-    def events(self) -> list[dict[str, Any]]:
-        path = self.folder / "events.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def write(self) -> Path:
-        """For ranks that torchrun starts."""
-        path = self.folder / "story.pickle"
-        path.write_bytes(pickle.dumps(self))
-        return path
 
 
 def rank_of(story: Story, resume: bool | None) -> None:
@@ -96,6 +33,7 @@ def rank_of(story: Story, resume: bool | None) -> None:
     log = os.open(story.folder / "ranks.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    (story.folder / f"pid-{rank}").write_text(str(os.getpid()))
     if rank == 0:
         story.note(event="attempt", attempt=attempt)
     real = RunFolder.restore
@@ -119,21 +57,12 @@ def arm(story: Story, fault: Fault, event: dict[str, Any]) -> None:
         if (path := damage(story, fault)) is not None:
             story.note(**event, committed=path.parent.name, file=str(path))
         return
-    act: Callable[[], Any] = {
-        "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-        "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-        "hang": lambda: threading.Event().wait(),
-        "fail": fail,
-        "fill": lambda: fill(story),
-        "vanish": lambda: next((story.folder / "data").glob("train-*.tokens")).unlink(),
-    }[fault.kind]
-
     happened: list[None] = []
 
     def fire() -> None:
         if not happened:
             happened.append(story.note(**event, committed=committed(story.run)))
-        act()
+        ACTS[fault.kind](story)
 
     def later() -> None:
         time.sleep(fault.delay)
@@ -187,53 +116,6 @@ def at_file(folder: Path, number: int, act: Callable[[], Any]) -> None:
                 act()
 
     sys.addaudithook(watch)
-
-
-def fail() -> NoReturn:
-    raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-
-def fill(story: Story) -> None:
-    """Leave little room on the small disk that the story lies on: sometimes a part of a checkpoint fits, sometimes nothing."""
-    disk = story.folder / "disk"
-    room = random.Random(f"{story.seed} {len(story.events())}").randrange(0, 64 * 1024)
-    (disk / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - room)))
-
-
-def damage(story: Story, fault: Fault) -> Path | None:
-    """Harm a file of the latest checkpoint that is whole, as fault.kind says; a copy is kept. None where there is none."""
-    harmed = {folder.name for folder, _ in harmed_checkpoints(story)}
-    last = committed(story.run)
-    whole = [p for p in sorted((story.run / "checkpoints").glob("step-*")) if p.name not in harmed and last and p.name <= last]
-    if not whole:
-        return None
-    folder = whole[-1]
-    shutil.copytree(folder, story.folder / "intact" / f"{folder.name}.{folder.stat().st_ino}")
-    draw = random.Random(f"{story.seed} {fault.number} {folder.name}")
-    path = draw.choice(sorted(p for p in folder.rglob("*") if p.is_file()))
-    content = bytearray(path.read_bytes())
-    if fault.kind == "delete":
-        path.unlink()
-    elif fault.kind == "truncate":
-        path.write_bytes(content[: draw.randrange(len(content))])
-    else:
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-        path.write_bytes(content)
-    return path
-
-
-def harmed_checkpoints(story: Story) -> list[tuple[Path, Path]]:
-    """Those that `damage` has harmed and no later save has replaced, each with its copy."""
-    copies = [(copy, *copy.name.split(".")) for copy in (story.folder / "intact").glob("step-*")]
-    folders = [(story.run / "checkpoints" / name, copy, int(inode)) for copy, name, inode in copies]
-    return [(folder, copy) for folder, copy, inode in folders if folder.exists() and folder.stat().st_ino == inode]
-
-
-def committed(run: Path) -> str | None:
-    """The name of the latest checkpoint, by the file that says so."""
-    with contextlib.suppress(OSError):
-        return (run / "checkpoints" / "latest").read_text().strip()
-    return None
 
 
 if __name__ == "__main__":  # as torchrun starts it

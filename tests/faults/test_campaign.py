@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.faults.campaign import LEAST, SEED, STORIES, UNDER_TORCHRUN, Outcome, draw
-from tests.faults.inject import DAMAGE, PHASES
+from tests.faults.acts import ACTS
+from tests.faults.campaign import LEAST, SEED, STORIES, UNDER_TORCHRUN, draw
+from tests.faults.judge import Outcome
+from tests.faults.story import DAMAGE, PHASES, PIPELINE_PHASES
 from tools.fault_campaign import problems, run
 
-FEW, FEW_SEED = 20, 224
+FEW, FEW_SEED, FEW_STORIES, FEW_ATTEMPTS = 20, 224, 2, 10
 
 
 def wrong(outcomes: list[Outcome]) -> list[str]:
@@ -26,7 +28,7 @@ def wrong(outcomes: list[Outcome]) -> list[str]:
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Outcome], Path]:
     folder = tmp_path_factory.mktemp("few")
-    return list(run(FEW_SEED, 3, 0, folder)), folder
+    return list(run(draw(FEW_SEED, FEW_STORIES, 0, FEW_ATTEMPTS), folder)), folder
 
 
 def test_few_faults_end_well(few: tuple[list[Outcome], Path]) -> None:
@@ -46,7 +48,7 @@ def test_tensorboard_has_no_step_twice_after_restarts(few: tuple[list[Outcome], 
 @pytest.mark.faults
 @pytest.mark.timeout(3000)
 def test_at_least_200_faults_end_well(tmp_path: Path) -> None:
-    outcomes = list(run(SEED, STORIES, UNDER_TORCHRUN, tmp_path))
+    outcomes = list(run(draw(SEED, STORIES, UNDER_TORCHRUN), tmp_path))
     assert not wrong(outcomes)
     assert len(outcomes) >= LEAST
 
@@ -55,9 +57,9 @@ def test_a_campaign_has_every_kind_of_fault() -> None:
     plans = draw(SEED, STORIES, UNDER_TORCHRUN)
     assert plans == draw(SEED, STORIES, UNDER_TORCHRUN)
     faults = [fault for plan in plans for attempt in plan.attempts for fault in attempt]
-    assert {fault.kind for fault in faults} == {"kill", "stop", "hang", "fail", "fill", "vanish", *DAMAGE}
+    assert {fault.kind for fault in faults} == {*ACTS, *DAMAGE}
     kills = Counter(fault.when for fault in faults if fault.kind == "kill")
-    assert kills.keys() == {*PHASES, "file", "start"}
+    assert kills.keys() == {*PHASES, *PIPELINE_PHASES, "file", "start"}
     assert {fault.rank for fault in faults if fault.kind == "kill"} == {0, 1}
 
 
