@@ -24,7 +24,7 @@ from types import TracebackType
 from hybridtrain.data.manifest import write_atomically
 from hybridtrain.launch.local import STALLED, end_rank
 from hybridtrain.metrics import Clock
-from hybridtrain.parallel.collectives import POINT_TO_POINT, Call, Group
+from hybridtrain.parallel.collectives import SEND, Call, Group
 
 _NOTICED, _SAID = 0.8, 0.9  # shares of the timeout after which a rank writes its record, and ends the run
 _TICKS, _LOOK = 20, 3  # a timeout's ticks; those between two looks at the others' records
@@ -175,7 +175,6 @@ def late_ranks(records: Sequence[Record]) -> dict[int, Call]:
     """The ranks that have begun fewer collectives in a group than another of its ranks, with the first that they lack.
 
     The rank that began its last collective first is the first: it keeps others waiting, whom still others wait for.
-    Sends between two ranks of a group say nothing of the others, so groups that have them are left out.
     """
     counts: dict[tuple[str, tuple[int, ...]], dict[int, Call]] = {}
     for record in records:
@@ -183,8 +182,6 @@ def late_ranks(records: Sequence[Record]) -> dict[int, Call]:
             counts.setdefault((call.group, call.ranks), {})[record.rank] = call
     out: dict[int, Call] = {}
     for (_, members), calls in counts.items():
-        if any(call.operation in POINT_TO_POINT for call in calls.values()):
-            continue
         most = max(calls.values(), key=lambda call: call.number)
         for record in records:
             mine = calls[record.rank].number if record.rank in calls else 0
@@ -200,7 +197,8 @@ def _line(record: Record) -> str:
 
 
 def _call(call: Call) -> str:
-    return f"{call.operation} number {call.number} of group {call.group} ({_named(call.ranks)})"
+    who = "rank {} to rank {}".format(*call.ranks) if call.operation == SEND else _named(call.ranks)
+    return f"{call.operation} number {call.number} of group {call.group} ({who})"
 
 
 def _named(ranks: Sequence[int]) -> str:

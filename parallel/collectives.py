@@ -23,15 +23,17 @@ from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disab
 
 from hybridtrain.parallel.replay import refuse_again, replayed, replayed_start
 
-POINT_TO_POINT = ("send", "swap")
-"""Operations in which not all ranks of a group take part."""
+SEND = "send"
 
 
 class Call(NamedTuple):
-    """The last collective that this rank began in a group: its `number`-th there, counted from 1."""
+    """The last collective that this rank began in a group: its `number`-th there, counted from 1.
+
+    A send is one of two ranks, who sends and who receives; each direction is numbered for itself, alike by both.
+    """
 
     group: str
-    ranks: tuple[int, ...]
+    ranks: tuple[int, ...]  # all that take part
     operation: str
     number: int
     at: float  # time.monotonic()
@@ -47,18 +49,24 @@ class Traffic:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: dict[tuple[str, str], list[int]] = {}
-        self._last: dict[str, Call] = {}
+        self._last: dict[tuple[str, tuple[int, ...]], Call] = {}
         self.calls = 0
         self.waited = 0.0
 
-    def add(self, group: Group, operation: str, sent: int) -> None:
+    def add(self, group: Group, operation: str, sent: int, ranks: tuple[int, ...] = ()) -> None:
+        """A call of all ranks of the group, or of `ranks` among them."""
         with self._lock:
             entry = self._entries.setdefault((group.name, operation), [0, 0])
             entry[0] += 1
             entry[1] += sent
+        self.expect(group, operation, ranks or group.ranks)
+
+    def expect(self, group: Group, operation: str, ranks: tuple[int, ...]) -> None:
+        """The part of a call in which this rank sends nothing: it will wait for another's."""
+        with self._lock:
             self.calls += 1
-            number = self._last[group.name].number + 1 if group.name in self._last else 1
-            self._last[group.name] = Call(group.name, group.ranks, operation, number, time.monotonic())
+            number = self._last[group.name, ranks].number + 1 if (group.name, ranks) in self._last else 1
+            self._last[group.name, ranks] = Call(group.name, ranks, operation, number, time.monotonic())
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -74,7 +82,7 @@ class Traffic:
             self.calls += 1
 
     def last_calls(self) -> list[Call]:
-        """Of every group that was used, the newest first."""
+        """Of every group, and direction of sends, that was used; the newest first."""
         with self._lock:
             return sorted(self._last.values(), key=lambda call: -call.at)
 
@@ -236,7 +244,7 @@ def swap(x: Tensor, peer: int, group: Group) -> Tensor:
     """Send `x` to rank `peer` of the group and return that rank's, of the same shape; only the two take part."""
     out = torch.empty_like(x)
     pair = group.process_group
-    count_send(x, group, "swap")
+    _count(group, "swap", x.nbytes, tuple(sorted((group.ranks[group.rank], group.ranks[peer]))))
     works = dist.batch_isend_irecv(
         [
             dist.P2POp(dist.isend, x.contiguous(), group=pair, group_peer=peer),
@@ -269,14 +277,21 @@ def count_all_reduce(x: Tensor, group: Group) -> None:
     _count(group, "all_reduce", 2 * (group.size - 1) * x.nbytes // group.size)
 
 
-def count_send(x: Tensor, group: Group, operation: str = "send") -> None:
-    _count(group, operation, x.nbytes)
+def count_send(x: Tensor, group: Group, target: int) -> None:
+    """`x` goes to this rank of the world."""
+    _count(group, SEND, x.nbytes, (group.ranks[group.rank], target))
+
+
+def count_receive(group: Group, source: int) -> None:
+    """What this rank of the world sends is what comes next."""
+    refuse_again(f"receive over {group.name}")
+    group.traffic.expect(group, SEND, (source, group.ranks[group.rank]))
 
 
 def _row_bytes(x: Tensor) -> int:
     return x[:1].numel() * x.element_size() if x.shape[0] else 0
 
 
-def _count(group: Group, operation: str, sent: int) -> None:
+def _count(group: Group, operation: str, sent: int, ranks: tuple[int, ...] = ()) -> None:
     refuse_again(f"{operation} over {group.name}")
-    group.traffic.add(group, operation, sent)
+    group.traffic.add(group, operation, sent, ranks)

@@ -18,7 +18,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.parallel.collectives import Group, count_send, swap
+from hybridtrain.parallel.collectives import Group, count_receive, count_send, swap
 from hybridtrain.parallel.schedule import MicroBatches, Phase
 from hybridtrain.parallel.stages import SCHEDULES, Stage
 
@@ -119,8 +119,8 @@ class Pipeline:
                 elif (peer := stage.rank_of(part.stage.number + 1)) == self.pp.rank:
                     kept.append(result)
                 else:
+                    count_send(result, self.pp, self.pp.ranks[peer])
                     work = dist.isend(result, group=self.pp.process_group, group_dst=peer)
-                    count_send(result, self.pp)
                     sent.append((work, result))  # the tensor must live until it has left
         for work, _ in sent:
             work.wait()
@@ -130,7 +130,9 @@ class Pipeline:
         if stage.is_first:
             return None
         h_BTD = torch.empty_like(self._hidden, device=self.device, requires_grad=False)
-        dist.recv(h_BTD, group=self.pp.process_group, group_src=stage.rank_of(stage.stage_index - 1))
+        peer = stage.rank_of(stage.stage_index - 1)
+        count_receive(self.pp, self.pp.ranks[peer])
+        dist.recv(h_BTD, group=self.pp.process_group, group_src=peer)
         return h_BTD
 
     def _sum_tied_gradients(self) -> None:
@@ -182,10 +184,21 @@ class _TorchStage(PipelineStage):
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         return self._counted(super().get_bwd_send_ops(bwd_chunk_id))
 
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._expected(super().get_fwd_recv_ops(fwd_chunk_id))
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._expected(super().get_bwd_recv_ops(bwd_chunk_id))
+
     def _counted(self, sends: list[dist.P2POp]) -> list[dist.P2POp]:
         for send in sends:
-            count_send(send.tensor, self.pp)
+            count_send(send.tensor, self.pp, send.peer)
         return sends
+
+    def _expected(self, receives: list[dist.P2POp]) -> list[dist.P2POp]:
+        for receive in receives:
+            count_receive(self.pp, receive.peer)
+        return receives
 
 
 def _inputs(part: StageModule, batch: MicroBatches, m: int, h_BTD: Tensor | None) -> tuple[Any, ...]:

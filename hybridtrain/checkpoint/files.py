@@ -196,7 +196,12 @@ class _Files(FileSystemBase):
                 yield raw
                 return
             stream = _Hashing(raw, self._alive)
-            yield stream
+            try:
+                yield stream
+            except Exception:
+                if stream.error is not None:  # torch's archive, which is left unfinished, says that instead
+                    raise stream.error from None
+                raise
             flush_file(raw, path)
             self.records[path.name] = stream.record()
 
@@ -225,10 +230,11 @@ class _Files(FileSystemBase):
 
 
 class _Hashing(io.RawIOBase):
-    """Hashes what passes through."""
+    """Hashes what passes through. `error` is why that could not be written."""
 
     def __init__(self, raw: IO[bytes], alive: Callable[[], None]) -> None:
         self._raw, self._digest, self._size, self._alive = raw, xxhash.xxh3_128(), 0, alive
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
@@ -238,7 +244,11 @@ class _Hashing(io.RawIOBase):
         for start in range(0, len(view), CHUNK):
             part = view[start : start + CHUNK]
             self._digest.update(part)
-            self._raw.write(part)
+            try:
+                self._raw.write(part)
+            except OSError as error:
+                self.error = error
+                raise
             self._alive()
         self._size += len(view)
         return len(view)

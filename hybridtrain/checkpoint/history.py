@@ -20,20 +20,28 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 def latest(checkpoints: Path) -> Path | None:
     """The last committed checkpoint, or None."""
-    try:
-        path = checkpoints / (checkpoints / LATEST).read_text().strip()
-    except OSError:
-        return None
-    return path if (path / INFO).is_file() else None
+    path = _named(checkpoints)
+    return path if path is not None and (path / INFO).is_file() else None
 
 
 def candidates(checkpoints: Path) -> list[Path]:
-    """The finished checkpoints that a run may go on from, best first: the latest and those before it.
+    """The checkpoints that a run may go on from, best first: the latest and the finished ones before it.
 
-    Those after the latest belong to a line that was given up. Where `latest` names none, all are candidates.
+    The latest is one of them also where its `checkpoint.json` is lost: it was committed, so it is damaged and not unfinished.
+    Those after the latest belong to a line that was given up. Where `latest` names none, all finished ones are candidates.
     """
-    last, finished = latest(checkpoints), _finished(checkpoints)
-    return [path for _, path in sorted(finished.items(), reverse=True) if last is None or path.name <= last.name]
+    last, finished = _named(checkpoints), _finished(checkpoints)
+    before = [path for _, path in sorted(finished.items(), reverse=True) if last is None or path.name < last.name]
+    return before if last is None else [last, *before]
+
+
+def _named(checkpoints: Path) -> Path | None:
+    """What the file `latest` names, there or not; None where it names no checkpoint."""
+    try:
+        name = (checkpoints / LATEST).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return None if _step(name) is None else checkpoints / name
 
 
 def staging_of(final: Path) -> Path:

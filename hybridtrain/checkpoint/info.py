@@ -28,7 +28,7 @@ def read_info(path: Path) -> dict[str, Any]:
     try:
         info: dict[str, Any] = json.loads((path / INFO).read_text(encoding="utf-8"))
     except OSError:
-        raise CheckpointError(f"{path} is no finished checkpoint: it has no {INFO}") from None
+        raise CheckpointError(f"{path} is no finished checkpoint: {path / INFO} is missing") from None
     except ValueError as error:
         raise DamagedCheckpoint(f"{path / INFO} is damaged: {error}") from None
     if info.get("format") != FORMAT:

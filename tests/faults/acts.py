@@ -62,6 +62,13 @@ def fill(story: Story) -> None:
     (disk / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - room)))
 
 
+def cut(story: Story) -> None:
+    """Leave half of the shard. Half a copy takes its place: what is mapped and cut in the moment of a read ends the process."""
+    half = story.shard.with_suffix(".half")
+    half.write_bytes(story.shard.read_bytes()[: story.shard.stat().st_size // 2])
+    half.replace(story.shard)
+
+
 ACTS: dict[str, Callable[[Story], Any]] = {
     "kill": lambda _: end(),
     "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
@@ -73,7 +80,7 @@ ACTS: dict[str, Callable[[Story], Any]] = {
     "pause": pause,
     "fill": fill,
     "vanish": lambda story: story.shard.unlink(),
-    "cut": lambda story: os.truncate(story.shard, story.shard.stat().st_size // 2),
+    "cut": cut,
 }
 
 

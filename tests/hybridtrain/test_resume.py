@@ -190,7 +190,7 @@ def cut_in_half(path: Path) -> None:
         (lambda c: (c / "__0_0.distcp").unlink(), "__0_0.distcp: is missing; it had "),
         (lambda c: (c / ".metadata").unlink(), ".metadata: is missing; it had "),
         (lambda c: cut_in_half(c / "checkpoint.json"), "checkpoint.json is damaged"),
-        (lambda c: (c / "checkpoint.json").unlink(), "no finished checkpoint to resume from"),
+        (lambda c: (c / "checkpoint.json").unlink(), "checkpoint.json is missing"),
     ],
     ids=["truncated", "flipped", "missing part", "no metadata", "truncated info", "no info"],
 )

@@ -56,8 +56,16 @@ def test_in_a_chain_the_rank_that_stood_still_first_is_the_cause() -> None:
     assert "also waited for: rank 1" in text.splitlines()[0]
 
 
-def test_sends_between_two_ranks_make_nobody_late() -> None:
-    records = [record(0, ("pp", FOUR, "send", 9, 2.0)), record(1, ("pp", FOUR, "send", 4, 2.0))]
+def test_of_a_send_the_one_that_has_not_come_is_named() -> None:
+    waits = record(1, ("pp", (0, 1), "send", 9, 2.0), ("pp", (1, 0), "send", 4, 2.5))
+    hangs = record(0, ("pp", (0, 1), "send", 8, 2.2), ("pp", (1, 0), "send", 4, 2.1))
+    text = explain([waits, hangs], 2).splitlines()
+    assert text[0] == "rank 0 has not come to send number 9 of group pp (rank 0 to rank 1), where others wait"
+    assert text[2].endswith("its last collective is send number 9 of group pp (rank 0 to rank 1), 2 s ago")
+
+
+def test_where_all_have_come_to_all_calls_nobody_is_late() -> None:
+    records = [record(0, ("pp", (0, 1), "send", 9, 2.0)), record(1, ("pp", (0, 1), "send", 9, 2.0))]
     assert late_ranks(records) == {}
     assert explain(records, 2).startswith("all ranks have come to all collectives, and none ends\n")
 

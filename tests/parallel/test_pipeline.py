@@ -20,6 +20,7 @@ from hybridtrain.errors import SettingsError, TrainingError
 from hybridtrain.launch.local import RENDEZVOUS
 from hybridtrain.memory import by_exchange
 from hybridtrain.metrics import read_metrics
+from hybridtrain.parallel.collectives import gather_objects
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.parallel.norms import sum_over_tp
@@ -81,6 +82,15 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
+def assert_sends_are_numbered_alike(parts: Parts) -> None:
+    """Who sends and who receives count the same, as the watchdog needs it."""
+    mine = {call.ranks: call.number for call in parts.mesh.traffic.last_calls() if call.group == "pp"}
+    counted = gather_objects(mine, parts.mesh.world)
+    for ranks in {ranks for numbers in counted for ranks in numbers}:
+        first, second = (counted[rank][ranks] for rank in ranks)
+        assert first == second > 0, ranks
+
+
 def first_step(settings: Settings) -> dict[str, Tensor]:
     """Loss, gradients by name, and the touched rows' numbers and gradients, as this rank has them."""
     parts, batch = build(settings)
@@ -92,6 +102,7 @@ def first_step(settings: Settings) -> dict[str, Tensor]:
     memory.fetch(plan, exchange)
     parts.set_mode(training=True)
     loss = parts.schedule.step(micro_batches, True, lambda _: nullcontext())
+    assert_sends_are_numbered_alike(parts)
     rows = memory.new_gradient(plan)
     memory.push(exchange, rows)
     memory.exchange.reduce_replicas(rows)

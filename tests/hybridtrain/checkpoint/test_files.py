@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint import blocks
 from hybridtrain.checkpoint.blocks import BlockPlanner
-from hybridtrain.checkpoint.files import Reader, Writer, digest_file, quiet
+from hybridtrain.checkpoint.files import Reader, Writer, _Files, digest_file, quiet
 from hybridtrain.checkpoint.stored import StoredTensors
 
 TENSORS = {
@@ -91,3 +94,28 @@ def test_a_live_tensor_is_not_copied_to_be_written(monkeypatch: pytest.MonkeyPat
     assert part.untyped_storage().nbytes() == part.nbytes
     assert torch.equal(part, whole[2:5])
     assert torch.equal(blocks._alone(whole.T, 1, 3), whole.T[1:3])
+
+
+class _SmallDisk(io.RawIOBase):
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def write(self, data: Any) -> int:
+        if len(data) > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= len(data)
+        return len(data)
+
+
+def test_a_disk_that_is_full_at_any_byte_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch's archive raises an error of its own where its end no longer fits."""
+    whole = io.BytesIO()
+    torch.save(torch.arange(100.0), whole)
+    rooms = range(0, len(whole.getvalue()), 13)
+    for room in rooms:
+        monkeypatch.setattr(Path, "open", lambda path, mode, room=room: _SmallDisk(room))
+        with pytest.raises(OSError, match="No space left on device"), _Files().create_stream(tmp_path / "x", "wb") as stream:
+            torch.save(torch.arange(100.0), stream)
+    assert len(rooms) > 50

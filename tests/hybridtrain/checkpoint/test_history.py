@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint.history import begin_folder, folder_of, prune, staging_of
+from hybridtrain.checkpoint.place import remove_folder
+from hybridtrain.errors import DamagedCheckpoint
 
 
 def commit(folder: Path, step: int, base: int | None = None, content: str = "") -> Path:
@@ -64,13 +67,24 @@ def steps_of(folder: Path) -> list[int]:
     return sorted(int(p.name.removeprefix("step-")) for p in folder.iterdir() if p.name.startswith("step-"))
 
 
-@pytest.mark.parametrize("content", [None, "step-00000009"], ids=["lost", "of one that is gone"])
+@pytest.mark.parametrize("content", [None, "", "step-", "elsewhere"])
 def test_without_a_latest_all_are_candidates(folder: Path, content: str | None) -> None:
     for step in (1, 2):
         commit(folder, step)
     (folder / "latest").unlink() if content is None else (folder / "latest").write_text(content)
     assert checkpoint.latest(folder) is None
     assert [p.name for p in checkpoint.candidates(folder)] == ["step-00000002", "step-00000001"]
+
+
+@pytest.mark.parametrize("harm", [lambda path: (path / checkpoint.INFO).unlink(), remove_folder], ids=["its info", "all of it"])
+def test_a_latest_that_is_lost_is_a_candidate_and_what_was_given_up_is_none(folder: Path, harm: Callable[[Path], None]) -> None:
+    for step in (1, 2, 3):
+        commit(folder, step)
+    harm(commit(folder, 2))  # of the new line
+    assert checkpoint.latest(folder) is None
+    assert [p.name for p in checkpoint.candidates(folder)] == ["step-00000002", "step-00000001"]
+    with pytest.raises(DamagedCheckpoint, match=f"{checkpoint.INFO} is missing"):
+        checkpoint.verify(folder_of(folder, 2), "full")
 
 
 def test_the_last_and_those_of_every_so_many_steps_stay(folder: Path) -> None:
