@@ -39,9 +39,9 @@ FETCH = {
 class Report:
     """Collects what `train_step` returns and writes it out every `train.log_every` steps."""
 
-    def __init__(self, parts: Parts, log: MetricsLog, folder: Path, start: int) -> None:
+    def __init__(self, parts: Parts, log: MetricsLog, folder: Path, clock: Clock, start: int) -> None:
         self.parts, self.log, self.folder = parts, log, folder
-        self.clock = Clock(parts.mesh.device)
+        self.clock = clock
         table_rows = parts.memory.addressing.num_rows if parts.memory is not None else 0
         self.counts = asdict(count_parameters(parts.settings, parts.vocabulary.size, table_rows))
         self.flops = flops_per_token(parts.settings, parts.vocabulary.size)

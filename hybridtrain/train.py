@@ -15,9 +15,11 @@ from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts, assemble, make_addressing
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.prefetch import Feed
+from hybridtrain.data.shards import TokenDataset
 from hybridtrain.diagnose import name_source_of_nonfinite
 from hybridtrain.errors import TrainingError
 from hybridtrain.evaluate import evaluate
+from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.memory import by_exchange
 from hybridtrain.metrics import Clock, MetricsLog
 from hybridtrain.model.statistics import apply_router_statistics, collect, no_statistics, reset
@@ -67,43 +69,13 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
         vocabulary, dataset = folder.prepare_data(settings)
         addressing = make_addressing(settings, vocabulary)
         parts = assemble(settings, mesh, vocabulary, addressing)
-        start = folder.restore(parts, addressing) if resume else 0
         if settings.train.init_from and not resume:
             source_run = checkpoint.place(settings.train.init_from, "train.init_from")
             start_from(parts, source_run, folder.path, dataset.manifest.tokenizer_xxh3)
-        log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps)
-        report = Report(parts, log, folder.path, start)
-        loader = BatchLoader(
-            dataset.split("train"),
-            settings.train.seq_len,
-            settings.train.global_batch,
-            settings.train.micro_batches,
-            mesh.layout.coordinate(mesh.rank, "dp"),
-            mesh.layout.dp,
-            settings.run.seed,
-        )
-
-        def load(step: int) -> Step:
-            batch = loader.load(step)
-            plan = parts.memory.plan(batch) if parts.memory is not None else None  # from tokens on the CPU
-            return batch.at(parts.positions), plan
-
-        def validate(batches: int) -> dict[str, float]:
-            return evaluate(parts, dataset.split("validation"), batches, report.clock.alive)
-
+        clock = Clock(mesh.device)
         stalls = folder.path / "stalls" / gather_objects(time.strftime("%Y%m%d-%H%M%S"), mesh.world)[0]
-        watchdog = Watchdog(mesh.world, report.clock, stalls, settings.parallel.timeout)
-        try:
-            with folder.saver(parts) as saver, Feed(load, settings.train.steps) as feed, StopSignal() as signal, watchdog:
-
-                def restore() -> int:
-                    step = folder.restore(parts, addressing)
-                    saver.base = folder.base
-                    return step
-
-                return _loop(parts, saver, restore, feed, signal, report, validate, start)
-        finally:
-            log.close()
+        with Watchdog(mesh.world, clock, stalls, settings.parallel.timeout):
+            return _run(parts, folder, dataset, lambda: _restore(folder, parts, addressing, clock), clock, resume)
     except DispatchMemoryError as error:
         raise TrainingError(str(error)) from error
     except OSError as error:
@@ -114,6 +86,53 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
         raise TrainingError(message) from error
     finally:
         close_mesh()
+
+
+def _run(
+    parts: Parts, folder: RunFolder, dataset: TokenDataset, restore: Callable[[], int], clock: Clock, resume: bool
+) -> dict[str, Any]:
+    """From the checkpoint, or the start, to the end; the summary."""
+    settings, mesh = parts.settings, parts.mesh
+    start = restore() if resume else 0
+    log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps)
+    report = Report(parts, log, folder.path, clock, start)
+    loader = BatchLoader(
+        dataset.split("train"),
+        settings.train.seq_len,
+        settings.train.global_batch,
+        settings.train.micro_batches,
+        mesh.layout.coordinate(mesh.rank, "dp"),
+        mesh.layout.dp,
+        settings.run.seed,
+    )
+
+    def load(step: int) -> Step:
+        batch = loader.load(step)
+        plan = parts.memory.plan(batch) if parts.memory is not None else None  # from tokens on the CPU
+        return batch.at(parts.positions), plan
+
+    def validate(batches: int) -> dict[str, float]:
+        return evaluate(parts, dataset.split("validation"), batches, clock.alive)
+
+    try:
+        with folder.saver(parts) as saver, Feed(load, settings.train.steps) as feed, StopSignal() as signal:
+
+            def go_back() -> int:
+                step = restore()
+                saver.base = folder.base
+                return step
+
+            return _loop(parts, saver, go_back, feed, signal, report, validate, start)
+    finally:
+        log.close()
+
+
+def _restore(folder: RunFolder, parts: Parts, addressing: Addressing | None, clock: Clock) -> int:
+    """Load the latest good checkpoint; its step. No phase of a step, but one in which ranks may stand still."""
+    with clock.phase("restore"):
+        step = folder.restore(parts, addressing)
+    clock.take()
+    return step
 
 
 def _loop(

@@ -35,7 +35,7 @@ ENDS = {
 }
 NAMES = {
     "stop": "SIGSTOP of a rank, at a phase",
-    "hang": "a lock that a rank waits for forever, at a phase or in a save",
+    "hang": "a lock that a rank waits for forever, at a phase",
     "kill all": "SIGKILL of all ranks at once",
     "abandon": "SIGSTOP of one rank and SIGKILL of the other",
     "pause": f"a rank stands still for {PAUSE_SECONDS} s, which is less than the timeout",
@@ -75,6 +75,8 @@ def name_of(outcome: Outcome) -> str:
     """The line of the table in which a fault is counted."""
     fault = outcome.fault
     by = " (torchrun)" if outcome.plan.launcher == "torchrun" else ""
+    if (fault.kind, fault.when) == ("hang", "file"):
+        return "file operations of a rank never end from some moment on"
     if fault.kind != "kill":
         return NAMES[fault.kind] + by
     where = {"start": "at any time from its start", "file": "at a file operation of the run"}.get(fault.when, f"in {fault.when}")

@@ -71,11 +71,14 @@ class Writer(FileSystemWriter):
 
 
 class Reader(FileSystemReader):
-    """torch's reader, from a folder or URL, that reads rows from their place in a file into their place in a tensor."""
+    """torch's reader, from a folder or URL, that reads rows from their place in a file into their place in a tensor.
 
-    def __init__(self, folder: Path) -> None:
+    `alive` is called for every tensor, or piece of one, that was read.
+    """
+
+    def __init__(self, folder: Path, alive: Callable[[], None] = lambda: None) -> None:
         super().__init__("")
-        self.path, self.fs = folder, cast(Any, _Files())
+        self.path, self.fs, self._alive = folder, cast(Any, _Files()), alive
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in sorted(plan.items, key=lambda item: self._position(item.storage_index)):
@@ -93,6 +96,7 @@ class Reader(FileSystemReader):
                     rows = rows.narrow(dim, offset, length) if dim else rows
                 target.copy_(rows)
             planner.commit_tensor(item, target)
+            self._alive()
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -172,13 +176,14 @@ def byte_view(tensor: Tensor) -> memoryview:
     return memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
 
 
-def digest_file(path: Path) -> FileRecord:
-    """What the file is now. Raises OSError where it cannot be read."""
+def digest_file(path: Path, alive: Callable[[], None] = lambda: None) -> FileRecord:
+    """What the file is now. Raises OSError where it cannot be read. `alive` is called for every part that was."""
     digest, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(CHUNK))
     with path.open("rb") as stream:
         while count := cast(Any, stream).readinto(buffer):
             digest.update(buffer[:count])
             size += count
+            alive()
     return FileRecord(size, digest.hexdigest())
 
 

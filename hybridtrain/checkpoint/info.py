@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,11 @@ def base_of(path: Path, info: dict[str, Any]) -> Path | None:
     return path.parent / info["base"]["name"] if info.get("base") else None
 
 
-def damage(path: Path, level: str, share: int = 0, shares: int = 1) -> list[str]:
+def damage(path: Path, level: str, share: int = 0, shares: int = 1, alive: Callable[[], None] = lambda: None) -> list[str]:
     """Why the checkpoint `path` cannot be used: every file of it, and of its base, that is not what it was; one line each.
 
     `level`: "sizes" looks how long they are, "full" also reads them. With `shares` only the files of number `share` are
-    looked at, of as many shares of about equal bytes.
+    looked at, of as many shares of about equal bytes. `alive` is called for every part that was read.
     """
     try:
         info = read_info(path)
@@ -78,15 +79,15 @@ def damage(path: Path, level: str, share: int = 0, shares: int = 1) -> list[str]
     for file, record in sorted(files, key=lambda f: (-f[1]["size"], str(f[0]))):
         least = loads.index(min(loads))
         loads[least] += record["size"] + 1
-        if least == share and (problem := _problem(file, record, level)):
+        if least == share and (problem := _problem(file, record, level, alive)):
             problems.append(f"{file}: {problem}")
     return problems
 
 
-def _problem(file: Path, record: dict[str, Any], level: str) -> str:
+def _problem(file: Path, record: dict[str, Any], level: str, alive: Callable[[], None]) -> str:
     size, xxh3 = record["size"], record["xxh3"]
     try:
-        found = digest_file(file) if level == "full" else FileRecord(file.stat().st_size, xxh3)
+        found = digest_file(file, alive) if level == "full" else FileRecord(file.stat().st_size, xxh3)
     except FileNotFoundError:
         return f"is missing; it had {size} bytes with xxh3 {xxh3}"
     except OSError as error:

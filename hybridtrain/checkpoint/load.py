@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hybridtrain.assemble import Parts
+from hybridtrain.checkpoint.blocks import BLOCK_BYTES
 from hybridtrain.checkpoint.files import METADATA, Reader, quiet
 from hybridtrain.checkpoint.info import damage, read_info
 from hybridtrain.checkpoint.stored import MEMORY, StoredTensors
@@ -19,6 +21,7 @@ from hybridtrain.parallel.collectives import Group
 from hybridtrain.stale import KIND, StaleRows
 
 ALONE = Group("world", (0,), 0)
+_PART_BYTES = 8 * BLOCK_BYTES  # of rows that are read at once
 
 
 def load(parts: Parts, path: Path) -> int:
@@ -40,7 +43,7 @@ def load(parts: Parts, path: Path) -> int:
     memory = parts.memory
     if memory is not None:
         try:
-            together(world, lambda: _load_rows(memory, StoredTensors(path), weights_only))
+            together(world, lambda: _load_rows(memory, StoredTensors(path), weights_only, world.traffic.alive))
         except Failures as failures:
             raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be read", *_lines(failures.problems)])) from None
         if not weights_only:
@@ -56,7 +59,7 @@ def verify(path: Path, level: str, world: Group = ALONE) -> None:
     Collective: each rank looks at its share of the files. `level` as of `damage`.
     """
     try:
-        found = together(world, lambda: damage(path, level, world.rank, world.size))
+        found = together(world, lambda: damage(path, level, world.rank, world.size, world.traffic.alive))
     except Failures as failures:
         found = [failures.problems]
     if problems := list(dict.fromkeys(p for theirs in found for p in theirs)):
@@ -72,17 +75,20 @@ def read_into(state: dict[str, Any], path: Path, world: Group) -> None:
         raise DamagedCheckpoint(f"{path}: damaged: {METADATA} is missing")
     try:
         with quiet():
-            state_dict_loader.load(state, storage_reader=Reader(path), no_dist=world.size == 1)
+            state_dict_loader.load(state, storage_reader=Reader(path, world.traffic.alive), no_dist=world.size == 1)
     except (Exception, CheckpointException) as error:
         problems = describe_failures(error, world.rank)
         raise DamagedCheckpoint("\n".join([f"{path}: damaged or not of this model", *_lines(problems)])) from None
 
 
-def _load_rows(memory: TableMemory, stored: StoredTensors, weights_only: bool) -> None:
-    """This owner's rows, out of whatever pieces they lie in."""
+def _load_rows(memory: TableMemory, stored: StoredTensors, weights_only: bool, alive: Callable[[], None]) -> None:
+    """This owner's rows, out of whatever pieces they lie in; `alive` is called for every part of them."""
     for name, value in memory.row_tensors().items():
         if name == "table" or not weights_only:
-            stored.read_into(value, f"{MEMORY}{name}", memory.low)
+            count = max(1, _PART_BYTES * len(value) // max(1, value.nbytes))
+            for low in range(0, len(value), count):
+                stored.read_into(value[low : low + count], f"{MEMORY}{name}", memory.low + low)
+                alive()
     if memory.mode == "stale" and not weights_only:
         pieces = stored.pieces(f"{MEMORY}{KIND}", memory.low, memory.high)
         memory.load_stale([StaleRows(stored.read(f"{piece}.numbers"), stored.read(f"{piece}.values")) for piece in pieces])

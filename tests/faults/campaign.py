@@ -27,7 +27,7 @@ from tests.faults.story import DAMAGE, PHASES, PIPELINE_PHASES, Fault, Story
 from tests.ranks import PRELOAD
 from tests.training import TINY, ci_settings
 
-SEED, STORIES, UNDER_TORCHRUN, LEAST = 5, 24, 3, 200
+SEED, STORIES, UNDER_TORCHRUN, LEAST = 106, 24, 3, 200
 STEPS, EVERY, ATTEMPTS = 30, 2, 9
 CAMPAIGN = (
     *TINY,
@@ -81,7 +81,7 @@ def draw(seed: int, stories: int, with_torchrun: int, attempts: int = ATTEMPTS) 
 
 def _attempt(chance: random.Random, variant: str, kind: str) -> tuple[Fault, ...]:
     rank, phase = chance.randrange(2), chance.choice(PIPELINE_PHASES if variant == "pipeline" else PHASES)
-    number = chance.randint(1, {"save": 3, "validation": 1}.get(phase, 6))
+    number = chance.randint(1, {"save": 3, "validation": 1, "restore": 1}.get(phase, 6))
     if kind in DAMAGE:
         return (Fault(kind, 0, number=chance.randrange(2**16)), *_attempt(chance, variant, "kill at a phase"))
     if kind == "pause":
@@ -97,7 +97,8 @@ def _attempt(chance: random.Random, variant: str, kind: str) -> tuple[Fault, ...
     if kind == "nan":
         return (Fault(kind, rank, "fetch", chance.randint(1, 6)),)
     if kind == "kill at a phase":
-        return (Fault("kill", rank, phase, number, chance.choice((0.0, 0.0, chance.uniform(0.0005, 0.01)))),)
+        within = 0.3 if phase == "restore" else 0.01
+        return (Fault("kill", rank, phase, number, chance.choice((0.0, 0.0, chance.uniform(0.0005, within)))),)
     return (Fault(kind, rank, phase, number),)
 
 

@@ -27,8 +27,9 @@ STALLS = {
     "stop": r"error: no progress for \d+ s \(parallel\.timeout=8\): rank {rank} gave no sign",
     "hang": r"error: no progress for \d+ s \(parallel\.timeout=8\): rank {rank} has not come to \w+ number \d+ of group ",
 }
-"""What the watchdog must say, and the launcher of a rank that was killed."""
+"""What the watchdog must say."""
 KILLED, KILLED_ALL = "rank {rank} was ended by SIGKILL", r"rank \d was ended by SIGKILL"
+"""What the launcher must say."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def _ended(fault: Fault, message: str | None, last: bool) -> tuple[str, str]:
     if fault.kind == "pause":
         return "unharmed", f"it was not waited for: {message}" if "no progress" in message else ""
     if "was ended by SIGKILL" in message or message.startswith("error: no progress"):
-        said = STALLS.get(fault.kind, KILLED_ALL if fault.kind == "kill all" else KILLED).format(rank=fault.rank)
+        kind = "stop" if (fault.kind, fault.when) == ("hang", "file") else fault.kind  # where its files hang the watchdog cannot write either
+        said = STALLS.get(kind, KILLED_ALL if kind == "kill all" else KILLED).format(rank=fault.rank)
         return "restarted", "" if re.match(said, message) else f"it does not say {said}: {message}"
     if message.startswith("error: "):
         named = NAMED.get(fault.kind, "nothing").format(rank=fault.rank)

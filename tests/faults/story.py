@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PHASES = ("data", "fetch", "forward", "backward", "push", "reduce", "optimizer", "validation", "save")
-PIPELINE_PHASES = ("data", "fetch", "pipeline", "push", "reduce", "optimizer", "validation", "save")
+PHASES = ("restore", "data", "fetch", "forward", "backward", "push", "reduce", "optimizer", "validation", "save")
+PIPELINE_PHASES = ("restore", "data", "fetch", "pipeline", "push", "reduce", "optimizer", "validation", "save")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Fault:
              of all ranks: kill all; abandon (the others are stopped, then it is killed); pause (the others are stopped for a while)
              of the disk: fill, vanish and cut (a data shard); before the attempt truncate, flip, delete (a file of the latest
              checkpoint)
-    when     a phase, "file" or "start"
+    when     a phase ("restore" is "data" where there is nothing to restore), "file" or "start"
     number   the n-th time, from 1
     delay    seconds later than that; of "start" the moment itself
     """

@@ -18,7 +18,7 @@ from tests.faults.judge import Outcome
 from tests.faults.story import DAMAGE, PHASES, PIPELINE_PHASES
 from tools.fault_campaign import problems, run
 
-FEW, FEW_SEED, FEW_STORIES, FEW_ATTEMPTS = 20, 224, 2, 10
+FEW, FEW_SEED, FEW_STORIES, FEW_ATTEMPTS = 20, 1775, 2, 10
 
 
 def wrong(outcomes: list[Outcome]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,9 @@ def flip(path: Path) -> None:
 def test_an_untouched_one_is_whole(tmp_path: Path) -> None:
     path = make(tmp_path / "step-1")
     assert damage(path, "full") == damage(path, "sizes") == []
+    parts = itertools.count()
+    assert damage(path, "full", alive=lambda: next(parts) and None) == []
+    assert next(parts) > 0  # the watchdog hears of every part of a file that was read
     assert set(checkpoint.read_info(path)["files"]) == {p.name for p in path.iterdir()} - {checkpoint.INFO}
 
 
