@@ -9,9 +9,11 @@ import argparse
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -83,11 +85,15 @@ def name_of(outcome: Outcome) -> str:
     return f"SIGKILL of a rank, {where}{by}"
 
 
-def table(outcomes: Sequence[Outcome], seed: int) -> str:
+def table(outcomes: Sequence[Outcome], seed: int, seconds: float) -> str:
     counts = Counter((name_of(outcome), outcome.ended) for outcome in outcomes)
     wrong = Counter(name_of(outcome) for outcome in outcomes if outcome.problem)
     runs = len({outcome.plan for outcome in outcomes})
-    lines = [f"Seed {seed}: {len(outcomes)} faults in {runs} runs, {sum(wrong.values())} with a wrong end.\n\n"]
+    tree = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=PAGE.parent, capture_output=True, text=True
+    ).stdout.strip()
+    lines = [f"Seed {seed}: {len(outcomes)} faults in {runs} runs, {sum(wrong.values())} with a wrong end. "]
+    lines += [f"Commit {tree or 'unknown'}, {os.cpu_count()} cores, {seconds:.0f} s.\n\n"]
     lines += [f"| fault | injected | {' | '.join(ENDS.values())} | wrong |\n|---|{'--:|' * (len(ENDS) + 2)}\n"]
     for name in sorted({name for name, _ in counts}):
         cells = [counts[name, end] for end in ENDS]
@@ -129,12 +135,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.check:
         sys.exit("\n".join(problems()) or 0)
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         outcomes = []
         for outcome in run(draw(arguments.seed, STORIES, UNDER_TORCHRUN), Path(folder)):
             outcomes.append(outcome)
             print(f"{len(outcomes):4d}  {outcome.fault}: {outcome.ended}  {outcome.problem}", flush=True)
-    print(text := table(outcomes, arguments.seed))
+    print(text := table(outcomes, arguments.seed, time.monotonic() - begin))
     if arguments.seed == SEED:
         write(text)
     sys.exit(any(outcome.problem for outcome in outcomes))

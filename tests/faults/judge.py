@@ -82,7 +82,8 @@ def _ended(fault: Fault, message: str | None, last: bool) -> tuple[str, str]:
     if fault.kind == "pause":
         return "unharmed", f"it was not waited for: {message}" if "no progress" in message else ""
     if "was ended by SIGKILL" in message or message.startswith("error: no progress"):
-        kind = "stop" if (fault.kind, fault.when) == ("hang", "file") else fault.kind  # where its files hang the watchdog cannot write either
+        hangs_all = fault.kind == "hang" and fault.when == "file"  # the watchdog cannot write either
+        kind = "stop" if hangs_all else fault.kind
         said = STALLS.get(kind, KILLED_ALL if kind == "kill all" else KILLED).format(rank=fault.rank)
         return "restarted", "" if re.match(said, message) else f"it does not say {said}: {message}"
     if message.startswith("error: "):

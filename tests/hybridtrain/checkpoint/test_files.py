@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,14 @@ def test_what_is_written_in_blocks_is_read_whole_and_in_part(folder: Path, monke
 def test_torch_reads_it_with_our_reader_and_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
     save(tmp_path, TENSORS)
-    for storage in ({"storage_reader": Reader(tmp_path)}, {"checkpoint_id": tmp_path}):
+    parts = itertools.count()
+    for storage in ({"storage_reader": Reader(tmp_path, lambda: next(parts) and None)}, {"checkpoint_id": tmp_path}):
         state = {name: torch.full_like(value, 9) for name, value in TENSORS.items()}
         with quiet():
             state_dict_loader.load(state, no_dist=True, **storage)
         for name, value in TENSORS.items():
             assert torch.equal(state[name], value), name
+    assert next(parts) >= len(TENSORS)  # the watchdog hears of every one
 
 
 def test_values_come_from_the_sources_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
