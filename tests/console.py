@@ -5,6 +5,7 @@ Each run is a process of its own, forked from the server that has imported torch
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -44,6 +45,7 @@ def refused(outcome: Outcome) -> str:
 
 
 def _main(arguments: list[str], out: str, err: str) -> None:
+    gc.freeze()  # as the launcher's ranks
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
