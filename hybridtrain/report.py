@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts, resolve_stages
+from hybridtrain.data.manifest import write_atomically
 from hybridtrain.implementations import implementations
 from hybridtrain.metrics import Clock, MetricsLog, measure_matmul_peak
 from hybridtrain.model.count import count_parameters, flops_per_token
@@ -227,7 +228,7 @@ class Report:
             "torch": torch.__version__,
         }
         if self.log.active:
-            (self.folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            write_atomically(self.folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
         return summary
 
     def _fetches(self, steps: int) -> dict[str, float]:

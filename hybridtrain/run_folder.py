@@ -10,14 +10,13 @@ The checkpoints are elsewhere where `checkpoint.dir` says so.
 
 from __future__ import annotations
 
-import shutil
 import tomllib
 from pathlib import Path
 
 from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts, Vocabulary
 from hybridtrain.config import dump_settings
-from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
+from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, write_atomically
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.progress import say
 from hybridtrain.data.shards import TokenDataset
@@ -86,8 +85,8 @@ class RunFolder:
             raise DataError(f"{dataset.tokenizer_path} is another tokenizer than the one this run was trained with, {ours}")
         barrier(self.world)
         if self.world.rank == 0:
-            shutil.copyfile(dataset.tokenizer_path, ours)
-            shutil.copyfile(dataset.folder / COMPRESSION, self.path / COMPRESSION)
+            for name in (TOKENIZER, COMPRESSION):
+                write_atomically(self.path / name, (dataset.folder / name).read_bytes())
         return Vocabulary.of(dataset, settings.model.vocab_size), dataset
 
     def restore(self, parts: Parts, addressing: Addressing | None) -> int:
@@ -119,11 +118,11 @@ class RunFolder:
     def saver(self, parts: Parts) -> checkpoint.Saver:
         """What saves the run's checkpoints, once it was restored or begun; collective."""
         if self.world.rank == 0 and parts.memory is not None:
-            (self.path / ADDRESSING).write_text(parts.memory.addressing.to_json(), encoding="utf-8")
+            write_atomically(self.path / ADDRESSING, parts.memory.addressing.to_json().encode())
         return checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self.base)
 
     def _write_settings(self, settings: Settings) -> None:
-        (self.path / SETTINGS).write_text(dump_settings(settings), encoding="utf-8")
+        write_atomically(self.path / SETTINGS, dump_settings(settings).encode())
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:

@@ -72,7 +72,7 @@ def arm(story: Story, fault: Fault, event: dict[str, Any]) -> None:
     if fault.when == "start":
         moment()
     elif fault.when == "file":
-        at_file(story.run, fault.number, fire)
+        at_file(story.run, fault.number, fire, torn=fault.kind == "kill" and fault.number % 2 == 0)
     else:
         at_phase(fault.when, fault.number, moment)
 
@@ -97,9 +97,10 @@ def at_phase(name: str, number: int, act: Callable[[], Any]) -> None:
     Clock.phase = phase  # type: ignore[method-assign]
 
 
-def at_file(folder: Path, number: int, act: Callable[[], Any]) -> None:
+def at_file(folder: Path, number: int, act: Callable[[], Any], torn: bool) -> None:
     """Call `act` before a file below `folder` is made, renamed or removed for the n-th time and, where it lets it, every later one.
 
+    `torn`: as if it were called behind that, where the file is one that is opened to be written anew: it is empty then.
     TensorBoard's files do not count: it writes in a thread of its own, at any time.
     """
     root, left = str(folder), number
@@ -114,6 +115,8 @@ def at_file(folder: Path, number: int, act: Callable[[], Any]) -> None:
         if writes and isinstance(path, (str, os.PathLike)) and str(path).startswith(root) and "tensorboard" not in str(path):
             left -= 1
             if left <= 0:
+                if torn and event == "open" and mode and "w" in mode and os.path.exists(path):
+                    os.truncate(path, 0)
                 act()
 
     sys.addaudithook(watch)
