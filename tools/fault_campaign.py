@@ -1,6 +1,6 @@
 """Runs the fault campaign and writes what came of it into docs/reliability.md: `python -m tools.fault_campaign`.
 
-About ten minutes on two cores. `--check` runs nothing: it says whether the page lists a campaign that passed, of this seed.
+About six minutes on two cores. `--check` runs nothing: it says whether the page lists a campaign that passed, of this seed.
 """
 
 from __future__ import annotations

@@ -28,8 +28,10 @@ def read_info(path: Path) -> dict[str, Any]:
     """
     try:
         info: dict[str, Any] = json.loads((path / INFO).read_text(encoding="utf-8"))
-    except OSError:
+    except FileNotFoundError:
         raise CheckpointError(f"{path} is no finished checkpoint: {path / INFO} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path / INFO} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise DamagedCheckpoint(f"{path / INFO} is damaged: {error}") from None
     if info.get("format") != FORMAT:
