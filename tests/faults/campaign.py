@@ -28,7 +28,7 @@ from tests.ranks import PRELOAD
 from tests.training import TINY, ci_settings
 
 SEED, STORIES, UNDER_TORCHRUN, LEAST = 95, 24, 3, 200
-STEPS, EVERY, ATTEMPTS = 30, 2, 9
+STEPS, EVERY, ATTEMPTS = 40, 2, 9
 CAMPAIGN = (
     *TINY,
     *f"train.steps={STEPS} checkpoint.every={EVERY} train.eval_every=5 train.seq_len=48 parallel.timeout=8".split(),
@@ -89,7 +89,7 @@ def _attempt(chance: random.Random, variant: str, kind: str) -> tuple[Fault, ...
     if kind == "pause":
         return (Fault(kind, rank, phase, number), *_attempt(chance, variant, "kill at a phase"))
     if kind == "kill at any time":
-        return (Fault("kill", rank, "start", delay=chance.uniform(0.1, 3.0)),)
+        return (Fault("kill", rank, "start", delay=chance.uniform(0.1, 1.0)),)
     if kind in ("kill at a file", "fail"):
         return (Fault(kind.split()[0], rank, "file", chance.randint(1, 30 if rank == 0 else 4)),)
     if kind == "hang" and chance.random() < 0.3:

@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.faults.acts import ACTS
-from tests.faults.campaign import LEAST, SEED, STORIES, UNDER_TORCHRUN, draw
+from tests.faults.campaign import LEAST, SEED, STEPS, STORIES, UNDER_TORCHRUN, draw
 from tests.faults.judge import Outcome
 from tests.faults.story import DAMAGE, PHASES, PIPELINE_PHASES
 from tools.fault_campaign import problems, run
@@ -42,7 +42,7 @@ def test_tensorboard_has_no_step_twice_after_restarts(few: tuple[list[Outcome], 
     board = EventAccumulator(str(folder / "story-0/disk/run/tensorboard")).Reload()
     steps = [event.step for event in board.Scalars("loss")]
     assert steps == sorted(set(steps))
-    assert steps[-1] == 30
+    assert steps[-1] == STEPS
 
 
 @pytest.mark.faults
