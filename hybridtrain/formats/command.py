@@ -21,7 +21,8 @@ def export_model(
         if value is not None and to != of:
             raise UserError(f'{option} "{value}": is of --format {of}, not of {to}')
     if to == "megatron":
-        from hybridtrain.formats.megatron_export import TRANSFORMER_ENGINE, export_megatron
+        from hybridtrain.formats.megatron_export import export_megatron
+        from hybridtrain.formats.megatron_names import TRANSFORMER_ENGINE
 
         implementation = transformer_impl or TRANSFORMER_ENGINE
         return export_megatron(run, out, implementation=implementation, max_file_bytes=max_bytes, dtype=dtype)
