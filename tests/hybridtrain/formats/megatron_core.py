@@ -1,8 +1,8 @@
 """megatron-core's own GPT model, on CPU ranks of this machine: what it saves, what it loads, its logits.
 
-`python -m tests.hybridtrain.formats.megatron_core RANK WORLD FOLDER` works off `FOLDER/jobs.pt`, a list of Job, in a process that does
-not have hybridtrain; logits go to `FOLDER/NAME.pt`. It builds its layers of torch (its `local` specification); the names
-that Transformer Engine's layers have are those of Megatron's source.
+`python -m tests.hybridtrain.formats.megatron_core RANK WORLD FOLDER` works off `FOLDER/jobs.pt`, a list of Job; logits go to
+`FOLDER/NAME.pt`. It imports nothing of hybridtrain. Layers are of torch (Megatron's `local` specification); with
+`transformer_impl="transformer_engine"` their tensors have the names that Transformer Engine's layers have.
 """
 
 from __future__ import annotations
