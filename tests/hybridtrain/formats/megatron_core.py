@@ -126,7 +126,7 @@ def make_model(args: Namespace, **degrees: int) -> Any:
     if args.transformer_impl == "transformer_engine":
         for layer in spec.layer_specs:
             if config.num_moe_experts and layer.submodules.mlp.module.__name__ == "MoELayer":
-                del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+                layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)  # layers share it
     return GPTModel(
         config,
         spec,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from argparse import Namespace
@@ -218,20 +217,25 @@ def test_a_settings_file_stands_in_for_args_and_a_tokenizer_must_be_named(
 
 
 class Unwanted:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    """Copies a file when it is unpickled."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self.paths = str(source), str(target)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
+        return shutil.copyfile, self.paths
 
 
 def test_nothing_in_the_files_is_run(exported: Path, tmp_path: Path) -> None:
-    write_args(exported, trap=Unwanted(tmp_path / "trapped"))
+    trap = Unwanted(exported / TRACKER, tmp_path / "trapped")
+    write_args(exported, trap=trap)
     index = pickle.loads((exported / RELEASE / METADATA).read_bytes())
-    index.planner_data = Unwanted(tmp_path / "trapped")
+    index.planner_data = trap
     (exported / RELEASE / METADATA).write_bytes(pickle.dumps(index))
     import_megatron(exported, tmp_path / "back")
     assert not (tmp_path / "trapped").exists()
+    pickle.loads(pickle.dumps(trap))
+    assert (tmp_path / "trapped").exists()
 
 
 def test_damaged_and_other_folders_are_refused(exported: Path, tmp_path: Path) -> None:

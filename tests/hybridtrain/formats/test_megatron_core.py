@@ -84,7 +84,7 @@ def given(tmp_path_factory: pytest.TempPathFactory, ci_data: Path) -> tuple[Path
         folder = root / "theirs" / name / "saved"
         jobs.append(Job(name, folder, Namespace(**{**BASE, **changes}), apart="apart" in name, layouts=layouts))
     for name, overrides in MEGATRON_RUNS.items():
-        run = random_run(root / "ours" / name, ci_data, *overrides)
+        run = random_run(root / f"our {name}", ci_data, *overrides)
         implementation = IMPLEMENTATIONS.get(name, "local")
         export_megatron(run, root / "exported" / name, implementation=implementation, max_file_bytes=300_000)
         jobs.append(Job(f"our {name}", root / "exported" / name / RELEASE))
@@ -124,6 +124,6 @@ def test_megatron_core_loads_every_key_of_an_export_and_has_our_logits(
 ) -> None:
     root, results = given
     assert len(list((root / "exported" / name / RELEASE).glob("*.distcp"))) > 1
-    parts, _, _ = open_checkpoint(root / "ours" / name)
+    parts, _, _ = open_checkpoint(root / f"our {name}")
     result = results[f"our {name}"]
     assert float((our_logits(parts, random_tokens(), NO_SEPARATOR) - result["logits"]).abs().max()) < 4 * result["noise"]
