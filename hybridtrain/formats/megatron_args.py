@@ -14,7 +14,6 @@ from hybridtrain.formats.torch_dist import COMMON
 from hybridtrain.settings import Settings, layer_specs, memory_layers
 
 NAME = "Megatron-core's GPT model"
-BIAS_RATE = 1e-3  # of Megatron-LM, where the arguments do not say
 
 _KEYS = {  # argument to setting below `model`
     "hidden_size": "dim",
@@ -69,6 +68,7 @@ LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("window_size", (None,), "attention to a sliding window"),
     ("experimental_attention_variant", (None,), "mixers other than attention"),
     ("linear_attention_type", (None,), "mixers other than attention"),
+    ("linear_attention_freq", (None,), "mixers other than attention"),
     ("is_hybrid_model", (None, False), "mixers other than attention"),
     ("hybrid_override_pattern", (None,), "mixers other than attention"),
     ("heterogeneous_layers_config_path", (None,), "layers of different shapes"),
@@ -78,10 +78,18 @@ LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("moe_latent_size", (None,), "experts of another width than the stream"),
     ("moe_apply_probs_on_input", (None, False), "gates before the experts"),
     ("moe_expert_capacity_factor", (None,), "experts that drop tokens by the batch"),
+    ("moe_router_topk_limited_devices", (None,), "groups of experts by device"),
     ("moe_router_score_function", (None, "softmax", "sigmoid"), "scores other than softmax and sigmoid"),
 )
 
-
+_DEFAULTS: Mapping[str, Any] = {  # of Megatron-LM, for arguments that a checkpoint lacks
+    "qk_layernorm": False,
+    "norm_epsilon": 1e-5,
+    "rotary_base": 10_000,
+    "moe_router_score_function": "softmax",
+    "moe_layer_freq": 1,
+    "moe_router_bias_update_rate": 1e-3,
+}
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "untie_embeddings_and_output_weights")
 
 
@@ -90,21 +98,21 @@ def from_args(args: Namespace) -> tuple[dict[str, Any], list[str]]:
 
     Raises FormatError where they lack what every model has.
     """
-    said = dict(vars(args))
-    if missing := [key for key in _REQUIRED if said.get(key) is None]:
+    said = {**_DEFAULTS, **{key: value for key, value in vars(args).items() if value is not None}}
+    if missing := [key for key in _REQUIRED if key not in said]:
         raise FormatError(f"args in {COMMON}", [f"{key} is missing" for key in missing])
     problems = [f"{key}={_show(said[key])}: {what}" for key, absent, what in LACKING if said.get(key) not in absent]
     if not said.get("kv_channels"):
         said["kv_channels"] = said["hidden_size"] // said["num_attention_heads"]
     if not said.get("group_query_attention"):
         said["num_query_groups"] = said["num_attention_heads"]
-    values = {ours: said[key] for key, ours in _KEYS.items() if said.get(key) is not None}
+    values = {ours: said[key] for key, ours in _KEYS.items() if key in said}
     values["tie_embeddings"] = not said["untie_embeddings_and_output_weights"]
     kinds = ["dense"] * said["num_layers"]
     if said.get("num_experts"):
-        kinds = _kinds(said.get("moe_layer_freq", 1), said["num_layers"])
+        kinds = _kinds(said["moe_layer_freq"], said["num_layers"])
         said["moe_ffn_hidden_size"] = said.get("moe_ffn_hidden_size") or said["ffn_hidden_size"]
-        values |= {ours: said[key] for key, ours in _MOE_KEYS.items() if said.get(key) is not None}
+        values |= {ours: said[key] for key, ours in _MOE_KEYS.items()}
         if len(kinds) != said["num_layers"]:
             problems.append(
                 f"moe_layer_freq={_show(said['moe_layer_freq'])}: a number, or 0 or 1 for each of {said['num_layers']} layers"
@@ -125,7 +133,7 @@ def _kinds(frequency: Any, num_layers: int) -> list[str]:
 def _routing(said: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Settings of the router and of shared experts, and what is lacking."""
     problems = []
-    score, width = said.get("moe_router_score_function"), said["moe_ffn_hidden_size"]
+    score, width = said["moe_router_score_function"], said["moe_ffn_hidden_size"]
     shared = said.get("moe_shared_expert_intermediate_size") or 0
     if said.get("moe_router_load_balancing_type") == "sinkhorn":
         problems.append('moe_router_load_balancing_type="sinkhorn": routing by Sinkhorn\'s algorithm')
@@ -135,7 +143,7 @@ def _routing(said: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "moe.num_shared": shared // width,
         "moe.normalize_gates": said["moe_router_topk"] > 1 if score == "sigmoid" else not said.get("moe_router_pre_softmax"),
         "moe.gate_scale": said.get("moe_router_topk_scaling_factor") or 1.0,
-        "moe.bias_rate": said.get("moe_router_bias_update_rate", BIAS_RATE) if said.get("moe_router_enable_expert_bias") else 0.0,
+        "moe.bias_rate": said["moe_router_bias_update_rate"] if said.get("moe_router_enable_expert_bias") else 0.0,
     }
     if said.get("moe_router_group_topk"):
         values |= {"moe.num_groups": said.get("moe_router_num_groups") or 1, "moe.top_groups": said["moe_router_group_topk"]}

@@ -78,13 +78,14 @@ def _model(saved: Path, settings_file: Path | None) -> tuple[dict[str, Any], int
 def _tensors(weights: TorchDist, settings: Settings) -> dict[str, LazyTensor]:
     """Our tensors, to be made of theirs; FormatError where theirs are not the ones that the settings promise."""
     model = settings.model
+    has_bias = model.moe.score == "sigmoid" and model.moe.bias_rate > 0
     layout = Layout.of_keys(weights.shapes, len(layer_specs(settings)), model.moe.num_experts)
     expected: dict[str, tuple[int, ...]] = {}
     out: dict[str, LazyTensor] = {}
     for name, value in model_tensors(settings, model.vocab_size).items():
         shape = tuple(value.shape)
         regions = _regions(name, shape, layout, model, weights.shapes)
-        if name.endswith("bias_E") and regions[0].key not in weights.shapes:
+        if name.endswith("bias_E") and regions[0].key not in weights.shapes and not has_bias:
             regions = []
         expected |= {region.key: region.whole for region in regions}
         out[f"model.{name}"] = LazyTensor(shape, torch.float32, partial(_make, weights, name, regions, model, shape))

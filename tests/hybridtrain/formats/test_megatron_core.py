@@ -27,7 +27,7 @@ pytestmark = [
 
 NO_SEPARATOR = -1
 BASE = {
-    "num_layers": 3,
+    "num_layers": 4,
     "hidden_size": 64,
     "ffn_hidden_size": 96,
     "num_attention_heads": 4,
@@ -61,7 +61,7 @@ SIGMOID = {
     "moe_router_num_groups": 4,
     "moe_router_group_topk": 1,
 }
-MIXED = {"moe_layer_freq": [0, 1, 1], "transformer_impl": "transformer_engine"}
+MIXED = {"moe_layer_freq": [0, 1, 1, 1], "transformer_impl": "transformer_engine"}
 THEIRS: dict[str, dict[str, Any]] = {
     "dense": {"qk_layernorm": True},
     "dense, tied": {"untie_embeddings_and_output_weights": False, "group_query_attention": False, "rotary_base": 10_000},
