@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from hybridtrain.checkpoint.files import METADATA
-from hybridtrain.checkpoint.stored import LazyTensor
+from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors
 from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.errors import DataError, FormatError, UserError
 from hybridtrain.formats.megatron_export import export_megatron
 from hybridtrain.formats.megatron_import import import_megatron
+from hybridtrain.formats.megatron_names import join_qkv, split_qkv
 from hybridtrain.formats.torch_dist import COMMON, RELEASE, TRACKER, Region, TorchDist, read_common, write_torch_dist
+from hybridtrain.run_folder import find_checkpoint
 from tests.console import hybridtrain, refused
 from tests.hybridtrain.formats.tiny import MEGATRON_RUNS, equal_weights, random_run, whole
 
@@ -58,6 +60,9 @@ def test_the_export_is_named_and_described_as_megatrons(moe: tuple[Path, Path], 
     shapes = TorchDist(out / RELEASE).shapes
     assert shapes["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"] == (8, 2 * 48, 48)
     assert shapes["decoder.layers.1.self_attention.linear_qkv.weight"] == ((4 + 2 * 2) * 12, 48)
+    fc1_EXD = whole(TorchDist(out / RELEASE), "decoder.layers.1.mlp.experts.experts.linear_fc1.weight")
+    gate_EDF = StoredTensors(find_checkpoint(run)[1]).read("model.layers.1.feedforward.experts.w_gate")
+    assert torch.equal(fc1_EXD[:, :48], gate_EDF.mT)
     assert "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in shapes
     assert "decoder.layers.1.pre_mlp_layernorm.weight" in shapes
     common = read_common(out / RELEASE)
@@ -81,6 +86,15 @@ def test_the_export_is_named_and_described_as_megatrons(moe: tuple[Path, Path], 
     settings = import_megatron(out, tmp_path / "back")
     assert settings.model.layers == ("attention+dense", "2*attention+moe")
     assert equal_weights(run, tmp_path / "back")
+
+
+def test_each_key_value_head_has_its_queries_its_key_and_its_value_together() -> None:
+    # heads of two rows: queries 0 to 3, keys 4 and 5, values 6 and 7
+    heads = [torch.tensor([[number], [number + 0.5]]) for number in range(8)]
+    q, k, v = torch.cat(heads[:4]), torch.cat(heads[4:6]), torch.cat(heads[6:])
+    joined = join_qkv(q, k, v, head_dim=2)
+    assert joined[::2, 0].tolist() == [0, 1, 4, 6, 2, 3, 5, 7]
+    assert all(torch.equal(a, b) for a, b in zip(split_qkv(joined, 2, 2), (q, k, v), strict=True))
 
 
 def rewrite(folder: Path, cut: Callable[[Region], list[tuple[str, Region]]]) -> None:
