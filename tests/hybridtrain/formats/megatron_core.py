@@ -51,12 +51,18 @@ def run(jobs: list[Job], tokens_BT: Tensor, folder: Path, world: int = 2) -> dic
     torch.save((jobs, tokens_BT), folder / "jobs.pt")
     command = [sys.executable, "-m", __name__]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([*command, str(r), str(world), str(folder)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        for r in range(world)
-    ]
-    errors = [rank.communicate(timeout=250)[1] for rank in ranks]
-    assert not any(rank.returncode for rank in ranks), "\n".join(errors)
+    logs = [folder / f"rank{rank}.log" for rank in range(world)]
+    ranks = []
+    try:
+        for rank, log in enumerate(logs):
+            with log.open("w") as stream:
+                arguments = [str(rank), str(world), str(folder)]
+                ranks.append(subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stderr=stream))
+        status = [rank.wait(timeout=250) for rank in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert not any(status), "\n".join(log.read_text() for log in logs)
     return {job.name: torch.load(folder / f"{job.name}.pt") for job in jobs}
 
 
