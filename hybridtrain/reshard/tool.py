@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,9 +30,9 @@ from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.metrics import METRICS
 from hybridtrain.parallel.collectives import Group
-from hybridtrain.reshard.copy import Copy, plan_segments
+from hybridtrain.reshard.copy import Copy, plan_segments, plan_threads
 from hybridtrain.reshard.digest import digest_of
-from hybridtrain.reshard.journal import Journal, StoredPiece
+from hybridtrain.reshard.journal import Journal
 from hybridtrain.reshard.placement import place_model
 from hybridtrain.reshard.progress import CopyProgress
 from hybridtrain.reshard.source import Source, grown_shapes
@@ -74,7 +75,9 @@ def reshard(
     info = checkpoint.read_info(saved)
     target = plan_target(info, out, overrides, nproc, growth)
     source = _source(saved, info, target, growth)
-    segments = plan_segments(source, max_memory, target.layout.world)
+    threads = plan_threads(source, max_memory)
+    segments = plan_segments(source, target.layout.world)
+    verified = _verify_beside(saved, target.settings.checkpoint.verify)
     placement = place_model(target.settings, target.layout, target.vocab_size)
     boxes = {name: placement.boxes(name, shape) for name, shape in source.shapes.items()}
     sizes = [sum(source.num_bytes(span.name, span.low, span.high) for span in segment) for segment in segments]
@@ -86,7 +89,6 @@ def reshard(
         "settings": target.settings.model_dump(mode="json"),
         "ranks": target.layout.world,
         "growth": [growth.experts, growth.vocab, growth.router_noise],
-        "max_memory": max_memory,
         "version": __version__,
     }
     with Journal(out, job) as journal:
@@ -95,10 +97,13 @@ def reshard(
                 write_whole(final.parent / LATEST, final.name.encode())
                 journal.remove()
                 return outcome
-            checkpoint.verify(saved, target.settings.checkpoint.verify, ALONE)
             _begin(staging, journal)
             with CopyProgress(sum(sizes), sum(sizes[: len(journal.done)]), show) as progress:
-                Copy(source, boxes, segments, staging, progress.advance).run(journal)
+                try:
+                    Copy(source, boxes, segments, staging, progress.advance).run(journal, threads, verified)
+                except DamagedCheckpoint:
+                    verified.result()  # knows better which file it is
+                    raise
             digests = _digests(source, journal)
             _compare(saved, info, digests, source)
             files = _write_index(staging, source, journal)
@@ -132,6 +137,21 @@ def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -
     settings = target.settings
     softmax = settings.model.moe.score == "softmax"
     return Source(stored, grown_shapes(stored.shapes, before, after), growth.router_noise, settings.run.seed, softmax)
+
+
+def _verify_beside(saved: Path, level: str) -> Future[None]:
+    """Compare the files of a checkpoint with their checksums, in a thread that does not keep the process from ending."""
+    done: Future[None] = Future()
+
+    def verify() -> None:
+        try:
+            checkpoint.verify(saved, level, ALONE)
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+
+    Thread(target=verify, name="verify", daemon=True).start()
+    return done
 
 
 def _begin(staging: Path, journal: Journal) -> None:
@@ -171,7 +191,7 @@ def _write_index(staging: Path, source: Source, journal: Journal) -> Records:
     for piece in (piece for segment in journal.done for piece in segment.pieces):
         offsets, sizes = torch.Size(piece.offsets), torch.Size(piece.sizes)
         chunks[piece.name].append(ChunkStorageMetadata(offsets, sizes))
-        results.append(_result(piece))
+        results.append(WriteResult(MetadataIndex(piece.name, piece.offsets), piece.length, piece.place))
     tensors = {
         name: TensorStorageMetadata(TensorProperties(source.dtype(name)), torch.Size(source.shapes[name]), parts)
         for name, parts in chunks.items()
@@ -180,11 +200,6 @@ def _write_index(staging: Path, source: Source, journal: Journal) -> Records:
     writer.finish(Metadata(dict(tensors), planner_data={name: (name,) for name in tensors}), [results])
     flush_folder(staging)
     return {name: record for segment in journal.done for name, record in segment.files.items()} | writer.records
-
-
-def _result(piece: StoredPiece) -> WriteResult:
-    index = MetadataIndex(piece.name, piece.offsets)
-    return WriteResult(index, piece.length, _StorageInfo(piece.file, piece.start, piece.length))
 
 
 def _describe(info: dict[str, Any], target: Target) -> dict[str, Any]:

@@ -124,11 +124,16 @@ def test_damage_is_noticed_before_and_behind(run: Path, tmp_path: Path, monkeypa
     file.write_bytes(content)
     with pytest.raises(DamagedCheckpoint, match=f"{file.name}: is damaged"):
         reshard(broken, tmp_path / "a", nproc=2)
+    file.write_bytes(content[: len(content) // 2])  # what is missing is missed by who copies it, too
+    with pytest.raises(DamagedCheckpoint, match=f"{file.name}: is damaged: it has {len(content) // 2} bytes"):
+        reshard(broken, tmp_path / "a", nproc=2)
+    assert checkpoint.latest(tmp_path / "a" / "checkpoints") is None
+    assert len((tmp_path / "a" / NAME).read_text().splitlines()) == 1  # the job, and nothing that was done
     real = copy.Copy._read_back
 
-    def flip(self: copy.Copy, span: copy.Span, pieces: list[object]) -> torch.Tensor:
-        rows = real(self, span, pieces)  # type: ignore[arg-type]
-        if span.name == "memory.table":
+    def flip(self: copy.Copy, name: str, *rest: object) -> torch.Tensor:
+        rows = real(self, name, *rest)  # type: ignore[arg-type]
+        if name == "memory.table":
             rows[7, 3] += 1
         return rows
 
