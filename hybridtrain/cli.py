@@ -237,6 +237,7 @@ def reshard(
     grow_experts: Annotated[int | None, typer.Option(min=1, help="number of experts to grow to; new ones are copies")] = None,
     router_noise: Annotated[float, typer.Option(min=0.0, help="on the new experts' router rows, relative to their size")] = 0.0,
     extend_vocab: Annotated[int | None, typer.Option(min=1, help="rows of embedding and head to extend to")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json with more tokens behind those of the run's")] = None,
 ) -> None:
     """Lay a checkpoint out for another layout, without its ranks; every tensor's checksum stays what it was."""
     from hybridtrain.formats.shards import parse_size
@@ -251,7 +252,7 @@ def reshard(
         overrides or [],
         nproc=nproc,
         max_memory=parse_size("--max-memory", max_memory),
-        growth=Growth(grow_experts, extend_vocab, router_noise),
+        growth=Growth(grow_experts, extend_vocab, router_noise, tokenizer),
         show=sys.stderr.isatty(),
     )
     print(f"{out}: {done.tensors} tensors, {done.bytes:,} bytes for {done.layout}; every tensor's xxh3 is what it was")

@@ -37,6 +37,7 @@ from hybridtrain.reshard.placement import place_model
 from hybridtrain.reshard.progress import CopyProgress
 from hybridtrain.reshard.source import Source, grown_shapes
 from hybridtrain.reshard.target import Growth, Target, plan_target
+from hybridtrain.reshard.tokens import NewTokenizer, take_tokenizer
 from hybridtrain.run_folder import ADDRESSING, CHECKPOINTS, SETTINGS, find_checkpoint
 from hybridtrain.weights import COMPANIONS, model_tensors
 
@@ -74,6 +75,9 @@ def reshard(
     run, saved = find_checkpoint(path)
     info = checkpoint.read_info(saved)
     target = plan_target(info, out, overrides, nproc, growth)
+    tokenizer = None
+    if growth.tokenizer is not None:
+        tokenizer = take_tokenizer(growth.tokenizer, run, info, target)
     source = _source(saved, info, target, growth)
     threads = plan_threads(source, max_memory)
     segments = plan_segments(source, target.layout.world)
@@ -88,7 +92,7 @@ def reshard(
         "source": info["xxh3"],
         "settings": target.settings.model_dump(mode="json"),
         "ranks": target.layout.world,
-        "growth": [growth.experts, growth.vocab, growth.router_noise],
+        "growth": [growth.experts, growth.vocab, growth.router_noise, tokenizer.digest if tokenizer is not None else None],
         "version": __version__,
     }
     with Journal(out, job) as journal:
@@ -107,8 +111,9 @@ def reshard(
             digests = _digests(source, journal)
             _compare(saved, info, digests, source)
             files = _write_index(staging, source, journal)
-            _write_companions(run, out, target)
-            checkpoint.commit_folder(staging, final, _describe(info, target) | {"files": files, "tensors": digests})
+            _write_companions(run, out, target, tokenizer)
+            said = _describe(info, target, tokenizer) | {"files": files, "tensors": digests}
+            checkpoint.commit_folder(staging, final, said)
             journal.remove()
         except OSError as error:
             where = f"{error.filename or out}: cannot be written{free_space(out)}: {error.strerror}"
@@ -202,23 +207,38 @@ def _write_index(staging: Path, source: Source, journal: Journal) -> Records:
     return {name: record for segment in journal.done for name, record in segment.files.items()} | writer.records
 
 
-def _describe(info: dict[str, Any], target: Target) -> dict[str, Any]:
-    """What the new checkpoint says of itself: what the old one did, but for where its parts lie."""
+def _describe(info: dict[str, Any], target: Target, tokenizer: NewTokenizer | None) -> dict[str, Any]:
+    """What the new checkpoint says of itself: what the old one did, but for where its parts lie, and its tokenizer."""
     gone = ("xxh3", "files", "base", "tensors")
-    return {key: value for key, value in info.items() if key not in gone} | {
-        "version": __version__,
-        "torch": torch.__version__,
-        "layout": target.layout.describe(),
-        "identity": checkpoint.identity(target.settings),
-        "vocab_size": target.vocab_size,
-        "settings": target.settings.model_dump(mode="json"),
-    }
+    tokens: dict[str, Any] = {}
+    if tokenizer is not None:
+        tokens = {"tokenizer_digest": tokenizer.digest, "addressing": tokenizer.addressing}
+        if "guard" in info:
+            tokens["guard"] = info["guard"] | {"losses": []}  # losses a token, of other tokens
+    kept = {key: value for key, value in info.items() if key not in gone}
+    return (
+        kept
+        | tokens
+        | {
+            "version": __version__,
+            "torch": torch.__version__,
+            "layout": target.layout.describe(),
+            "identity": checkpoint.identity(target.settings),
+            "vocab_size": target.vocab_size,
+            "settings": target.settings.model_dump(mode="json"),
+        }
+    )
 
 
-def _write_companions(run: Path, out: Path, target: Target) -> None:
+def _write_companions(run: Path, out: Path, target: Target, tokenizer: NewTokenizer | None) -> None:
     """What belongs to a run beside its checkpoints, its curve included."""
     for name in (TOKENIZER, COMPRESSION, ADDRESSING, METRICS, *COMPANIONS):
         if (run / name).is_file():
             shutil.copyfile(run / name, out / name)
+    if tokenizer is not None:
+        (out / TOKENIZER).write_bytes(tokenizer.content)
+        (out / COMPRESSION).write_bytes(tokenizer.compression_file)
+        if tokenizer.addressing is not None:
+            (out / ADDRESSING).write_text(tokenizer.addressing, encoding="utf-8")
     (out / SETTINGS).write_text(dump_settings(target.settings), encoding="utf-8")
     flush_folder(out)
