@@ -31,7 +31,7 @@ from hybridtrain.reshard.source import Source
 
 SEGMENT = 1 << 27  # what a kill may cost, for each thread
 PER_RANK = 1 << 24  # of a segment at least, so that files do not become small where ranks are many
-THREADS = 8  # at most; some of them wait for the disk
+THREADS = 8  # at most, and at least two: one of them may wait for the disk
 HELD = 4
 """Blocks that a thread holds at most: one that is read and what it is made of, or written and cut; one read back and its parts."""
 
@@ -56,7 +56,7 @@ def plan_threads(source: Source, max_memory: int) -> int:
             f"--max-memory {max_memory} bytes: {2 * HELD} blocks of {digest.BLOCK} bytes, or rows of {largest}, are held at once; "
             f"it may be {2 * each} or more"
         )
-    return min(THREADS, len(os.sched_getaffinity(0)) + 2, max_memory // each)
+    return min(THREADS, max(2, len(os.sched_getaffinity(0))), max_memory // each)
 
 
 def plan_segments(source: Source, ranks: int) -> list[list[Span]]:
