@@ -230,7 +230,7 @@ def import_(
 @app.command()
 def reshard(
     run: Annotated[Path, typer.Argument(metavar="IN", help="run folder, or one of its checkpoints")],
-    out: Annotated[Path, typer.Argument(help="run folder to write; one that was begun is gone on with")],
+    out: Annotated[str, typer.Argument(help="run folder to write; one that was begun is gone on with")],
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks to lay it out for; as few as the axes need if not given")] = None,
     max_memory: Annotated[str, typer.Option(help="of the tensors' bytes, what may be in memory, e.g. 512M or 2G")] = "512M",
@@ -245,10 +245,12 @@ def reshard(
     from hybridtrain.reshard import reshard as lay_out
     from hybridtrain.world import keep_freed_memory
 
+    if "://" in out:
+        raise UserError(f"{out}: OUT is a folder of this machine; its checkpoints may be copied to where checkpoint.dir will be")
     keep_freed_memory()  # blocks of the same sizes follow one another
     done = lay_out(
         run,
-        out,
+        Path(out),
         overrides or [],
         nproc=nproc,
         max_memory=parse_size("--max-memory", max_memory),

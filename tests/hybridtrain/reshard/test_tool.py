@@ -22,6 +22,7 @@ from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.reshard import Growth, copy, reshard
 from hybridtrain.reshard.journal import NAME
 from hybridtrain.reshard.tool import ALONE
+from hybridtrain.run_folder import find_checkpoint
 from tests.console import hybridtrain, refused
 from tests.hybridtrain.conftest import TWO_RANKS
 from tests.hybridtrain.reshard.layouts import LAYOUTS, digests, latest, next_losses, overrides
@@ -162,6 +163,7 @@ def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path:
     with pytest.raises(UserError, match=r"--max-memory 1000 bytes: 8 blocks .* it may be 33554432 or more"):
         reshard(run, out, max_memory=1000)
     assert not out.exists()
+    assert "OUT is a folder of this machine" in refused(hybridtrain("reshard", run, "s3://bucket/run"))
     message = refused(hybridtrain("reshard", run, out, "parallel.ep=3", "--grow-experts", 4))
     assert "--grow-experts 4: the model has 8, and none can be taken away; it may be more" in message
     done = hybridtrain(
@@ -169,6 +171,14 @@ def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path:
     )
     assert done.status == 0, done
     assert "for pp 2 · tp 2 · edp 2 · mem 2 · mem_replicate 2; every tensor's xxh3 is what it was" in done.out
+
+
+def test_a_checkpoint_elsewhere_knows_its_run(run: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "far" / "away"
+    shutil.copytree(latest(run), elsewhere)
+    assert find_checkpoint(elsewhere) == (run, elsewhere)
+    reshard(elsewhere, tmp_path / "out", overrides("tp 2"), nproc=2)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
 
 
 def peak_of_a_large_table(run: Path, folder: Path, max_memory: int) -> tuple[int, int]:
