@@ -56,7 +56,7 @@ def plan_threads(source: Source, max_memory: int) -> int:
             f"--max-memory {max_memory} bytes: {2 * HELD} blocks of {digest.BLOCK} bytes, or rows of {largest}, are held at once; "
             f"it may be {2 * each} or more"
         )
-    return min(THREADS, max(2, len(os.sched_getaffinity(0))), max_memory // each)
+    return min(THREADS, max(2, os.cpu_count() or 1), max_memory // each)
 
 
 def plan_segments(source: Source, ranks: int) -> list[list[Span]]:
@@ -106,8 +106,10 @@ class Copy:
                         verified.result()
                         while finished:
                             journal.add(finished.pop(0))
-            except BaseException:
+            except BaseException as error:
                 pool.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, DamagedCheckpoint):
+                    verified.result()  # knows better which file it is
                 raise
         verified.result()  # where nothing was left to copy
 

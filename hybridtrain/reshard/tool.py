@@ -75,9 +75,7 @@ def reshard(
     run, saved = find_checkpoint(path)
     info = checkpoint.read_info(saved)
     target = plan_target(info, out, overrides, nproc, growth)
-    tokenizer = None
-    if growth.tokenizer is not None:
-        tokenizer = take_tokenizer(growth.tokenizer, run, info, target)
+    tokenizer = take_tokenizer(growth.tokenizer, run, info, target) if growth.tokenizer is not None else None
     source = _source(saved, info, target, growth)
     threads = plan_threads(source, max_memory)
     segments = plan_segments(source, target.layout.world)
@@ -103,11 +101,7 @@ def reshard(
                 return outcome
             _begin(staging, journal)
             with CopyProgress(sum(sizes), sum(sizes[: len(journal.done)]), show) as progress:
-                try:
-                    Copy(source, boxes, segments, staging, progress.advance).run(journal, threads, verified)
-                except DamagedCheckpoint:
-                    verified.result()  # knows better which file it is
-                    raise
+                Copy(source, boxes, segments, staging, progress.advance).run(journal, threads, verified)
             digests = _digests(source, journal)
             _compare(saved, info, digests, source)
             files = _write_index(staging, source, journal)
