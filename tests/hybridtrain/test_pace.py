@@ -31,7 +31,7 @@ def test_the_slowest_rank_is_measured_by_its_stage(own: list[float], stages: lis
 
 
 def train_slowly(settings: Settings) -> None:
-    """On a rank: rank 1 takes 0.15 s longer for each forward pass, and the other waits for it within its own."""
+    """On a rank: rank 1 takes half a second longer for each forward pass, and the other waits for it within its own."""
     import os
 
     real = Clock.phase
@@ -40,7 +40,7 @@ def train_slowly(settings: Settings) -> None:
     def phase(clock: Clock, name: str) -> Iterator[None]:
         with real(clock, name):
             if name == "forward" and os.environ["RANK"] == "1":
-                time.sleep(0.15)
+                time.sleep(0.5)
             yield
 
     Clock.phase = phase  # type: ignore[method-assign]
@@ -54,6 +54,6 @@ def test_a_slow_rank_is_named_though_all_ranks_take_as_long(ci_data: Path, tmp_p
     lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert [line["slowest/rank"] for line in lines] == [1, 1]
     last = lines[-1]
-    assert last["slowest/seconds_per_step"] > 0.15
+    assert last["slowest/seconds_per_step"] > 0.5
     assert last["slowest/over_median"] > 2.0
-    assert last["seconds_per_step"] > 0.15  # of rank 0, which waited
+    assert last["seconds_per_step"] > 0.5  # of rank 0, which waited

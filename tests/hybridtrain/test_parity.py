@@ -18,13 +18,16 @@ from tests.training import ci_settings, loss_curve, train_on
 
 LAYOUTS = [
     (2, "parallel.ep=2", "parallel.mem=2"),
+    (4, "parallel.dp_replicate=2", "parallel.ep=2", "parallel.mem=4"),
+    (4, "parallel.ep=4", "parallel.mem=4", 'parallel.dispatch="hierarchical"', "parallel.node_size=2"),
+]
+MORE = [
     (4, "parallel.ep=2", "parallel.mem=4"),
     (4, "parallel.ep=4", "parallel.mem=2", "parallel.reshard_after_forward=true"),
     (4, "parallel.ep=1", "parallel.mem=1"),
-    (4, "parallel.dp_replicate=2", "parallel.ep=2", "parallel.mem=4"),
     (4, "parallel.cp=2", "parallel.ep=4", "parallel.mem=2"),
-    (4, "parallel.ep=4", "parallel.mem=4", 'parallel.dispatch="hierarchical"', "parallel.node_size=2"),
 ]
+SLOW = [pytest.param(layout, marks=pytest.mark.parity) for layout in MORE]
 LR = 0.001  # optim.lr: what one update moves a parameter by, at most
 STEP = LR * 5  # optim.lr * memory.lr_multiplier: what one update moves a row by, in each dim
 
@@ -60,7 +63,7 @@ def assert_same_state(run: Path, reference: Path) -> None:
                 assert float(difference.abs().max()) < LR / 10, name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: " ".join(map(str, layout)))
+@pytest.mark.parametrize("layout", [*LAYOUTS, *SLOW], ids=lambda layout: " ".join(map(str, layout)))
 def test_layouts_train_alike(trained: Callable[..., Path], layout: tuple[int, ...]) -> None:
     assert_same_curve(trained(*layout), trained(1))
     assert_same_state(trained(*layout), trained(1))
