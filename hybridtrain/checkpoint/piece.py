@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.storage import _storage_type_to_dtype_map
+from torch.utils import serialization
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,10 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 @lru_cache(maxsize=1 << 10)
 def frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What `torch.save` writes before and behind the bytes of a contiguous tensor, which may then come in parts.
-
-    Of checksums (CRC-32) of what is between it knows nothing, so `save.compute_crc32` must be off.
-    """
+    """What `torch.save` writes before and behind the bytes of a contiguous tensor, which may then come in parts; no CRC-32."""
     stream = _Frame()
-    with torch.serialization.skip_data():  # it leaves room for the data by moving on, and does not look at it
+    config = cast(Any, serialization.config)
+    with config.patch({"save.compute_crc32": False}), torch.serialization.skip_data():  # it leaves room for data by moving on
         torch.save(torch.empty(shape, dtype=dtype), cast(IO[bytes], stream))
     return bytes(stream.head), bytes(stream.tail)
 

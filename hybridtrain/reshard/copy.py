@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils import serialization
 
 from hybridtrain.checkpoint.blocks import BLOCK_BYTES
 from hybridtrain.checkpoint.files import Writer
@@ -95,8 +94,7 @@ class Copy:
 
         Raises what that raises, DamagedCheckpoint where the copy reads back otherwise than the source, and OSError.
         """
-        config = cast(Any, serialization.config)
-        with config.patch({"save.compute_crc32": False}), ThreadPoolExecutor(threads, "copy") as pool:  # files have checksums
+        with ThreadPoolExecutor(threads, "copy") as pool:
             upcoming = [pool.submit(self._copy, number) for number in range(len(journal.done), len(self.segments))]
             try:
                 finished: list[Segment] = []
