@@ -192,39 +192,32 @@ def kernels_bench(as_json: Json = False) -> None:
 def export(
     run: Annotated[Path, typer.Argument(help="run folder, or one of its checkpoints")],
     out: Annotated[Path, typer.Argument(help="folder that receives the model")],
-    to: Annotated[str, typer.Option("--format", help="hf: a Hugging Face folder")] = "hf",
-    family: Annotated[str, typer.Option(help="architecture to write; auto: the first that is the same model")] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="of a safetensors file, e.g. 5GB; also what is held in memory")] = "5GB",
+    to: Annotated[str, typer.Option("--format", help="hf: a Hugging Face folder; megatron: a torch_dist checkpoint")] = "hf",
+    family: Annotated[str | None, typer.Option(help="architecture of hf; auto: the first that is the same model")] = None,
+    transformer_impl: Annotated[str | None, typer.Option(help="of megatron: transformer_engine or local")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="of a file of weights, e.g. 5GB")] = "5GB",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
 ) -> None:
     """Write a checkpoint in another format."""
-    from hybridtrain.formats.folder import need_transformers
+    from hybridtrain.formats.command import export_model
 
-    if to != "hf":
-        raise UserError(f'--format "{to}": it may be hf')
-    need_transformers()
-    from hybridtrain.formats.hf_export import export_hf
-    from hybridtrain.formats.shards import parse_size
-
-    written = export_hf(run, out, family=family, max_shard_bytes=parse_size("--max-shard-size", max_shard_size), dtype=dtype)
-    print(f"{out}: {written}")
+    print(f"{out}: {export_model(run, out, to, family, transformer_impl, max_shard_size, dtype)}")
 
 
 @app.command(name="import")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="Hugging Face folder: config.json, safetensors, tokenizer.json")],
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder, or a torch_dist checkpoint of Megatron-LM")],
     out: Annotated[Path, typer.Argument(help="folder that receives the weights; runs start from it")],
     separator: Annotated[str | None, typer.Option(help="token that stands before each document")] = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="train.seq_len to write; at most 1024 if not given")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="of Megatron: a tokenizer.json; else the folder's")] = None,
+    settings: Annotated[Path | None, typer.Option(help="of Megatron: TOML with its [model]; else its args")] = None,
 ) -> None:
     """Take the weights of a published model."""
-    from hybridtrain.formats.folder import need_transformers
+    from hybridtrain.formats.command import import_model
 
-    need_transformers()
-    from hybridtrain.formats.hf_import import import_hf
-
-    settings = import_hf(folder, out, separator=separator, seq_len=seq_len)
-    print(f"{out}: {', '.join(settings.model.layers)}; train from it with hybridtrain train {out}/settings.toml")
+    made = import_model(folder, out, separator, seq_len, tokenizer, settings)
+    print(f"{out}: {', '.join(made.model.layers)}; train from it with hybridtrain train {out}/settings.toml")
 
 
 @app.command()
@@ -240,7 +233,7 @@ def reshard(
     tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json with more tokens behind those of the run's")] = None,
 ) -> None:
     """Lay a checkpoint out for another layout, without its ranks; every tensor's checksum stays what it was."""
-    from hybridtrain.formats.shards import parse_size
+    from hybridtrain.formats.folder import parse_size
     from hybridtrain.reshard import Growth
     from hybridtrain.reshard import reshard as lay_out
     from hybridtrain.world import keep_freed_memory

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from hybridtrain.checkpoint.files import Reader, Records, Writer, quiet
 from hybridtrain.checkpoint.info import INFO, base_of, read_info
 from hybridtrain.checkpoint.piece import Piece
-from hybridtrain.errors import CheckpointError, DamagedCheckpoint
+from hybridtrain.errors import CheckpointError, DamagedCheckpoint, UserError
 from hybridtrain.pieces import pieces_for
 
 MEMORY = "memory."
@@ -155,7 +155,7 @@ class _Chunks:
 def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> Records:
     """Write a checkpoint's tensors into `folder`, one in memory at a time; returns what `checkpoint.json` says of its files.
 
-    Raises CheckpointError where that fails.
+    Raises CheckpointError where that fails, and the UserError of a tensor that cannot be made.
     """
     state = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
     writer = Writer(folder, single_file_per_rank=False)  # it keeps what it wrote to a file until the file is done
@@ -164,6 +164,8 @@ def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> Records:
             state_dict_saver.save(cast(dict[str, Any], state), storage_writer=writer, planner=_Maker(tensors), no_dist=True)
         except CheckpointException as error:
             ((cause, _),) = error.failures.values()
+            if isinstance(cause, UserError):
+                raise cause from None
             raise CheckpointError(f"{folder}: cannot be written: {type(cause).__name__}: {cause}") from None
     return writer.records
 

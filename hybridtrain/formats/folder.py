@@ -1,7 +1,8 @@
-"""What both directions need: transformers, and folders that are there whole or not at all."""
+"""What every format needs: libraries, sizes, and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 from hybridtrain.errors import UserError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def need_transformers() -> ModuleType:
@@ -41,3 +44,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes of "5GB", "200MB", "64K" or a plain number; units of a thousand, as transformers has them."""
+    match = re.fullmatch(r"(\d+)\s*([KMG]?B?)", text.strip().upper())
+    if match is None or int(match[1]) == 0:
+        raise UserError(f'{option} "{text}": write a number of bytes with KB, MB or GB, e.g. 5GB')
+    return int(match[1]) * _UNITS[match[2].rstrip("B")]

@@ -10,26 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hybridtrain import checkpoint
-from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors
-from hybridtrain.config import parse_settings
+from hybridtrain.checkpoint.stored import LazyTensor
 from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.data.tokenizer import load_tokenizer
-from hybridtrain.errors import CheckpointError, FormatError, UserError
+from hybridtrain.errors import FormatError, UserError
 from hybridtrain.formats import hybrid
 from hybridtrain.formats.families import FAMILIES, Family
 from hybridtrain.formats.folder import need_transformers, new_folder
+from hybridtrain.formats.ours import ROUTER_STATE, Source, biased, open_source, setting
 from hybridtrain.formats.shards import write_safetensors
-from hybridtrain.formats.tensors import is_stacked, their_shape, to_theirs
-from hybridtrain.run_folder import find_checkpoint
+from hybridtrain.formats.tensors import DTYPES, cast, their_shape
 from hybridtrain.settings import Settings, layer_specs, memory_layers
 from hybridtrain.weights import COMPANIONS
 
 AUTO = "auto"
-_ROUTER_STATE = ("router.load_E", "router.bias_E")  # of training; biases that are not zero are a misfit
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int = 5 * 10**9, dtype: str = "float32") -> str:
@@ -40,14 +35,9 @@ def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int
     """
     if dtype not in DTYPES:
         raise UserError(f'--dtype "{dtype}": it may be {", ".join(DTYPES)}')
-    run, saved = find_checkpoint(path)
-    if not (run / TOKENIZER).is_file():
-        raise CheckpointError(f"{run} lacks {TOKENIZER}, which belongs to its checkpoints")
-    info = checkpoint.read_info(saved)
-    settings = parse_settings(info["settings"], source=str(saved))
-    checkpoint.verify(saved, settings.checkpoint.verify)
-    stored = StoredTensors(saved)
-    chosen = _choose(path, family, settings, _biased(stored))
+    source = open_source(path)
+    run, info, settings, stored = source
+    chosen = _choose(path, family, settings, biased(stored))
     transformers = need_transformers()
     ids = {"bos_token_id": info["separator_id"], "eos_token_id": info["separator_id"]}
     common = {"vocab_size": info["vocab_size"], "max_position_embeddings": settings.train.seq_len, "dtype": dtype, **ids}
@@ -58,9 +48,9 @@ def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int
             shutil.copyfile(hybrid.MODELLING_FILE, made / hybrid.MODELLING_FILE.name)
         else:
             config = _config(transformers, FAMILIES[chosen], settings, common)
-            tensors = _tensors(stored, settings, FAMILIES[chosen])
+            tensors = _tensors(source, FAMILIES[chosen])
         (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_safetensors(made, {name: _cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}, max_shard_bytes)
+        write_safetensors(made, {name: cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}, max_shard_bytes)
         _write_companions(run, made, info["separator_id"], settings.train.seq_len, ids)
     return chosen
 
@@ -84,7 +74,7 @@ def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
     if layers := memory_layers(settings):
         out.append(f"layers {', '.join(map(str, layers))} have a lookup memory; {name} has none")
     for key, value in family.fixed.items():
-        if (ours := _get(model, key)) != value and ("moe" in kinds or not key.startswith("moe.")):
+        if (ours := setting(model, key)) != value and ("moe" in kinds or not key.startswith("moe.")):
             out.append(f"model.{key}={json.dumps(ours)}: {name} has {json.dumps(value)}")
     if family.arrange(kinds) is None:
         out.append(f"model.layers={json.dumps(model.layers)}: {name} has {family.pattern}")
@@ -100,20 +90,9 @@ def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
     return out
 
 
-def _get(model: Any, key: str) -> Any:
-    for part in key.split("."):
-        model = getattr(model, part)
-    return model
-
-
-def _biased(stored: StoredTensors) -> bool:
-    biases = [name for name in stored.shapes if name.startswith("model.") and name.endswith("router.bias_E")]
-    return any(bool(stored.read(name).any()) for name in biases)
-
-
 def _config(transformers: Any, family: Family, settings: Settings, common: Mapping[str, Any]) -> dict[str, Any]:
     specs = layer_specs(settings)
-    values = {key: _get(settings.model, ours) for key, ours in family.keys.items()}
+    values = {key: setting(settings.model, ours) for key, ours in family.keys.items()}
     values |= {"num_hidden_layers": len(specs), "architectures": [family.architecture], "attention_bias": False}
     values |= {"rope_parameters": {"rope_type": "default", "rope_theta": settings.model.attention.rope_theta}}
     values |= family.arrange([spec.feedforward for spec in specs]) or {}
@@ -122,36 +101,18 @@ def _config(transformers: Any, family: Family, settings: Settings, common: Mappi
     return tree | {"rope_theta": settings.model.attention.rope_theta}  # where transformers 4 looks for it
 
 
-def _tensors(stored: StoredTensors, settings: Settings, family: Family) -> dict[str, LazyTensor]:
+def _tensors(source: Source, family: Family) -> dict[str, LazyTensor]:
     """Their tensors, to be made of ours. Raises FormatError where one of ours would be left behind."""
-    head_dim, out, left = settings.model.attention.head_dim, {}, []
-    for stored_name, shape in stored.shapes.items():
-        if not stored_name.startswith("model."):
-            continue
-        name = stored_name.removeprefix("model.")
-        names = family.their_names(name, settings.model.moe.num_experts)
-        if not names and not name.endswith(_ROUTER_STATE):
+    out, left = {}, []
+    for name, shape in source.tensors():
+        names = family.their_names(name, source.settings.model.moe.num_experts)
+        if not names and not name.endswith(ROUTER_STATE):
             left.append(f"{name} has no place in {family.architecture}")
         for number, theirs in enumerate(names):
-            expert = number if is_stacked(name) else None
-            make = partial(_make, stored, name, expert, head_dim)
-            out[theirs] = LazyTensor(their_shape(name, shape), torch.float32, make)
+            out[theirs] = LazyTensor(their_shape(name, shape), torch.float32, partial(source.make, name, number))
     if left:
-        raise FormatError(str(stored.path), left)
+        raise FormatError(str(source.stored.path), left)
     return out
-
-
-def _make(stored: StoredTensors, name: str, expert: int | None, head_dim: int) -> Tensor:
-    if expert is None:
-        return to_theirs(name, stored.read(f"model.{name}"), head_dim)
-    return to_theirs(name, stored.read(f"model.{name}", expert, expert + 1)[0], head_dim)
-
-
-def _cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """In another dtype where it is a matrix or table; norms, router biases and integers stay what they are."""
-    if not tensor.dtype.is_floating_point or len(tensor.shape) < 2:
-        return tensor
-    return LazyTensor(tensor.shape, dtype, lambda: tensor.make().to(dtype))
 
 
 def _write_companions(run: Path, made: Path, separator_id: int, seq_len: int, ids: dict[str, int]) -> None:

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 import json
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hybridtrain import __version__, checkpoint
-from hybridtrain.checkpoint.stored import LazyTensor, write_tensors
-from hybridtrain.config import dump_settings, parse_settings
-from hybridtrain.data.compress import compression_map
-from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, write_atomically
-from hybridtrain.data.sources import file_digest
-from hybridtrain.data.tokenizer import find_separator, load_tokenizer, vocabulary_size
+from hybridtrain.checkpoint.stored import LazyTensor
+from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.errors import FormatError, SettingsError, UserError
 from hybridtrain.formats.families import FAMILIES, LACKING, Family
-from hybridtrain.formats.folder import need_transformers, new_folder
+from hybridtrain.formats.folder import need_transformers
+from hybridtrain.formats.ours import SEQ_LEN, ImportedTokenizer, model_tree, settings_of_import, write_run
 from hybridtrain.formats.shards import SafetensorsFolder
-from hybridtrain.formats.tensors import their_shape, to_ours
-from hybridtrain.run_folder import SETTINGS
+from hybridtrain.formats.tensors import new_router_state, their_shape, to_ours
 from hybridtrain.settings import Settings
-from hybridtrain.weights import COMPANIONS, model_tensors
+from hybridtrain.weights import model_tensors
 
-SEQ_LEN = 1024  # where the model can see further: what fits a small machine
-LEARNING_RATE = 1e-4  # of going on with trained weights; the default is for new ones
 _IGNORED = ("rotary_emb.inv_freq",)  # computed, and stored by old versions only
 
 
@@ -51,27 +40,12 @@ def import_hf(folder: Path, out: Path, *, separator: str | None = None, seq_len:
         settings = _settings(config, family, out, seq_len)
     except SettingsError as error:
         problems += error.problems
-    tokenizer = load_tokenizer(folder / TOKENIZER)
-    separator, separator_id = find_separator(tokenizer, separator)
-    entries = vocabulary_size(tokenizer)
-    if entries > config.vocab_size:
-        problems.append(f"{TOKENIZER} has {entries} entries, the embedding {config.vocab_size} rows")
+    tokenizer = ImportedTokenizer(folder / TOKENIZER, separator)
+    problems += tokenizer.misfits(config.vocab_size)
     weights = SafetensorsFolder(folder)
     if settings is None or problems:
         raise FormatError(str(folder), problems)
-    tensors = _tensors(folder, weights, settings, family)
-    array = io.BytesIO()
-    np.save(array, compression_map(tokenizer))
-    with new_folder(out) as made:
-        for name in (TOKENIZER, *(c for c in COMPANIONS if (folder / c).is_file())):
-            shutil.copyfile(folder / name, made / name)
-        write_atomically(made / COMPRESSION, array.getvalue())
-        write_atomically(made / SETTINGS, dump_settings(settings).encode())
-        staging = made / "checkpoints" / "partial"
-        staging.mkdir(parents=True)
-        files = write_tensors(staging, tensors)
-        info = _describe(settings, separator_id, file_digest(made / TOKENIZER), family) | {"files": files}
-        checkpoint.commit_folder(staging, staging.with_name("step-00000000"), info)
+    write_run(out, settings, _tensors(folder, weights, settings, family), tokenizer, family.architecture)
     return settings
 
 
@@ -120,34 +94,15 @@ def _lacking(config: Any, family: Family | None) -> list[str]:
 
 def _settings(config: Any, family: Family, out: Path, seq_len: int | None) -> Settings:
     """Raises SettingsError where they contradict each other."""
-    model: dict[str, Any] = {"layers": _pattern(family.kinds(config)), "attention": {}, "dense": {}, "moe": {}}
+    kinds = family.kinds(config)
     values = {ours: getattr(config, key, None) for key, ours in family.keys.items()} | dict(family.fixed)
     if values["attention.head_dim"] is None:
         values["attention.head_dim"] = config.hidden_size // config.num_attention_heads
     values["attention.rope_theta"] = config.rope_parameters["rope_theta"]
-    for key, value in values.items():
-        section, _, leaf = key.rpartition(".")
-        (model[section] if section else model)[leaf] = value
-    if "moe" in family.kinds(config) and "feedforward.router.bias_E" not in family.layer:
-        model["moe"]["bias_rate"] = 0.0  # the architecture has no selection bias, and an export would have no place for it
-    tree = {
-        "run": {"dir": f"{out}-train"},
-        "data": {"path": str(out / "data"), "tokenizer": str(out / TOKENIZER)},
-        "model": model,
-        "optim": {"lr": LEARNING_RATE},
-        "train": {
-            "init_from": str(out),
-            "seq_len": seq_len or min(SEQ_LEN, config.max_position_embeddings),
-            "global_batch": 32,
-            "micro_batches": 8,
-        },
-    }
-    return parse_settings(tree, source="config.json")
-
-
-def _pattern(kinds: list[str]) -> list[str]:
-    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(kinds)]
-    return [f"{count}*attention+{kind}" if count > 1 else f"attention+{kind}" for kind, count in runs]
+    if "moe" in kinds and "feedforward.router.bias_E" not in family.layer:
+        values["moe.bias_rate"] = 0.0  # the architecture has no selection bias, and an export would have no place for it
+    seq_len = seq_len or min(SEQ_LEN, config.max_position_embeddings)
+    return settings_of_import(model_tree(values, kinds), out, seq_len, "config.json")
 
 
 def _tensors(folder: Path, weights: SafetensorsFolder, settings: Settings, family: Family) -> dict[str, LazyTensor]:
@@ -167,8 +122,8 @@ def _tensors(folder: Path, weights: SafetensorsFolder, settings: Settings, famil
 
 
 def _make(weights: SafetensorsFolder, name: str, theirs: tuple[str, ...], head_dim: int, shape: tuple[int, ...]) -> Tensor:
-    if not theirs:  # the state of a router that has seen no step
-        return torch.full(shape, 1 / shape[0] if name.endswith("load_E") else 0.0)
+    if not theirs:
+        return new_router_state(name, shape)
     return to_ours(name, [weights.read(t) for t in theirs], head_dim)
 
 
@@ -181,22 +136,3 @@ def _tensor_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str
     ]
     ignored = (*_IGNORED, *(["lm_head.weight"] if tied else []))
     return problems + [f"{name} has no place in our model" for name in found if name not in expected and not name.endswith(ignored)]
-
-
-def _describe(settings: Settings, separator_id: int, tokenizer_digest: str, family: Family) -> dict[str, Any]:
-    return {
-        "format": checkpoint.FORMAT,
-        "step": 0,
-        "sequences": 0,
-        "version": __version__,
-        "torch": torch.__version__,
-        "layout": f"imported from {family.architecture}",
-        "weights_only": True,
-        "identity": checkpoint.identity(settings),
-        "vocab_size": settings.model.vocab_size,
-        "separator_id": separator_id,
-        "tokenizer_digest": tokenizer_digest,
-        "addressing": None,
-        "memory_scalars": None,
-        "settings": settings.model_dump(mode="json"),
-    }

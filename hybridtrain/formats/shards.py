@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from hybridtrain.checkpoint.stored import LazyTensor
 from hybridtrain.errors import DataError, UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 class SafetensorsFolder:
@@ -85,11 +83,3 @@ def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.num_bytes for t in tensors.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def parse_size(option: str, text: str) -> int:
-    """Bytes of "5GB", "200MB", "64K" or a plain number; units of a thousand, as transformers has them."""
-    match = re.fullmatch(r"(\d+)\s*([KMG]?B?)", text.strip().upper())
-    if match is None or int(match[1]) == 0:
-        raise UserError(f'{option} "{text}": write a number of bytes with KB, MB or GB, e.g. 5GB')
-    return int(match[1]) * _UNITS[match[2].rstrip("B")]

@@ -13,6 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hybridtrain.checkpoint.stored import LazyTensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 _ROTATED = (".wq.weight", ".wk.weight", "mixer.q_norm.weight", "mixer.k_norm.weight")
 
 
@@ -43,6 +47,18 @@ def to_ours(name: str, values: Sequence[Tensor], head_dim: int) -> Tensor:
         return out_EDF
     (value,) = values
     return (_swap(value, 2, head_dim // 2) if name.endswith(_ROTATED) else value).float()
+
+
+def new_router_state(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Bias or load of a router that has seen no step."""
+    return torch.full(shape, 1 / shape[0] if name.endswith("load_E") else 0.0)
+
+
+def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """In another dtype where it is a matrix or table; norms, router biases and integers stay what they are."""
+    if not tensor.dtype.is_floating_point or len(tensor.shape) < 2:
+        return tensor
+    return LazyTensor(tensor.shape, dtype, lambda: tensor.make().to(dtype))
 
 
 def _swap(value: Tensor, outer: int, inner: int) -> Tensor:

@@ -70,6 +70,7 @@ def slow(*overrides: str) -> Any:
         slow(zero(1), "parallel.ep=1", "parallel.mem=1"),
         slow(zero(1), "parallel.cp=2", "parallel.ep=2", OFFLOAD),
         slow(zero(3), "parallel.ep=1"),
+        slow(zero(1), "parallel.ep=2", "train.compile=true"),
     ],
     ids=" ".join,
 )

@@ -27,7 +27,7 @@ def test_there_and_back_and_what_is_refused(ci_data: Path, tmp_path: Path) -> No
         assert after[key] == before[key]
 
     ours, out = tmp_path / "ours", tmp_path / "other"
-    assert '--format "gguf": it may be hf' in refused(hybridtrain("export", ours, out, "--format", "gguf"))
+    assert '--format "gguf": it may be hf or megatron' in refused(hybridtrain("export", ours, out, "--format", "gguf"))
     assert "back exists and is not empty; choose another folder" in refused(hybridtrain("export", ours, tmp_path / "back"))
     with pytest.raises(UserError, match='--family "gpt": it may be auto, llama, qwen3'):
         export_hf(ours, out, family="gpt")

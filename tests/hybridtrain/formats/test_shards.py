@@ -10,7 +10,8 @@ import torch
 
 from hybridtrain.checkpoint.stored import LazyTensor
 from hybridtrain.errors import DataError, UserError
-from hybridtrain.formats.shards import SafetensorsFolder, parse_size, write_safetensors
+from hybridtrain.formats.folder import parse_size
+from hybridtrain.formats.shards import SafetensorsFolder, write_safetensors
 
 VALUES = {f"t{i}": torch.arange(rows * 4, dtype=torch.float32).view(rows, 4) + i for i, rows in enumerate((3, 1, 20, 2, 2))}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
+from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.data.sources import file_digest
+from hybridtrain.formats.torch_dist import Region, TorchDist
 from hybridtrain.parallel.mesh import make_mesh
+from hybridtrain.run_folder import find_checkpoint
 from hybridtrain.world import resolve_layout
 from tests.training import ci_settings
 
@@ -60,12 +64,28 @@ THEIRS: dict[str, dict[str, Any]] = {
     "glm4_moe, one group": {**GLM, "first_k_dense_replace": 0, "n_shared_experts": 1},
 }
 
+MEGATRON_RUNS = {  # overrides of models of ours that are also Megatron's
+    "llama": ('model.layers=["2*attention+dense"]', "model.attention.qk_norm=false", "model.attention.num_kv_heads=2"),
+    "qwen3": ('model.layers=["2*attention+dense"]', "model.tie_embeddings=true", "model.norm_eps=1e-5", "model.vocab_size=1100"),
+    "mixtral": ('model.layers=["2*attention+moe"]', "model.attention.qk_norm=false", "model.attention.rope_theta=500"),
+    "softmax first": ('model.layers=["2*attention+moe"]', "model.moe.normalize_gates=false"),
+    "glm4_moe": (
+        'model.layers=["attention+dense", "2*attention+moe"]',
+        'model.moe.score="sigmoid"',
+        "model.moe.num_shared=1",
+        "model.moe.num_groups=2",
+        "model.moe.gate_scale=1.5",
+        "model.attention.num_kv_heads=2",
+    ),
+}
+
 
 def their_model(case: str, **changes: Any) -> Any:
     """transformers' model of a case of THEIRS in which nothing is zero or one, in float32."""
     family = case.partition(",")[0]
     torch.manual_seed(0)
-    config = transformers.CONFIG_MAPPING[family](**{**BASE, **THEIRS[case], **changes})
+    # copies: transformers write into the dicts that they are given
+    config = transformers.CONFIG_MAPPING[family](**copy.deepcopy({**BASE, **THEIRS[case], **changes}))
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for name, value in model.state_dict().items():
@@ -124,3 +144,17 @@ def our_logits(parts: Parts, tokens_BT: Tensor, separator: int) -> Tensor:
 def random_tokens(seed: int = 0) -> Tensor:
     """[2, 96] tokens of the tokenizer, no separator among them."""
     return torch.randint(1, 1024, (2, 96), generator=torch.Generator().manual_seed(seed))
+
+
+def whole(weights: TorchDist, key: str) -> Tensor:
+    """All of a tensor of a torch_dist checkpoint."""
+    shape = weights.shapes[key]
+    return weights.read(Region(key, shape, (0,) * len(shape), shape))
+
+
+def equal_weights(one: Path, other: Path) -> bool:
+    """Whether the parameters and selection biases of two runs' checkpoints are the same bits."""
+    a, b = (StoredTensors(find_checkpoint(run)[1]) for run in (one, other))
+    names = {name for name in a.shapes if not name.endswith("load_E")}
+    assert names == {name for name in b.shapes if not name.endswith("load_E")}
+    return all(torch.equal(a.read(name), b.read(name)) for name in names)

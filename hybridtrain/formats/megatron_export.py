@@ -1,0 +1,108 @@
+"""From a checkpoint of ours to a folder of Megatron-core's torch_dist format, which Megatron-LM loads."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hybridtrain.checkpoint.stored import LazyTensor
+from hybridtrain.data.manifest import TOKENIZER
+from hybridtrain.errors import FormatError, UserError
+from hybridtrain.formats.folder import new_folder
+from hybridtrain.formats.megatron_args import NAME, misfits, to_args
+from hybridtrain.formats.megatron_names import (
+    FC1_NORM,
+    IMPLEMENTATIONS,
+    JOINED,
+    LAYER,
+    MOE_NORM,
+    OUTSIDE,
+    QKV,
+    TRANSFORMER_ENGINE,
+    Layout,
+    join_qkv,
+    outside,
+    qkv_shape,
+)
+from hybridtrain.formats.ours import ROUTER_STATE, Source, biased, open_source
+from hybridtrain.formats.tensors import DTYPES, cast, their_shape
+from hybridtrain.formats.torch_dist import RELEASE, TRACKER, Region, write_torch_dist
+from hybridtrain.settings import layer_specs
+from hybridtrain.weights import COMPANIONS
+
+_FINAL_NORM = OUTSIDE["norm.weight"].removesuffix(".weight")
+_CONTENT = {"singleton_local_shards": False}  # what Megatron-LM keeps of how it cut the model, and asks a model for again
+
+
+def export_megatron(
+    path: Path,
+    out: Path,
+    *,
+    implementation: str = TRANSFORMER_ENGINE,
+    max_file_bytes: int = 5 * 10**9,
+    dtype: str = "float32",
+) -> str:
+    """Write the run folder or checkpoint `path` as the folder `out`, which Megatron-LM loads; returns what was written.
+
+    `implementation` is that of Megatron's layers, which names one norm. One tensor is in memory at a time, or the three of
+    queries, keys and values. Raises FormatError listing why Megatron's model is another.
+    """
+    for option, value, legal in (("--dtype", dtype, DTYPES), ("--transformer-impl", implementation, IMPLEMENTATIONS)):
+        if value not in legal:
+            raise UserError(f'{option} "{value}": it may be {", ".join(legal)}')
+    source = open_source(path)
+    settings = source.settings
+    has_bias = biased(source.stored)
+    if problems := misfits(settings, has_bias):
+        raise FormatError(f"{path} is no {NAME}", problems)
+    keeps_bias = settings.model.moe.score == "sigmoid" and (has_bias or settings.model.moe.bias_rate > 0)
+    args = to_args(settings, source.info["vocab_size"], keeps_bias, implementation)
+    pieces, states = _pieces(source, implementation, keeps_bias)
+    pieces = [(region, cast(tensor, DTYPES[dtype])) for region, tensor in pieces]
+    common = {"args": args, "iteration": 0, "checkpoint_version": 3.0, "content_metadata": _CONTENT}
+    with new_folder(out) as made:
+        (made / RELEASE).mkdir()
+        write_torch_dist(made / RELEASE, pieces, states, common, max_file_bytes)
+        for name in (TOKENIZER, *COMPANIONS):
+            if (source.run / name).is_file():
+                shutil.copyfile(source.run / name, made / name)
+        (made / TRACKER).write_text(RELEASE, encoding="utf-8")
+    return f"torch_dist for {implementation}"
+
+
+def _pieces(source: Source, implementation: str, keeps_bias: bool) -> tuple[list[tuple[Region, LazyTensor]], list[str]]:
+    """Their pieces, to be made of our tensors, and the keys of empty states. FormatError where one of ours would be left behind."""
+    model, specs = source.settings.model, layer_specs(source.settings)
+    alike = len({spec.feedforward for spec in specs}) == 1
+    layout = Layout(len(specs), model.moe.num_experts, layers=alike)
+    pieces: list[tuple[Region, LazyTensor]] = []
+    states = {f"{_FINAL_NORM}._extra_state/shard_0_1": None} if implementation == TRANSFORMER_ENGINE else {}
+    left = []
+    for name, shape in source.tensors():
+        if name in OUTSIDE:
+            pieces.append((outside(name, shape), LazyTensor(shape, torch.float32, partial(source.make, name))))
+            continue
+        _, layer, rest = name.split(".", 2)
+        if rest not in LAYER and not name.endswith(ROUTER_STATE):
+            left.append(f"{name} has no place in {NAME}")
+        elif rest in LAYER and not name.endswith(JOINED[1:]) and (keeps_bias or not name.endswith(ROUTER_STATE)):
+            theirs = LAYER[rest][0]
+            if theirs == FC1_NORM and specs[int(layer)].feedforward == "moe" and implementation == TRANSFORMER_ENGINE:
+                theirs = MOE_NORM
+            shape = qkv_shape(model) if theirs == QKV else their_shape(name, shape)
+            for number, region in enumerate(layout.regions(name, theirs, shape)):
+                make = partial(_join, source, name) if theirs == QKV else partial(source.make, name, number)
+                pieces.append((region, LazyTensor(shape, torch.float32, make)))
+            states |= dict.fromkeys(layout.states(name, theirs, implementation))
+    if left:
+        raise FormatError(str(source.stored.path), left)
+    return pieces, list(states)
+
+
+def _join(source: Source, name: str) -> Tensor:
+    q_XD, k_YD, v_YD = (source.make(name.replace(JOINED[0], joined)) for joined in JOINED)
+    return join_qkv(q_XD, k_YD, v_YD, source.settings.model.attention.head_dim)
