@@ -41,7 +41,8 @@ class Piece:
             archive = cast(Any, torch._C.PyTorchFileReader(view))
             header: _Header = _HeaderReader(io.BytesIO(archive.get_record("data.pkl"))).load()
             start = entry.offset + archive.get_record_offset(f"data/{header.storage.key}")
-        return cls(file, start, header.storage.num_bytes, header.shape, header.stride, header.dtype)
+        before = header.offset * header.dtype.itemsize
+        return cls(file, start + before, header.storage.num_bytes - before, header.shape, header.stride, header.dtype)
 
     def read(self, low: int, high: int) -> Tensor:
         """Rows `low` to `high-1` (dim 0); all of a tensor without dims."""
@@ -127,6 +128,7 @@ class _Storage:
 @dataclass(frozen=True)
 class _Header:
     storage: _Storage
+    offset: int  # elements of the storage before the tensor's first
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -153,7 +155,5 @@ class _HeaderReader(pickle.Unpickler):
 
 def _header(storage: _Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> _Header:
     """What `torch._utils` would make a tensor of; the newer form names the tensor's dtype, over bytes."""
-    if offset:
-        raise pickle.UnpicklingError(f"the tensor begins at element {offset} of what is stored; it must be 0")
     dtype = next((value for value in rest if isinstance(value, torch.dtype)), storage.dtype)
-    return _Header(storage, tuple(shape), tuple(stride), dtype)
+    return _Header(storage, offset, tuple(shape), tuple(stride), dtype)

@@ -22,6 +22,7 @@ TENSORS = {
     "half": torch.randn(5, 2).bfloat16(),
     "newer": torch.arange(6).to(torch.uint16),  # torch describes this dtype in another way
     "bool": torch.tensor([True, False, True]),
+    "behind": torch.arange(5.0)[2:],
 }
 
 
@@ -38,18 +39,15 @@ def test_a_piece_is_what_torch_saved(name: str, tmp_path: Path) -> None:
     value = TENSORS[name]
     piece = Piece.find(tmp_path, stored(tmp_path, value))
     assert (piece.shape, piece.stride, piece.dtype) == (tuple(value.shape), value.stride(), value.dtype)
-    assert piece.length == value.nbytes
     assert torch.equal(piece.read(0, len(value) if value.dim() else 1), value)
 
 
-def test_what_is_no_tensor_of_its_own_is_not_taken_for_one(tmp_path: Path) -> None:
-    with pytest.raises(pickle.UnpicklingError, match="begins at element 2"):
-        Piece.find(tmp_path, stored(tmp_path, torch.ones(5)[2:]))
+def test_what_is_no_tensor_is_not_taken_for_one(tmp_path: Path) -> None:
     with pytest.raises(pickle.UnpicklingError, match=r"pathlib\._?.*Path is no part of a stored tensor"):
         Piece.find(tmp_path, stored(tmp_path, tmp_path))
 
 
-@pytest.mark.parametrize("name", TENSORS.keys() - {"turned"})
+@pytest.mark.parametrize("name", sorted(TENSORS.keys() - {"turned", "behind"}))
 def test_a_frame_and_the_bytes_are_what_torch_writes(name: str) -> None:
     value: Tensor = TENSORS[name]
     whole = io.BytesIO()
