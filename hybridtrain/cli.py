@@ -223,13 +223,14 @@ def import_(
 @app.command()
 def reshard(
     run: Annotated[Path, typer.Argument(metavar="IN", help="run folder, or one of its checkpoints")],
-    out: Annotated[Path, typer.Argument(help="run folder to write; one that was begun is gone on with")],
+    out: Annotated[str, typer.Argument(help="run folder to write; one that was begun is gone on with")],
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks to lay it out for; as few as the axes need if not given")] = None,
     max_memory: Annotated[str, typer.Option(help="of the tensors' bytes, what may be in memory, e.g. 512M or 2G")] = "512M",
     grow_experts: Annotated[int | None, typer.Option(min=1, help="number of experts to grow to; new ones are copies")] = None,
     router_noise: Annotated[float, typer.Option(min=0.0, help="on the new experts' router rows, relative to their size")] = 0.0,
     extend_vocab: Annotated[int | None, typer.Option(min=1, help="rows of embedding and head to extend to")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json with more tokens behind those of the run's")] = None,
 ) -> None:
     """Lay a checkpoint out for another layout, without its ranks; every tensor's checksum stays what it was."""
     from hybridtrain.formats.folder import parse_size
@@ -237,14 +238,16 @@ def reshard(
     from hybridtrain.reshard import reshard as lay_out
     from hybridtrain.world import keep_freed_memory
 
+    if "://" in out:
+        raise UserError(f"{out}: OUT is a folder of this machine; its checkpoints may be copied to where checkpoint.dir will be")
     keep_freed_memory()  # blocks of the same sizes follow one another
     done = lay_out(
         run,
-        out,
+        Path(out),
         overrides or [],
         nproc=nproc,
         max_memory=parse_size("--max-memory", max_memory),
-        growth=Growth(grow_experts, extend_vocab, router_noise),
+        growth=Growth(grow_experts, extend_vocab, router_noise, tokenizer),
         show=sys.stderr.isatty(),
     )
     print(f"{out}: {done.tensors} tensors, {done.bytes:,} bytes for {done.layout}; every tensor's xxh3 is what it was")

@@ -128,11 +128,20 @@ class RunFolder:
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """(run folder, checkpoint) for a run folder, or for one of its checkpoints. Raises CheckpointError where there is neither."""
     if (path / checkpoint.INFO).is_file():
-        return path.parent.parent, path
+        return _run_of(path), path
     last = checkpoint.latest(_checkpoints_of(path))
     if last is None:
         raise CheckpointError(f"{path} is neither a run folder with a finished checkpoint nor a checkpoint")
     return path, last
+
+
+def _run_of(saved: Path) -> Path:
+    """The run folder in which a checkpoint lies; of one that `checkpoint.dir` put elsewhere, the one that it names."""
+    around = saved.parent.parent
+    if (around / SETTINGS).is_file():
+        return around
+    named = Path(checkpoint.read_info(saved)["settings"]["run"]["dir"])
+    return named if (named / SETTINGS).is_file() else around
 
 
 def _checkpoints_of(run: Path) -> Path:

@@ -1,7 +1,8 @@
 """Checkpoints: torch's distributed format under a commit protocol. A folder without `checkpoint.json` was never finished.
 
 place.py    a folder or URL as a path                 saver.py    saves them, also beside the training
-files.py    files with checksums; pieces of tensors   load.py     checks them and fills a run from one
+files.py    files with checksums                      load.py     checks them and fills a run from one
+piece.py    a stored piece of a tensor
 blocks.py   large tensors in blocks of rows           history.py  those of a run: latest, older ones, what may go
 state.py    what of a run is saved                    stored.py   tensors one by one, without a process group
 info.py     checkpoint.json                           together.py ranks that succeed or fail together

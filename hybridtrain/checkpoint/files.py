@@ -6,7 +6,6 @@ They are torch's distributed checkpoint format: pieces of tensors, each as `torc
 from __future__ import annotations
 
 import io
-import math
 import os
 import warnings
 from collections.abc import Callable, Generator
@@ -15,18 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-import torch
 import xxhash
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 from torch.utils import serialization
 
+from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.checkpoint.place import flush_file, make_folder
 
 METADATA = ".metadata"  # torch's index of the tensors
@@ -106,74 +102,12 @@ class Reader(FileSystemReader):
         return place.relative_path, place.offset
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A stored piece of a tensor: `length` bytes from `start` of a file, the storage of a tensor of that shape and stride."""
-
-    file: Path
-    start: int
-    length: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def find(cls, folder: Path, entry: Any) -> Piece:
-        """The piece of an entry of the index. torch says where its bytes lie when it loads without data."""
-        file = folder / entry.relative_path
-        with file.open("rb") as stream, FakeTensorMode():
-            view = cast(IO[bytes], _create_file_view(stream, entry.offset, entry.length))
-            fake = torch.load(view, map_location="cpu", weights_only=True)
-        storage = fake.untyped_storage()
-        start = entry.offset + (storage._checkpoint_offset if storage.nbytes() else 0)
-        return cls(file, start, storage.nbytes(), tuple(fake.shape), tuple(fake.stride()), fake.dtype)
-
-    def read(self, low: int, high: int) -> Tensor:
-        """Rows `low` to `high-1` (dim 0); all of a tensor without dims."""
-        out = torch.empty((high - low, *self.shape[1:]) if self.shape else (), dtype=self.dtype)
-        self.read_into(out, low, high)
-        return out
-
-    def read_into(self, out: Tensor, low: int, high: int) -> None:
-        """The same into `out`, of their shape, any dtype and device."""
-        if not out.numel():
-            return
-        if not self._in_rows():
-            whole = torch.empty(self.length // self.dtype.itemsize, dtype=self.dtype)
-            self._read_bytes(whole, 0)
-            out.copy_(whole.as_strided(self.shape, self.stride)[low:high])
-            return
-        straight = out.device.type == "cpu" and out.dtype == self.dtype and out.is_contiguous()
-        target = out if straight else torch.empty(out.shape, dtype=self.dtype)
-        self._read_bytes(target, low * math.prod(self.shape[1:]) * self.dtype.itemsize)
-        if not straight:
-            out.copy_(target)
-
-    def _in_rows(self) -> bool:
-        return torch.empty(self.shape, device="meta").stride() == self.stride
-
-    def _read_bytes(self, target: Tensor, offset: int) -> None:
-        rest = byte_view(target)
-        with self.file.open("rb") as stream:
-            stream.seek(self.start + offset)
-            while rest.nbytes:
-                count = cast(Any, stream).readinto(rest)
-                if not count:
-                    raise EOFError(f"{self.file} ends {rest.nbytes} bytes too early")
-                rest = rest[count:]
-
-
 @contextmanager
 def quiet() -> Generator[None, None, None]:
     """Without torch's warning that a world of one rank is meant to be one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def byte_view(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU."""
-    return memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
 
 
 def digest_file(path: Path, alive: Callable[[], None] = lambda: None) -> FileRecord:
@@ -257,6 +191,10 @@ class _Hashing(io.RawIOBase):
             self._alive()
         self._size += len(view)
         return len(view)
+
+    def flush(self) -> None:
+        if not self._raw.closed:
+            self._raw.flush()
 
     def tell(self) -> int:
         return self._size

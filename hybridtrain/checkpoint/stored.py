@@ -5,7 +5,8 @@ Reading takes the asked rows from their place in the files; writing holds one te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from hybridtrain.checkpoint.files import Piece, Reader, Records, Writer, quiet
+from hybridtrain.checkpoint.files import Reader, Records, Writer, quiet
 from hybridtrain.checkpoint.info import INFO, base_of, read_info
+from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint, UserError
 from hybridtrain.pieces import pieces_for
 
@@ -60,6 +62,8 @@ class StoredTensors:
         here = {k.removeprefix(f"{CHANGED}.").partition(".")[2] for k in self._entries if k.startswith(CHANGED)} - {"numbers"}
         self._merged = {f"{MEMORY}{k}" for k in here}  # tensors whose changed rows are here and whose others are in the base
         self._numbers: dict[str, Tensor] = {}  # of changed rows, by piece
+        self._chunks: dict[str, _Chunks] = {}
+        self._found: dict[MetadataIndex, Piece] = {}
         self.shapes: dict[str, tuple[int, ...]] = {k: tuple(v.size) for k, v in self._entries.items() if not k.startswith(CHANGED)}
         if self._base is not None:
             self.shapes |= {k: self._base.shapes[k] for k in sorted(self._merged)}
@@ -110,12 +114,14 @@ class StoredTensors:
         return self._numbers[piece]
 
     def _read_rows(self, out: Tensor, name: str, low: int) -> None:
-        entry = self._entries[name]
-        high = low + len(out) if out.shape else 1
-        for chunk in entry.chunks:
-            if not out.shape:
-                self._read_piece(out, name, chunk, 0, 1)
-                continue
+        if not out.shape:
+            (chunk,) = self._entries[name].chunks
+            self._read_piece(out, name, chunk, 0, 1)
+            return
+        if name not in self._chunks:
+            self._chunks[name] = _Chunks(self._entries[name].chunks)
+        high = low + len(out)
+        for chunk in self._chunks[name].meeting(low, high):
             start, end = max(low, chunk.offsets[0]), min(high, chunk.offsets[0] + chunk.sizes[0])
             if start < end:
                 rest = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
@@ -123,11 +129,27 @@ class StoredTensors:
                 self._read_piece(target, name, chunk, start - chunk.offsets[0], end - chunk.offsets[0])
 
     def _read_piece(self, out: Tensor, name: str, chunk: ChunkStorageMetadata, low: int, high: int) -> None:
-        place = self._places[MetadataIndex(name, chunk.offsets)]
+        index = MetadataIndex(name, chunk.offsets)
+        place = self._places[index]
         try:
-            Piece.find(self.path, place).read_into(out, low, high)
+            if index not in self._found:
+                self._found[index] = Piece.find(self.path, place)
+            self._found[index].read_into(out, low, high)
         except Exception as error:  # whatever a missing or damaged file makes torch or the disk raise
             raise DamagedCheckpoint(f"{self.path / place.relative_path}: damaged: {name} cannot be read: {error}") from None
+
+
+class _Chunks:
+    """The pieces of a tensor, of which a large one has many, by their rows."""
+
+    def __init__(self, chunks: Sequence[ChunkStorageMetadata]) -> None:
+        self._sorted = sorted(chunks, key=lambda chunk: chunk.offsets[0])
+        self._starts = [chunk.offsets[0] for chunk in self._sorted]
+        self._longest = max((chunk.sizes[0] for chunk in chunks), default=0)
+
+    def meeting(self, low: int, high: int) -> list[ChunkStorageMetadata]:
+        """Those that may have any of the rows `low` to `high-1`."""
+        return self._sorted[bisect_right(self._starts, low - self._longest) : bisect_left(self._starts, high)]
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> Records:

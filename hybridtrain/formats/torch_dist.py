@@ -25,7 +25,8 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint import planner as dcp_planner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo, _StoragePrefix
 
-from hybridtrain.checkpoint.files import METADATA, Piece
+from hybridtrain.checkpoint.files import METADATA
+from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.checkpoint.stored import LazyTensor
 from hybridtrain.errors import DataError, FormatError
 

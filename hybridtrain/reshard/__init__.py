@@ -3,7 +3,7 @@
 tool.py       the whole of it            source.py    the tensors as the target has them
 target.py     settings and layout        copy.py      writes them and reads them back
 placement.py  which rank has what        journal.py   how far it has come
-digest.py     of logical tensors
+digest.py     of logical tensors     tokens.py    a larger tokenizer
 """
 
 from hybridtrain.reshard.digest import digest_stored

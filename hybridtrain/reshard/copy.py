@@ -1,38 +1,38 @@
 """Copies tensors into files laid out for the ranks of a placement, in bounded memory, and reads back what it wrote.
 
-Work goes through the tensors in order, by spans of whole rows that are in memory at once. A segment is as many spans as fill
-SEGMENT bytes, more for many ranks; each rank that has a part of them gets one file of it. When all its files are on the disk and
-were read back, the segment is noted in the journal. While a span is written the next one is read, and while a segment is
-written the one before it is flushed and read back.
+The tensors, in order, are cut into spans of whole rows, each of which is a piece of every rank that has a part of it. A segment is
+as many spans as fill SEGMENT bytes, more for many ranks; each rank that has a part of them gets one file of it. Threads copy a
+segment each: a span is read block by block, and a block written while it is in the processor's cache; then the span is read back.
+When all files of a segment are on the disk, and the source was found to be what it was, the segment is noted in the journal.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.utils import _create_file_view
-from torch.utils import serialization
 
 from hybridtrain.checkpoint.blocks import BLOCK_BYTES
-from hybridtrain.checkpoint.files import Records, Writer, byte_view
+from hybridtrain.checkpoint.files import Writer
+from hybridtrain.checkpoint.piece import Piece, byte_view, frame
 from hybridtrain.errors import DamagedCheckpoint, UserError
 from hybridtrain.reshard import digest
 from hybridtrain.reshard.journal import Journal, Segment, StoredPiece
 from hybridtrain.reshard.placement import Box
 from hybridtrain.reshard.source import Source
 
-SEGMENT = 1 << 28  # what a kill may cost; the disk is busy with one while the next is made
+SEGMENT = 1 << 27  # what a kill may cost, for each thread
 PER_RANK = 1 << 24  # of a segment at least, so that files do not become small where ranks are many
-HELD = 8
-"""Spans that are in memory at once at most: one being read, one being written and its parts, one being read back, and copies."""
+THREADS = 8  # at most, and at least two: one of them may wait for the disk
+HELD = 4
+"""Blocks that a thread holds at most: one that is read and what it is made of, or written and cut; one read back and its parts."""
 
 Shape = tuple[int, ...]
 
@@ -46,21 +46,26 @@ class Span:
     high: int
 
 
-def plan_segments(source: Source, max_memory: int, ranks: int) -> list[list[Span]]:
-    """All rows of all tensors. Raises UserError where `max_memory` bytes cannot hold HELD times the largest row."""
+def plan_threads(source: Source, max_memory: int) -> int:
+    """How many threads copy. Raises UserError where `max_memory` bytes cannot hold the blocks, or largest rows, of two."""
     largest = max(source.shapes, key=lambda name: digest.row_bytes(source.shapes[name], source.dtype(name)))
-    least = HELD * max(digest.BLOCK, digest.row_bytes(source.shapes[largest], source.dtype(largest)))
-    if max_memory < least:
+    each = HELD * max(digest.BLOCK, digest.row_bytes(source.shapes[largest], source.dtype(largest)))
+    if max_memory < 2 * each:
         raise UserError(
-            f"--max-memory {max_memory} bytes: {HELD} blocks of {digest.BLOCK} bytes, or rows of {largest}, are held at once; "
-            f"it may be {least} or more"
+            f"--max-memory {max_memory} bytes: {2 * HELD} blocks of {digest.BLOCK} bytes, or rows of {largest}, are held at once; "
+            f"it may be {2 * each} or more"
         )
+    return min(THREADS, max(2, os.cpu_count() or 1), max_memory // each)
+
+
+def plan_segments(source: Source, ranks: int) -> list[list[Span]]:
+    """All rows of all tensors."""
     segments: list[list[Span]] = [[]]
     size = 0
     for name, shape in source.shapes.items():
         bytes_a_row = digest.row_bytes(shape, source.dtype(name))
         block = digest.rows_per_block(shape, source.dtype(name))
-        step = block * max(1, min(max_memory // HELD, BLOCK_BYTES) // max(1, block * bytes_a_row))
+        step = block * max(1, BLOCK_BYTES // max(1, block * bytes_a_row))
         for low in range(0, digest.rows_of(shape) if bytes_a_row else 0, step):
             high = min(low + step, digest.rows_of(shape))
             if size >= max(SEGMENT, ranks * PER_RANK):
@@ -72,7 +77,7 @@ def plan_segments(source: Source, max_memory: int, ranks: int) -> list[list[Span
 
 
 class Copy:
-    """Copies `segments` of `source` into `folder`, each tensor cut as `boxes` says; `wrote` is told the bytes."""
+    """Copies `segments` of `source` into `folder`, each tensor cut as `boxes` says; `wrote` is told the bytes, by any thread."""
 
     def __init__(
         self,
@@ -84,133 +89,111 @@ class Copy:
     ) -> None:
         self.source, self.boxes, self.segments, self.folder, self.wrote = source, boxes, segments, folder, wrote
 
-    def run(self, journal: Journal) -> None:
-        """Copy what the journal does not have yet. Raises DamagedCheckpoint where it reads back otherwise, and OSError."""
-        todo = range(len(journal.done), len(self.segments))
-        config = cast(Any, serialization.config)
-        with (
-            config.patch({"save.compute_crc32": False}),  # the files have checksums
-            ThreadPoolExecutor(1, "read") as reader,
-            ThreadPoolExecutor(1, "check") as checker,
-        ):
-            arrived = self._read_ahead([span for number in todo for span in self.segments[number]], reader)
-            pending: Future[Segment] | None = None
-            for number in todo:
-                written = self._write(number, arrived)
-                if pending is not None:
-                    journal.add(pending.result())
-                pending = checker.submit(self._check, written)
-            if pending is not None:
-                journal.add(pending.result())
+    def run(self, journal: Journal, threads: int, verified: Future[None]) -> None:
+        """Copy what the journal does not have yet; it is told nothing before the source is `verified`.
 
-    def _read_ahead(self, spans: Sequence[Span], reader: ThreadPoolExecutor) -> Iterator[tuple[Tensor, bytes]]:
-        """Each span's rows and the xxh3s of their blocks; the next ones are read meanwhile."""
-        upcoming = reader.submit(self._read, spans[0]) if spans else None
-        for following in [*spans[1:], None]:
-            if upcoming is not None:
-                ready = upcoming.result()
-                upcoming = reader.submit(self._read, following) if following is not None else None
-                yield ready
-                del ready  # before the next one is awaited
+        Raises what that raises, DamagedCheckpoint where the copy reads back otherwise than the source, and OSError.
+        """
+        with ThreadPoolExecutor(threads, "copy") as pool:
+            upcoming = [pool.submit(self._copy, number) for number in range(len(journal.done), len(self.segments))]
+            try:
+                finished: list[Segment] = []
+                for future in upcoming:
+                    finished.append(future.result())
+                    if verified.done() or future is upcoming[-1]:
+                        verified.result()
+                        while finished:
+                            journal.add(finished.pop(0))
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, DamagedCheckpoint):
+                    verified.result()  # knows better which file it is
+                raise
+        verified.result()  # where nothing was left to copy
 
-    def _read(self, span: Span) -> tuple[Tensor, bytes]:
-        rows = self.source.read(span.name, span.low, span.high)
-        return rows, digest.digest_blocks(rows, self._block(span.name))
-
-    def _write(self, number: int, arrived: Iterator[tuple[Tensor, bytes]]) -> _Written:
-        """Write a segment's files; they are not flushed yet."""
-        out = _Written(number, Writer(self.folder))
-        try:
-            for span in self.segments[number]:
-                rows, blocks = next(arrived)
-                out.blocks.append(blocks)
-                out.pieces.append([out.put(span, part, box) for box in self.boxes[span.name] if (part := _cut(rows, span, box))])
-                self.wrote(rows.nbytes)
-                del rows
-        except BaseException:
-            out.streams.close()
-            raise
-        return out
-
-    def _check(self, written: _Written) -> Segment:
-        """Flush a segment's files and read them back: every logical block has the xxh3 that it had in the source."""
-        written.streams.close()
+    def _copy(self, number: int) -> Segment:
+        """Write a segment's files, read them back, and flush them."""
+        writer = Writer(self.folder)
+        pieces: list[StoredPiece] = []
         blocks: dict[str, bytes] = {}
-        for span, pieces, before in zip(self.segments[written.number], written.pieces, written.blocks, strict=True):
-            if digest.digest_blocks(self._read_back(span, pieces), self._block(span.name)) != before:
-                files = ", ".join(dict.fromkeys(piece.file for piece in pieces))
-                raise DamagedCheckpoint(
-                    f"{self.folder}: {span.name}, rows {span.low} to {span.high - 1}, was read back from {files} otherwise than "
-                    "it was written; the disk or the memory of this machine is not sound"
-                )
-            blocks[span.name] = blocks.get(span.name, b"") + before
-        return Segment(written.number, written.records, [p for pieces in written.pieces for p in pieces], blocks)
+        with ExitStack() as streams:
+            opened: dict[str, Any] = {}
+            for span in self.segments[number]:
+                parts = []
+                for box in (box for box in self.boxes[span.name] if box.meets(span.low, span.high)):
+                    file = f"__{box.rank}_{number}.distcp"
+                    if file not in opened:
+                        opened[file] = streams.enter_context(cast(Any, writer.fs).create_stream(self.folder / file, "wb"))
+                    parts.append(_Part(file, opened[file], span, box, self.source.dtype(span.name)))
+                before = self._write(span, parts)
+                written = [part.end() for part in parts]
+                self._check(span, written, before)
+                pieces += written
+                blocks[span.name] = blocks.get(span.name, b"") + before
+        return Segment(number, writer.records, pieces, blocks)
 
-    def _read_back(self, span: Span, pieces: Sequence[StoredPiece]) -> Tensor:
-        whole = self.source.shapes[span.name]
-        shape = (span.high - span.low, *whole[1:]) if whole else ()
-        out = torch.empty(shape, dtype=self.source.dtype(span.name))
-        for piece in pieces:
-            with (self.folder / piece.file).open("rb") as stream:
-                view = cast(IO[bytes], _create_file_view(stream, piece.start, piece.length))
-                values: Tensor = torch.load(view, map_location="cpu", weights_only=True)
-            if piece.sizes == shape:
-                return values
-            places = [slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True)]
-            if places:
-                places[0] = slice(piece.offsets[0] - span.low, piece.offsets[0] - span.low + piece.sizes[0])
-            out[tuple(places)] = values
+    def _write(self, span: Span, parts: Sequence[_Part]) -> bytes:
+        """Write all parts of a span; returns the xxh3s of its blocks as they are in the source."""
+        digests = bytearray()
+        for low, high in self._blocks(span):
+            rows = self.source.read(span.name, low, high)
+            digests += digest.digest_blocks(rows, high - low)
+            for part in parts:
+                part.append(rows, low)
+            self.wrote(rows.nbytes)
+        return bytes(digests)
+
+    def _check(self, span: Span, pieces: Sequence[StoredPiece], before: bytes) -> None:
+        """Read back what was written of a span: every logical block has the xxh3 that it had in the source."""
+        found = [(piece, Piece.find(self.folder, piece.place)) for piece in pieces]
+        after = bytearray()
+        for low, high in self._blocks(span):
+            after += digest.digest_blocks(self._read_back(span.name, found, low, high), high - low)
+        if after != before:
+            files = ", ".join(dict.fromkeys(piece.file for piece in pieces))
+            raise DamagedCheckpoint(
+                f"{self.folder}: {span.name}, rows {span.low} to {span.high - 1}, was read back from {files} otherwise than "
+                "it was written; the disk or the memory of this machine is not sound"
+            )
+
+    def _read_back(self, name: str, pieces: Sequence[tuple[StoredPiece, Piece]], low: int, high: int) -> Tensor:
+        """Rows `low` to `high-1`, put together from the pieces that have a part of them."""
+        shape = self.source.shapes[name]
+        out = torch.empty((high - low, *shape[1:]) if shape else (), dtype=self.source.dtype(name))
+        for place, piece in pieces:
+            if not shape:
+                piece.read_into(out, 0, 1)
+                continue
+            top, *inner = (slice(o, o + s) for o, s in zip(place.offsets, place.sizes, strict=True))
+            start, end = max(low, top.start), min(high, top.stop)
+            if start < end:
+                piece.read_into(out[(slice(start - low, end - low), *inner)], start - top.start, end - top.start)
         return out
 
-    def _block(self, name: str) -> int:
-        return digest.rows_per_block(self.source.shapes[name], self.source.dtype(name))
+    def _blocks(self, span: Span) -> list[tuple[int, int]]:
+        each = digest.rows_per_block(self.source.shapes[span.name], self.source.dtype(span.name))
+        return [(low, min(low + each, span.high)) for low in range(span.low, span.high, each)]
 
 
-@dataclass
-class _Written:
-    """A segment whose files were written; `pieces` and `blocks` are by span."""
+class _Part:
+    """What a span has of a box, as it is appended to the file of the box's rank."""
 
-    number: int
-    writer: Writer
-    pieces: list[list[StoredPiece]] = field(default_factory=list)
-    blocks: list[bytes] = field(default_factory=list)
-    streams: ExitStack = field(default_factory=ExitStack)
-    _open: dict[str, io.IOBase] = field(default_factory=dict)
+    def __init__(self, file: str, stream: Any, span: Span, box: Box, dtype: torch.dtype) -> None:
+        self.name, self.file, self.stream, self.start = span.name, file, stream, stream.tell()
+        self.offsets, self.sizes = box.rows(span.low, span.high)
+        head, self.tail = frame(self.sizes, dtype)
+        stream.write(head)
 
-    @property
-    def records(self) -> Records:
-        """Of the files, once `streams` is closed."""
-        return self.writer.records
+    def append(self, rows: Tensor, low: int) -> None:
+        """What there is of this part in `rows`, those from `low` on; they come in order."""
+        if self.sizes:
+            top, *inner = (slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
+            rows = rows[(slice(max(top.start - low, 0), max(top.stop - low, 0)), *inner)]
+        if rows.numel():
+            self.stream.write(byte_view(rows.contiguous()))
 
-    def put(self, span: Span, part: Part, box: Box) -> StoredPiece:
-        """Append a part to the file of its rank."""
-        name = f"__{box.rank}_{self.number}.distcp"
-        if name not in self._open:
-            fs = cast(Any, self.writer.fs)
-            self._open[name] = self.streams.enter_context(fs.create_stream(fs.concat_path(self.writer.path, name), "wb"))
-        stream = self._open[name]
-        start = stream.tell()
-        torch.save(part.values, cast(IO[bytes], stream))
-        return StoredPiece(span.name, part.offsets, part.sizes, name, start, stream.tell() - start)
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a span has of a box; the storage of `values` has as many elements."""
-
-    offsets: Shape
-    sizes: Shape
-    values: Tensor
-
-
-def _cut(rows: Tensor, span: Span, box: Box) -> Part | None:
-    if not box.sizes:
-        return Part((), (), rows)
-    low, high = max(span.low, box.offsets[0]), min(span.high, box.offsets[0] + box.sizes[0])
-    if low >= high:
-        return None
-    inner = [slice(o, o + s) for o, s in zip(box.offsets[1:], box.sizes[1:], strict=True)]
-    values = rows[(slice(low - span.low, high - span.low), *inner)]
-    if values.is_contiguous():  # the same memory under a storage of its own
-        values = torch.frombuffer(byte_view(values), dtype=values.dtype).view(values.shape)
-    return Part((low, *box.offsets[1:]), tuple(values.shape), values.contiguous())
+    def end(self) -> StoredPiece:
+        """It is complete, and can be read."""
+        self.stream.write(self.tail)
+        self.stream.flush()
+        return StoredPiece(self.name, self.offsets, self.sizes, self.file, self.start, self.stream.tell() - self.start)

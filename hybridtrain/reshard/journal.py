@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
 from hybridtrain.checkpoint.files import Records
 from hybridtrain.errors import UserError
 
@@ -26,6 +28,11 @@ class StoredPiece:
     file: str
     start: int
     length: int
+
+    @property
+    def place(self) -> _StorageInfo:
+        """Where it lies, as torch's index says it."""
+        return _StorageInfo(self.file, self.start, self.length)
 
 
 @dataclass(frozen=True)

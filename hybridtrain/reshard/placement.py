@@ -29,6 +29,17 @@ class Box:
     offsets: Shape
     sizes: Shape
 
+    def meets(self, low: int, high: int) -> bool:
+        """Whether it has any of the rows `low` to `high-1`; a tensor without dims is one row."""
+        return not self.sizes or max(low, self.offsets[0]) < min(high, self.offsets[0] + self.sizes[0])
+
+    def rows(self, low: int, high: int) -> tuple[Shape, Shape]:
+        """Offsets and sizes of what it has of these rows."""
+        if not self.sizes:
+            return (), ()
+        low, high = max(low, self.offsets[0]), min(high, self.offsets[0] + self.sizes[0])
+        return (low, *self.offsets[1:]), (high - low, *self.sizes[1:])
+
 
 @dataclass(frozen=True)
 class Placement:

@@ -10,9 +10,11 @@ from typing import Any
 
 from hybridtrain import checkpoint
 from hybridtrain.config import parse_settings
+from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.errors import UserError
 from hybridtrain.parallel.layout import Layout
-from hybridtrain.settings import Settings
+from hybridtrain.run_folder import ADDRESSING
+from hybridtrain.settings import DataSettings, Settings, memory_layers
 from hybridtrain.world import resolve_layout
 
 BESIDE_EXPERTS = ("top_k", "num_groups", "top_groups", "gate_scale")
@@ -21,11 +23,15 @@ BESIDE_EXPERTS = ("top_k", "num_groups", "top_groups", "gate_scale")
 
 @dataclass(frozen=True)
 class Growth:
-    """What is added to the model; None: nothing. `router_noise` is relative to the root mean square of a router row."""
+    """What is added to the model; None: nothing. `router_noise` is relative to the root mean square of a router row.
+
+    `tokenizer`: a tokenizer.json in the place of the run's (tokens.py).
+    """
 
     experts: int | None = None
     vocab: int | None = None
     router_noise: float = 0.0
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ def plan_target(info: dict[str, Any], out: Path, overrides: Sequence[str], nproc
         ours.append(f"model.moe.num_experts={growth.experts}")
     if growth.vocab is not None:
         ours.append(f"model.vocab_size={growth.vocab}")
+    if growth.tokenizer is not None:
+        ours += _beside_tokenizer(before, out)
     settings = parse_settings(before.model_dump(mode="json"), [*overrides, *ours], source="overrides")
     problems = _growth_problems(info, before, growth)
     taken = ("run.dir", "checkpoint.dir")
@@ -55,6 +63,12 @@ def plan_target(info: dict[str, Any], out: Path, overrides: Sequence[str], nproc
         raise UserError("\n".join([f"{out}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
     layout = resolve_layout(settings, nproc if nproc is not None else _fewest_ranks(settings))
     return Target(settings, layout, growth.vocab or info["vocab_size"])
+
+
+def _beside_tokenizer(before: Settings, out: Path) -> list[str]:
+    """Settings of a run with a tokenizer of its own: data are made with it, and the memory is addressed as it was."""
+    ours = [f"data.tokenizer={json.dumps(str(out / TOKENIZER))}", f"data.vocab_size={DataSettings().vocab_size}"]
+    return ours + ([f"memory.addressing={json.dumps(str(out / ADDRESSING))}"] if memory_layers(before) else [])
 
 
 def _growth_problems(info: dict[str, Any], before: Settings, growth: Growth) -> list[str]:

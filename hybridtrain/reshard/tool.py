@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,13 +30,14 @@ from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.metrics import METRICS
 from hybridtrain.parallel.collectives import Group
-from hybridtrain.reshard.copy import Copy, plan_segments
+from hybridtrain.reshard.copy import Copy, plan_segments, plan_threads
 from hybridtrain.reshard.digest import digest_of
-from hybridtrain.reshard.journal import Journal, StoredPiece
+from hybridtrain.reshard.journal import Journal
 from hybridtrain.reshard.placement import place_model
 from hybridtrain.reshard.progress import CopyProgress
 from hybridtrain.reshard.source import Source, grown_shapes
 from hybridtrain.reshard.target import Growth, Target, plan_target
+from hybridtrain.reshard.tokens import NewTokenizer, take_tokenizer
 from hybridtrain.run_folder import ADDRESSING, CHECKPOINTS, SETTINGS, find_checkpoint
 from hybridtrain.weights import COMPANIONS, model_tensors
 
@@ -73,8 +75,11 @@ def reshard(
     run, saved = find_checkpoint(path)
     info = checkpoint.read_info(saved)
     target = plan_target(info, out, overrides, nproc, growth)
+    tokenizer = take_tokenizer(growth.tokenizer, run, info, target) if growth.tokenizer is not None else None
     source = _source(saved, info, target, growth)
-    segments = plan_segments(source, max_memory, target.layout.world)
+    threads = plan_threads(source, max_memory)
+    segments = plan_segments(source, target.layout.world)
+    verified = _verify_beside(saved, target.settings.checkpoint.verify)
     placement = place_model(target.settings, target.layout, target.vocab_size)
     boxes = {name: placement.boxes(name, shape) for name, shape in source.shapes.items()}
     sizes = [sum(source.num_bytes(span.name, span.low, span.high) for span in segment) for segment in segments]
@@ -85,8 +90,7 @@ def reshard(
         "source": info["xxh3"],
         "settings": target.settings.model_dump(mode="json"),
         "ranks": target.layout.world,
-        "growth": [growth.experts, growth.vocab, growth.router_noise],
-        "max_memory": max_memory,
+        "growth": [growth.experts, growth.vocab, growth.router_noise, tokenizer.digest if tokenizer is not None else None],
         "version": __version__,
     }
     with Journal(out, job) as journal:
@@ -95,15 +99,15 @@ def reshard(
                 write_whole(final.parent / LATEST, final.name.encode())
                 journal.remove()
                 return outcome
-            checkpoint.verify(saved, target.settings.checkpoint.verify, ALONE)
             _begin(staging, journal)
             with CopyProgress(sum(sizes), sum(sizes[: len(journal.done)]), show) as progress:
-                Copy(source, boxes, segments, staging, progress.advance).run(journal)
+                Copy(source, boxes, segments, staging, progress.advance).run(journal, threads, verified)
             digests = _digests(source, journal)
             _compare(saved, info, digests, source)
             files = _write_index(staging, source, journal)
-            _write_companions(run, out, target)
-            checkpoint.commit_folder(staging, final, _describe(info, target) | {"files": files, "tensors": digests})
+            _write_companions(run, out, target, tokenizer)
+            said = _describe(info, target, tokenizer) | {"files": files, "tensors": digests}
+            checkpoint.commit_folder(staging, final, said)
             journal.remove()
         except OSError as error:
             where = f"{error.filename or out}: cannot be written{free_space(out)}: {error.strerror}"
@@ -132,6 +136,21 @@ def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -
     settings = target.settings
     softmax = settings.model.moe.score == "softmax"
     return Source(stored, grown_shapes(stored.shapes, before, after), growth.router_noise, settings.run.seed, softmax)
+
+
+def _verify_beside(saved: Path, level: str) -> Future[None]:
+    """Compare the files of a checkpoint with their checksums, in a thread that does not keep the process from ending."""
+    done: Future[None] = Future()
+
+    def verify() -> None:
+        try:
+            checkpoint.verify(saved, level, ALONE)
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+
+    Thread(target=verify, name="verify", daemon=True).start()
+    return done
 
 
 def _begin(staging: Path, journal: Journal) -> None:
@@ -171,7 +190,7 @@ def _write_index(staging: Path, source: Source, journal: Journal) -> Records:
     for piece in (piece for segment in journal.done for piece in segment.pieces):
         offsets, sizes = torch.Size(piece.offsets), torch.Size(piece.sizes)
         chunks[piece.name].append(ChunkStorageMetadata(offsets, sizes))
-        results.append(_result(piece))
+        results.append(WriteResult(MetadataIndex(piece.name, piece.offsets), piece.length, piece.place))
     tensors = {
         name: TensorStorageMetadata(TensorProperties(source.dtype(name)), torch.Size(source.shapes[name]), parts)
         for name, parts in chunks.items()
@@ -182,28 +201,38 @@ def _write_index(staging: Path, source: Source, journal: Journal) -> Records:
     return {name: record for segment in journal.done for name, record in segment.files.items()} | writer.records
 
 
-def _result(piece: StoredPiece) -> WriteResult:
-    index = MetadataIndex(piece.name, piece.offsets)
-    return WriteResult(index, piece.length, _StorageInfo(piece.file, piece.start, piece.length))
-
-
-def _describe(info: dict[str, Any], target: Target) -> dict[str, Any]:
-    """What the new checkpoint says of itself: what the old one did, but for where its parts lie."""
+def _describe(info: dict[str, Any], target: Target, tokenizer: NewTokenizer | None) -> dict[str, Any]:
+    """What the new checkpoint says of itself: what the old one did, but for where its parts lie, and its tokenizer."""
     gone = ("xxh3", "files", "base", "tensors")
-    return {key: value for key, value in info.items() if key not in gone} | {
-        "version": __version__,
-        "torch": torch.__version__,
-        "layout": target.layout.describe(),
-        "identity": checkpoint.identity(target.settings),
-        "vocab_size": target.vocab_size,
-        "settings": target.settings.model_dump(mode="json"),
-    }
+    tokens: dict[str, Any] = {}
+    if tokenizer is not None:
+        tokens = {"tokenizer_digest": tokenizer.digest, "addressing": tokenizer.addressing}
+        if "guard" in info:
+            tokens["guard"] = info["guard"] | {"losses": []}  # losses a token, of other tokens
+    kept = {key: value for key, value in info.items() if key not in gone}
+    return (
+        kept
+        | tokens
+        | {
+            "version": __version__,
+            "torch": torch.__version__,
+            "layout": target.layout.describe(),
+            "identity": checkpoint.identity(target.settings),
+            "vocab_size": target.vocab_size,
+            "settings": target.settings.model_dump(mode="json"),
+        }
+    )
 
 
-def _write_companions(run: Path, out: Path, target: Target) -> None:
+def _write_companions(run: Path, out: Path, target: Target, tokenizer: NewTokenizer | None) -> None:
     """What belongs to a run beside its checkpoints, its curve included."""
     for name in (TOKENIZER, COMPRESSION, ADDRESSING, METRICS, *COMPANIONS):
         if (run / name).is_file():
             shutil.copyfile(run / name, out / name)
+    if tokenizer is not None:
+        (out / TOKENIZER).write_bytes(tokenizer.content)
+        (out / COMPRESSION).write_bytes(tokenizer.compression_file)
+        if tokenizer.addressing is not None:
+            (out / ADDRESSING).write_text(tokenizer.addressing, encoding="utf-8")
     (out / SETTINGS).write_text(dump_settings(target.settings), encoding="utf-8")
     flush_folder(out)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from hybridtrain import checkpoint
 from hybridtrain.checkpoint import StoredTensors
 from hybridtrain.config import load_settings
+from hybridtrain.data.prepare import prepare
+from hybridtrain.data.sources import file_digest
+from hybridtrain.data.tokenizer import load_tokenizer
+from hybridtrain.errors import UserError
+from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.metrics import read_metrics
 from hybridtrain.reshard import Growth, reshard
 from hybridtrain.use import next_token_logits, open_checkpoint
@@ -80,3 +89,52 @@ def test_new_tokens_are_the_mean_of_all_and_training_goes_on(run: Path, tmp_path
     curve = [line["loss"] for line in read_metrics(out) if "loss" in line]
     assert len(curve) == 22
     assert curve[20] == pytest.approx(curve[19], rel=0.02)
+
+
+def larger_tokenizer(run: Path, file: Path, *tokens: str) -> Path:
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save(str(file))
+    return file
+
+
+def test_a_larger_tokenizer_keeps_every_row_of_the_memory_and_training_goes_on(run: Path, ci_data: Path, tmp_path: Path) -> None:
+    file = larger_tokenizer(run, tmp_path / "more.json", "THE", "zzyx", "Zzyx")
+    data, out = tmp_path / "data", tmp_path / "out"
+    prepare([ci_data.with_suffix(".jsonl")], data, tokenizer=file, validation_fraction=0.1, progress=False)
+    overrides_there = [*overrides("one rank"), f"data.path={data}", "train.steps=22"]
+    reshard(run, out, overrides_there, nproc=1, growth=Growth(vocab=1040, tokenizer=file))
+    before, after = np.load(run / "compression.npy"), np.load(out / "compression.npy")
+    assert (after[:1024] == before).all()
+    the = load_tokenizer(file).token_to_id("Ġthe")
+    assert after[1024:].tolist() == [before[the], before.max() + 1, before.max() + 1]
+    was, now = (checkpoint.read_info(latest(folder)) for folder in (run, out))
+    old, new = Addressing.from_json(was["addressing"], before), Addressing.from_json(now["addressing"], after)
+    tokens, starts = torch.arange(1024).view(4, 256), torch.zeros(4, 256, dtype=torch.bool)
+    assert torch.equal(row_ids(new, tokens, starts), row_ids(old, tokens, starts))
+    torch.testing.assert_close(logits(out)[:1024], logits(run), rtol=1e-5, atol=1e-6)
+    train_on(1, load_settings(out / "settings.toml"), resume=True)
+    curve = [line["loss"] for line in read_metrics(out) if "loss" in line]
+    assert len(curve) == 22
+    assert curve[20] == pytest.approx(curve[19], rel=0.02)
+    assert checkpoint.read_info(latest(out))["tokenizer_digest"] == file_digest(file)
+
+
+def test_another_tokenizer_is_refused_with_what_it_does_not_keep(run: Path, tmp_path: Path) -> None:
+    file = larger_tokenizer(run, tmp_path / "more.json", "zzyx")
+    with pytest.raises(UserError) as error:
+        reshard(run, tmp_path / "out", nproc=2, growth=Growth(tokenizer=file))
+    assert "it has 1025 tokens, the model rows for 1024; give --extend-vocab 1025 or more" in str(error.value)
+    assert "is of another tokenizer; give that of data made with `hybridtrain data --tokenizer" in str(error.value)
+    tree = json.loads(file.read_text())
+    vocabulary = tree["model"]["vocab"]
+    vocabulary["Ġthe"], vocabulary["Ġof"] = vocabulary["Ġof"], vocabulary["Ġthe"]
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=rf"'Ġthe' is {vocabulary['Ġthe']} of its tokens, and {vocabulary['Ġof']} of the run's"):
+        reshard(run, tmp_path / "out", nproc=2, growth=Growth(vocab=1040, tokenizer=file))
+    tree["model"]["vocab"] = json.loads((run / "tokenizer.json").read_text())["model"]["vocab"]
+    tree["decoder"] = None  # the same tokens, read otherwise
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"(?s)token \d+, '\S+', is spelt otherwise than the run's.*\n  and \d+ more"):
+        reshard(run, tmp_path / "out", nproc=2, growth=Growth(vocab=1040, tokenizer=file))
+    assert not (tmp_path / "out").exists()

@@ -22,6 +22,7 @@ from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.reshard import Growth, copy, reshard
 from hybridtrain.reshard.journal import NAME
 from hybridtrain.reshard.tool import ALONE
+from hybridtrain.run_folder import find_checkpoint
 from tests.console import hybridtrain, refused
 from tests.hybridtrain.conftest import TWO_RANKS
 from tests.hybridtrain.reshard.layouts import LAYOUTS, digests, latest, next_losses, overrides
@@ -124,11 +125,16 @@ def test_damage_is_noticed_before_and_behind(run: Path, tmp_path: Path, monkeypa
     file.write_bytes(content)
     with pytest.raises(DamagedCheckpoint, match=f"{file.name}: is damaged"):
         reshard(broken, tmp_path / "a", nproc=2)
+    file.write_bytes(content[: len(content) // 2])  # what is missing is missed by who copies it, too
+    with pytest.raises(DamagedCheckpoint, match=f"{file.name}: is damaged: it has {len(content) // 2} bytes"):
+        reshard(broken, tmp_path / "a", nproc=2)
+    assert checkpoint.latest(tmp_path / "a" / "checkpoints") is None
+    assert len((tmp_path / "a" / NAME).read_text().splitlines()) == 1  # the job, and nothing that was done
     real = copy.Copy._read_back
 
-    def flip(self: copy.Copy, span: copy.Span, pieces: list[object]) -> torch.Tensor:
-        rows = real(self, span, pieces)  # type: ignore[arg-type]
-        if span.name == "memory.table":
+    def flip(self: copy.Copy, name: str, *rest: object) -> torch.Tensor:
+        rows = real(self, name, *rest)  # type: ignore[arg-type]
+        if name == "memory.table":
             rows[7, 3] += 1
         return rows
 
@@ -157,6 +163,7 @@ def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path:
     with pytest.raises(UserError, match=r"--max-memory 1000 bytes: 8 blocks .* it may be 33554432 or more"):
         reshard(run, out, max_memory=1000)
     assert not out.exists()
+    assert "OUT is a folder of this machine" in refused(hybridtrain("reshard", run, "s3://bucket/run"))
     message = refused(hybridtrain("reshard", run, out, "parallel.ep=3", "--grow-experts", 4))
     assert "--grow-experts 4: the model has 8, and none can be taken away; it may be more" in message
     done = hybridtrain(
@@ -164,6 +171,14 @@ def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path:
     )
     assert done.status == 0, done
     assert "for pp 2 · tp 2 · edp 2 · mem 2 · mem_replicate 2; every tensor's xxh3 is what it was" in done.out
+
+
+def test_a_checkpoint_elsewhere_knows_its_run(run: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "far" / "away"
+    shutil.copytree(latest(run), elsewhere)
+    assert find_checkpoint(elsewhere) == (run, elsewhere)
+    reshard(elsewhere, tmp_path / "out", overrides("tp 2"), nproc=2)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
 
 
 def peak_of_a_large_table(run: Path, folder: Path, max_memory: int) -> tuple[int, int]:
