@@ -17,7 +17,7 @@ from hybridtrain.formats.families import FAMILIES
 from hybridtrain.formats.hf_export import export_hf
 from hybridtrain.formats.hf_import import import_hf
 from hybridtrain.use import evaluate_checkpoint, open_checkpoint
-from tests.hybridtrain.formats.tiny import THEIRS, our_logits, random_run, random_tokens, save_theirs, their_model
+from tests.hybridtrain.formats.tiny import OURS, THEIRS, our_logits, random_run, random_tokens, save_theirs, their_model
 
 import transformers  # isort: skip  (after tiny, which takes it off line)
 
@@ -59,19 +59,6 @@ def test_an_imported_model_has_their_logits_and_goes_back_bit_for_bit(case: str,
 
 
 NO_MEMORY = "memory.enabled=false"
-OURS = {
-    "llama": ('model.layers=["2*attention+dense"]', "model.attention.qk_norm=false", "model.attention.num_kv_heads=2"),
-    "qwen3": ('model.layers=["2*attention+dense"]', "model.tie_embeddings=true", "model.norm_eps=1e-5"),
-    "mixtral": ('model.layers=["2*attention+moe"]', "model.attention.qk_norm=false"),
-    "qwen3_moe": ("model.attention.rope_theta=500", "model.vocab_size=1100"),
-    "glm4_moe": (
-        'model.layers=["attention+dense", "2*attention+moe"]',
-        'model.moe.score="sigmoid"',
-        "model.moe.num_shared=1",
-        "model.moe.num_groups=2",
-        "model.moe.gate_scale=1.5",
-    ),
-}
 
 
 @pytest.mark.parametrize("family", OURS)

@@ -64,19 +64,26 @@ THEIRS: dict[str, dict[str, Any]] = {
     "glm4_moe, one group": {**GLM, "first_k_dense_replace": 0, "n_shared_experts": 1},
 }
 
-MEGATRON_RUNS = {  # overrides of models of ours that are also Megatron's
+OURS = {  # overrides of models of ours that are also a family's
     "llama": ('model.layers=["2*attention+dense"]', "model.attention.qk_norm=false", "model.attention.num_kv_heads=2"),
-    "qwen3": ('model.layers=["2*attention+dense"]', "model.tie_embeddings=true", "model.norm_eps=1e-5", "model.vocab_size=1100"),
-    "mixtral": ('model.layers=["2*attention+moe"]', "model.attention.qk_norm=false", "model.attention.rope_theta=500"),
-    "softmax first": ('model.layers=["2*attention+moe"]', "model.moe.normalize_gates=false"),
+    "qwen3": ('model.layers=["2*attention+dense"]', "model.tie_embeddings=true", "model.norm_eps=1e-5"),
+    "mixtral": ('model.layers=["2*attention+moe"]', "model.attention.qk_norm=false"),
+    "qwen3_moe": ("model.attention.rope_theta=500", "model.vocab_size=1100"),
     "glm4_moe": (
         'model.layers=["attention+dense", "2*attention+moe"]',
         'model.moe.score="sigmoid"',
         "model.moe.num_shared=1",
         "model.moe.num_groups=2",
         "model.moe.gate_scale=1.5",
-        "model.attention.num_kv_heads=2",
     ),
+}
+
+MEGATRON_RUNS = {  # and Megatron's
+    "llama": OURS["llama"],
+    "qwen3": (*OURS["qwen3"], "model.vocab_size=1100"),
+    "mixtral": (*OURS["mixtral"], "model.attention.rope_theta=500"),
+    "softmax first": ('model.layers=["2*attention+moe"]', "model.moe.normalize_gates=false"),
+    "glm4_moe": (*OURS["glm4_moe"], "model.attention.num_kv_heads=2"),
 }
 
 
