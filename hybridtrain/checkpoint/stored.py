@@ -62,7 +62,7 @@ class StoredTensors:
         here = {k.removeprefix(f"{CHANGED}.").partition(".")[2] for k in self._entries if k.startswith(CHANGED)} - {"numbers"}
         self._merged = {f"{MEMORY}{k}" for k in here}  # tensors whose changed rows are here and whose others are in the base
         self._numbers: dict[str, Tensor] = {}  # of changed rows, by piece
-        self._chunks: dict[str, _Chunks] = {}
+        self._chunks: dict[str, Chunks] = {}
         self._found: dict[MetadataIndex, Piece] = {}
         self.shapes: dict[str, tuple[int, ...]] = {k: tuple(v.size) for k, v in self._entries.items() if not k.startswith(CHANGED)}
         if self._base is not None:
@@ -119,7 +119,7 @@ class StoredTensors:
             self._read_piece(out, name, chunk, 0, 1)
             return
         if name not in self._chunks:
-            self._chunks[name] = _Chunks(self._entries[name].chunks)
+            self._chunks[name] = Chunks(self._entries[name].chunks)
         high = low + len(out)
         for chunk in self._chunks[name].meeting(low, high):
             start, end = max(low, chunk.offsets[0]), min(high, chunk.offsets[0] + chunk.sizes[0])
@@ -139,7 +139,7 @@ class StoredTensors:
             raise DamagedCheckpoint(f"{self.path / place.relative_path}: damaged: {name} cannot be read: {error}") from None
 
 
-class _Chunks:
+class Chunks:
     """The pieces of a tensor, of which a large one has many, by their rows."""
 
     def __init__(self, chunks: Sequence[ChunkStorageMetadata]) -> None:

@@ -5,6 +5,8 @@ Defined by Engram (arXiv 2601.07372); the compressed ids enter the memory's hash
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, normalizers
@@ -34,6 +36,13 @@ def compression_map(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
             key = raw or normalizer.normalize_str(text) or text
             compressed[token_id] = numbers.setdefault(key, len(numbers))
     return compressed
+
+
+def to_npy(compression: npt.NDArray[np.int64]) -> bytes:
+    """The map as the file that lies beside a tokenizer."""
+    array = io.BytesIO()
+    np.save(array, compression)
+    return array.getvalue()
 
 
 def _normalizer() -> normalizers.Normalizer:

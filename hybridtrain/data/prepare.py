@@ -6,7 +6,6 @@ every 64 MiB of text, and write `manifest.json` last. The same sources and setti
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import xxhash
 
 from hybridtrain.data import manifest as m
-from hybridtrain.data.compress import compression_map
+from hybridtrain.data.compress import compression_map, to_npy
 from hybridtrain.data.encode import corpus_documents, encode_files, training_texts
 from hybridtrain.data.holdout import Holdout, choose_holdout
 from hybridtrain.data.journal import Input, Job, Journal, clear, locked, read_journal, software, write_journal
@@ -129,17 +128,16 @@ def _begin(job: Job, holdout: Holdout, progress: bool) -> Journal:
         tokenizer = train_tokenizer(training_texts(job, holdout), job.settings.vocab_size, progress)
         content = tokenizer.to_str(pretty=True).encode()
     find_separator(tokenizer, job.settings.separator or None)
-    array = io.BytesIO()
-    np.save(array, compression_map(tokenizer))
+    compression = to_npy(compression_map(tokenizer))
     clear(job.out)
     m.write_atomically(job.out / m.TOKENIZER, content)
-    m.write_atomically(job.out / m.COMPRESSION, array.getvalue())
+    m.write_atomically(job.out / m.COMPRESSION, compression)
     journal = Journal(
         sources=job.sources,
         settings=job.settings,
         software=software(),
         tokenizer_xxh3=xxhash.xxh3_128(content).hexdigest(),
-        compression_xxh3=xxhash.xxh3_128(array.getvalue()).hexdigest(),
+        compression_xxh3=xxhash.xxh3_128(compression).hexdigest(),
     )
     write_journal(job.out, journal)
     return journal

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hybridtrain import __version__, checkpoint
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
 from hybridtrain.config import dump_settings, parse_settings
-from hybridtrain.data.compress import compression_map
+from hybridtrain.data.compress import compression_map, to_npy
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, write_atomically
 from hybridtrain.data.sources import file_digest
 from hybridtrain.data.tokenizer import find_separator, load_tokenizer, vocabulary_size
@@ -118,13 +116,11 @@ class ImportedTokenizer:
 
 def write_run(out: Path, settings: Settings, tensors: Mapping[str, LazyTensor], tokenizer: ImportedTokenizer, origin: str) -> None:
     """Make the folder `out`: tokenizer, settings, and a checkpoint of the weights alone. One tensor is in memory at a time."""
-    array = io.BytesIO()
-    np.save(array, tokenizer.compression)
     with new_folder(out) as made:
         shutil.copyfile(tokenizer.path, made / TOKENIZER)
         for companion in (c for c in COMPANIONS if (tokenizer.path.parent / c).is_file()):
             shutil.copyfile(tokenizer.path.parent / companion, made / companion)
-        write_atomically(made / COMPRESSION, array.getvalue())
+        write_atomically(made / COMPRESSION, to_npy(tokenizer.compression))
         write_atomically(made / SETTINGS, dump_settings(settings).encode())
         staging = made / "checkpoints" / "partial"
         staging.mkdir(parents=True)

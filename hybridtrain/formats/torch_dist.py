@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _Storag
 
 from hybridtrain.checkpoint.files import METADATA
 from hybridtrain.checkpoint.piece import Piece
-from hybridtrain.checkpoint.stored import LazyTensor
+from hybridtrain.checkpoint.stored import Chunks, LazyTensor
 from hybridtrain.errors import DataError, FormatError
 
 COMMON, FORMAT = "common.pt", "metadata.json"
@@ -121,7 +121,7 @@ class TorchDist:
         except Exception as error:  # whatever unpickling a damaged file raises
             raise DataError(f"{folder / METADATA}: cannot be read: {error}") from None
         self._entries = {k: v for k, v in entries.items() if isinstance(v, dcp.TensorStorageMetadata)}
-        self._by_first: dict[str, dict[int, list[dcp.ChunkStorageMetadata]]] = {}
+        self._chunks: dict[str, Chunks] = {}
         self.shapes: dict[str, tuple[int, ...]] = {k: tuple(v.size) for k, v in self._entries.items()}
 
     def dtype(self, key: str) -> torch.dtype:
@@ -131,7 +131,9 @@ class TorchDist:
         """Its block, with all its dims. Raises DataError where a piece is missing or damaged."""
         out = torch.empty(region.sizes, dtype=self.dtype(region.key))
         filled = 0
-        for chunk in self._near(region):
+        if region.key not in self._chunks:
+            self._chunks[region.key] = Chunks(self._entries[region.key].chunks)
+        for chunk in self._chunks[region.key].meeting(region.offsets[0], region.offsets[0] + region.sizes[0]):
             low = [max(o, c) for o, c in zip(region.offsets, chunk.offsets, strict=True)]
             ends = zip(region.offsets, region.sizes, chunk.offsets, chunk.sizes, strict=True)
             sizes = [min(o + s, c + n) - start for (o, s, c, n), start in zip(ends, low, strict=True)]
@@ -145,19 +147,6 @@ class TorchDist:
                 f"{self.folder}: {region.key}: {out.numel() - filled} of {out.numel()} values asked for are in no piece"
             )
         return out
-
-    def _near(self, region: Region) -> list[dcp.ChunkStorageMetadata]:
-        """The pieces that may have some of a region; of one layer of a stack not those of all the others."""
-        chunks = self._entries[region.key].chunks
-        if region.sizes[:1] != (1,):
-            return chunks
-        if region.key not in self._by_first:
-            by_first: dict[int, list[dcp.ChunkStorageMetadata]] = {}
-            for chunk in chunks:
-                for number in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
-                    by_first.setdefault(number, []).append(chunk)
-            self._by_first[region.key] = by_first
-        return self._by_first[region.key].get(region.offsets[0], [])
 
     def _read_piece(self, key: str, chunk: dcp.ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """A block of a piece: rows of its first dim that is longer than one are read alone."""

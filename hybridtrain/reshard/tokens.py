@@ -8,7 +8,6 @@ compressed ids they would be others. Products that are too large for 63 bits wra
 from __future__ import annotations
 
 import dataclasses
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,6 @@ class NewTokenizer:
     digest: str
     compression: npt.NDArray[np.int64]
     addressing: str | None
-
-    @property
-    def compression_file(self) -> bytes:
-        array = io.BytesIO()
-        np.save(array, self.compression)
-        return array.getvalue()
 
 
 def take_tokenizer(path: Path, run: Path, info: dict[str, Any], target: Target) -> NewTokenizer:

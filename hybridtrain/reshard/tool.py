@@ -26,6 +26,7 @@ from hybridtrain.checkpoint.history import LATEST, folder_of, staging_of
 from hybridtrain.checkpoint.place import flush_folder, free_space, make_folder, write_whole
 from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.config import dump_settings, parse_settings
+from hybridtrain.data.compress import to_npy
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.metrics import METRICS
@@ -231,7 +232,7 @@ def _write_companions(run: Path, out: Path, target: Target, tokenizer: NewTokeni
             shutil.copyfile(run / name, out / name)
     if tokenizer is not None:
         (out / TOKENIZER).write_bytes(tokenizer.content)
-        (out / COMPRESSION).write_bytes(tokenizer.compression_file)
+        (out / COMPRESSION).write_bytes(to_npy(tokenizer.compression))
         if tokenizer.addressing is not None:
             (out / ADDRESSING).write_text(tokenizer.addressing, encoding="utf-8")
     (out / SETTINGS).write_text(dump_settings(target.settings), encoding="utf-8")
