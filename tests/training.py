@@ -24,7 +24,7 @@ from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.metrics import Clock, read_metrics
-from hybridtrain.parallel.mesh import make_mesh
+from hybridtrain.parallel.mesh import close_mesh, make_mesh
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
 from hybridtrain.world import compute_dtype, resolve_layout
@@ -156,6 +156,7 @@ def build_here(settings: Settings) -> tuple[Parts, BatchLoader]:
 
 
 def trace(settings: Settings, steps: int = 3) -> Trace:
+    alone = not dist.is_initialized()
     parts, loader = build_here(settings)
     memory = parts.memory
     out = Trace([], [], [], {}, {})
@@ -177,6 +178,8 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
     if memory is not None:
         out.state["table"] = memory.table.clone()
     out.traffic.update({key: value for key, value in parts.mesh.traffic.entries().items() if "plan" not in key[0]})
+    if alone:
+        close_mesh()
     return out
 
 
