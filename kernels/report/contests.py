@@ -111,7 +111,8 @@ def _elementwise(device: str, N: int, D: int) -> Iterator[Contest]:
     turn = torch.randn(N, 128, device=device)
     heads, weight = _normal(device, 1, N, max(1, D // 128), 128), _normal(device, 128)
     size = 2 * heads.numel()
-    rotary = "fla.modules.rotary", "rotary_embedding", lambda f: lambda x: f(x, turn[:, 0::2], turn[:, 1::2], interleaved=True)
+    cos, sin = turn[:, 0::2].bfloat16(), turn[:, 1::2].bfloat16()  # fla wants them in the dtype of the input
+    rotary = "fla.modules.rotary", "rotary_embedding", lambda f: lambda x: f(x, cos, sin, interleaved=True)
     fused, plain = (lambda x, f=f: f(x, turn, None, EPS) for f in (kernel.rope, reference.rope))
     yield Contest("rope", f"N={N} C=128", (heads,), fused, plain, 4 * size, 0, _libraries(fla=rotary))
     fused, plain = (lambda x, w, f=f: f(x, turn, w, EPS) for f in (kernel.rope, reference.rope))
