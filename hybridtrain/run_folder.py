@@ -100,9 +100,8 @@ class RunFolder:
         for path in gather_objects(checkpoint.candidates(self.checkpoints), self.world)[0]:
             try:
                 checkpoint.verify(path, parts.settings.checkpoint.verify, self.world)
-                checkpoint.check_fits(
-                    path, parts.settings, parts.vocabulary.size, tokenizer, addressing.to_json() if addressing is not None else None
-                )
+                hashes = addressing.to_json() if addressing is not None else None
+                checkpoint.check_fits(path, parts.settings, parts.vocabulary, tokenizer, hashes)
                 step = checkpoint.load(parts, path)
             except DamagedCheckpoint as error:
                 problems.append(str(error))
@@ -129,9 +128,13 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """(run folder, checkpoint) for a run folder, or for one of its checkpoints. Raises CheckpointError where there is neither."""
     if (path / checkpoint.INFO).is_file():
         return _run_of(path), path
-    last = checkpoint.latest(_checkpoints_of(path))
-    if last is None:
+    found = checkpoint.candidates(_checkpoints_of(path))
+    if not found:
         raise CheckpointError(f"{path} is neither a run folder with a finished checkpoint nor a checkpoint")
+    last, *before = found
+    if not (last / checkpoint.INFO).is_file():
+        instead = f"; the one before it is {before[0]}" if before else ""
+        raise CheckpointError(f"{last}, the latest of this run, is damaged: {checkpoint.INFO} is missing{instead}")
     return path, last
 
 

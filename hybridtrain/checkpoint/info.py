@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from hybridtrain import __version__
-from hybridtrain.assemble import Parts
+from hybridtrain.assemble import Parts, Vocabulary
 from hybridtrain.checkpoint.files import FileRecord, digest_file
 from hybridtrain.checkpoint.place import write_whole
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
@@ -122,7 +122,7 @@ def describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
     }
 
 
-def check_fits(path: Path, settings: Settings, vocab_size: int, tokenizer_digest: str, addressing: str | None) -> None:
+def check_fits(path: Path, settings: Settings, vocabulary: Vocabulary, tokenizer_digest: str, addressing: str | None) -> None:
     """Raise CheckpointError listing every way in which the checkpoint at `path` is one of another model."""
     info = read_info(path)
     if info.get("weights_only"):
@@ -134,10 +134,12 @@ def check_fits(path: Path, settings: Settings, vocab_size: int, tokenizer_digest
         f"{key}: the checkpoint has {json.dumps(theirs)}, the settings say {json.dumps(ours)}"
         for key, ours, theirs in _differences(identity(settings), info["identity"])
     ]
-    if info["vocab_size"] != vocab_size:
-        problems.append(f"vocabulary: the checkpoint has {info['vocab_size']} tokens, the data {vocab_size}")
+    if info["vocab_size"] != vocabulary.size:
+        problems.append(f"vocabulary: the checkpoint has {info['vocab_size']} tokens, the data {vocabulary.size}")
     elif info["tokenizer_digest"] != tokenizer_digest:
         problems.append(f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has {tokenizer_digest}")
+    elif (theirs := info["separator_id"]) != vocabulary.separator_id:
+        problems.append(f"separator: the checkpoint has token {theirs} before each document, the data {vocabulary.separator_id}")
     elif info["addressing"] != addressing and not problems:
         problems.append("memory: the checkpoint's multipliers, primes or compression map are others")
     if problems:

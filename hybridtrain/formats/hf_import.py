@@ -124,7 +124,7 @@ def _tensors(folder: Path, weights: SafetensorsFolder, settings: Settings, famil
 def _make(weights: SafetensorsFolder, name: str, theirs: tuple[str, ...], head_dim: int, shape: tuple[int, ...]) -> Tensor:
     if not theirs:
         return new_router_state(name, shape)
-    return to_ours(name, [weights.read(t) for t in theirs], head_dim)
+    return to_ours(name, map(weights.read, theirs), shape, head_dim)
 
 
 def _tensor_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], tied: bool) -> list[str]:

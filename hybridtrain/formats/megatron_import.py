@@ -108,10 +108,10 @@ def _make(weights: TorchDist, name: str, regions: list[Region], model: ModelSett
     if not regions:
         return new_router_state(name, shape)
     a = model.attention
-    values = [weights.read(region).flatten(0, len(region.sizes) - len(their_shape(name, shape))) for region in regions]
+    values = (weights.read(region).flatten(0, len(region.sizes) - len(their_shape(name, shape))) for region in regions)
     if name.endswith(JOINED):
-        values = [split_qkv(values[0], a.num_kv_heads, a.head_dim)[JOINED.index(name[-len(JOINED[0]) :])]]
-    return to_ours(name, values, a.head_dim)
+        values = (split_qkv(value, a.num_kv_heads, a.head_dim)[JOINED.index(name[-len(JOINED[0]) :])] for value in values)
+    return to_ours(name, values, shape, a.head_dim)
 
 
 def _tensor_problems(expected: Mapping[str, tuple[int, ...]], weights: TorchDist) -> list[str]:

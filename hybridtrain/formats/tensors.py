@@ -8,7 +8,7 @@ C head width, D model width, E experts, F expert width, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -37,13 +37,12 @@ def to_theirs(name: str, value: Tensor, head_dim: int) -> Tensor:
     return _swap(value, head_dim // 2, 2) if name.endswith(_ROTATED) else value
 
 
-def to_ours(name: str, values: Sequence[Tensor], head_dim: int) -> Tensor:
-    """Our tensor from theirs (one, or one per expert), float32."""
+def to_ours(name: str, values: Iterable[Tensor], shape: tuple[int, ...], head_dim: int) -> Tensor:
+    """Our tensor of `shape` from theirs (one, or one per expert, each taken when the one before has its place), float32."""
     if is_stacked(name):
-        first = values[0]
-        out_EDF = torch.empty(len(values), first.size(1), first.size(0))
-        for expert, value in enumerate(values):
-            out_EDF[expert] = value.t()
+        out_EDF = torch.empty(shape)
+        for into_DF, value in zip(out_EDF, values, strict=True):
+            into_DF.copy_(value.t())
         return out_EDF
     (value,) = values
     return (_swap(value, 2, head_dim // 2) if name.endswith(_ROTATED) else value).float()

@@ -177,6 +177,15 @@ def test_another_tokenizer_is_refused(resumable: Callable[..., str], ci_data: Pa
     assert "tokenizer.json is another tokenizer than the one this run was trained with" in message
 
 
+def test_another_token_before_each_document_is_refused(resumable: Callable[..., str], ci_data: Path, tmp_path: Path) -> None:
+    from hybridtrain.data.prepare import prepare
+
+    source, tokenizer = ci_data.with_suffix(".jsonl"), ci_data / "tokenizer.json"
+    other = prepare([source], tmp_path / "other", tokenizer=tokenizer, separator="e", progress=False)
+    message = resumable(f"data.path={tmp_path / 'other'}")
+    assert f"separator: the checkpoint has token 0 before each document, the data {other.separator_id}" in message
+
+
 def cut_in_half(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
