@@ -6,15 +6,30 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What one step came to, over all ranks."""
+
+    loss: float  # nats per token
+    statistics: dict[str, Tensor]
+    stop: bool
+    save: bool
+    grad_norm: float
+    table_grad_norm: float
+    kept: bool  # the update was made
 
 
 class Clock:

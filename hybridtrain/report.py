@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -18,17 +18,13 @@ from hybridtrain import __version__
 from hybridtrain.assemble import Parts, resolve_stages
 from hybridtrain.data.manifest import write_atomically
 from hybridtrain.implementations import implementations
-from hybridtrain.metrics import Clock, MetricsLog, measure_matmul_peak
+from hybridtrain.metrics import Clock, MetricsLog, Totals, measure_matmul_peak
 from hybridtrain.model.count import count_parameters, flops_per_token
 from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.pace import Pace, slowest
 from hybridtrain.parallel.collectives import all_reduce_
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.run_folder import SUMMARY
-
-if TYPE_CHECKING:
-    from hybridtrain.train import Totals
-
 
 FETCH = {
     "step": "rows come before their step",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from hybridtrain.errors import TrainingError
 from hybridtrain.evaluate import evaluate
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.memory import by_exchange
-from hybridtrain.metrics import Clock, MetricsLog
+from hybridtrain.metrics import Clock, MetricsLog, Totals
 from hybridtrain.model.statistics import apply_router_statistics, collect, no_statistics, reset
 from hybridtrain.optim.groups import set_learning_rates
 from hybridtrain.optim.schedule import lr_scale
@@ -40,19 +39,6 @@ from hybridtrain.world import join_world
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 Step = tuple[Batch, StepPlan | None]
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What one step came to, over all ranks."""
-
-    loss: float  # nats per token
-    statistics: dict[str, Tensor]
-    stop: bool
-    save: bool
-    grad_norm: float
-    table_grad_norm: float
-    kept: bool  # the update was made
 
 
 def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:

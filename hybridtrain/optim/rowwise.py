@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels.row_gather.op import row_gather
-from hybridtrain.kernels.rowwise_adam.op import Step, fade, owed, rounded, rounding_seed, rowwise_adam
+from hybridtrain.kernels.rowwise_adam.op import Step, fade, rounded, rounding_seed, rowwise_adam
+from hybridtrain.optim.decay import DecayLog
 from hybridtrain.settings import MemorySettings
 
 
@@ -92,7 +93,7 @@ class _Rowwise:
             "v": torch.zeros(rows, dtype=torch.float32, device=device),
             "last": torch.zeros(rows, dtype=torch.int32, device=device),
         }
-        self._decay: _DecayLog | None = None  # none as long as no step has decayed anything
+        self._decay: DecayLog | None = None  # none as long as no step has decayed anything
         self._keep: Callable[[Tensor], None] | None = None
 
     @torch.no_grad()
@@ -157,7 +158,7 @@ class _Rowwise:
         if log is not None and len(log) != scalars["step_count"] + 1:
             raise ValueError(f"decay_log has {len(log)} entries, must have step_count + 1 = {scalars['step_count'] + 1}")
         self.step_count = int(scalars["step_count"])
-        self._decay = None if log is None else _DecayLog(log, self.table_RD.device)
+        self._decay = None if log is None else DecayLog(log, self.table_RD.device)
 
     def _advance(self, lr: float) -> None:
         log_factor = self._log_factor(lr)
@@ -172,8 +173,8 @@ class _Rowwise:
             raise ValueError(f"lr * weight_decay = {lr} * {self.weight_decay} must be below 1")
         return math.log1p(-lr * self.weight_decay)
 
-    def _no_decay_yet(self) -> _DecayLog:
-        return _DecayLog([0.0] * (self.step_count + 1), self.table_RD.device)
+    def _no_decay_yet(self) -> DecayLog:
+        return DecayLog([0.0] * (self.step_count + 1), self.table_RD.device)
 
     def _about_to_change(self, rows_N: Tensor) -> None:
         keep = self._keep  # another thread may end it
@@ -292,31 +293,3 @@ class DenseAdam:
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         """Take over what `scalars` gave."""
         self.step_count = int(scalars["step_count"])
-
-
-class _DecayLog:
-    """entry t = log of the product of the decay factors of steps 1 … t, in float64; entry 0 is 0."""
-
-    def __init__(self, entries: list[float], device: torch.device) -> None:
-        self._length = len(entries)
-        self._entries = torch.zeros(max(1024, 2 * self._length), dtype=torch.float64, device=device)
-        self._entries[: self._length] = torch.tensor(entries, dtype=torch.float64)
-        self._total = entries[-1]
-
-    def append(self, log_factor: float) -> None:
-        if self._length == len(self._entries):
-            self._entries = torch.cat([self._entries, torch.zeros_like(self._entries)])
-        self._total += log_factor
-        self._entries[self._length] = self._total
-        self._length += 1
-
-    @property
-    def entries(self) -> Tensor:
-        return self._entries[: self._length]
-
-    def factor(self, last_N: Tensor, coming: float = 0.0) -> Tensor:
-        """float32 [N]: product of the factors of all steps after `last_N`, and of one to come whose log is `coming`."""
-        return owed(self._entries, last_N, self._total + coming)
-
-    def to_list(self) -> list[float]:
-        return self.entries.tolist()

@@ -19,12 +19,12 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.metrics import Clock
+from hybridtrain.metrics import Clock, Totals
 from hybridtrain.parallel.collectives import barrier
 from hybridtrain.parallel.mesh import close_mesh, make_mesh
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.settings import Settings
-from hybridtrain.train import Totals, train_step
+from hybridtrain.train import train_step
 from hybridtrain.world import resolve_layout
 from tests.parity.cases import Case, settings_of
 from tests.parity.faults import FAULTS
