@@ -65,7 +65,7 @@ def slow(*overrides: str) -> Any:
     "overrides",
     [
         (zero(1), "parallel.ep=2"),
-        (zero(2), "parallel.ep=2", "train.micro_batches=2", "memory.exchange_groups=2"),
+        slow(zero(2), "parallel.ep=2", "train.micro_batches=2", "memory.exchange_groups=2"),
         slow(zero(0), "parallel.ep=2"),
         slow(zero(1), "parallel.ep=1", "parallel.mem=1"),
         slow(zero(1), "parallel.cp=2", "parallel.ep=2", OFFLOAD),

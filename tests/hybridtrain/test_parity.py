@@ -18,10 +18,10 @@ from tests.training import ci_settings, loss_curve, train_on
 
 LAYOUTS = [
     (2, "parallel.ep=2", "parallel.mem=2"),
-    (4, "parallel.dp_replicate=2", "parallel.ep=2", "parallel.mem=4"),
     (4, "parallel.ep=4", "parallel.mem=4", 'parallel.dispatch="hierarchical"', "parallel.node_size=2"),
 ]
 MORE = [
+    (4, "parallel.dp_replicate=2", "parallel.ep=2", "parallel.mem=4"),
     (4, "parallel.ep=2", "parallel.mem=4"),
     (4, "parallel.ep=4", "parallel.mem=2", "parallel.reshard_after_forward=true"),
     (4, "parallel.ep=1", "parallel.mem=1"),

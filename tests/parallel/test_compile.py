@@ -79,6 +79,8 @@ def test_bfloat16_is_as_far_from_float32_compiled_as_not(data: Path) -> None:
 QUICK = {
     "ep": ["parallel.ep=2", "train.recompute=full", 'model.layers=["attention+dense", "attention+moe"]'],
     "tp": ["parallel.tp=2", "train.recompute=full", 'model.layers=["memory+attention+dense"]'],
+}
+TWO = {
     "cp": ["parallel.cp=2", 'model.layers=["memory+attention+dense"]'],
     "pp": ["parallel.pp=2", "parallel.schedule=gpipe", 'model.layers=["attention+dense", "memory+attention+moe"]'],
 }
@@ -108,8 +110,9 @@ def assert_bitwise_over(nproc: int, data: Path, layouts: dict[str, list[str]]) -
             assert compiled.traffic == plain.traffic, name
 
 
-def test_layouts_over_two_ranks(data: Path) -> None:
-    assert_bitwise_over(2, data, QUICK)
+@pytest.mark.parametrize("layouts", [QUICK, pytest.param(TWO, marks=pytest.mark.parity)], ids=["few", "more"])
+def test_layouts_over_two_ranks(data: Path, layouts: dict[str, list[str]]) -> None:
+    assert_bitwise_over(2, data, layouts)
 
 
 @pytest.mark.parity

@@ -37,6 +37,7 @@ def test_ratios_and_shares_are_taken_round_by_round() -> None:
 
 
 @with_peers
+@pytest.mark.parity  # starts every library: half a minute
 def test_every_subject_trains_the_same_model_on_two_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     main(
         [*TINY, "--ranks", "2", "--peers", "deepspeed", "--json"]
@@ -48,6 +49,7 @@ def test_every_subject_trains_the_same_model_on_two_ranks(capsys: pytest.Capture
 
 
 @with_peers
+@pytest.mark.parity
 def test_a_subject_that_dies_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)transformers:no_such_way died:.*no_such_way"):
         main([*TINY, "--peers", "transformers:no_such_way"])
