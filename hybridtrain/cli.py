@@ -54,6 +54,7 @@ def launch(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="times that ranks which died are all started again, from the latest checkpoint")
     ] = 0,
+    bind: Annotated[bool, typer.Option(help="keep each rank to its share of the cores, where there is one for each thread")] = True,
 ) -> None:
     """Start N training ranks on this machine."""
     from hybridtrain.data.prepare import ensure_prepared
@@ -66,7 +67,8 @@ def launch(
     ensure_prepared(settings.data)
     arguments = (settings, resume or (None if auto_resume else False))
     target, threads = "hybridtrain.train:train", settings.run.threads
-    raise typer.Exit(run_ranks(target, arguments, nproc, threads=threads, restarts=max_restarts, again=(settings, None)))
+    again = settings, None
+    raise typer.Exit(run_ranks(target, arguments, nproc, threads=threads, bind=bind, restarts=max_restarts, again=again))
 
 
 @app.command()

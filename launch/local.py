@@ -22,6 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from hybridtrain.launch.cores import shares_of_cores, usable_cores
+
 RENDEZVOUS = "HYBRIDTRAIN_RENDEZVOUS"
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often the ranks were started again, as torchrun says it
 _ERRORS = "HYBRIDTRAIN_ERRORS"  # folder in which a failing rank leaves its message
@@ -38,22 +40,26 @@ def run_ranks(
     *,
     threads: int = 0,
     preload: Sequence[str] = (),
+    bind: bool = True,
     restarts: int = 0,
     again: tuple[Any, ...] | None = None,
 ) -> int:
     """Call `module:function` in `nproc` ranks and return the exit status: 0, or the first failing rank's.
 
     When a rank fails the others get SIGTERM, and SIGKILL 30 s later. SIGTERM, Ctrl-C and SIGUSR1 are passed on to the ranks,
-    which end or save in their own way. `threads` (0: the machine's cores shared out) bounds each rank's CPU threads.
+    which end or save in their own way. `threads` (0: the machine's cores shared out) bounds each rank's CPU threads; with
+    `bind` each rank keeps to its share of the cores, where there are enough.
     Ranks that failed are all started again, up to `restarts` times, with the arguments `again` where given; not after
     an error that the user has to mend, nor once they were asked to end.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([target.partition(":")[0], *preload])
-    threads = threads or max(1, (os.cpu_count() or 1) // nproc)
+    cores = usable_cores()
+    threads = threads or max(1, len(cores) // nproc)
+    shares = shares_of_cores(cores if bind else [], nproc, threads)
     with _ForwardSignals() as signals:
         for attempt in range(restarts + 1):
-            status = _run_once(context, target, arguments, nproc, threads, attempt, signals)
+            status = _run_once(context, target, arguments, shares, threads, attempt, signals)
             if status in (0, USER_ERROR) or signals.ending or attempt == restarts:
                 break
             print(f"status {status}: restart {attempt + 1} of at most {restarts}", file=sys.stderr, flush=True)
@@ -65,7 +71,7 @@ def _run_once(
     context: ForkServerContext,
     target: str,
     arguments: tuple[Any, ...],
-    nproc: int,
+    shares: Sequence[Sequence[int]],
     threads: int,
     attempt: int,
     signals: _ForwardSignals,
@@ -74,8 +80,8 @@ def _run_once(
         errors = Path(folder) / "errors"
         errors.mkdir()
         environment = {
-            "WORLD_SIZE": str(nproc),
-            "LOCAL_WORLD_SIZE": str(nproc),
+            "WORLD_SIZE": str(len(shares)),
+            "LOCAL_WORLD_SIZE": str(len(shares)),
             "OMP_NUM_THREADS": str(threads),
             RESTARTS: str(attempt),
             _ERRORS: str(errors),
@@ -84,10 +90,10 @@ def _run_once(
         signals.ranks = [
             context.Process(
                 target=_rank,
-                args=(target, arguments, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}),
+                args=(target, arguments, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cores),
                 name=f"rank {rank}",
             )
-            for rank in range(nproc)
+            for rank, cores in enumerate(shares)
         ]
         for rank in signals.ranks:
             rank.start()
@@ -108,7 +114,9 @@ def end_rank(text: str, status: int) -> NoReturn:
     os._exit(status)
 
 
-def _rank(target: str, arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
+def _rank(target: str, arguments: tuple[Any, ...], environment: dict[str, str], cores: Sequence[int]) -> None:
+    if cores:
+        os.sched_setaffinity(0, cores)  # before there are threads, which inherit it
     gc.freeze()  # what the server had imported: collecting it would copy every page of it into this rank
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from hybridtrain.launch.cores import shares_of_cores, usable_cores
+
 # torch is imported once, in the server that every rank is forked from; the launcher, which shares the server, adds nothing
 PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "hybridtrain.train", "tests.ranks"]
 
@@ -34,8 +36,9 @@ def run_on_ranks(function: Callable[..., Any], nproc: int, *args: Any, timeout: 
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="hybridtrain-test-") as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(nproc)]
+        shares = shares_of_cores(usable_cores(), nproc, 1)
         ranks = [
-            context.Process(target=_rank, args=(function, args, rank, nproc, str(Path(folder) / "store"), timeout, pipes[rank][1]))
+            context.Process(target=_rank, args=(function, args, rank, shares, str(Path(folder) / "store"), timeout, pipes[rank][1]))
             for rank in range(nproc)
         ]
         try:
@@ -81,9 +84,18 @@ def _collect(receivers: list[Connection], deadline: float, timeout: float) -> li
 
 
 def _rank(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, nproc: int, store: str, timeout: float, sender: Connection
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    shares: list[list[int]],
+    store: str,
+    timeout: float,
+    sender: Connection,
 ) -> None:
-    gc.freeze()  # as the launcher's ranks
+    gc.freeze()  # as the launcher's ranks, and bound as they are
+    if shares[rank]:
+        os.sched_setaffinity(0, shares[rank])
+    nproc = len(shares)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(nproc), OMP_NUM_THREADS="1")
     import torch
     import torch.distributed as dist

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from hybridtrain.launch.cores import shares_of_cores, usable_cores
 from hybridtrain.model.count import flops_per_token
 from tools.peers import MATMUL_FLOPS, Case, to_json
 
@@ -34,6 +35,10 @@ class Subject:
         self.log = folder / f"{name.replace(':', '-')}.log"
         store = tempfile.mktemp(dir=folder)
         self.ranks = [self._start(case, rank, store) for rank in range(case.ranks)]
+        shares = shares_of_cores(usable_cores(), case.ranks, case.threads)
+        for process, cores in zip(self.ranks, shares, strict=True):
+            if cores:
+                os.sched_setaffinity(process.pid, cores)  # before it has threads, as `hybridtrain launch` does
 
     def _start(self, case: Case, rank: int, store: str) -> subprocess.Popen[str]:
         root = Path(__file__).parent.parent

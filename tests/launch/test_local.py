@@ -15,6 +15,7 @@ import pytest
 
 from hybridtrain.errors import TrainingError
 from hybridtrain.launch import local
+from hybridtrain.launch.cores import usable_cores
 from hybridtrain.launch.local import RENDEZVOUS, RESTARTS, STALLED, USER_ERROR, run_ranks
 from hybridtrain.parallel.layout import Layout
 from tests.ranks import PRELOAD
@@ -36,6 +37,7 @@ def note_environment(folder: str) -> None:
 
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", RENDEZVOUS)
     noted = {name: os.environ[name] for name in names} | {"threads": torch.get_num_threads(), "frozen": gc.get_freeze_count()}
+    noted["cores"] = sorted(os.sched_getaffinity(0))
     (Path(folder) / f"rank-{rank()}.json").write_text(json.dumps(noted))
 
 
@@ -116,7 +118,19 @@ def test_ranks_get_torchruns_environment(tmp_path: Path) -> None:
     assert noted[0][RENDEZVOUS].startswith("file:///")
     assert not Path(noted[0][RENDEZVOUS].removeprefix("file://")).parent.exists()  # nothing is left behind
     assert launch("note_environment", str(tmp_path), nproc=1, threads=0) == 0
-    assert json.loads((tmp_path / "rank-0.json").read_text())["threads"] == os.cpu_count()
+    assert json.loads((tmp_path / "rank-0.json").read_text())["threads"] == len(usable_cores())
+
+
+@pytest.mark.skipif(len(usable_cores()) < 2, reason="needs two cores")
+def test_ranks_keep_to_their_own_cores(tmp_path: Path) -> None:
+    def cores(bind: bool) -> list[list[int]]:
+        assert run_ranks(f"{HERE}:note_environment", (str(tmp_path),), 2, threads=1, bind=bind, preload=PRELOAD) == 0
+        return [json.loads((tmp_path / f"rank-{i}.json").read_text())["cores"] for i in range(2)]
+
+    own, all_cores = cores(bind=True), sorted(usable_cores())
+    assert sorted(own[0] + own[1]) == all_cores
+    assert len(own[0]) == len(all_cores) // 2
+    assert cores(bind=False) == [all_cores, all_cores]
 
 
 @pytest.mark.parametrize(
