@@ -6,6 +6,7 @@ one after the other, and what one core has just written lies in its own cache wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -31,8 +32,11 @@ def share_out(work: Callable[[Iterator[int]], None], pieces: Sequence[int]) -> N
 @cache
 def _pool(num_threads: int) -> ThreadPoolExecutor:
     pool, all_started = ThreadPoolExecutor(num_threads, "experts"), Barrier(num_threads)
+    cores = _cores_of(num_threads)
 
     def prepare() -> None:
+        if cores:
+            os.sched_setaffinity(0, {cores.pop()})  # this thread alone
         torch.set_num_threads(1)  # this thread's own number, and that of threads to come
         torch.set_grad_enabled(False)
         all_started.wait()
@@ -41,3 +45,12 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
         started.result()
     torch.set_num_threads(num_threads)  # for the threads to come
     return pool
+
+
+def _cores_of(num_threads: int) -> list[int]:
+    """A core for each of the threads, where this process has as many as them; else none: it is not known which are idle.
+
+    Threads that sleep between two layers are often woken all on one core, and stay there as long as their work takes.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return cores if len(cores) == num_threads else []
