@@ -37,7 +37,8 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
     def prepare() -> None:
         if cores:
             os.sched_setaffinity(0, {cores.pop()})  # this thread alone
-        torch.set_num_threads(1)  # this thread's own number, and that of threads to come
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread's first look makes the number its own; later it would see that of the threads to come
         torch.set_grad_enabled(False)
         all_started.wait()
 
