@@ -96,11 +96,11 @@ class RunFolder:
         not fit, or none is good.
         """
         tokenizer = file_digest(self.path / TOKENIZER)
+        hashes = addressing.to_json() if addressing is not None else None
         problems: list[str] = []
         for path in gather_objects(checkpoint.candidates(self.checkpoints), self.world)[0]:
             try:
                 checkpoint.verify(path, parts.settings.checkpoint.verify, self.world)
-                hashes = addressing.to_json() if addressing is not None else None
                 checkpoint.check_fits(path, parts.settings, parts.vocabulary, tokenizer, hashes)
                 step = checkpoint.load(parts, path)
             except DamagedCheckpoint as error:

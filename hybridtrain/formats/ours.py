@@ -115,7 +115,7 @@ class ImportedTokenizer:
 
 
 def write_run(out: Path, settings: Settings, tensors: Mapping[str, LazyTensor], tokenizer: ImportedTokenizer, origin: str) -> None:
-    """Make the folder `out`: tokenizer, settings, and a checkpoint of the weights alone. One tensor is in memory at a time."""
+    """Make the folder `out`: tokenizer, settings, and a checkpoint of the weights alone. Two tensors are in memory at a time."""
     with new_folder(out) as made:
         shutil.copyfile(tokenizer.path, made / TOKENIZER)
         for companion in (c for c in COMPANIONS if (tokenizer.path.parent / c).is_file()):
