@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train picture test test-parity test-faults lint test-gpu clean
+.PHONY: help setup train picture test test-parity test-faults test-fuzz lint test-gpu clean
 
 help:
 	@echo "make train   set up, then train the quickstart on two ranks (runs/quickstart)"
 	@echo "make test    set up, then lint, type-check and test"
 	@echo "make test-parity   every legal layout of 2 and 4 ranks, and a sample of 8, against one rank"
 	@echo "make test-faults   200 faults and more injected into runs: killed and stopped ranks, full disks, damaged files"
+	@echo "make test-fuzz     ten thousand odd and damaged files, read as if somebody had sent them"
 	@echo "make test-gpu      the kernels and the miniature hybrid on a GPU, and the kernels' benchmark there"
 	@echo "make picture train the quickstart without memory too, and draw both curves"
 	@echo "make lint    ruff and mypy alone"
@@ -50,6 +51,9 @@ test-parity: $(READY)
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -q -m faults
+
+test-fuzz: $(READY)
+	FUZZ=many $(BIN)/python -m pytest -q tests/fuzz
 
 test-gpu: $(READY)
 	@$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'no CUDA device here: make test-gpu needs one GPU')" || exit 2
