@@ -1,4 +1,4 @@
-"""Rows of the table over ranks: planned once a step, beside a lookup in every layer: `python tools/bench_exchange.py [--nproc 2]`
+"""Rows of the table over ranks: planned once a step, beside a lookup in every layer: `python -m tools.bench_exchange [--nproc 2]`
 
 Both ways serve the quickstart's memory layers with the same batches and update the same rows by the same row-wise rule, in turns,
 without a model around them:
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         ensure_prepared(_settings(options).data)
         with tempfile.TemporaryDirectory(prefix="bench-exchange-") as folder:
             options = replace(options, out=str(Path(folder) / "result.json"))
-            if status := run_ranks("bench_exchange:measure", (options,), options.nproc):
+            if status := run_ranks("tools.bench_exchange:measure", (options,), options.nproc):
                 raise SystemExit(status)
             result = json.loads(Path(options.out).read_text(encoding="utf-8"))
     except (UserError, LayoutError) as error:

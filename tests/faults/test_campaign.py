@@ -1,4 +1,4 @@
-"""Runs survive what is done to them: `make test-faults` injects at least 200 faults, `make test` at least 20 of another draw.
+"""Runs survive what is done to them: `make test-faults` injects at least 200 faults, `make test` a few of another draw.
 
 Every fault ends in a restart from the last committed checkpoint or in a refusal that names the cause, and every run in the
 curve of the undisturbed one, bit for bit.
@@ -18,7 +18,7 @@ from tests.faults.judge import Outcome
 from tests.faults.story import DAMAGE, PHASES, PIPELINE_PHASES
 from tools.fault_campaign import problems, run
 
-FEW, FEW_SEED, FEW_STORIES, FEW_ATTEMPTS = 20, 1775, 2, 10
+FEW, FEW_SEED, FEW_STORIES, FEW_ATTEMPTS = 6, 1775, 1, 6
 
 
 def wrong(outcomes: list[Outcome]) -> list[str]:

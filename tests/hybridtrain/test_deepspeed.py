@@ -81,7 +81,7 @@ def test_experts_train_as_under_the_native_engine(trained: Callable[..., Path], 
 @pytest.mark.parametrize(
     ("nproc", "overrides"),
     [
-        (2, (zero(3), "train.micro_batches=2")),
+        pytest.param(2, (zero(3), "train.micro_batches=2"), marks=pytest.mark.parity),
         pytest.param(2, (zero(2), OFFLOAD, "train.micro_batches=2"), marks=pytest.mark.parity),
         pytest.param(1, (zero(3), OFFLOAD), marks=pytest.mark.parity),
     ],
@@ -117,6 +117,7 @@ def test_a_run_changes_engines(
     assert_same_run(run, trained(1, *model))
 
 
+@pytest.mark.parity
 def test_a_resumed_run_is_bitwise_the_undisturbed_one(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:
     layout = (CLIPPED, ENGINE, zero(2), "parallel.ep=2", "train.micro_batches=2", "memory.exchange_groups=2")
     whole = trained(2, *layout)

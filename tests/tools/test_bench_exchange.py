@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from hybridtrain.data.prepare import prepare
-from tools.bench_exchange import Options, Way, render, summarise
+import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from hybridtrain.data.prepare import prepare
+from tools.bench_exchange import Options, Way, main, render, summarise
+
 SMALL = ["model.dim=16", "train.seq_len=16", "train.global_batch=8", "train.micro_batches=2", "memory.rows_per_head=300"]
 
 
@@ -26,18 +24,13 @@ def test_ratios_are_taken_step_by_step() -> None:
     assert "| other | 6000.0 | 3.00 (3.00-3.00) | 3000.0 | 3.00 (3.00-3.00) | 3 | 4 |" in render(result)
 
 
-def test_small_run(tmp_path: Path) -> None:
+def test_small_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": f"all work and no play, time {n}, makes a long tale " * 9}) for n in range(30)]
     text.write_text("\n".join(lines) + "\n")
     prepare([text], tmp_path / "data", vocab_size=300, progress=False)
-    command = [sys.executable, ROOT / "tools" / "bench_exchange.py", "--json", "--steps", "3", "--warmup", "1", *SMALL]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, f"data.path={tmp_path / 'data'}"], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    ours, other = json.loads(done.stdout)["ways"]
+    main(["--json", "--steps", "3", "--warmup", "1", *SMALL, f"data.path={tmp_path / 'data'}"])
+    ours, other = json.loads(capfd.readouterr().out)["ways"]
     assert sum(calls for calls, _ in ours["traffic"].values()) == 4  # counts, ids, rows, gradients
     assert sum(calls for calls, _ in other["traffic"].values()) == 2 * 4  # of each of two micro-batches
     sent_ours, sent_other = (sum(sent for _, sent in way["traffic"].values()) for way in (ours, other))
