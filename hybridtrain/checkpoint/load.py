@@ -11,8 +11,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hybridtrain.assemble import Parts
 from hybridtrain.checkpoint.blocks import BLOCK_BYTES
-from hybridtrain.checkpoint.files import METADATA, Reader, quiet
-from hybridtrain.checkpoint.info import damage, read_info
+from hybridtrain.checkpoint.files import Reader, quiet
+from hybridtrain.checkpoint.index import Index
+from hybridtrain.checkpoint.info import damage, index_of, read_info
 from hybridtrain.checkpoint.stored import MEMORY, StoredTensors
 from hybridtrain.checkpoint.together import Failures, describe_failures, together
 from hybridtrain.errors import DamagedCheckpoint
@@ -71,11 +72,14 @@ def read_into(state: dict[str, Any], path: Path, world: Group) -> None:
 
     Raises DamagedCheckpoint where the checkpoint is damaged or lacks one.
     """
-    if not (path / METADATA).is_file():
-        raise DamagedCheckpoint(f"{path}: damaged: {METADATA} is missing")
+    try:
+        found: list[Index] = []
+        together(world, lambda: found.append(index_of(path)))  # before torch's collectives
+    except Failures as failures:
+        raise DamagedCheckpoint("\n".join([f"{path}: damaged or not of this model", *_lines(failures.problems)])) from None
     try:
         with quiet():
-            state_dict_loader.load(state, storage_reader=Reader(path, world.traffic.alive), no_dist=world.size == 1)
+            state_dict_loader.load(state, storage_reader=Reader(path, found[0], world.traffic.alive), no_dist=world.size == 1)
     except (Exception, CheckpointException) as error:
         problems = describe_failures(error, world.rank)
         raise DamagedCheckpoint("\n".join([f"{path}: damaged or not of this model", *_lines(problems)])) from None

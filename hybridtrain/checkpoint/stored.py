@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from hybridtrain.checkpoint.files import Reader, Records, Writer, quiet
-from hybridtrain.checkpoint.info import INFO, base_of, read_info
+from hybridtrain.checkpoint.files import Records, Writer, quiet
+from hybridtrain.checkpoint.info import INFO, base_of, index_of, read_info
 from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint, UserError
 from hybridtrain.pieces import pieces_for
@@ -51,13 +51,10 @@ class StoredTensors:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            metadata = Reader(path).read_metadata()
-        except Exception as error:  # whatever unpickling a damaged file raises
-            raise DamagedCheckpoint(f"{path}: damaged: its index of tensors cannot be read: {error}") from None
-        self._entries = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
-        self._places: dict[MetadataIndex, Any] = dict(metadata.storage_data or {})
+        self._entries, self._places = index_of(path)
         base = base_of(path, read_info(path)) if (path / INFO).is_file() else None
+        if base is not None and read_info(base).get("base"):
+            raise DamagedCheckpoint(f"{path}: damaged: its base {base} is based on another one")
         self._base = StoredTensors(base) if base is not None else None
         here = {k.removeprefix(f"{CHANGED}.").partition(".")[2] for k in self._entries if k.startswith(CHANGED)} - {"numbers"}
         self._merged = {f"{MEMORY}{k}" for k in here}  # tensors whose changed rows are here and whose others are in the base
@@ -133,7 +130,7 @@ class StoredTensors:
         place = self._places[index]
         try:
             if index not in self._found:
-                self._found[index] = Piece.find(self.path, place)
+                self._found[index] = Piece.find(self.path, place, chunk.sizes, self._entries[name].properties.dtype)
             self._found[index].read_into(out, low, high)
         except Exception as error:  # whatever a missing or damaged file makes torch or the disk raise
             raise DamagedCheckpoint(f"{self.path / place.relative_path}: damaged: {name} cannot be read: {error}") from None
