@@ -46,11 +46,11 @@ class _Guard(BaseModel):
 
 class _Scalars(BaseModel):
     step_count: Count
-    decay_log: list[float] | None = None
+    decay_log: list[float] = []
 
     @model_validator(mode="after")
     def _as_long_as_the_steps(self) -> _Scalars:
-        if self.decay_log is not None and len(self.decay_log) != self.step_count + 1:
+        if "decay_log" in self.model_fields_set and len(self.decay_log) != self.step_count + 1:
             raise ValueError(f"decay_log has {len(self.decay_log)} entries, must have step_count + 1 = {self.step_count + 1}")
         return self
 

@@ -48,10 +48,19 @@ def load(parts: Parts, path: Path) -> int:
         except Failures as failures:
             raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be read", *_lines(failures.problems)])) from None
         if not weights_only:
-            memory.load_scalars(info["memory_scalars"])
+            _load_scalars(memory, info["memory_scalars"], path, world)
     if "guard" in info:  # imported weights have none
         parts.guard.load_state(info["guard"])
     return int(info["step"])
+
+
+def _load_scalars(memory: TableMemory, scalars: dict[str, Any] | None, path: Path, world: Group) -> None:
+    if scalars is None:
+        raise DamagedCheckpoint(f"{path}: damaged: it has no memory_scalars, and its table is trained")
+    try:
+        together(world, lambda: memory.load_scalars(scalars))
+    except Failures as failures:
+        raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be gone on with", *_lines(failures.problems)])) from None
 
 
 def verify(path: Path, level: str, world: Group = ALONE) -> None:

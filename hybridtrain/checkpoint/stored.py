@@ -63,11 +63,17 @@ class StoredTensors:
         self._found: dict[MetadataIndex, Piece] = {}
         self.shapes: dict[str, tuple[int, ...]] = {k: tuple(v.size) for k, v in self._entries.items() if not k.startswith(CHANGED)}
         if self._base is not None:
-            self.shapes |= {k: self._base.shapes[k] for k in sorted(self._merged)}
+            self.shapes |= {k: self._base.shape(k) for k in sorted(self._merged)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor. Raises DamagedCheckpoint where there is none of that name."""
+        if name not in self.shapes:
+            raise DamagedCheckpoint(f"{self.path}: damaged or not of this model: it has no {name}")
+        return self.shapes[name]
 
     def read(self, name: str, low: int = 0, high: int | None = None) -> Tensor:
         """Rows `low` to `high-1` (dim 0; all where None) of a tensor, on the CPU."""
-        shape = self.shapes[name]
+        shape = self.shape(name)
         if shape:
             high = shape[0] if high is None else high
             shape = (high - low, *shape[1:])
@@ -76,7 +82,13 @@ class StoredTensors:
         return out
 
     def read_into(self, out: Tensor, name: str, low: int = 0) -> None:
-        """Fill `out`, of any dtype and device, with as many rows of a tensor as it has, from row `low` on."""
+        """Fill `out`, of any dtype and device, with as many rows of a tensor as it has, from row `low` on.
+
+        Raises DamagedCheckpoint where the tensor has not so many, or is of another shape or damaged.
+        """
+        shape = self.shape(name)
+        if tuple(out.shape[1:]) != shape[1:] or out.dim() != len(shape) or (shape and not 0 <= low <= low + len(out) <= shape[0]):
+            raise DamagedCheckpoint(f"{self.path}: {name} is {list(shape)}; {list(out.shape)} from row {low} on were asked for")
         if self._base is not None and name in self._merged:
             self._base.read_into(out, name, low)
             self._write_changes_over(out, name, low)
@@ -90,7 +102,10 @@ class StoredTensors:
 
     def pieces(self, kind: str, low: int, high: int) -> list[str]:
         """The pieces of rows of a kind (pieces.py) that may have rows among `low` to `high-1`."""
-        return pieces_for(self._entries, kind, low, high)
+        try:
+            return pieces_for(self._entries, kind, low, high)
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{self.path}: damaged: {error}") from None
 
     def _write_changes_over(self, out: Tensor, name: str, low: int) -> None:
         """Put the changed ones among the rows from `low` on in their places."""
@@ -99,14 +114,19 @@ class StoredTensors:
             numbers = self._numbers_of(piece)
             start, end = torch.searchsorted(numbers, torch.tensor([low, high])).tolist()
             if start < end:
+                theirs = f"{piece}.{name.removeprefix(MEMORY)}"
+                if theirs not in self._entries or tuple(self._entries[theirs].size) != (len(numbers), *out.shape[1:]):
+                    raise DamagedCheckpoint(f"{self.path}: damaged: {theirs} is not there, or not of {len(numbers)} such rows")
                 values = torch.empty((end - start, *out.shape[1:]), dtype=self.dtype(name))
-                self._read_rows(values, f"{piece}.{name.removeprefix(MEMORY)}", start)
+                self._read_rows(values, theirs, start)
                 out.index_copy_(0, (numbers[start:end] - low).to(out.device), values.to(out))
 
     def _numbers_of(self, piece: str) -> Tensor:
         if piece not in self._numbers:
             numbers = torch.empty(tuple(self._entries[f"{piece}.numbers"].size), dtype=torch.int64)
             self._read_rows(numbers, f"{piece}.numbers", 0)
+            if numbers.dim() != 1 or (len(numbers) and int(numbers[0]) < 0) or bool((numbers.diff() <= 0).any()):
+                raise DamagedCheckpoint(f"{self.path}: damaged: the numbers of {piece} do not ascend")
             self._numbers[piece] = numbers
         return self._numbers[piece]
 
