@@ -108,11 +108,16 @@ def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | 
         raise SettingsError(f"memory.addressing={memory.addressing}", [f"cannot be read: {error.strerror}"]) from None
     except AddressingError as error:
         raise SettingsError(f"memory.addressing={memory.addressing}", error.problems) from None
-    wanted = {"layers": layers, "orders": memory.orders, "heads": memory.heads, "boundary": memory.boundary}
-    problems = [f"{k}={getattr(addressing, k)} but the settings say {v}" for k, v in wanted.items() if getattr(addressing, k) != v]
-    if problems:
+    if problems := addressing_misfits(addressing, settings):
         raise SettingsError(f"memory.addressing={memory.addressing}", problems)
     return addressing
+
+
+def addressing_misfits(addressing: Addressing, settings: Settings) -> list[str]:
+    """What it has otherwise than the settings' memory layers."""
+    memory = settings.memory
+    wanted = {"layers": memory_layers(settings), "orders": memory.orders, "heads": memory.heads, "boundary": memory.boundary}
+    return [f"{k}={getattr(addressing, k)} but the settings say {v}" for k, v in wanted.items() if getattr(addressing, k) != v]
 
 
 def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing: Addressing | None) -> Parts:

@@ -33,6 +33,8 @@ AutoResume = Annotated[
         "--auto-resume", help="go on from the latest checkpoint where there is one, else start: for torchrun --max-restarts"
     ),
 ]
+RUN = "run folder, one of its checkpoints, or the URL of its checkpoints"
+Run = Annotated[str, typer.Argument(help=RUN)]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
@@ -127,22 +129,23 @@ def engram(
 
 @app.command(name="eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="run folder, or one of its checkpoints")],
+    run: Run,
     split: Annotated[str, typer.Option(help="train or validation")] = "validation",
     data_path: Annotated[Path | None, typer.Option("--data", help="another data folder made with the same tokenizer")] = None,
     batches: Annotated[int, typer.Option(min=0, help="global batches; 0: the whole split")] = 0,
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint."""
+    from hybridtrain.checkpoint import place
     from hybridtrain.use import evaluate_checkpoint
 
-    values = evaluate_checkpoint(run, split, data_path, batches)
+    values = evaluate_checkpoint(place(run, "RUN"), split, data_path, batches)
     _print_values(values, as_json)
 
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="run folder, or one of its checkpoints")],
+    run: Run,
     prompt: Annotated[str, typer.Option(help="text to continue")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.8,
@@ -150,9 +153,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
 ) -> None:
     """Continue a text with a checkpoint."""
+    from hybridtrain.checkpoint import place
     from hybridtrain.use import generate_text
 
-    print(generate_text(run, prompt, tokens, temperature, top_k, seed))
+    print(generate_text(place(run, "RUN"), prompt, tokens, temperature, top_k, seed))
 
 
 @kernels_app.command(name="report")
@@ -192,7 +196,7 @@ def kernels_bench(as_json: Json = False) -> None:
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="run folder, or one of its checkpoints")],
+    run: Run,
     out: Annotated[Path, typer.Argument(help="folder that receives the model")],
     to: Annotated[str, typer.Option("--format", help="hf: a Hugging Face folder; megatron: a torch_dist checkpoint")] = "hf",
     family: Annotated[str | None, typer.Option(help="architecture of hf; auto: the first that is the same model")] = None,
@@ -201,9 +205,10 @@ def export(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
 ) -> None:
     """Write a checkpoint in another format."""
+    from hybridtrain.checkpoint import place
     from hybridtrain.formats.command import export_model
 
-    print(f"{out}: {export_model(run, out, to, family, transformer_impl, max_shard_size, dtype)}")
+    print(f"{out}: {export_model(place(run, 'RUN'), out, to, family, transformer_impl, max_shard_size, dtype)}")
 
 
 @app.command(name="import")
@@ -224,7 +229,7 @@ def import_(
 
 @app.command()
 def reshard(
-    run: Annotated[Path, typer.Argument(metavar="IN", help="run folder, or one of its checkpoints")],
+    run: Annotated[str, typer.Argument(metavar="IN", help=RUN)],
     out: Annotated[str, typer.Argument(help="run folder to write; one that was begun is gone on with")],
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks to lay it out for; as few as the axes need if not given")] = None,
@@ -235,6 +240,7 @@ def reshard(
     tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json with more tokens behind those of the run's")] = None,
 ) -> None:
     """Lay a checkpoint out for another layout, without its ranks; every tensor's checksum stays what it was."""
+    from hybridtrain.checkpoint import place
     from hybridtrain.formats.folder import parse_size
     from hybridtrain.reshard import Growth
     from hybridtrain.reshard import reshard as lay_out
@@ -244,7 +250,7 @@ def reshard(
         raise UserError(f"{out}: OUT is a folder of this machine; its checkpoints may be copied to where checkpoint.dir will be")
     keep_freed_memory()  # blocks of the same sizes follow one another
     done = lay_out(
-        run,
+        place(run, "RUN"),
         Path(out),
         overrides or [],
         nproc=nproc,
@@ -276,6 +282,11 @@ def main() -> None:
         app()
     except (UserError, LayoutError) as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"error: this machine has not the memory that was asked for: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

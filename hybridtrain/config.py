@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.settings import Settings
+from hybridtrain.untrusted import UntrustedFileError, read_toml
 
 
 def load_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
@@ -21,11 +22,11 @@ def load_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
     Raises SettingsError listing every unknown key, wrong type and contradiction, each with its key.
     """
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tree = read_toml(Path(path))
     except OSError as error:
         raise SettingsError(str(path), [f"cannot be read: {error.strerror}"]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(str(path), [f"is not TOML: {error}"]) from None
+    except UntrustedFileError as error:
+        raise SettingsError(str(path), [str(error).removeprefix(f"{path}: ")]) from None
     return parse_settings(tree, overrides, source=str(path))
 
 

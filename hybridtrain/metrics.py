@@ -16,7 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from hybridtrain.untrusted import UntrustedFileError, read_bytes
+
 METRICS = "metrics.jsonl"
+_MAX_METRICS = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -139,13 +142,23 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a line cut off by a crash is left out."""
+    """The lines of a run's metrics.jsonl; what is none, such as a line cut off by a crash, is left out.
+
+    Raises UntrustedFileError where the file is longer than any run's, or not UTF-8.
+    """
     lines = []
-    for line in (run_dir / METRICS).read_text(encoding="utf-8").splitlines():
+    path = run_dir / METRICS
+    try:
+        text = read_bytes(path, _MAX_METRICS).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UntrustedFileError(f"{path}: is not UTF-8 at byte {error.start}") from None
+    for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(values, dict) and type(values.get("step")) is int:
+            lines.append(values)
     return lines
 
 

@@ -25,6 +25,7 @@ from hybridtrain.pace import Pace, slowest
 from hybridtrain.parallel.collectives import all_reduce_
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.run_folder import SUMMARY
+from hybridtrain.untrusted import read_json
 
 FETCH = {
     "step": "rows come before their step",
@@ -183,7 +184,7 @@ class Report:
             f"{self.folder} has done {start} steps of train.steps={self.parts.settings.train.steps}: nothing is left to do"
         )
         old = self.folder / SUMMARY
-        summary: dict[str, Any] = json.loads(old.read_text(encoding="utf-8")) if old.exists() else {}
+        summary: dict[str, Any] = read_json(old, dict[str, Any]) if old.exists() else {}
         return summary
 
     def stopped(self, done: int, signal: str) -> dict[str, Any]:

@@ -10,12 +10,11 @@ The checkpoints are elsewhere where `checkpoint.dir` says so.
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts, Vocabulary
-from hybridtrain.config import dump_settings
+from hybridtrain.config import dump_settings, parse_settings
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, write_atomically
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.progress import say
@@ -25,6 +24,7 @@ from hybridtrain.errors import CheckpointError, DamagedCheckpoint, DataError, Se
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.parallel.collectives import Group, barrier, gather_objects
 from hybridtrain.settings import Settings
+from hybridtrain.untrusted import UntrustedFileError, read_toml
 
 SETTINGS, ADDRESSING, SUMMARY = "settings.toml", "addressing.json", "summary.json"
 CHECKPOINTS = "checkpoints"
@@ -125,9 +125,15 @@ class RunFolder:
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """(run folder, checkpoint) for a run folder, or for one of its checkpoints. Raises CheckpointError where there is neither."""
+    """(run folder, checkpoint) for a run folder, for one of its checkpoints, or for the folder or URL of `checkpoint.dir`.
+
+    Raises CheckpointError where there is none, where the run folder's settings cannot be read, and where they name a URL.
+    """
     if (path / checkpoint.INFO).is_file():
         return _run_of(path), path
+    if checkpoint.latest(path) is not None:
+        saved = checkpoint.candidates(path)[0]
+        return _run_of(saved), saved
     found = checkpoint.candidates(_checkpoints_of(path))
     if not found:
         raise CheckpointError(f"{path} is neither a run folder with a finished checkpoint nor a checkpoint")
@@ -143,13 +149,25 @@ def _run_of(saved: Path) -> Path:
     around = saved.parent.parent
     if (around / SETTINGS).is_file():
         return around
-    named = Path(checkpoint.read_info(saved)["settings"]["run"]["dir"])
+    named = Path(parse_settings(checkpoint.read_info(saved)["settings"], source=str(saved)).run.dir)
     return named if (named / SETTINGS).is_file() else around
 
 
 def _checkpoints_of(run: Path) -> Path:
+    """Where a run folder's settings say that its checkpoints lie. A URL is not opened: whoever made the folder chose it."""
     try:
-        where = tomllib.loads((run / SETTINGS).read_text(encoding="utf-8")).get("checkpoint", {}).get("dir", "")
-    except (OSError, tomllib.TOMLDecodeError):
-        where = ""
+        tree = read_toml(run / SETTINGS)
+    except (FileNotFoundError, NotADirectoryError):
+        return run / CHECKPOINTS
+    except (OSError, UntrustedFileError) as error:
+        raise CheckpointError(f"{run / SETTINGS} cannot be read: {error}") from None
+    section = tree.get("checkpoint", {})
+    where = section.get("dir", "") if isinstance(section, dict) else ""
+    if not isinstance(where, str) or "\0" in where:
+        raise CheckpointError(f"{run / SETTINGS}: checkpoint.dir={where!r:.100} is no folder")
+    if "://" in where and not where.startswith("file://"):
+        raise CheckpointError(
+            f"{run / SETTINGS} says that the checkpoints lie at {where}, which is not opened on a file's word; "
+            f"if you trust it, give {where} itself in the place of {run}"
+        )
     return checkpoint.place(where) if where else run / CHECKPOINTS

@@ -288,6 +288,9 @@ class LayerSpec(_Section):
     feedforward: str
 
 
+MAX_LAYERS = 10_000
+
+
 def layer_specs(settings: Settings) -> tuple[LayerSpec, ...]:
     """The layers of the model in order; `memory.enabled=false` removes every memory.
 
@@ -301,8 +304,10 @@ def layer_specs(settings: Settings) -> tuple[LayerSpec, ...]:
                 f'model.layers: "{entry}" is no layer; write "[N*][memory+]MIXER+FEEDFORWARD" '
                 f"with MIXER one of {', '.join(MIXERS)} and FEEDFORWARD one of {', '.join(FEEDFORWARDS)}"
             )
+        if len(specs) + (more := int(match[1] or 1)) > MAX_LAYERS:
+            raise ValueError(f"model.layers: more than {MAX_LAYERS:,} layers")
         spec = LayerSpec(memory=bool(match[2]) and settings.memory.enabled, mixer=match[3], feedforward=match[4])
-        specs += [spec] * int(match[1] or 1)
+        specs += [spec] * more
     return tuple(specs)
 
 

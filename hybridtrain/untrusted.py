@@ -6,6 +6,9 @@ docs/security.md says which files these are. JSON is read by `read_json`, paths 
 from __future__ import annotations
 
 import json
+import os
+import stat
+import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from hybridtrain.errors import UserError
 
 MAX_BYTES = 64 << 20  # of a JSON file: the index of a million tensors
+MAX_TOML = 1 << 20  # of settings
 MAX_DEPTH = 64  # of lists and objects in each other
 _SHOWN = 20  # problems that one message lists
 
@@ -25,7 +29,12 @@ class UntrustedFileError(UserError):
 
 
 def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The content of `path`. Raises FileNotFoundError, OSError, and UntrustedFileError where it is longer than `most` bytes."""
+    """The content of `path`. Raises FileNotFoundError, OSError, and UntrustedFileError where it is longer than `most` bytes.
+
+    Links are followed; a pipe or device, whose reading may never end, is refused.
+    """
+    if isinstance(path, Path) and not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode)):
+        raise UntrustedFileError(f"{path}: is no regular file")
     with path.open("rb") as stream:
         content: bytes = stream.read(most + 1)
     if len(content) > most:
@@ -57,6 +66,20 @@ def parse_json(content: bytes | str, source: str, shape: type[T]) -> T:
     if _deeper_than(value, MAX_DEPTH):
         raise UntrustedFileError(f"{source}: is nested deeper than {MAX_DEPTH} levels")
     return validated(value, source, shape)
+
+
+def read_toml(path: Path, most: int = MAX_TOML) -> dict[str, Any]:
+    """The TOML file `path`. Raises OSError, and UntrustedFileError where it is longer than `most`, nested deeply or no TOML."""
+    content = read_bytes(path, most)
+    try:
+        tree = tomllib.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise UntrustedFileError(f"{path}: is nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:  # not UTF-8, not TOML, a number of thousands of digits
+        raise UntrustedFileError(f"{path}: is not TOML: {error}") from None
+    if _deeper_than(tree, MAX_DEPTH):
+        raise UntrustedFileError(f"{path}: is nested deeper than {MAX_DEPTH} levels")
+    return tree
 
 
 def validated(value: Any, source: str, shape: type[T]) -> T:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts, Vocabulary, assemble
+from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.config import parse_settings
 from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
@@ -17,10 +17,10 @@ from hybridtrain.data.sources import file_digest
 from hybridtrain.data.tokenizer import load_tokenizer, vocabulary_size
 from hybridtrain.errors import CheckpointError, DataError, UserError
 from hybridtrain.evaluate import evaluate
-from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.parallel.layout import DENSE_AXES
 from hybridtrain.parallel.mesh import choose_device, make_mesh
 from hybridtrain.run_folder import find_checkpoint
+from hybridtrain.weights import check_tensors, read_addressing, read_compression_of
 from hybridtrain.world import compute_dtype, resolve_layout, table_device
 
 # compilation and engines are for training
@@ -38,14 +38,17 @@ def open_checkpoint(path: Path) -> tuple[Parts, Path, int]:
     missing = [name for name in (TOKENIZER, COMPRESSION) if not (run / name).is_file()]
     if missing:
         raise CheckpointError(f"{run} lacks {' and '.join(missing)}, which belong to its checkpoints")
-    compression = np.load(run / COMPRESSION)
+    if file_digest(run / TOKENIZER) != info["tokenizer_digest"]:
+        raise CheckpointError(f"{run / TOKENIZER} is another tokenizer than the one that {saved} was trained with")
+    checkpoint.verify(saved, settings.checkpoint.verify)
+    compression, stored = read_compression_of(run, info), StoredTensors(saved)
+    check_tensors(stored, settings, info)  # before memory is taken for a model of these settings
     vocabulary = Vocabulary(info["vocab_size"], info["separator_id"], compression)
-    addressing = Addressing.from_json(info["addressing"], compression) if info["addressing"] else None
+    addressing = read_addressing(info, settings, compression, stored)
     device = choose_device()
     mixed, table = compute_dtype(settings, device) != torch.float32, table_device(settings, device)
     mesh = make_mesh(resolve_layout(settings, 1), 0, device, settings.parallel.timeout, table_device=table, always=mixed)
     parts = assemble(settings, mesh, vocabulary, addressing)
-    checkpoint.verify(saved, settings.checkpoint.verify, mesh.world)
     checkpoint.load(parts, saved)
     return parts, run, vocabulary.separator_id
 

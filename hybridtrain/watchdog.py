@@ -125,7 +125,7 @@ class Watchdog:
     def _records(self) -> list[Record]:
         records = []
         for path in sorted(self.folder.glob("rank-*.json")):
-            with contextlib.suppress(OSError):  # taken back just now
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # taken back just now, or no record
                 records.append(Record.read(path))
         return records
 

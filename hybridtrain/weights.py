@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts
+from hybridtrain.assemble import Parts, addressing_misfits
 from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.config import parse_settings
+from hybridtrain.data.compress import read_compression
+from hybridtrain.data.manifest import COMPRESSION
 from hybridtrain.data.progress import say
-from hybridtrain.errors import CheckpointError
+from hybridtrain.errors import CheckpointError, DamagedCheckpoint
+from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.model.hybrid_lm import HybridLM
 from hybridtrain.optim.rowwise import make_row_optimizer
 from hybridtrain.run_folder import find_checkpoint
-from hybridtrain.settings import MemorySettings, Settings
+from hybridtrain.settings import MemorySettings, Settings, layer_specs, memory_layers
 
 ROWS_AT_ONCE = 1 << 18
+_SHOWN = 20
 # files that say how a published model's tokenizer is used; what was imported keeps them, and an export gives them back
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
@@ -30,6 +37,67 @@ def model_tensors(settings: Settings, vocab_size: int) -> dict[str, Tensor]:
     with torch.device("meta"):
         tensors: dict[str, Tensor] = HybridLM(settings, vocab_size).state_dict()
     return tensors
+
+
+def check_tensors(stored: StoredTensors, settings: Settings, info: Mapping[str, Any]) -> None:
+    """Raise DamagedCheckpoint listing the model's tensors that a checkpoint, which says `info`, has not as its settings say.
+
+    It is looked at before memory is taken for a model of those settings.
+    """
+    have = {name: shape for name, shape in stored.shapes.items() if name.startswith("model.")}
+    layers = {name.split(".")[2] for name in have if name.startswith("model.layers.")}
+    if len(layers) != (said := len(layer_specs(settings))):
+        raise DamagedCheckpoint(
+            f"{stored.path}: its tensors are not those of its settings: {len(layers)} layers, and they say {said}"
+        )
+    try:
+        expected = {f"model.{name}": tuple(value.shape) for name, value in model_tensors(settings, info["vocab_size"]).items()}
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # sizes that are none
+        raise DamagedCheckpoint(f"{stored.path}: its settings are of no model: {str(error)[:300]}") from None
+    problems = [
+        f"{name}: it has {list(have[name]) if name in have else 'none'}, its settings say {list(shape)}"
+        for name, shape in expected.items()
+        if have.get(name) != shape
+    ]
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        lines = [f"{stored.path}: its tensors are not those of its settings", *problems[:_SHOWN], *more]
+        raise DamagedCheckpoint("\n  ".join(lines))
+
+
+def read_compression_of(run: Path, info: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    """The compression map of a run folder, int64 [V], whose checkpoint says `info`. Raises CheckpointError, or DataError."""
+    try:
+        compression = read_compression(run / COMPRESSION, info["vocab_size"])
+    except OSError as error:
+        raise CheckpointError(f"{run / COMPRESSION}: cannot be read: {error.strerror}") from None
+    if info["separator_id"] >= len(compression):
+        raise CheckpointError(f"{run / COMPRESSION}: is of {len(compression)} tokens, and the separator is {info['separator_id']}")
+    return compression
+
+
+def read_addressing(
+    info: Mapping[str, Any], settings: Settings, compression: npt.NDArray[np.int64], stored: StoredTensors
+) -> Addressing | None:
+    """The addressing of a checkpoint, with the compression map int64 [V] of its run folder; None without a memory.
+
+    Raises CheckpointError where it is none, is of another map or of other settings, or has not as many rows as the table.
+    """
+    if not memory_layers(settings):
+        return None
+    if info["addressing"] is None:
+        raise CheckpointError(f"{stored.path}: its settings have a memory, and it has no addressing")
+    try:
+        addressing = Addressing.from_json(info["addressing"], compression)
+    except AddressingError as error:
+        raise CheckpointError(f"{stored.path}: {error}") from None
+    problems = addressing_misfits(addressing, settings)
+    table = stored.shapes.get("memory.table", ())
+    if table != (addressing.num_rows, settings.memory.head_dim):
+        problems.append(f"it has {addressing.num_rows} rows of {settings.memory.head_dim}, the table is {list(table)}")
+    if problems:
+        raise CheckpointError("\n  ".join([f"{stored.path}: its addressing is not of its memory", *problems]))
+    return addressing
 
 
 def read_rows(stored: StoredTensors, info: dict[str, Any], memory: MemorySettings, low: int, high: int) -> Tensor:
@@ -43,7 +111,10 @@ def read_rows(stored: StoredTensors, info: dict[str, Any], memory: MemorySetting
         optimizer = make_row_optimizer(memory, table_RD)
         for name, value in optimizer.state.items():
             value.copy_(stored.read(f"memory.rows.{name}", low, high))
-        optimizer.load_scalars(scalars)
+        try:
+            optimizer.load_scalars(scalars)
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{stored.path}: damaged: {error}") from None
         optimizer.catch_up(torch.arange(high - low))
     return table_RD
 

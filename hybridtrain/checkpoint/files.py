@@ -16,12 +16,13 @@ from typing import IO, Any, cast
 
 import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils import serialization
 
+from hybridtrain.checkpoint.index import Index
 from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.checkpoint.place import flush_file, make_folder
 
@@ -69,18 +70,23 @@ class Writer(FileSystemWriter):
 class Reader(FileSystemReader):
     """torch's reader, from a folder or URL, that reads rows from their place in a file into their place in a tensor.
 
-    `alive` is called for every tensor, or piece of one, that was read.
+    `index` is the folder's. `alive` is called for every tensor, or piece of one, that was read.
     """
 
-    def __init__(self, folder: Path, alive: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, folder: Path, index: Index, alive: Callable[[], None] = lambda: None) -> None:
         super().__init__("")
-        self.path, self.fs, self._alive = folder, cast(Any, _Files()), alive
+        self.path, self.fs, self.index, self._alive = folder, cast(Any, _Files()), index, alive
+
+    def read_metadata(self) -> Metadata:  # torch's would unpickle whatever is there
+        return Metadata(dict(self.index.tensors), storage_data=self.index.places, storage_meta=StorageMeta())
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        chunks = {MetadataIndex(name, c.offsets): c.sizes for name, t in self.index.tensors.items() for c in t.chunks}
         for item in sorted(plan.items, key=lambda item: self._position(item.storage_index)):
             if item.type == LoadItemType.BYTE_IO:
                 raise ValueError(f"{item.storage_index.fqn} is no tensor")
-            piece = Piece.find(cast(Path, self.path), self.storage_data[item.storage_index])
+            dtype = self.index.tensors[item.storage_index.fqn].properties.dtype
+            piece = Piece.find(cast(Path, self.path), self.index.places[item.storage_index], chunks[item.storage_index], dtype)
             target = planner.resolve_tensor(item).detach()
             low = item.storage_offsets[0] if piece.shape else 0
             high = low + item.lengths[0] if piece.shape else 1
@@ -98,7 +104,7 @@ class Reader(FileSystemReader):
         return done
 
     def _position(self, index: Any) -> tuple[str, int]:
-        place = self.storage_data[index]
+        place = self.index.places[index]
         return place.relative_path, place.offset
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from hybridtrain.checkpoint.info import INFO, base_of, read_info, write_info
 from hybridtrain.checkpoint.place import flush_folder, is_local, make_folder, names_in, remove_folder, write_whole
 from hybridtrain.errors import CheckpointError
+from hybridtrain.untrusted import UntrustedFileError, read_bytes
 
 LATEST = "latest"
 PREFIX = "step-"
@@ -38,8 +40,8 @@ def candidates(checkpoints: Path) -> list[Path]:
 def _named(checkpoints: Path) -> Path | None:
     """What the file `latest` names, there or not; None where it names no checkpoint."""
     try:
-        name = (checkpoints / LATEST).read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        name = read_bytes(checkpoints / LATEST, 1 << 10).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError, UntrustedFileError):
         return None
     return None if _step(name) is None else checkpoints / name
 
@@ -105,5 +107,5 @@ def _finished(checkpoints: Path) -> dict[int, Path]:
 
 
 def _step(name: str) -> int | None:
-    digits = name.removeprefix(PREFIX)
-    return int(digits) if digits != name and digits.isdigit() else None
+    match = re.fullmatch(rf"{PREFIX}([0-9]{{1,18}})", name)
+    return int(match[1]) if match is not None else None

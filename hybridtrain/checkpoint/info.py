@@ -5,20 +5,80 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import xxhash
+from pydantic import BaseModel, Field, model_validator
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts, Vocabulary
-from hybridtrain.checkpoint.files import FileRecord, digest_file
+from hybridtrain.checkpoint.files import METADATA, FileRecord, digest_file
+from hybridtrain.checkpoint.index import MAX_INDEX, Index, read_index
 from hybridtrain.checkpoint.place import write_whole
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.settings import Settings
+from hybridtrain.untrusted import UntrustedFileError, parse_json, read_bytes, validated
 
 FORMAT = 2
 INFO = "checkpoint.json"
+MAX_INFO = 1 << 28  # bytes: the log of weight decay has about 20 a step
+
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+FileName = Annotated[str, Field(pattern=r"^\.?[^/\\:.\x00][^/\\:\x00]*$", max_length=255)]
+
+
+class _File(BaseModel):
+    size: Count
+    xxh3: str
+
+
+class _Base(BaseModel):
+    name: Annotated[str, Field(pattern=r"^step-[0-9]{1,18}$")]
+    xxh3: str
+    age: Count
+
+
+class _Guard(BaseModel):
+    losses: list[float]
+    passed_over: Count
+
+
+class _Scalars(BaseModel):
+    step_count: Count
+    decay_log: list[float] = []
+
+    @model_validator(mode="after")
+    def _as_long_as_the_steps(self) -> _Scalars:
+        if "decay_log" in self.model_fields_set and len(self.decay_log) != self.step_count + 1:
+            raise ValueError(f"decay_log has {len(self.decay_log)} entries, must have step_count + 1 = {self.step_count + 1}")
+        return self
+
+
+class _Description(BaseModel):
+    """What is used of checkpoint.json; it may say more."""
+
+    step: Count
+    files: dict[FileName, _File]
+    sequences: Count
+    identity: dict[str, Any]
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 31)]
+    separator_id: Count
+    tokenizer_digest: str
+    addressing: str | None
+    memory_scalars: _Scalars | None
+    settings: dict[str, Any]
+    guard: _Guard | None = None
+    base: _Base | None = None
+    tensors: dict[str, str] = {}
+    weights_only: bool = False
+    xxh3: str
+
+    @model_validator(mode="after")
+    def _separator_is_a_token(self) -> _Description:
+        if self.separator_id >= self.vocab_size:
+            raise ValueError(f"separator_id {self.separator_id} is none of {self.vocab_size} tokens")
+        return self
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -27,17 +87,18 @@ def read_info(path: Path) -> dict[str, Any]:
     Raises CheckpointError where `path` is no finished checkpoint or of another format, DamagedCheckpoint where it was changed.
     """
     try:
-        info: dict[str, Any] = json.loads((path / INFO).read_text(encoding="utf-8"))
+        info = parse_json(read_bytes(path / INFO, MAX_INFO), "its content", dict[str, Any])
+        if info.get("format") != FORMAT:
+            raise CheckpointError(f"{path} has checkpoint format {info.get('format')!r:.50}; this version reads format {FORMAT}")
+        if (found := _seal(info)) != info.get("xxh3"):
+            raise DamagedCheckpoint(f"{path / INFO} is damaged: its content has xxh3 {found}, it says {info.get('xxh3')}")
+        validated(info, "its content", _Description)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no finished checkpoint: {path / INFO} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{path / INFO} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except UntrustedFileError as error:
         raise DamagedCheckpoint(f"{path / INFO} is damaged: {error}") from None
-    if info.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {info.get('format')}; this version reads format {FORMAT}")
-    if (found := _seal(info)) != info.get("xxh3"):
-        raise DamagedCheckpoint(f"{path / INFO} is damaged: its content has xxh3 {found}, it says {info.get('xxh3')}")
     return info
 
 
@@ -55,8 +116,35 @@ def _seal(info: dict[str, Any]) -> str:
 
 
 def base_of(path: Path, info: dict[str, Any]) -> Path | None:
-    """The checkpoint beside it that holds the rows which `path`, described by `info`, does not; None where it holds all."""
-    return path.parent / info["base"]["name"] if info.get("base") else None
+    """The checkpoint beside it that holds the rows which `path`, described by `info`, does not; None where it holds all.
+
+    Raises DamagedCheckpoint where it names itself.
+    """
+    base = path.parent / info["base"]["name"] if info.get("base") else None
+    if base == path:
+        raise DamagedCheckpoint(f"{path / INFO} is damaged: it names itself as its base")
+    return base
+
+
+def index_of(path: Path) -> Index:
+    """The index of the tensors of a checkpoint folder, finished or not.
+
+    Raises DamagedCheckpoint where it is missing, damaged, contradicts itself, or has tensors elsewhere than in the folder's files.
+    """
+    index_file = path / METADATA
+    files = None
+    if (path / INFO).is_file():
+        files = {name: record["size"] for name, record in read_info(path)["files"].items()}
+    try:
+        index = read_index(read_bytes(index_file, MAX_INDEX), str(index_file))
+        index.check(str(index_file), files)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path}: damaged: {METADATA} is missing") from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{index_file}: cannot be read: {error.strerror or error}") from None
+    except UntrustedFileError as error:
+        raise DamagedCheckpoint(f"{path}: damaged: its index of tensors cannot be read: {error}") from None
+    return index
 
 
 def damage(path: Path, level: str, share: int = 0, shares: int = 1, alive: Callable[[], None] = lambda: None) -> list[str]:
@@ -75,6 +163,8 @@ def damage(path: Path, level: str, share: int = 0, shares: int = 1, alive: Calla
     problems = []
     if base is not None and theirs is not None:
         files += [(base / name, record) for name, record in theirs["files"].items()]
+        if theirs.get("base"):
+            problems.append(f"{base / INFO}: is based on another one, and cannot be a base")
         if theirs["xxh3"] != (wanted := info["base"]["xxh3"]):
             problems.append(f"{base / INFO}: is another base: it has xxh3 {theirs['xxh3']}, must have {wanted}")
     loads = [0] * shares

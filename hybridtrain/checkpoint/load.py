@@ -11,8 +11,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hybridtrain.assemble import Parts
 from hybridtrain.checkpoint.blocks import BLOCK_BYTES
-from hybridtrain.checkpoint.files import METADATA, Reader, quiet
-from hybridtrain.checkpoint.info import damage, read_info
+from hybridtrain.checkpoint.files import Reader, quiet
+from hybridtrain.checkpoint.index import Index
+from hybridtrain.checkpoint.info import damage, index_of, read_info
 from hybridtrain.checkpoint.stored import MEMORY, StoredTensors
 from hybridtrain.checkpoint.together import Failures, describe_failures, together
 from hybridtrain.errors import DamagedCheckpoint
@@ -47,10 +48,19 @@ def load(parts: Parts, path: Path) -> int:
         except Failures as failures:
             raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be read", *_lines(failures.problems)])) from None
         if not weights_only:
-            memory.load_scalars(info["memory_scalars"])
+            _load_scalars(memory, info["memory_scalars"], path, world)
     if "guard" in info:  # imported weights have none
         parts.guard.load_state(info["guard"])
     return int(info["step"])
+
+
+def _load_scalars(memory: TableMemory, scalars: dict[str, Any] | None, path: Path, world: Group) -> None:
+    if scalars is None:
+        raise DamagedCheckpoint(f"{path}: damaged: it has no memory_scalars, and its table is trained")
+    try:
+        together(world, lambda: memory.load_scalars(scalars))
+    except Failures as failures:
+        raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be gone on with", *_lines(failures.problems)])) from None
 
 
 def verify(path: Path, level: str, world: Group = ALONE) -> None:
@@ -71,11 +81,14 @@ def read_into(state: dict[str, Any], path: Path, world: Group) -> None:
 
     Raises DamagedCheckpoint where the checkpoint is damaged or lacks one.
     """
-    if not (path / METADATA).is_file():
-        raise DamagedCheckpoint(f"{path}: damaged: {METADATA} is missing")
+    try:
+        found: list[Index] = []
+        together(world, lambda: found.append(index_of(path)))  # before torch's collectives
+    except Failures as failures:
+        raise DamagedCheckpoint("\n".join([f"{path}: damaged or not of this model", *_lines(failures.problems)])) from None
     try:
         with quiet():
-            state_dict_loader.load(state, storage_reader=Reader(path, world.traffic.alive), no_dist=world.size == 1)
+            state_dict_loader.load(state, storage_reader=Reader(path, found[0], world.traffic.alive), no_dist=world.size == 1)
     except (Exception, CheckpointException) as error:
         problems = describe_failures(error, world.rank)
         raise DamagedCheckpoint("\n".join([f"{path}: damaged or not of this model", *_lines(problems)])) from None

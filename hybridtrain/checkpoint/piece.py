@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,9 +12,11 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.utils import _create_file_view
-from torch.storage import _storage_type_to_dtype_map
 from torch.utils import serialization
+
+from hybridtrain.checkpoint.archive import DTYPES, PICKLE, STORAGES, Archive
+from hybridtrain.pickles import Made, Named, unpickle
+from hybridtrain.untrusted import UntrustedFileError, inside
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,22 @@ class Piece:
     dtype: torch.dtype
 
     @classmethod
-    def find(cls, folder: Path, entry: Any) -> Piece:
+    def find(cls, folder: Path, entry: Any, shape: Sequence[int], dtype: torch.dtype) -> Piece:
         """The piece of an entry of the index: `relative_path`, `offset` and `length` of a file in `folder`.
 
-        Its archive's header and directory are read, none of the data. Raises whatever a damaged one makes torch or pickle raise.
+        Its archive's header and directory are read, none of the data. Raises OSError, and UntrustedFileError where it is not of
+        the shape and dtype that the index says, or its bytes are not all there.
         """
-        file = folder / entry.relative_path
+        file = inside(folder, entry.relative_path, "the index of tensors")
         with file.open("rb") as stream:
-            view = cast(IO[bytes], _create_file_view(stream, entry.offset, entry.length))
-            archive = cast(Any, torch._C.PyTorchFileReader(view))
-            header: _Header = _HeaderReader(io.BytesIO(archive.get_record("data.pkl"))).load()
-            start = entry.offset + archive.get_record_offset(f"data/{header.storage.key}")
+            archive = Archive(cast(IO[bytes], stream), entry.offset, entry.length, str(file))
+            header = _read_header(archive.read(PICKLE, _MAX_HEADER), str(file))
+            start, length = archive.record(f"data/{header.key}")
         before = header.offset * header.dtype.itemsize
-        return cls(file, start + before, header.storage.num_bytes - before, header.shape, header.stride, header.dtype)
+        problem = header.misfit(tuple(shape), dtype, length)
+        if problem:
+            raise UntrustedFileError(f"{file}: {problem}")
+        return cls(file, start + before, length - before, header.shape, header.stride, header.dtype)
 
     def read(self, low: int, high: int) -> Tensor:
         """Rows `low` to `high-1` (dim 0); all of a tensor without dims."""
@@ -55,7 +59,7 @@ class Piece:
         if not out.numel():
             return
         if not self._in_rows():
-            whole = torch.empty(self.length // self.dtype.itemsize, dtype=self.dtype)
+            whole = torch.empty(_extent(self.shape, self.stride), dtype=self.dtype)
             self._read_bytes(whole, 0)
             out.copy_(whole.as_strided(self.shape, self.stride)[low:high])
             return
@@ -117,43 +121,74 @@ class _Frame(io.RawIOBase):
 
 
 @dataclass(frozen=True)
-class _Storage:
-    """The memory under a tensor, by its name in the archive."""
-
-    dtype: torch.dtype
-    key: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
 class _Header:
-    storage: _Storage
+    """What `torch.save` says of a tensor."""
+
+    key: str  # of its storage in the archive
     offset: int  # elements of the storage before the tensor's first
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
 
-
-class _HeaderReader(pickle.Unpickler):
-    """Reads what `torch.save` says of one tensor, of what this may consist, and makes no tensor of it."""
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        _, dtype, key, _, elements = pid
-        return _Storage(dtype, key, elements * dtype.itemsize)
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):  # hooks, of which there are none
-            return OrderedDict
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
-            return _header
-        storages = {"UntypedStorage": torch.uint8, **_storage_type_to_dtype_map()}
-        found = storages.get(name) or getattr(torch, name, None)
-        if module not in ("torch", "torch.storage") or not isinstance(found, torch.dtype):
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of a stored tensor")
-        return found
+    def misfit(self, shape: tuple[int, ...], dtype: torch.dtype, length: int) -> str:
+        """Why it is no tensor of that shape and dtype in a storage of so many bytes; "" where it is one."""
+        if (self.shape, self.dtype) != (shape, dtype):
+            return f"holds {list(self.shape)} {self.dtype}, and the index says {list(shape)} {dtype}"
+        needed = (self.offset + _extent(self.shape, self.stride)) * dtype.itemsize
+        return f"holds {length} bytes of a tensor's {needed}" if needed > length else ""
 
 
-def _header(storage: _Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> _Header:
-    """What `torch._utils` would make a tensor of; the newer form names the tensor's dtype, over bytes."""
-    dtype = next((value for value in rest if isinstance(value, torch.dtype)), storage.dtype)
-    return _Header(storage, offset, tuple(shape), tuple(stride), dtype)
+def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from a tensor's first to behind its last in memory."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if math.prod(shape) else 0
+
+
+_MAX_HEADER = 1 << 16
+_REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
+_NAMES = frozenset(
+    {
+        "collections.OrderedDict",  # hooks, of which there are none
+        *_REBUILD,
+        *(f"torch.{name}" for name in DTYPES),
+        *(f"{module}.{name}" for module in ("torch", "torch.storage") for name in STORAGES),
+    }
+)
+
+
+def _read_header(content: bytes, source: str) -> _Header:
+    """What the pickle of one tensor says. The newer form of it names the tensor's dtype, over a storage of bytes."""
+    made = unpickle(content, source, _NAMES, persistent=True)
+    try:
+        if made.name not in _REBUILD:
+            raise ValueError(f"it holds {made.name or 'something else'}")
+        storage, offset, shape, stride, *rest = made.args
+        _, kind, key, _, _ = storage.args
+        named = [DTYPES[v.name] for v in rest if type(v) is Named and v.name in DTYPES]
+        header = _Header(text(key), count(offset), counts(shape), counts(stride), named[0] if named else STORAGES[kind.name])
+        if type(storage) is not Made or storage.of != "" or len(header.shape) != len(header.stride):
+            raise ValueError("its parts do not belong together")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UntrustedFileError(f"{source}: is not one stored tensor: {error}") from None
+    return header
+
+
+def text(value: Any) -> str:
+    """The value, which must be a string; ValueError where not."""
+    if type(value) is not str:
+        raise ValueError(f"{value!r:.50} is no string")
+    return value
+
+
+def count(value: Any) -> int:
+    """The value, which must be a size or offset; ValueError where not."""
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError("a size or offset is none")
+    return value
+
+
+def counts(value: Any) -> tuple[int, ...]:
+    """Sizes or offsets, one a dim, which a pickle has as a tuple or torch.Size; ValueError where they are none."""
+    sizes = value.args[0] if type(value) is Made and value.name == "torch.Size" and len(value.args) == 1 else value
+    if type(sizes) not in (tuple, list):
+        raise ValueError("sizes or offsets are none")
+    return tuple(map(count, sizes))

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from hybridtrain.checkpoint.files import Reader, Records, Writer, quiet
-from hybridtrain.checkpoint.info import INFO, base_of, read_info
+from hybridtrain.checkpoint.files import Records, Writer, quiet
+from hybridtrain.checkpoint.info import INFO, base_of, index_of, read_info
 from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint, UserError
 from hybridtrain.pieces import pieces_for
@@ -51,13 +51,10 @@ class StoredTensors:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            metadata = Reader(path).read_metadata()
-        except Exception as error:  # whatever unpickling a damaged file raises
-            raise DamagedCheckpoint(f"{path}: damaged: its index of tensors cannot be read: {error}") from None
-        self._entries = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
-        self._places: dict[MetadataIndex, Any] = dict(metadata.storage_data or {})
+        self._entries, self._places = index_of(path)
         base = base_of(path, read_info(path)) if (path / INFO).is_file() else None
+        if base is not None and read_info(base).get("base"):
+            raise DamagedCheckpoint(f"{path}: damaged: its base {base} is based on another one")
         self._base = StoredTensors(base) if base is not None else None
         here = {k.removeprefix(f"{CHANGED}.").partition(".")[2] for k in self._entries if k.startswith(CHANGED)} - {"numbers"}
         self._merged = {f"{MEMORY}{k}" for k in here}  # tensors whose changed rows are here and whose others are in the base
@@ -66,11 +63,17 @@ class StoredTensors:
         self._found: dict[MetadataIndex, Piece] = {}
         self.shapes: dict[str, tuple[int, ...]] = {k: tuple(v.size) for k, v in self._entries.items() if not k.startswith(CHANGED)}
         if self._base is not None:
-            self.shapes |= {k: self._base.shapes[k] for k in sorted(self._merged)}
+            self.shapes |= {k: self._base.shape(k) for k in sorted(self._merged)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor. Raises DamagedCheckpoint where there is none of that name."""
+        if name not in self.shapes:
+            raise DamagedCheckpoint(f"{self.path}: damaged or not of this model: it has no {name}")
+        return self.shapes[name]
 
     def read(self, name: str, low: int = 0, high: int | None = None) -> Tensor:
         """Rows `low` to `high-1` (dim 0; all where None) of a tensor, on the CPU."""
-        shape = self.shapes[name]
+        shape = self.shape(name)
         if shape:
             high = shape[0] if high is None else high
             shape = (high - low, *shape[1:])
@@ -79,7 +82,13 @@ class StoredTensors:
         return out
 
     def read_into(self, out: Tensor, name: str, low: int = 0) -> None:
-        """Fill `out`, of any dtype and device, with as many rows of a tensor as it has, from row `low` on."""
+        """Fill `out`, of any dtype and device, with as many rows of a tensor as it has, from row `low` on.
+
+        Raises DamagedCheckpoint where the tensor has not so many, or is of another shape or damaged.
+        """
+        shape = self.shape(name)
+        if tuple(out.shape[1:]) != shape[1:] or out.dim() != len(shape) or (shape and not 0 <= low <= low + len(out) <= shape[0]):
+            raise DamagedCheckpoint(f"{self.path}: {name} is {list(shape)}; {list(out.shape)} from row {low} on were asked for")
         if self._base is not None and name in self._merged:
             self._base.read_into(out, name, low)
             self._write_changes_over(out, name, low)
@@ -93,7 +102,10 @@ class StoredTensors:
 
     def pieces(self, kind: str, low: int, high: int) -> list[str]:
         """The pieces of rows of a kind (pieces.py) that may have rows among `low` to `high-1`."""
-        return pieces_for(self._entries, kind, low, high)
+        try:
+            return pieces_for(self._entries, kind, low, high)
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{self.path}: damaged: {error}") from None
 
     def _write_changes_over(self, out: Tensor, name: str, low: int) -> None:
         """Put the changed ones among the rows from `low` on in their places."""
@@ -102,14 +114,19 @@ class StoredTensors:
             numbers = self._numbers_of(piece)
             start, end = torch.searchsorted(numbers, torch.tensor([low, high])).tolist()
             if start < end:
+                theirs = f"{piece}.{name.removeprefix(MEMORY)}"
+                if theirs not in self._entries or tuple(self._entries[theirs].size) != (len(numbers), *out.shape[1:]):
+                    raise DamagedCheckpoint(f"{self.path}: damaged: {theirs} is not there, or not of {len(numbers)} such rows")
                 values = torch.empty((end - start, *out.shape[1:]), dtype=self.dtype(name))
-                self._read_rows(values, f"{piece}.{name.removeprefix(MEMORY)}", start)
+                self._read_rows(values, theirs, start)
                 out.index_copy_(0, (numbers[start:end] - low).to(out.device), values.to(out))
 
     def _numbers_of(self, piece: str) -> Tensor:
         if piece not in self._numbers:
             numbers = torch.empty(tuple(self._entries[f"{piece}.numbers"].size), dtype=torch.int64)
             self._read_rows(numbers, f"{piece}.numbers", 0)
+            if numbers.dim() != 1 or (len(numbers) and int(numbers[0]) < 0) or bool((numbers.diff() <= 0).any()):
+                raise DamagedCheckpoint(f"{self.path}: damaged: the numbers of {piece} do not ascend")
             self._numbers[piece] = numbers
         return self._numbers[piece]
 
@@ -133,7 +150,7 @@ class StoredTensors:
         place = self._places[index]
         try:
             if index not in self._found:
-                self._found[index] = Piece.find(self.path, place)
+                self._found[index] = Piece.find(self.path, place, chunk.sizes, self._entries[name].properties.dtype)
             self._found[index].read_into(out, low, high)
         except Exception as error:  # whatever a missing or damaged file makes torch or the disk raise
             raise DamagedCheckpoint(f"{self.path / place.relative_path}: damaged: {name} cannot be read: {error}") from None

@@ -6,16 +6,20 @@ Defined by Engram (arXiv 2601.07372); the compressed ids enter the memory's hash
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, normalizers
 
-from hybridtrain.data.tokenizer import vocabulary_size
+from hybridtrain.data.tokenizer import MAX_TOKENS, vocabulary_size
+from hybridtrain.errors import DataError
+from hybridtrain.untrusted import read_bytes
 
 _LONE_SPACE = "\ue000"  # keeps a token that is only white space from being stripped to nothing
 _UNDECODABLE = "\ufffd"
 _BATCH = 8192
+_MAX_NPY = 8 * MAX_TOKENS + 4096
 
 
 def compression_map(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
@@ -35,6 +39,25 @@ def compression_map(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
             raw = tokenizer.id_to_token(token_id) if _UNDECODABLE in text else None
             key = raw or normalizer.normalize_str(text) or text
             compressed[token_id] = numbers.setdefault(key, len(numbers))
+    return compressed
+
+
+def read_compression(path: Path, rows: int | None = None) -> npt.NDArray[np.int64]:
+    """The map of a file that `to_npy` made, of at most `rows` tokens. Raises OSError, and DataError where it is no such file."""
+    content = read_bytes(path, _MAX_NPY)
+    stream = io.BytesIO(content)
+    try:
+        form = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = form[np.lib.format.read_magic(stream)](stream)
+    except (KeyError, ValueError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+        raise DataError(f"{path}: is no array of numpy: {str(error)[:200]}") from None
+    if dtype != np.dtype("<i8") or len(shape) != 1 or shape[0] < 1 or shape[0] * 8 != len(content) - stream.tell():
+        raise DataError(f"{path}: says {dtype} {list(shape)} of {len(content) - stream.tell()} bytes; it must be int64 [tokens]")
+    compressed = np.frombuffer(content, "<i8", offset=stream.tell()).astype(np.int64)
+    if compressed.min() < 0 or compressed.max() >= len(compressed):
+        raise DataError(f"{path}: holds {compressed.min()} to {compressed.max()}, of {len(compressed)} tokens")
+    if rows is not None and len(compressed) > rows:
+        raise DataError(f"{path}: is of {len(compressed)} tokens, the model of {rows}")
     return compressed
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from hybridtrain.data import manifest as m
-from hybridtrain.data.compress import compression_map, to_npy
+from hybridtrain.data.compress import compression_map, read_compression, to_npy
 from hybridtrain.data.encode import corpus_documents, encode_files, training_texts
 from hybridtrain.data.holdout import Holdout, choose_holdout
 from hybridtrain.data.journal import Input, Job, Journal, clear, locked, read_journal, software, write_journal
@@ -175,7 +174,7 @@ def _finish(
             "separator_id": separator[1],
             "tokenizer_xxh3": journal.tokenizer_xxh3,
             "compression_xxh3": journal.compression_xxh3,
-            "compressed_size": int(np.load(job.out / m.COMPRESSION).max()) + 1,
+            "compressed_size": int(read_compression(job.out / m.COMPRESSION).max()) + 1,
             "train": train,
             "validation": validation,
             "sources": job.sources,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from hybridtrain.data.compress import read_compression
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, Manifest, ShardInfo, SplitInfo, SplitName, read_manifest
 from hybridtrain.data.sources import file_digest
 from hybridtrain.errors import DataError
@@ -79,11 +80,9 @@ class TokenDataset:
                 problems += _shard_problems(folder, shard, np.dtype(manifest.dtype).itemsize, verify)
         if problems:
             raise DataError("\n".join([f"{folder}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
-        compression = np.load(folder / COMPRESSION, allow_pickle=False)
-        if compression.shape != (manifest.vocab_size,) or compression.dtype != np.int64:
-            raise DataError(
-                f"{folder / COMPRESSION}: is {compression.dtype} {list(compression.shape)}, not int64 [{manifest.vocab_size}]"
-            )
+        compression = read_compression(folder / COMPRESSION)
+        if compression.shape != (manifest.vocab_size,):
+            raise DataError(f"{folder / COMPRESSION}: is int64 {list(compression.shape)}, not int64 [{manifest.vocab_size}]")
         return cls(folder, manifest, compression)
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hybridtrain.errors import DataError
+from hybridtrain.untrusted import UntrustedFileError, read_bytes
 
 SEPARATOR = "<|endoftext|>"
 KNOWN_SEPARATORS = (
@@ -20,6 +21,8 @@ KNOWN_SEPARATORS = (
     "<s>",
 )
 MIN_VOCAB_SIZE = 257
+MAX_TOKENS = 1 << 24  # as many rows are made of embeddings and of tables by token id
+MAX_BYTES = 1 << 28  # of a tokenizer.json
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
@@ -48,15 +51,23 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     Raises DataError where the file is missing or cannot be parsed.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_bytes(Path(path), MAX_BYTES).decode("utf-8")
     except OSError as error:
         raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not a tokenizer.json: not UTF-8 at byte {error.start}") from None
+    except UntrustedFileError as error:
+        raise DataError(str(error)) from None
     try:
-        return _for_encoding(Tokenizer.from_str(text))
-    except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+        tokenizer = _for_encoding(Tokenizer.from_str(text))
+        size = vocabulary_size(tokenizer)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception for whatever is wrong, and a BaseException where it panics
         raise DataError(f"{path}: is not a tokenizer.json that the tokenizers library can load: {error}") from None
+    if size > MAX_TOKENS:
+        raise DataError(f"{path}: has a token with the id {size - 1:,}; ids may be less than {MAX_TOKENS:,}")
+    return tokenizer
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

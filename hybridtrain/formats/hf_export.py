@@ -43,8 +43,8 @@ def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int
     common = {"vocab_size": info["vocab_size"], "max_position_embeddings": settings.train.seq_len, "dtype": dtype, **ids}
     with new_folder(out) as made:
         if chosen == hybrid.NAME:
-            config = {**hybrid.config(settings, info), **common}
             tensors = hybrid.tensors(stored, info, settings, run)
+            config = {**hybrid.config(settings, info), **common}
             shutil.copyfile(hybrid.MODELLING_FILE, made / hybrid.MODELLING_FILE.name)
         else:
             config = _config(transformers, FAMILIES[chosen], settings, common)

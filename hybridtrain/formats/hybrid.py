@@ -11,15 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors
-from hybridtrain.data.manifest import COMPRESSION
-from hybridtrain.errors import CheckpointError
-from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.settings import Settings, layer_specs, memory_layers
-from hybridtrain.weights import read_rows
+from hybridtrain.weights import read_addressing, read_compression_of, read_rows
 
 NAME = "hybridtrain"
 MODELLING_FILE = Path(__file__).with_name("modeling_hybridtrain.py")
@@ -80,13 +76,10 @@ def tensors(stored: StoredTensors, info: dict[str, Any], settings: Settings, run
             out[name] = LazyTensor(shape, torch.float32, partial(stored.read, stored_name))
     if not memory_layers(settings):
         return out
-    try:
-        compression = np.load(run / COMPRESSION)
-        addressing = Addressing.from_json(info["addressing"], compression)
-    except OSError as error:
-        raise CheckpointError(f"{run / COMPRESSION}: cannot be read: {error.strerror}") from None
-    except AddressingError as error:
-        raise CheckpointError(f"{run / COMPRESSION}: {error}") from None
+    compression = read_compression_of(run, info)
+    addressing = read_addressing(info, settings, compression, stored)
+    if addressing is None:
+        return out
     # rows of the embedding beyond the tokenizer stand for nothing
     compression_V = torch.full((info["vocab_size"],), addressing.pad_id)
     compression_V[: len(compression)] = torch.from_numpy(compression)

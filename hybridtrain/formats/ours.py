@@ -23,7 +23,7 @@ from hybridtrain.formats.folder import new_folder
 from hybridtrain.formats.tensors import is_stacked, to_theirs
 from hybridtrain.run_folder import SETTINGS, find_checkpoint
 from hybridtrain.settings import Settings
-from hybridtrain.weights import COMPANIONS
+from hybridtrain.weights import COMPANIONS, check_tensors
 
 SEQ_LEN = 1024  # where the model can see further: what fits a small machine
 LEARNING_RATE = 1e-4  # of going on with trained weights; the default is for new ones
@@ -59,8 +59,12 @@ def open_source(path: Path) -> Source:
         raise CheckpointError(f"{run} lacks {TOKENIZER}, which belongs to its checkpoints")
     info = checkpoint.read_info(saved)
     settings = parse_settings(info["settings"], source=str(saved))
+    if file_digest(run / TOKENIZER) != info["tokenizer_digest"]:
+        raise CheckpointError(f"{run / TOKENIZER} is another tokenizer than the one that {saved} was trained with")
     checkpoint.verify(saved, settings.checkpoint.verify)
-    return Source(run, info, settings, StoredTensors(saved))
+    stored = StoredTensors(saved)
+    check_tensors(stored, settings, info)
+    return Source(run, info, settings, stored)
 
 
 def biased(stored: StoredTensors) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import pickle
+import pickle  # to write
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint import planner as dcp_planner
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
+from hybridtrain.checkpoint.archive import DTYPES, PICKLE, Archive
 from hybridtrain.checkpoint.files import METADATA
+from hybridtrain.checkpoint.index import MAX_INDEX, read_index
 from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.checkpoint.stored import Chunks, LazyTensor
 from hybridtrain.errors import DataError, FormatError
+from hybridtrain.pickles import Made, Named, unpickle
+from hybridtrain.untrusted import UntrustedFileError, inside, read_bytes
 
 COMMON, FORMAT = "common.pt", "metadata.json"
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"  # "release": weights alone, nothing to resume
+_MAX_COMMON, _MAX_PARTS, _MAX_DEPTH = 1 << 26, 1 << 18, 32
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 
 
@@ -72,67 +76,94 @@ def find_iteration(folder: Path) -> Path:
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """What is no tensor. Nothing in the file is run: objects of foreign classes are stood in for."""
+    """What is no tensor, by name. Nothing in the file is run, no class of it is made: a Foreign stands for what is not plain data.
+
+    Raises DataError where the file cannot be read.
+    """
     path = folder / COMMON
-    known: list[Any] = [(argparse.Namespace, "argparse.Namespace")]
     try:
-        foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {name for _, name in known}
-        with torch.serialization.safe_globals(known + [(_Foreign, name) for name in foreign]):
-            common: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling a damaged file raises
+        with path.open("rb") as stream:
+            archive = Archive(stream, 0, path.stat().st_size, str(path))
+            value = unpickle(archive.read(PICKLE, _MAX_COMMON), str(path), None, persistent=True)
+        if type(value) is not dict:
+            raise UntrustedFileError(f"{path}: is no dict but {_Plain()(value)!r:.100}")
+        return {key: _Plain()(entry) for key, entry in value.items() if type(key) is str}
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except UntrustedFileError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    return common
 
 
-class _Foreign:
-    """In the place of an object of any class but the known ones: its values, and nothing that the class does."""
+@dataclass(frozen=True)
+class Foreign:
+    """In the place of an object of any class but the known ones; `name` is that of the class."""
 
-    def __init__(self, *args: Any) -> None: ...
+    name: str
 
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
+    def __repr__(self) -> str:
+        return f"an object of {self.name[:100]}"
 
 
-class _Index(pickle.Unpickler):
-    """Reads `.metadata`: torch's records of tensors and places; all else is _Foreign."""
+class _Plain:
+    """Makes plain data of what a pickle says: also argparse.Namespace and dtypes; at most so many parts, so many in each other."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module == dcp.__name__ or module == dcp_planner.__name__:
-            found = getattr(dcp if module == dcp.__name__ else dcp_planner, name, None)
-            return found if isinstance(found, type) and found.__module__ == module else _Foreign
-        value = getattr(torch, name, None) if module == "torch" else None
-        if value is torch.Size or isinstance(value, torch.dtype):
-            return value
-        known = (_StorageInfo, _StoragePrefix, torch.serialization._get_layout)
-        return next((k for k in known if (k.__module__, k.__name__) == (module, name)), _Foreign)
+    def __init__(self) -> None:
+        self.left = _MAX_PARTS
+
+    def __call__(self, value: Any, depth: int = 0) -> Any:
+        self.left -= 1
+        if self.left < 0 or depth > _MAX_DEPTH:  # parts may stand in many places, each of which has them all
+            raise UntrustedFileError(f"more than {_MAX_PARTS:,} parts, or {_MAX_DEPTH} in each other")
+        if isinstance(value, list | tuple):
+            return [self(part, depth + 1) for part in value]
+        if type(value) is dict:
+            return {key: self(part, depth + 1) for key, part in value.items() if type(key) is str}
+        if type(value) is Named:
+            return DTYPES.get(value.name, Foreign(str(value))) if value.module == "torch" else Foreign(str(value))
+        if type(value) is Made:
+            if value.name == "argparse.Namespace" and type(value.state) is dict:
+                namespace = argparse.Namespace()
+                vars(namespace).update(self(value.state, depth))
+                return namespace
+            return Foreign(value.name)
+        return value
 
 
 class TorchDist:
-    """The tensors of a checkpoint folder, by regions. Raises DataError where its index cannot be read."""
+    """The tensors of a checkpoint folder, by regions. Raises DataError where its index cannot be read, or names other files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        path = folder / METADATA
         try:
-            with (folder / METADATA).open("rb") as stream:
-                metadata = _Index(stream).load()
-            entries = metadata.state_dict_metadata
-            self._places = metadata.storage_data
-        except Exception as error:  # whatever unpickling a damaged file raises
-            raise DataError(f"{folder / METADATA}: cannot be read: {error}") from None
-        self._entries = {k: v for k, v in entries.items() if isinstance(v, dcp.TensorStorageMetadata)}
+            self._index = read_index(read_bytes(path, MAX_INDEX), str(path), foreign=True)
+            if misplaced := self._index.misplaced(self._sizes(str(path))):
+                raise UntrustedFileError("; ".join(misplaced[:10]))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        except UntrustedFileError as error:
+            raise DataError(f"{path}: cannot be read: {error}") from None
+        self._entries, self._places = self._index
         self._chunks: dict[str, Chunks] = {}
         self.shapes: dict[str, tuple[int, ...]] = {k: tuple(v.size) for k, v in self._entries.items()}
+
+    def _sizes(self, source: str) -> dict[str, int]:
+        """Bytes of the files that are there."""
+        names = {place.relative_path for key, place in self._index.places.items() if key.fqn in self._index.tensors}
+        paths = {name: inside(self.folder, name, source) for name in names}
+        return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
 
     def dtype(self, key: str) -> torch.dtype:
         return self._entries[key].properties.dtype
 
     def read(self, region: Region) -> Tensor:
-        """Its block, with all its dims. Raises DataError where a piece is missing or damaged."""
+        """Its block, with all its dims. Raises DataError where a piece is missing or damaged, or the pieces are not the whole."""
+        if region.key not in self._chunks:
+            if problems := self._index.problems(region.key):
+                raise DataError("\n  ".join([f"{self.folder / METADATA}: is damaged", *problems[:10]]))
+            self._chunks[region.key] = Chunks(self._entries[region.key].chunks)
         out = torch.empty(region.sizes, dtype=self.dtype(region.key))
         filled = 0
-        if region.key not in self._chunks:
-            self._chunks[region.key] = Chunks(self._entries[region.key].chunks)
         for chunk in self._chunks[region.key].meeting(region.offsets[0], region.offsets[0] + region.sizes[0]):
             low = [max(o, c) for o, c in zip(region.offsets, chunk.offsets, strict=True)]
             ends = zip(region.offsets, region.sizes, chunk.offsets, chunk.sizes, strict=True)
@@ -152,7 +183,7 @@ class TorchDist:
         """A block of a piece: rows of its first dim that is longer than one are read alone."""
         try:
             place = self._places[dcp.MetadataIndex(key, chunk.offsets)]
-            piece = Piece.find(self.folder, place)
+            piece = Piece.find(self.folder, place, chunk.sizes, self.dtype(key))
             first = next((dim for dim, size in enumerate(piece.shape[:-1]) if size > 1), len(piece.shape) - 1)
             piece = dataclasses.replace(piece, shape=piece.shape[first:], stride=piece.stride[first:])
             rows = piece.read(offsets[first], offsets[first] + sizes[first])

@@ -153,10 +153,13 @@ class _Rowwise:
         return out
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        """Take over what `scalars` gave; raises ValueError where the log does not belong to the step count."""
+        """Take over what `scalars` gave; raises ValueError where the log or `state` does not belong to the step count."""
         log = scalars.get("decay_log")
         if log is not None and len(log) != scalars["step_count"] + 1:
             raise ValueError(f"decay_log has {len(log)} entries, must have step_count + 1 = {scalars['step_count'] + 1}")
+        last_R = self.state["last"]
+        if len(last_R) and not 0 <= int(last_R.min()) <= int(last_R.max()) <= scalars["step_count"]:
+            raise ValueError(f"rows of steps {int(last_R.min())} to {int(last_R.max())}, of {scalars['step_count']} steps")
         self.step_count = int(scalars["step_count"])
         self._decay = None if log is None else DecayLog(log, self.table_RD.device)
 

@@ -145,7 +145,8 @@ class Copy:
 
     def _check(self, span: Span, pieces: Sequence[StoredPiece], before: bytes) -> None:
         """Read back what was written of a span: every logical block has the xxh3 that it had in the source."""
-        found = [(piece, Piece.find(self.folder, piece.place)) for piece in pieces]
+        dtype = self.source.dtype(span.name)
+        found = [(piece, Piece.find(self.folder, piece.place, piece.sizes, dtype)) for piece in pieces]
         after = bytearray()
         for low, high in self._blocks(span):
             after += digest.digest_blocks(self._read_back(span.name, found, low, high), high - low)

@@ -8,12 +8,15 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BeforeValidator
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from typing_extensions import TypedDict
 
 from hybridtrain.checkpoint.files import Records
 from hybridtrain.errors import UserError
+from hybridtrain.untrusted import UntrustedFileError, parse_json
 
 NAME = "reshard.jsonl"
 
@@ -33,6 +36,22 @@ class StoredPiece:
     def place(self) -> _StorageInfo:
         """Where it lies, as torch's index says it."""
         return _StorageInfo(self.file, self.start, self.length)
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _Record(TypedDict):
+    size: int
+    xxh3: str
+
+
+class _Line(TypedDict):
+    segment: int
+    files: dict[str, _Record]
+    pieces: list[Annotated[tuple[str, list[int], list[int], str, int, int], BeforeValidator(_to_tuple)]]  # JSON has no tuples
+    blocks: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -55,9 +74,13 @@ class Segment:
 
     @classmethod
     def from_json(cls, line: str) -> Segment:
-        tree = json.loads(line)
-        pieces = [StoredPiece(name, tuple(offsets), tuple(sizes), *rest) for name, offsets, sizes, *rest in tree["pieces"]]
-        return cls(tree["segment"], tree["files"], pieces, {name: bytes.fromhex(text) for name, text in tree["blocks"].items()})
+        tree = parse_json(line, "it", _Line)
+        pieces = [
+            StoredPiece(name, tuple(offsets), tuple(sizes), file, start, length)
+            for name, offsets, sizes, file, start, length in tree["pieces"]
+        ]
+        files = {name: dict(record) for name, record in tree["files"].items()}
+        return cls(tree["segment"], files, pieces, {name: bytes.fromhex(text) for name, text in tree["blocks"].items()})
 
 
 class Journal:
@@ -99,16 +122,21 @@ class Journal:
         whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
         self._file.truncate(len(whole.encode()))
         first, *rest = whole.splitlines() or [""]
-        if not rest and (not first or json.loads(first) != job):  # nothing was done
+        try:
+            same = bool(first) and parse_json(first, "it", dict[str, Any]) == job
+            done = [Segment.from_json(line) for line in rest] if same else []
+        except (UntrustedFileError, ValueError) as error:
+            raise UserError(f"{self.path}: is damaged: {error}; remove {self.path.parent} and start anew") from None
+        if not rest and not same:  # nothing was done
             self._file.truncate(0)
             self._write(json.dumps(job))
             return []
-        if json.loads(first) != job:
+        if not same:
             raise UserError(
                 f"{self.path.parent} holds an unfinished reshard of something else, or with other arguments; "
                 "repeat those, or remove the folder"
             )
-        return [Segment.from_json(line) for line in rest]
+        return done
 
     def _write(self, line: str) -> None:
         self._file.write(line.encode() + b"\n")

@@ -21,8 +21,9 @@ from hybridtrain.data.manifest import COMPRESSION, MANIFEST, TOKENIZER, read_man
 from hybridtrain.data.sources import file_digest
 from hybridtrain.data.tokenizer import load_tokenizer, vocabulary_size
 from hybridtrain.errors import CheckpointError, UserError
-from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.reshard.target import Target
+from hybridtrain.weights import read_compression_of
 
 SHOWN = 10  # tokens that are named where more differ
 
@@ -47,7 +48,7 @@ def take_tokenizer(path: Path, run: Path, info: dict[str, Any], target: Target) 
     if missing:
         raise CheckpointError(f"{run} lacks {' and '.join(missing)}, with which --tokenizer {path} is compared")
     ours, theirs = load_tokenizer(path), load_tokenizer(run / TOKENIZER)
-    before, after = np.load(run / COMPRESSION), compression_map(ours)
+    before, after = read_compression_of(run, info), compression_map(ours)
     problems = _changed_tokens(ours, theirs)
     if not problems:  # else the map of other tokens is no surprise
         problems = _changed_classes(ours, before, after)
@@ -64,7 +65,10 @@ def take_tokenizer(path: Path, run: Path, info: dict[str, Any], target: Target) 
         raise UserError("\n  ".join(lines))
     addressing = None
     if info["addressing"]:
-        addressing = dataclasses.replace(Addressing.from_json(info["addressing"], before), compression=after).to_json()
+        try:
+            addressing = dataclasses.replace(Addressing.from_json(info["addressing"], before), compression=after).to_json()
+        except AddressingError as error:
+            raise CheckpointError(f"{run}: {error}") from None
     return NewTokenizer(path.read_bytes(), digest, after, addressing)
 
 

@@ -40,7 +40,7 @@ from hybridtrain.reshard.source import Source, grown_shapes
 from hybridtrain.reshard.target import Growth, Target, plan_target
 from hybridtrain.reshard.tokens import NewTokenizer, take_tokenizer
 from hybridtrain.run_folder import ADDRESSING, CHECKPOINTS, SETTINGS, find_checkpoint
-from hybridtrain.weights import COMPANIONS, model_tensors
+from hybridtrain.weights import COMPANIONS, check_tensors, model_tensors
 
 ALONE = Group("world", (0,), 0)
 MAX_MEMORY = 512 * 10**6
@@ -118,22 +118,15 @@ def reshard(
 
 def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -> Source:
     """The checkpoint's tensors as the target has them; CheckpointError where they are not those of its settings."""
-    stored = StoredTensors(saved)
+    stored, own = StoredTensors(saved), parse_settings(info["settings"], source=str(saved))
+    check_tensors(stored, own, info)
     before, after = (
         {name: tuple(value.shape) for name, value in model_tensors(settings, vocab_size).items()}
         for settings, vocab_size in (
-            (parse_settings(info["settings"], source=str(saved)), info["vocab_size"]),
+            (own, info["vocab_size"]),
             (target.settings, target.vocab_size),
         )
     )
-    problems = [
-        f"model.{name}: it has {list(stored.shapes[f'model.{name}']) if f'model.{name}' in stored.shapes else 'none'}, "
-        f"its settings say {list(shape)}"
-        for name, shape in before.items()
-        if stored.shapes.get(f"model.{name}") != shape
-    ]
-    if problems:
-        raise DamagedCheckpoint("\n".join([f"{saved}: its tensors are not those of its settings", *(f"  {p}" for p in problems)]))
     settings = target.settings
     softmax = settings.model.moe.score == "softmax"
     return Source(stored, grown_shapes(stored.shapes, before, after), growth.router_noise, settings.run.seed, softmax)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ Int64s = npt.NDArray[np.int64]
 Boundary = Literal["document", "stream"]
 
 FORMAT = 1
+_MAX_TEXT = 1 << 20  # of thirty thousand heads
 _INT64_MAX = np.iinfo(np.int64).max
 _LAYER_STRIDE = 10007  # distance between the seeds of neighbouring layers, as the published models have it
 _KEYS = ("layers", "orders", "heads", "multipliers", "primes", "pad_id", "boundary")
@@ -205,9 +207,11 @@ def draw_primes(num_layers: int, num_orders: int, heads: int, rows_per_head: int
 
 def _parse(text: str) -> dict[str, Any]:
     """The stored tree with lists of numbers as tuples; raises AddressingError where keys or their types are wrong."""
+    if len(text) > _MAX_TEXT:
+        raise AddressingError([f"is longer than {_MAX_TEXT:,} characters"])
     try:
         tree = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, lists in lists in lists
         raise AddressingError([f"is not JSON: {error}"]) from None
     if not isinstance(tree, dict):
         raise AddressingError(["is no JSON object"])
@@ -244,12 +248,9 @@ def _problems(a: Addressing) -> list[str]:
     if a.primes.shape != shape_primes:
         out.append(f"primes have shape {list(a.primes.shape)}, must be [layers, orders, heads] = {list(shape_primes)}")
     moduli = [int(p) for p in a.primes.reshape(-1)]
-    out += [f"modulus {p} is not prime" for p in dict.fromkeys(moduli) if not is_prime(p)]
-    out += [
-        f"modulus {p} is used {moduli.count(p)} times; every head needs its own"
-        for p in dict.fromkeys(moduli)
-        if moduli.count(p) > 1
-    ]
+    uses = Counter(moduli)
+    out += [f"modulus {p} is not prime" for p in uses if not is_prime(p)]
+    out += [f"modulus {p} is used {count} times; every head needs its own" for p, count in uses.items() if count > 1]
     return out
 
 

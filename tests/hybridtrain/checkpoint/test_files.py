@@ -18,6 +18,7 @@ from hybridtrain import checkpoint
 from hybridtrain.checkpoint import blocks
 from hybridtrain.checkpoint.blocks import BlockPlanner
 from hybridtrain.checkpoint.files import Reader, Writer, _Files, digest_file, quiet
+from hybridtrain.checkpoint.info import index_of
 from hybridtrain.checkpoint.stored import StoredTensors
 
 TENSORS = {
@@ -67,7 +68,10 @@ def test_torch_reads_it_with_our_reader_and_its_own(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
     save(tmp_path, TENSORS)
     parts = itertools.count()
-    for storage in ({"storage_reader": Reader(tmp_path, lambda: next(parts) and None)}, {"checkpoint_id": tmp_path}):
+    for storage in (
+        {"storage_reader": Reader(tmp_path, index_of(tmp_path), lambda: next(parts) and None)},
+        {"checkpoint_id": tmp_path},
+    ):
         state = {name: torch.full_like(value, 9) for name, value in TENSORS.items()}
         with quiet():
             state_dict_loader.load(state, no_dist=True, **storage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,13 +13,27 @@ from hybridtrain.checkpoint.history import begin_folder, folder_of, prune, stagi
 from hybridtrain.checkpoint.place import remove_folder
 from hybridtrain.errors import DamagedCheckpoint
 
+DESCRIPTION: dict[str, Any] = {  # all that a checkpoint.json must say
+    "format": checkpoint.FORMAT,
+    "step": 0,
+    "sequences": 0,
+    "identity": {},
+    "vocab_size": 9,
+    "separator_id": 0,
+    "tokenizer_digest": "",
+    "addressing": None,
+    "memory_scalars": None,
+    "settings": {},
+    "files": {},
+}
+
 
 def commit(folder: Path, step: int, base: int | None = None, content: str = "") -> Path:
     final = folder_of(folder, step)
     staging = staging_of(final)
     begin_folder(staging)
     (staging / "file").write_text(content)
-    info: dict[str, object] = {"format": checkpoint.FORMAT, "step": step, "files": {}}
+    info = DESCRIPTION | {"step": step}
     if base is not None:
         theirs = checkpoint.read_info(folder_of(folder, base))
         info["base"] = {"name": folder_of(folder, base).name, "xxh3": theirs["xxh3"], "age": 1}

@@ -13,6 +13,7 @@ import torch
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint.info import damage
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
+from tests.hybridtrain.checkpoint.test_history import DESCRIPTION
 
 
 def make(path: Path, base: Path | None = None, **more: object) -> Path:
@@ -21,7 +22,7 @@ def make(path: Path, base: Path | None = None, **more: object) -> Path:
     tensors = {
         f"t{i}": checkpoint.LazyTensor((100 * i,), torch.float32, lambda i=i: torch.full((100 * i,), float(i))) for i in (1, 2, 3)
     }
-    info = {"format": checkpoint.FORMAT, "step": 1, "files": checkpoint.write_tensors(path, tensors), **more}
+    info = DESCRIPTION | {"step": 1, "files": checkpoint.write_tensors(path, tensors), **more}
     if base is not None:
         info["base"] = {"name": base.name, "xxh3": checkpoint.read_info(base)["xxh3"], "age": 1}
     checkpoint.write_info(path, info)

@@ -254,9 +254,10 @@ def test_nothing_in_the_files_is_run(exported: Path, tmp_path: Path) -> None:
 
 def test_damaged_and_other_folders_are_refused(exported: Path, tmp_path: Path) -> None:
     saved, back = exported / RELEASE, tmp_path / "back"
-    (saved / "__0_1.distcp").unlink()
+    (saved / "__0_1.distcp").rename(tmp_path / "moved")
     with pytest.raises(DataError, match=r"cannot be read: .*__0_1\.distcp"):
         import_megatron(exported, back)
+    (tmp_path / "moved").rename(saved / "__0_1.distcp")
     (saved / COMMON).write_bytes(b"\0" * 20)
     with pytest.raises(DataError, match=r"common\.pt: cannot be read"):
         import_megatron(exported, back)
