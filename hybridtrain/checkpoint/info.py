@@ -102,13 +102,16 @@ def _problem(file: Path, record: dict[str, Any], level: str, alive: Callable[[],
 
 
 def describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
-    """What a checkpoint of the run after `step` steps says of it; its files and base are added when they are known."""
+    """What a checkpoint of the run after `step` steps says of it.
+
+    What the run has read of the data, its files and its base are added when they are known.
+    """
     memory = parts.memory
     return {
         "format": FORMAT,
         "step": step,
         "guard": parts.guard.state(),
-        "sequences": (step + parts.guard.passed_over) * parts.settings.train.global_batch,
+        "sequences": 0,
         "version": __version__,
         "torch": torch.__version__,
         "layout": parts.mesh.layout.describe(),
@@ -120,6 +123,11 @@ def describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
         "memory_scalars": memory.scalars() if memory is not None else None,
         "settings": parts.settings.model_dump(mode="json"),
     }
+
+
+def row_scalars(info: dict[str, Any]) -> dict[str, Any]:
+    """The row optimizer's numbers. Older checkpoints leave it to the settings which beta2 their moments have."""
+    return {"beta2": info["settings"]["memory"]["beta2"]} | info["memory_scalars"]
 
 
 def check_fits(path: Path, settings: Settings, vocabulary: Vocabulary, tokenizer_digest: str, addressing: str | None) -> None:
@@ -167,6 +175,13 @@ def identity(settings: Settings) -> dict[str, Any]:
         "optim": {"backbone": settings.optim.backbone},
     }
     return dict(_flatten(tree))
+
+
+def changed_settings(ours: Settings, theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, ours, theirs) of every setting that differs from `theirs`, a checkpoint's; what it lacks was the default."""
+    was = dict(_flatten(Settings().model_dump(mode="json"))) | dict(_flatten(theirs))
+    now = dict(_flatten(ours.model_dump(mode="json")))
+    return [(key, value, was[key]) for key, value in now.items() if value != was[key]]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from hybridtrain.assemble import Parts
 from hybridtrain.checkpoint.blocks import BLOCK_BYTES
 from hybridtrain.checkpoint.files import METADATA, Reader, quiet
-from hybridtrain.checkpoint.info import damage, read_info
+from hybridtrain.checkpoint.info import damage, read_info, row_scalars
 from hybridtrain.checkpoint.stored import MEMORY, StoredTensors
 from hybridtrain.checkpoint.together import Failures, describe_failures, together
 from hybridtrain.errors import DamagedCheckpoint
@@ -47,7 +47,7 @@ def load(parts: Parts, path: Path) -> int:
         except Failures as failures:
             raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be read", *_lines(failures.problems)])) from None
         if not weights_only:
-            memory.load_scalars(info["memory_scalars"])
+            memory.load_scalars(row_scalars(info))
     if "guard" in info:  # imported weights have none
         parts.guard.load_state(info["guard"])
     return int(info["step"])

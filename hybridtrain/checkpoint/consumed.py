@@ -1,0 +1,59 @@
+"""What of the data a checkpoint's run has read and was trained on: the entry `data` of `checkpoint.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hybridtrain.config import parse_settings
+from hybridtrain.data.position import Position
+from hybridtrain.untrusted import validated
+
+
+class Consumed(BaseModel):
+    """`sequences` were read at whatever lengths, those that rollbacks left out included; the model was trained on `tokens` targets.
+
+    The next sample is the one at `position` in the order of `seed` over the data whose splits have the digests `train` and
+    `validation` (None: not known).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sequences: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    seed: int
+    train: str | None
+    validation: str | None
+    epoch: int = Field(ge=0)
+    window: int = Field(ge=1)
+    read: int = Field(ge=0)
+
+    @classmethod
+    def of(cls, info: dict[str, Any]) -> Consumed:
+        """What a checkpoint that says `info` of itself has read.
+
+        Older ones say how many sequences of one length that were, and nothing of the data. Raises UntrustedFileError or
+        SettingsError where the entry is not what it should be.
+        """
+        if "data" in info:
+            return validated(info["data"], "the entry data of checkpoint.json", cls)
+        settings = parse_settings(info["settings"], source="the checkpoint's settings")
+        train, sequences = settings.train, info["sequences"]
+        return cls(
+            sequences=sequences,
+            tokens=info["step"] * train.global_batch * train.seq_len,
+            seed=settings.run.seed,
+            train=None,
+            validation=None,
+            epoch=0,
+            window=train.seq_len,
+            read=sequences * train.seq_len,
+        )
+
+    def position(self, num_targets: int) -> Position | None:
+        """Where it stands in a train split of so many targets; None where such a split has no such place."""
+        if (whole := num_targets // self.window * self.window) == 0:
+            return Position(self.epoch, self.window) if self.read == 0 else None
+        epochs, read = divmod(self.read, whole)
+        return Position(self.epoch + epochs, self.window, read) if epochs == 0 or self.train is None else None
