@@ -34,7 +34,7 @@ def unusable_folders(settings: Settings) -> list[str]:
     elif settings.data.source and not data.exists() and (problem := _obstacle("data.path", data)):
         out.append(problem)
     for key, folder in written.items():
-        if folder.resolve().is_relative_to(data.resolve()):
+        if (data.is_dir() or not data.exists()) and folder.resolve().is_relative_to(data.resolve()):
             out.append(f"{key}={folder}: lies in data.path={data}, which holds prepared data alone; choose another folder")
     return out
 

@@ -64,7 +64,7 @@ def train(settings: Settings, resume: bool | None = False, allow: Collection[str
         parts = assemble(settings, mesh, vocabulary, addressing)
         if settings.train.init_from and not resume:
             source_run = checkpoint.place(settings.train.init_from, "train.init_from")
-            start_from(parts, source_run, folder.path, dataset.manifest.tokenizer_xxh3)
+            start_from(parts, source_run, folder.path, dataset.manifest)
         clock = Clock(mesh.device)
         stalls = folder.path / "stalls" / gather_objects(time.strftime("%Y%m%d-%H%M%S"), mesh.world)[0]
         with Watchdog(mesh.world, clock, stalls, settings.parallel.timeout):

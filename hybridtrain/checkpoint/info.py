@@ -127,7 +127,8 @@ def describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
 
 def row_scalars(info: dict[str, Any]) -> dict[str, Any]:
     """The row optimizer's numbers. Older checkpoints leave it to the settings which beta2 their moments have."""
-    return {"beta2": info["settings"]["memory"]["beta2"]} | info["memory_scalars"]
+    scalars: dict[str, Any] = info["memory_scalars"]
+    return {"beta2": info["settings"]["memory"]["beta2"]} | scalars
 
 
 def check_fits(path: Path, settings: Settings, vocabulary: Vocabulary, tokenizer_digest: str, addressing: str | None) -> None:
