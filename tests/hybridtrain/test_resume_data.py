@@ -20,6 +20,7 @@ from hybridtrain.errors import CheckpointError, SettingsError
 from hybridtrain.metrics import read_metrics
 from hybridtrain.resume import parse_allow
 from hybridtrain.settings import Settings
+from hybridtrain.spikes import SpikeGuard
 from tests.ranks import run_on_ranks
 from tests.training import TINY, ci_settings
 
@@ -97,6 +98,21 @@ def test_batches_lengths_and_layouts_may_change_and_each_target_of_an_epoch_is_r
     assert "epoch 0 come in their old order, of windows of 16 tokens, cut into sequences of 48" in capsys.readouterr().err
     info = checkpoint.Consumed.of(checkpoint.read_info(checkpoint.latest(run / "checkpoints")))
     assert info.tokens == len(seen) == [line["tokens"] for line in read_metrics(run) if "tokens" in line][-1]
+
+
+def test_a_rollback_behind_a_change_of_batch_reads_nothing_twice_and_counts_what_stayed(
+    begun: tuple[Path, list[int]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 3 and 4 are made, 5 is refused: back to the checkpoint after 2, of another batch, and 3 to 5 are made again."""
+    run = shutil.copytree(begun[0], tmp_path / "run")
+    judged = itertools.count(1)
+    monkeypatch.setattr(SpikeGuard, "accepts", lambda *_: next(judged) != 3)
+    more = ("train.global_batch=4", "train.steps=5", "train.on_spike=rollback", "checkpoint.every=100")
+    read = list(itertools.chain(*read_by(words_settings(run, data, *more), True)))
+    assert len({*begun[1], *read}) == len(begun[1]) + len(read) == (2 * 6 + 6 * 4) * 16
+    consumed = checkpoint.Consumed.of(checkpoint.read_info(run / "checkpoints/step-00000005"))
+    assert consumed.tokens == (2 * 6 + 3 * 4) * 16
+    assert consumed.sequences == 2 * 6 + 6 * 4
 
 
 @pytest.fixture
