@@ -93,8 +93,8 @@ class Continuation:
         consumed = Consumed.of(info)
         position = consumed.position(self._num_targets)
         if position is None or self._differences(info).keys() & {SEED, DATA}:
-            return Position(consumed.epoch + (consumed.read > 0), self.settings.train.seq_len)
-        return position
+            position = Position(consumed.epoch + (consumed.read > 0), self.settings.train.seq_len)
+        return position if position.fits(self._num_targets) else Position(0, self.settings.train.seq_len)
 
     def told(self, path: Path, info: Info, layout: str) -> list[str]:
         """Every setting that differs from the checkpoint's, and what that means for the data; [] where all are the same."""
@@ -102,17 +102,19 @@ class Continuation:
             f"  {key}={json.dumps(ours)}, and the checkpoint was written with {json.dumps(theirs)}"
             for key, ours, theirs in checkpoint.changed_settings(self.settings, info["settings"])
         ]
-        if info["layout"] != layout:
-            lines.append(f"  the layout is {layout}, and the checkpoint's was {info['layout']}")
-        lines += [f"  allowed: {why}" for why in self._differences(info).values()]
+        if (theirs := info.get("layout", layout)) != layout:
+            lines.append(f"  the layout is {layout}, and the checkpoint's was {theirs}")
+        differences = self._differences(info)
+        lines += [f"  allowed: {why}" for why in differences.values()]
+        if differences.keys() & {SEED, DATA}:
+            lines.append(f"  what was left of the epoch is left out; the new order begins with epoch {self.position(info).epoch}")
         if Consumed.of(info).train is None:
             lines.append("  the checkpoint does not say which data it was trained on, so they could not be compared")
-        lines += self._joined(self.position(info))
-        return [f"going on from {path} with changes:", *lines] if lines else []
+        return [f"going on from {path} with changes:", *lines, *self._joined(self.position(info))] if lines else []
 
     def _joined(self, at: Position) -> list[str]:
         length = self.settings.train.seq_len
-        if at.read == 0 or at.window == length:
+        if at.read == 0 or (at.window == length and at.read % length == 0):
             return []
         rest = self._num_targets // at.window * at.window - at.read
         return [

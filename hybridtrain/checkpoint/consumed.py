@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from hybridtrain.config import parse_settings
 from hybridtrain.data.position import Position
 from hybridtrain.untrusted import validated
+
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
 class Consumed(BaseModel):
@@ -20,14 +22,14 @@ class Consumed(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sequences: int = Field(ge=0)
-    tokens: int = Field(ge=0)
+    sequences: Count
+    tokens: Count
     seed: int
     train: str | None
     validation: str | None
-    epoch: int = Field(ge=0)
-    window: int = Field(ge=1)
-    read: int = Field(ge=0)
+    epoch: Count
+    window: Annotated[Count, Field(ge=1)]
+    read: Count
 
     @classmethod
     def of(cls, info: dict[str, Any]) -> Consumed:
@@ -53,7 +55,7 @@ class Consumed(BaseModel):
 
     def position(self, num_targets: int) -> Position | None:
         """Where it stands in a train split of so many targets; None where such a split has no such place."""
-        if (whole := num_targets // self.window * self.window) == 0:
-            return Position(self.epoch, self.window) if self.read == 0 else None
-        epochs, read = divmod(self.read, whole)
-        return Position(self.epoch + epochs, self.window, read) if epochs == 0 or self.train is None else None
+        whole = max(0, num_targets) // self.window * self.window
+        epochs, read = divmod(self.read, whole) if whole and self.train is None else (0, self.read)
+        position = Position(self.epoch + epochs, self.window, read)
+        return position if position.fits(num_targets) else None

@@ -14,6 +14,7 @@ from hybridtrain import __version__
 from hybridtrain.assemble import Parts, Vocabulary
 from hybridtrain.checkpoint.files import FileRecord, digest_file
 from hybridtrain.checkpoint.place import write_whole
+from hybridtrain.config import parse_settings
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.settings import Settings
 
@@ -128,7 +129,9 @@ def describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
 def row_scalars(info: dict[str, Any]) -> dict[str, Any]:
     """The row optimizer's numbers. Older checkpoints leave it to the settings which beta2 their moments have."""
     scalars: dict[str, Any] = info["memory_scalars"]
-    return {"beta2": info["settings"]["memory"]["beta2"]} | scalars
+    if "beta2" in scalars:
+        return scalars
+    return {"beta2": parse_settings(info["settings"], source="the checkpoint's settings").memory.beta2} | scalars
 
 
 def check_fits(path: Path, settings: Settings, vocabulary: Vocabulary, tokenizer_digest: str, addressing: str | None) -> None:

@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from hybridtrain.data.order import SampleOrder
 
+_MOST_SAMPLES = 1 << 62  # what 64 bits number, and room to go on
+
 Range = tuple[int, int]
 """First token in the split, and number of tokens; the targets are the same shifted by one."""
 
@@ -33,7 +35,9 @@ class Position:
 
     def fits(self, num_targets: int) -> bool:
         """Whether a split of so many targets has such a position."""
-        return self.epoch >= 0 and self.window > 0 and (self.read == 0 or 0 < self.read < num_targets // self.window * self.window)
+        whole = num_targets // self.window * self.window if self.window > 0 else 0
+        there = self.read == 0 or 0 < self.read < whole
+        return self.window > 0 and there and 0 <= self.epoch < _MOST_SAMPLES // max(1, num_targets)
 
 
 class SampleStream:
