@@ -35,15 +35,26 @@ AutoResume = Annotated[
 ]
 RUN = "run folder, one of its checkpoints, or the URL of its checkpoints"
 Run = Annotated[str, typer.Argument(help=RUN)]
+Allow = Annotated[
+    str,
+    typer.Option(
+        help="of a resumed run, what may be another than the checkpoint's: seed, data, validation, joined by commas. With another "
+        "seed or other data it goes on with a new epoch"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, resume: Resume = False, auto_resume: AutoResume = False) -> None:
+def train(
+    config: Config, overrides: Overrides = None, resume: Resume = False, auto_resume: AutoResume = False, allow: Allow = ""
+) -> None:
     """Train on this process, or as one rank of a torchrun launch."""
+    from hybridtrain.resume import parse_allow
     from hybridtrain.train import train as run
 
-    run(load_settings(config, overrides or []), resume or (None if auto_resume else False))
+    allowed = parse_allow(allow, resume or auto_resume)
+    run(load_settings(config, overrides or []), resume or (None if auto_resume else False), allowed)
 
 
 @app.command()
@@ -53,6 +64,7 @@ def launch(
     nproc: Annotated[int, typer.Option("--nproc", min=1, help="ranks to start on this machine")] = 1,
     resume: Resume = False,
     auto_resume: AutoResume = False,
+    allow: Allow = "",
     max_restarts: Annotated[
         int, typer.Option(min=0, help="times that ranks which died are all started again, from the latest checkpoint")
     ] = 0,
@@ -60,16 +72,20 @@ def launch(
 ) -> None:
     """Start N training ranks on this machine."""
     from hybridtrain.data.prepare import ensure_prepared
+    from hybridtrain.folders import check_folders
     from hybridtrain.launch.local import run_ranks
+    from hybridtrain.resume import parse_allow
     from hybridtrain.world import check_compiler, resolve_layout
 
+    allowed = parse_allow(allow, resume or auto_resume)
     settings = load_settings(config, overrides or [])
     resolve_layout(settings, nproc)  # refuse before anything starts
     check_compiler(settings)
+    check_folders(settings)
     ensure_prepared(settings.data)
-    arguments = (settings, resume or (None if auto_resume else False))
+    arguments = (settings, resume or (None if auto_resume else False), allowed)
     target, threads = "hybridtrain.train:train", settings.run.threads
-    again = settings, None
+    again = settings, None, allowed
     raise typer.Exit(run_ranks(target, arguments, nproc, threads=threads, bind=bind, restarts=max_restarts, again=again))
 
 

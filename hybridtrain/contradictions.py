@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hybridtrain.settings import DataSettings, Settings, layer_specs
 
 WHOLE_BACKWARD = ("gpipe", "1f1b", "interleaved")
@@ -26,6 +28,7 @@ def contradictions(s: Settings) -> list[str]:
     if attention.head_dim % 2:
         out.append(f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. {attention.head_dim + 1}")
     out += unfit_widths(s, 2 if s.train.precision == "bfloat16" else 4)
+    out += _steps_that_overshoot(s)
     if moe.top_k > moe.num_experts:
         out.append(f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to {moe.num_experts}")
     if moe.num_experts % moe.num_groups:
@@ -114,6 +117,51 @@ def contradictions(s: Settings) -> list[str]:
     if s.data.tokenizer and s.data.vocab_size != DataSettings().vocab_size:  # written-out settings have the default too
         out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")
     return out
+
+
+def notices(s: Settings) -> list[str]:
+    """What the settings allow and hardly anybody wants, one line each; told before the first step."""
+    out: list[str] = []
+    steps, optim, saves = s.train.steps, s.optim, s.checkpoint
+    if optim.warmup_steps >= steps:
+        out.append(
+            f"optim.warmup_steps={optim.warmup_steps} with train.steps={steps}: the learning rate only rises, to "
+            f"{steps / optim.warmup_steps:.0%} of its peak at the last step"
+        )
+    elif optim.schedule == "wsd" and round(optim.decay_fraction * steps) > steps - optim.warmup_steps:
+        out.append(
+            f"optim.decay_fraction={optim.decay_fraction:g} of train.steps={steps} begins within the warm-up: the decay has the "
+            f"{steps - optim.warmup_steps} steps that optim.warmup_steps={optim.warmup_steps} leaves"
+        )
+    if s.train.eval_every > steps:
+        out.append(f"train.eval_every={s.train.eval_every} with train.steps={steps}: validation at the end only")
+    if saves.every > steps:
+        out.append(f"checkpoint.every={saves.every} with train.steps={steps}: a checkpoint at the end only")
+    if saves.every and saves.keep_every % saves.every:
+        out.append(
+            f"checkpoint.keep_every={saves.keep_every} is not a multiple of checkpoint.every={saves.every}: what stays for good is "
+            f"the checkpoint of every {math.lcm(saves.keep_every, saves.every)}th step"
+        )
+    if s.train.spike_score and s.train.spike_window >= steps:
+        out.append(f"train.spike_window={s.train.spike_window} with train.steps={steps}: no loss is judged to be a spike")
+    return out
+
+
+def _steps_that_overshoot(s: Settings) -> list[str]:
+    """Decoupled weight decay multiplies weights by 1 - rate * decay in a step, which must stay above 0."""
+    optim, memory = s.optim, s.memory
+    rules = [("optim.lr", optim.lr, "optim.weight_decay", optim.weight_decay)]
+    if optim.backbone == "muon":
+        rules.append(("optim.muon_lr", optim.muon_lr, "optim.weight_decay", optim.weight_decay))
+    if memory.enabled and any("memory" in entry for entry in s.model.layers):
+        table = optim.lr * memory.lr_multiplier
+        rules.append(("optim.lr * memory.lr_multiplier", table, "memory.weight_decay", memory.weight_decay))
+    return [
+        f"{rate_key} * {decay_key} = {rate:g} * {decay:g} = {rate * decay:g} turns weights to zero or round in one step; "
+        f"{decay_key} may be below {1 / rate:g}"
+        for rate_key, rate, decay_key, decay in rules
+        if rate * decay >= 1.0
+    ]
 
 
 def unfit_widths(s: Settings, bytes_per_element: int) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts, resolve_stages
+from hybridtrain.contradictions import notices
 from hybridtrain.data.manifest import write_atomically
 from hybridtrain.implementations import implementations
 from hybridtrain.metrics import Clock, MetricsLog, Totals, measure_matmul_peak
@@ -24,6 +25,7 @@ from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.pace import Pace, slowest
 from hybridtrain.parallel.collectives import all_reduce_
 from hybridtrain.parallel.rows import StepPlan
+from hybridtrain.resume import Reading
 from hybridtrain.run_folder import SUMMARY
 from hybridtrain.untrusted import read_json
 
@@ -37,8 +39,8 @@ FETCH = {
 class Report:
     """Collects what `train_step` returns and writes it out every `train.log_every` steps."""
 
-    def __init__(self, parts: Parts, log: MetricsLog, folder: Path, clock: Clock, start: int) -> None:
-        self.parts, self.log, self.folder = parts, log, folder
+    def __init__(self, parts: Parts, log: MetricsLog, folder: Path, clock: Clock, start: int, reading: Reading) -> None:
+        self.parts, self.log, self.folder, self.reading = parts, log, folder, reading
         self.clock = clock
         table_rows = parts.memory.addressing.num_rows if parts.memory is not None else 0
         self.counts = asdict(count_parameters(parts.settings, parts.vocabulary.size, table_rows))
@@ -55,7 +57,7 @@ class Report:
         self._validation: dict[str, float] = {}
 
     def header(self) -> None:
-        """The layout, the parameters and what carries each operation, before the first step."""
+        """The layout, the parameters, what carries each operation and what is odd about the settings, before the first step."""
         s, mesh = self.parts.settings, self.parts.mesh
         table = Table(title=f"hybridtrain {__version__}", show_header=False, title_justify="left")
         memory = self.parts.memory
@@ -79,6 +81,8 @@ class Report:
         for row in rows:
             table.add_row(*row)
         self.log.say(table)
+        for notice in notices(s):
+            self.log.say(f"note: {notice}")
         self._pace.skip()
 
     def _pipeline(self) -> str:
@@ -105,6 +109,7 @@ class Report:
             "learning_rate": settings.optim.lr * lr_scale(done - 1, settings.optim, settings.train.steps),
             "grad_norm": totals.grad_norm,
             "grad_norm_table": totals.table_grad_norm,
+            "tokens": self.reading.tokens,
             **self._speed(steps, seconds),
             **self._slowest(own),
             **layer_statistics(totals.statistics),
@@ -210,7 +215,8 @@ class Report:
         summary = {
             "steps": done,
             "stopped": stopped,
-            "tokens": done * self.parts.tokens_per_step,
+            "tokens": self.reading.tokens,
+            "sequences_read": self.reading.sequences(done),
             "train_loss": self._last.get("loss"),
             **{f"validation_{name}": value for name, value in self._validation.items()},
             "train_seconds": seconds,

@@ -10,7 +10,9 @@ The checkpoints are elsewhere where `checkpoint.dir` says so.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts, Vocabulary
@@ -37,6 +39,7 @@ class RunFolder:
         self.path, self.world = path, world
         self.checkpoints = checkpoint.place(checkpoints) if checkpoints else path / CHECKPOINTS
         self.base: checkpoint.Base | None = None  # of the checkpoint that the run was restored from
+        self.restored = path  # that checkpoint
 
     @classmethod
     def of(cls, settings: Settings, world: Group) -> RunFolder:
@@ -89,11 +92,13 @@ class RunFolder:
                 write_atomically(self.path / name, (dataset.folder / name).read_bytes())
         return Vocabulary.of(dataset, settings.model.vocab_size), dataset
 
-    def restore(self, parts: Parts, addressing: Addressing | None) -> int:
-        """Load the latest good checkpoint into the parts; returns its step.
+    def restore(
+        self, parts: Parts, addressing: Addressing | None, check: Callable[[Path, dict[str, Any]], None] = lambda path, info: None
+    ) -> dict[str, Any]:
+        """Load the latest good checkpoint into the parts; returns what it says of itself.
 
         What is wrong with a damaged one is said, and the one before it taken. Raises CheckpointError where the checkpoint does
-        not fit, or none is good.
+        not fit, or none is good. `check` is shown the checkpoint and what it says of itself before it is loaded, and may raise.
         """
         tokenizer = file_digest(self.path / TOKENIZER)
         hashes = addressing.to_json() if addressing is not None else None
@@ -102,23 +107,25 @@ class RunFolder:
             try:
                 checkpoint.verify(path, parts.settings.checkpoint.verify, self.world)
                 checkpoint.check_fits(path, parts.settings, parts.vocabulary, tokenizer, hashes)
-                step = checkpoint.load(parts, path)
+                info = checkpoint.read_info(path)
+                check(path, info)
+                checkpoint.load(parts, path)
             except DamagedCheckpoint as error:
                 problems.append(str(error))
                 continue
-            self.base = checkpoint.Base.of(path)
+            self.base, self.restored = checkpoint.Base.of(path), path
             if self.world.rank == 0:
                 if problems:
                     say("\n".join([*problems, f"going on from {path}, the one before"]))
                 self._write_settings(parts.settings)  # not before: a refused resume leaves the run as it was
-            return step
+            return info
         raise CheckpointError("\n".join([f"{self.checkpoints}: no good checkpoint to resume from", *problems]))
 
-    def saver(self, parts: Parts) -> checkpoint.Saver:
-        """What saves the run's checkpoints, once it was restored or begun; collective."""
+    def saver(self, parts: Parts, reading: Callable[[int], dict[str, Any]]) -> checkpoint.Saver:
+        """What saves the run's checkpoints, once it was restored or begun; collective. `reading` as of `Saver`."""
         if self.world.rank == 0 and parts.memory is not None:
             write_atomically(self.path / ADDRESSING, parts.memory.addressing.to_json().encode())
-        return checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self.base)
+        return checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self.base, reading)
 
     def _write_settings(self, settings: Settings) -> None:
         write_atomically(self.path / SETTINGS, dump_settings(settings).encode())

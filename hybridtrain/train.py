@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts, assemble, make_addressing
+from hybridtrain.checkpoint import Consumed
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.prefetch import Feed
+from hybridtrain.data.progress import say
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.diagnose import name_source_of_nonfinite
 from hybridtrain.errors import TrainingError
 from hybridtrain.evaluate import evaluate
+from hybridtrain.folders import check_folders, unusable_folders
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.memory import by_exchange
 from hybridtrain.metrics import Clock, MetricsLog, Totals
@@ -29,6 +33,7 @@ from hybridtrain.parallel.dispatch import DispatchMemoryError
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.report import Report
+from hybridtrain.resume import Continuation, Reading
 from hybridtrain.run_folder import RunFolder
 from hybridtrain.settings import Settings
 from hybridtrain.signals import StopSignal
@@ -39,16 +44,18 @@ from hybridtrain.world import join_world
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 Step = tuple[Batch, StepPlan | None]
+Info = dict[str, Any]  # what a checkpoint says of itself
 
 
-def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
+def train(settings: Settings, resume: bool | None = False, allow: Collection[str] = ()) -> dict[str, Any]:
     """Run `settings.train.steps` steps, or with `resume` the rest of them; returns the summary that rank 0 writes.
 
-    `resume` None: the rest where the run folder has a checkpoint, else all. Raises UserError or LayoutError for what the
-    user can mend.
+    `resume` None: the rest where the run folder has a checkpoint, else all. `allow`: what of resume.ALLOWABLE may differ from the
+    checkpoint's. Raises UserError or LayoutError for what the user can mend.
     """
     mesh = join_world(settings)
     try:
+        check_folders(settings, gather_objects(unusable_folders(settings), mesh.world))
         if resume is None:
             resume = any(gather_objects(RunFolder.of(settings, mesh.world).has_checkpoint, mesh.world))
         folder = RunFolder.open(settings, mesh.world, resume)
@@ -57,11 +64,13 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
         parts = assemble(settings, mesh, vocabulary, addressing)
         if settings.train.init_from and not resume:
             source_run = checkpoint.place(settings.train.init_from, "train.init_from")
-            start_from(parts, source_run, folder.path, dataset.manifest.tokenizer_xxh3)
+            start_from(parts, source_run, folder.path, dataset.manifest)
         clock = Clock(mesh.device)
         stalls = folder.path / "stalls" / gather_objects(time.strftime("%Y%m%d-%H%M%S"), mesh.world)[0]
         with Watchdog(mesh.world, clock, stalls, settings.parallel.timeout):
-            return _run(parts, folder, dataset, lambda: _restore(folder, parts, addressing, clock), clock, resume)
+            data = Continuation(settings, dataset, allow)
+            before = _restore(folder, parts, addressing, clock, data.check) if resume else None
+            return _run(parts, folder, dataset, data, lambda: _restore(folder, parts, addressing, clock), clock, before)
     except DispatchMemoryError as error:
         raise TrainingError(str(error)) from error
     except OSError as error:
@@ -75,13 +84,19 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
 
 
 def _run(
-    parts: Parts, folder: RunFolder, dataset: TokenDataset, restore: Callable[[], int], clock: Clock, resume: bool
+    parts: Parts,
+    folder: RunFolder,
+    dataset: TokenDataset,
+    data: Continuation,
+    restore: Callable[[], Info],
+    clock: Clock,
+    before: Info | None,
 ) -> dict[str, Any]:
-    """From the checkpoint, or the start, to the end; the summary."""
+    """From the checkpoint that says `before` of itself, or the start, to the end; the summary."""
     settings, mesh = parts.settings, parts.mesh
-    start = restore() if resume else 0
-    log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps)
-    report = Report(parts, log, folder.path, clock, start)
+    start = before["step"] if before else 0
+    if before and mesh.rank == 0 and (lines := data.told(folder.restored, before, mesh.layout.describe())):
+        say("\n".join(lines))
     loader = BatchLoader(
         dataset.split("train"),
         settings.train.seq_len,
@@ -90,7 +105,12 @@ def _run(
         mesh.layout.coordinate(mesh.rank, "dp"),
         mesh.layout.dp,
         settings.run.seed,
+        data.position(before) if before else None,
+        start + parts.guard.passed_over,
     )
+    reading = Reading(loader, parts.guard, settings.run.seed, data.digests, Consumed.of(before) if before else None)
+    log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps)
+    report = Report(parts, log, folder.path, clock, start, reading)
 
     def load(step: int) -> Step:
         batch = loader.load(step)
@@ -101,24 +121,31 @@ def _run(
         return evaluate(parts, dataset.split("validation"), batches, clock.alive)
 
     try:
-        with folder.saver(parts) as saver, Feed(load, settings.train.steps) as feed, StopSignal() as signal:
+        with folder.saver(parts, reading.describe) as saver, Feed(load, settings.train.steps) as feed, StopSignal() as signal:
 
             def go_back() -> int:
-                step = restore()
+                info = restore()
                 saver.base = folder.base
-                return step
+                reading.tokens = Consumed.of(info).tokens
+                return int(info["step"])
 
             return _loop(parts, saver, go_back, feed, signal, report, validate, start)
     finally:
         log.close()
 
 
-def _restore(folder: RunFolder, parts: Parts, addressing: Addressing | None, clock: Clock) -> int:
-    """Load the latest good checkpoint; its step. No phase of a step, but one in which ranks may stand still."""
+def _restore(
+    folder: RunFolder,
+    parts: Parts,
+    addressing: Addressing | None,
+    clock: Clock,
+    check: Callable[[Path, Info], None] = lambda *_: None,
+) -> Info:
+    """Load the latest good checkpoint; what it says of itself. No phase of a step, but one in which ranks may stand still."""
     with clock.phase("restore"):
-        step = folder.restore(parts, addressing)
+        info = folder.restore(parts, addressing, check)
     clock.take()
-    return step
+    return info
 
 
 def _loop(
@@ -156,6 +183,7 @@ def _loop(
         )
         if totals.kept:
             guard.took(done, totals.loss)
+            report.reading.took(step)
             report.step(done, totals, plan)
         elif _refuse(parts, saver, report, done, batch, plan, totals) == "rollback":
             data, done = done + guard.passed_over, restore()

@@ -17,7 +17,7 @@ from hybridtrain.assemble import Parts, addressing_misfits
 from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.config import parse_settings
 from hybridtrain.data.compress import read_compression
-from hybridtrain.data.manifest import COMPRESSION
+from hybridtrain.data.manifest import COMPRESSION, Manifest
 from hybridtrain.data.progress import say
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
@@ -119,8 +119,8 @@ def read_rows(stored: StoredTensors, info: dict[str, Any], memory: MemorySetting
     return table_RD
 
 
-def start_from(parts: Parts, path: Path, folder: Path, tokenizer_digest: str) -> None:
-    """Fill the parts of a new run in `folder` with the weights of the run folder or checkpoint `path`; any layouts.
+def start_from(parts: Parts, path: Path, folder: Path, data: Manifest) -> None:
+    """Fill the parts of a new run in `folder` on `data` with the weights of the run folder or checkpoint `path`; any layouts.
 
     Optimizers start afresh. Memories that the checkpoint has not stay as they were drawn. Raises CheckpointError listing every
     other tensor that one side lacks or has in another shape, another tokenizer, and another addressing.
@@ -132,8 +132,10 @@ def start_from(parts: Parts, path: Path, folder: Path, tokenizer_digest: str) ->
     expected = {f"model.{name}": tuple(value.shape) for name, value in model_tensors(parts.settings, parts.vocabulary.size).items()}
     addressing = parts.memory.addressing.to_json() if parts.memory is not None else None
     problems = _misfits(expected, {k: v for k, v in stored.shapes.items() if k.startswith("model.")})
-    if info["tokenizer_digest"] != tokenizer_digest:
-        problems.append(f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has {tokenizer_digest}")
+    if info["tokenizer_digest"] != data.tokenizer_xxh3:
+        problems.append(
+            f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has {data.tokenizer_xxh3}"
+        )
     if info["addressing"] and addressing and info["addressing"] != addressing:
         problems.append("memory: its table cannot be taken over: layers, orders, multipliers, primes or compression map are others")
     if problems:
@@ -152,6 +154,8 @@ def start_from(parts: Parts, path: Path, folder: Path, tokenizer_digest: str) ->
         for name in (c for c in COMPANIONS if (run / c).is_file()):
             shutil.copyfile(run / name, folder / name)
         _tell(parts.settings, saved, info, len(taken), len(expected) - len(taken))
+        if not info.get("weights_only"):
+            _tell_of_data(parts.settings, checkpoint.Consumed.of(info), data)
 
 
 def _misfits(ours: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, ...]]) -> list[str]:
@@ -173,3 +177,12 @@ def _tell(settings: Settings, saved: Path, info: dict[str, Any], taken: int, dra
         theirs = info["identity"].get(key, value)
         if key.startswith("model.") and key != "model.layers" and theirs != value:
             say(f"  {key}={value}, and the weights were trained with {theirs}")
+
+
+def _tell_of_data(settings: Settings, theirs: checkpoint.Consumed, data: Manifest) -> None:
+    """Say where the validation split may hold what the weights were trained on."""
+    path, ours = settings.data.path, data.validation.digest
+    if ours and theirs.train is None:
+        say(f"  the weights' run does not say what it was trained on, which may be in the validation split of data.path={path}")
+    elif ours and theirs.validation != ours:
+        say(f"  data.path={path}: its validation split is not that of the weights' run, which may have been trained on some of it")

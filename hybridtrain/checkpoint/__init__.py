@@ -4,12 +4,14 @@ place.py    a folder or URL as a path                 saver.py    saves them, al
 files.py    files with checksums                      load.py     checks them and fills a run from one
 piece.py    a stored piece of a tensor
 blocks.py   large tensors in blocks of rows           history.py  those of a run: latest, older ones, what may go
-state.py    what of a run is saved                    stored.py   tensors one by one, without a process group
-info.py     checkpoint.json                           together.py ranks that succeed or fail together
+state.py    what of a run is saved                    consumed.py  what of the data it has read
+info.py     checkpoint.json                           stored.py   tensors one by one, without a process group
+together.py ranks that succeed or fail together
 """
 
+from hybridtrain.checkpoint.consumed import Consumed
 from hybridtrain.checkpoint.history import candidates, commit_folder, latest
-from hybridtrain.checkpoint.info import FORMAT, INFO, check_fits, identity, read_info, write_info
+from hybridtrain.checkpoint.info import FORMAT, INFO, changed_settings, check_fits, identity, read_info, row_scalars, write_info
 from hybridtrain.checkpoint.load import load, read_into, verify
 from hybridtrain.checkpoint.place import place
 from hybridtrain.checkpoint.saver import Base, Saver
@@ -19,10 +21,12 @@ __all__ = [
     "FORMAT",
     "INFO",
     "Base",
+    "Consumed",
     "LazyTensor",
     "Saver",
     "StoredTensors",
     "candidates",
+    "changed_settings",
     "check_fits",
     "commit_folder",
     "identity",
@@ -31,6 +35,7 @@ __all__ = [
     "place",
     "read_info",
     "read_into",
+    "row_scalars",
     "verify",
     "write_info",
     "write_tensors",

@@ -16,6 +16,7 @@ from hybridtrain.assemble import Parts, Vocabulary
 from hybridtrain.checkpoint.files import METADATA, FileRecord, digest_file
 from hybridtrain.checkpoint.index import MAX_INDEX, Index, read_index
 from hybridtrain.checkpoint.place import write_whole
+from hybridtrain.config import parse_settings
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.settings import Settings
 from hybridtrain.untrusted import UntrustedFileError, parse_json, read_bytes, validated
@@ -46,6 +47,7 @@ class _Guard(BaseModel):
 
 class _Scalars(BaseModel):
     step_count: Count
+    beta2: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     decay_log: list[float] = []
 
     @model_validator(mode="after")
@@ -192,13 +194,16 @@ def _problem(file: Path, record: dict[str, Any], level: str, alive: Callable[[],
 
 
 def describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
-    """What a checkpoint of the run after `step` steps says of it; its files and base are added when they are known."""
+    """What a checkpoint of the run after `step` steps says of it.
+
+    What the run has read of the data, its files and its base are added when they are known.
+    """
     memory = parts.memory
     return {
         "format": FORMAT,
         "step": step,
         "guard": parts.guard.state(),
-        "sequences": (step + parts.guard.passed_over) * parts.settings.train.global_batch,
+        "sequences": 0,
         "version": __version__,
         "torch": torch.__version__,
         "layout": parts.mesh.layout.describe(),
@@ -210,6 +215,14 @@ def describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
         "memory_scalars": memory.scalars() if memory is not None else None,
         "settings": parts.settings.model_dump(mode="json"),
     }
+
+
+def row_scalars(info: dict[str, Any]) -> dict[str, Any] | None:
+    """The row optimizer's numbers, if any. Older checkpoints leave it to the settings which beta2 their moments have."""
+    scalars: dict[str, Any] | None = info["memory_scalars"]
+    if scalars is None or "beta2" in scalars:
+        return scalars
+    return {"beta2": parse_settings(info["settings"], source="the checkpoint's settings").memory.beta2} | scalars
 
 
 def check_fits(path: Path, settings: Settings, vocabulary: Vocabulary, tokenizer_digest: str, addressing: str | None) -> None:
@@ -257,6 +270,13 @@ def identity(settings: Settings) -> dict[str, Any]:
         "optim": {"backbone": settings.optim.backbone},
     }
     return dict(_flatten(tree))
+
+
+def changed_settings(ours: Settings, theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, ours, theirs) of every setting that differs from `theirs`, a checkpoint's; what it lacks was the default."""
+    was = dict(_flatten(Settings().model_dump(mode="json"))) | dict(_flatten(theirs))
+    now = dict(_flatten(ours.model_dump(mode="json")))
+    return [(key, value, was[key]) for key, value in now.items() if value != was[key]]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from hybridtrain.assemble import Parts
 from hybridtrain.checkpoint.blocks import BLOCK_BYTES
 from hybridtrain.checkpoint.files import Reader, quiet
 from hybridtrain.checkpoint.index import Index
-from hybridtrain.checkpoint.info import damage, index_of, read_info
+from hybridtrain.checkpoint.info import damage, index_of, read_info, row_scalars
 from hybridtrain.checkpoint.stored import MEMORY, StoredTensors
 from hybridtrain.checkpoint.together import Failures, describe_failures, together
 from hybridtrain.errors import DamagedCheckpoint
@@ -48,7 +48,7 @@ def load(parts: Parts, path: Path) -> int:
         except Failures as failures:
             raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be read", *_lines(failures.problems)])) from None
         if not weights_only:
-            _load_scalars(memory, info["memory_scalars"], path, world)
+            _load_scalars(memory, row_scalars(info), path, world)
     if "guard" in info:  # imported weights have none
         parts.guard.load_state(info["guard"])
     return int(info["step"])

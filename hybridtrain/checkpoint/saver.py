@@ -54,12 +54,19 @@ class Base:
 class Saver:
     """Saves the run's parts under `folder`; every method is called by all ranks at the same step.
 
-    Leaving its context waits for a save that is under way.
+    Leaving its context waits for a save that is under way. `reading(step)` is what `checkpoint.json` says of the data besides.
     """
 
-    def __init__(self, parts: Parts, folder: Path, tokenizer_digest: str, base: Base | None = None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        folder: Path,
+        tokenizer_digest: str,
+        base: Base | None = None,
+        reading: Callable[[int], dict[str, Any]] = lambda step: {},
+    ) -> None:
         self.parts, self.folder, self.tokenizer_digest = parts, folder, tokenizer_digest
-        self.base = base
+        self.base, self.reading = base, reading
         self._world: Group = parts.mesh.own_world_group("checkpoint", PATIENCE * parts.mesh.timeout)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -88,7 +95,7 @@ class Saver:
         """
         self.finish()
         settings, final = self.parts.settings.checkpoint, folder_of(self.folder, step)
-        info = describe(self.parts, step, self.tokenizer_digest)
+        info = describe(self.parts, step, self.tokenizer_digest) | self.reading(step)
         base = self.base
         if base is not None and (base.age + 1 >= settings.table_full_every or base.name == final.name):
             base = None

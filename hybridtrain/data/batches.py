@@ -1,7 +1,8 @@
 """Batches for training and validation: which rank sees which windows, independent of the layout.
 
 Legend: M micro-batches, B sequences of a micro-batch on this rank, T tokens of a sequence. Window w of a split is its tokens
-w*T .. w*T+T: T inputs, and the same shifted by one as targets, so neighbouring windows share one token.
+w*T .. w*T+T: T inputs, and the same shifted by one as targets, so neighbouring windows share one token. A sequence is a window, or
+after a change of T several ranges of the split (position.py), and then each begins a document of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridtrain.data.order import SampleOrder
+from hybridtrain.data.position import Position, Range, SampleStream
 from hybridtrain.data.shards import Split
 from hybridtrain.errors import DataError
 
@@ -26,7 +27,8 @@ class Batch:
     """One rank's part of a global batch.
 
     `tokens` int64 [M, B, T]; `targets` int64 [M, B, T], the next token or -100 (ignored); `starts` bool [M, B, T], True
-    where a document starts (the token is the separator), so that `starts.cumsum(-1)` numbers the documents of a sequence.
+    where a document starts (the token is the separator) or another range of the split does, so that `starts.cumsum(-1)` numbers
+    the documents of a sequence.
     """
 
     tokens: Tensor
@@ -46,29 +48,51 @@ class Batch:
 class BatchLoader:
     """Training batches as a function of the step alone.
 
-    Step k takes the samples k*G .. k*G+G-1 of the sample order (G = `global_batch`). Micro-batch m is their m-th block of
-    G/M, and data-parallel rank r has the r-th part of each block: the ranks' parts in order give the same global
-    micro-batches at every `dp_size`. Raises DataError where the split has not one window, or G does not divide.
+    Step k takes the samples (k-b)*G .. (k-b)*G+G-1 from the position `begin` on, which is where step b = `first_step` begins
+    (G = `global_batch`); without it the data begin at step 0. Micro-batch m is their m-th block of G/M, and data-parallel rank r
+    has the r-th part of each block: the ranks' parts in order give the same global micro-batches at every `dp_size`.
+    Raises DataError where the split has not one window, or G does not divide.
     """
 
     def __init__(
-        self, split: Split, seq_len: int, global_batch: int, micro_batches: int, dp_rank: int, dp_size: int, seed: int
+        self,
+        split: Split,
+        seq_len: int,
+        global_batch: int,
+        micro_batches: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        begin: Position | None = None,
+        first_step: int = 0,
     ) -> None:
         self._split, self._seq_len = split, seq_len
-        self._global_batch = global_batch
+        self._global_batch, self._first_step = global_batch, first_step
         self._offsets_MB = _offsets(global_batch, micro_batches, dp_rank, dp_size)
-        self.num_windows = (split.num_tokens - 1) // seq_len
-        if self.num_windows < 1:
+        if split.num_tokens - 1 < seq_len:
             raise DataError(
                 f"the {split.name} split has {split.num_tokens} tokens, fewer than one window of seq_len={seq_len} and its "
                 f"last target; set train.seq_len to at most {max(split.num_tokens - 1, 0)} or prepare more text"
             )
-        self._order = SampleOrder(seed, self.num_windows)
+        self.stream = SampleStream(seed, split.num_tokens - 1, seq_len, begin or Position(0, seq_len))
+        self.num_windows = self.stream.num_windows
 
     def load(self, step: int) -> Batch:
         """This rank's part of the batch of step `step` (from 0)."""
-        windows_MB = self._order.sample(step * self._global_batch + self._offsets_MB)
-        return _gather(self._split, windows_MB, self._seq_len)
+        numbers_MB = self.samples_before(step) + self._offsets_MB
+        return _gather(self._split, self.stream.ranges(numbers_MB.reshape(-1)), numbers_MB.shape, self._seq_len)
+
+    def samples_before(self, step: int) -> int:
+        """How many samples of the stream lie before those of step `step`."""
+        return (step - self._first_step) * self._global_batch
+
+    def targets(self, step: int) -> int:
+        """How many targets the global batch of a step has."""
+        return self.stream.targets(self.samples_before(step), self._global_batch)
+
+    def position(self, step: int) -> Position:
+        """Where in the data step `step` begins."""
+        return self.stream.after(self.samples_before(step))
 
 
 class EvalBatches:
@@ -98,7 +122,12 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for number in range(self._num_batches):
-            yield _gather(self._split, number * self._batch + self._offsets_MB, self._seq_len)
+            lows_MB = (number * self._batch + self._offsets_MB) * self._seq_len
+            ranges = [[(low, self._length(low))] for low in lows_MB.reshape(-1).tolist()]
+            yield _gather(self._split, ranges, lows_MB.shape, self._seq_len)
+
+    def _length(self, low: int) -> int:
+        return max(0, min(self._seq_len, self._split.num_tokens - 1 - low))
 
 
 def _offsets(global_batch: int, micro_batches: int, dp_rank: int, dp_size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
@@ -112,17 +141,20 @@ def _offsets(global_batch: int, micro_batches: int, dp_rank: int, dp_size: int) 
     return np.arange(global_batch, dtype=np.int64).reshape(micro_batches, dp_size, -1)[:, dp_rank]
 
 
-def _gather(split: Split, windows_MB: np.ndarray[tuple[int, ...], np.dtype[np.int64]], seq_len: int) -> Batch:
-    """The windows of these numbers; what lies beyond the split is padding."""
-    shape = (*windows_MB.shape, seq_len)
+def _gather(split: Split, ranges: list[list[Range]], shape_MB: tuple[int, ...], seq_len: int) -> Batch:
+    """The sequences that these ranges make, the sequences in row-major order; what they leave of `seq_len` is padding."""
+    shape = (*shape_MB, seq_len)
     tokens_MBT = np.full(shape, split.separator_id, np.int64)
     targets_MBT = np.full(shape, IGNORED, np.int64)
     starts_MBT = np.ones(shape, np.bool_)
-    for place in np.ndindex(windows_MB.shape):
-        low = int(windows_MB[place]) * seq_len
-        length = min(seq_len, split.num_tokens - 1 - low)
-        if length > 0:
-            tokens, starts = split.window(low, length + 1)
-            tokens_MBT[place][:length], targets_MBT[place][:length] = tokens[:-1], tokens[1:]
-            starts_MBT[place][:length] = starts[:-1]
+    for place, parts in zip(np.ndindex(shape_MB), ranges, strict=True):
+        at = 0
+        for low, length in parts:
+            if length > 0:
+                tokens, starts = split.window(low, length + 1)
+                here = slice(at, at + length)
+                tokens_MBT[place][here], targets_MBT[place][here] = tokens[:-1], tokens[1:]
+                starts_MBT[place][here] = starts[:-1]
+                starts_MBT[place][at] |= at > 0
+                at += length
     return Batch(torch.from_numpy(tokens_MBT), torch.from_numpy(targets_MBT), torch.from_numpy(starts_MBT))

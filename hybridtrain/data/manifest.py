@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hybridtrain.errors import DataError
@@ -47,6 +48,12 @@ class SplitInfo(_Record):
     documents: int
     bytes: int
     shards: tuple[ShardInfo, ...]
+
+    @property
+    def digest(self) -> str:
+        """xxh3 (128 bits) of what its shards hold; "" of an empty split."""
+        said = [f"{s.tokens} {s.tokens_xxh3} {s.starts_xxh3}" for s in self.shards]
+        return xxhash.xxh3_128("\n".join(said).encode()).hexdigest() if self.tokens else ""
 
 
 class SourceInfo(_Record):
@@ -92,6 +99,10 @@ class Manifest(_Record):
 
     def split(self, name: SplitName) -> SplitInfo:
         return self.train if name == "train" else self.validation
+
+    def digests(self) -> dict[str, str]:
+        """The splits' digests by name."""
+        return {name: self.split(name).digest for name in SPLITS}
 
 
 def read_manifest(folder: Path) -> Manifest:

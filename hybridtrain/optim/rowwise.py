@@ -18,6 +18,8 @@ from hybridtrain.kernels.rowwise_adam.op import Step, fade, rounded, rounding_se
 from hybridtrain.optim.decay import DecayLog
 from hybridtrain.settings import MemorySettings
 
+_ROWS_AT_ONCE = 1 << 18
+
 
 class RowOptimizer(Protocol):
     """What the training loop and the checkpoint ask of an optimizer of table rows.
@@ -99,10 +101,13 @@ class _Rowwise:
     @torch.no_grad()
     def catch_up(self, rows_N: Tensor) -> None:
         """Apply what the rows int64 [N] owe, in place; costs nothing as long as no step had weight decay."""
-        if self._decay is None or len(rows_N) == 0:
-            return
+        if self._decay is not None and len(rows_N):
+            self._apply(rows_N, self._beta2())
+
+    def _apply(self, rows_N: Tensor, beta2: float) -> None:
+        """What the rows owe, their moments by this factor a step."""
         v_R, last_R = self.state["v"], self.state["last"]
-        v_N = fade(v_R.index_select(0, rows_N), self.step_count - last_R.index_select(0, rows_N), self._beta2())
+        v_N = fade(v_R.index_select(0, rows_N), self.step_count - last_R.index_select(0, rows_N), beta2)
         values_ND = self.values(rows_N)
         self._about_to_change(rows_N)
         self.table_RD.index_copy_(0, rows_N, values_ND)
@@ -153,7 +158,7 @@ class _Rowwise:
         return out
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        """Take over what `scalars` gave; raises ValueError where the log or `state` does not belong to the step count."""
+        """Take over what `scalars` gave, behind the state; raises ValueError where the log or state is not of the step count."""
         log = scalars.get("decay_log")
         if log is not None and len(log) != scalars["step_count"] + 1:
             raise ValueError(f"decay_log has {len(log)} entries, must have step_count + 1 = {scalars['step_count'] + 1}")
@@ -213,11 +218,32 @@ class RowwiseAdam(_Rowwise):
 
     Equal to that rule applied to every row at every step, at the cost of the touched rows. beta2 = 1 is its limit, the mean
     over all steps; beta2 = 0 normalises each row's gradient by its own root mean square.
+
+    beta2 may change where a run is resumed: each step counts with the beta2 that it had. The bias correction is the sum of the
+    weights that squared gradients have in v, which for one beta2 is 1 - beta2^t; it was `_weight` after step `_since`, when beta2
+    changed last.
     """
 
     def __init__(self, table_RD: Tensor, *, beta2: float = 0.95, **others: Any) -> None:
         super().__init__(table_RD, **others)
         self.beta2 = beta2
+        self._since, self._weight = 0, 0.0
+
+    def scalars(self) -> dict[str, Any]:
+        """As the others', and the moments' beta2 with what is known of those before."""
+        return super().scalars() | {"beta2": self.beta2, "beta2_since": self._since, "weight_before": self._weight}
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        """See _Rowwise. Where beta2 was another one, every row's moment is brought up to date by that one."""
+        super().load_scalars(scalars)
+        self._since, self._weight = int(scalars.get("beta2_since", 0)), float(scalars.get("weight_before", 0.0))
+        ours, self.beta2 = self.beta2, float(scalars.get("beta2", self.beta2))
+        if ours == self.beta2:
+            return
+        for low in range(0, len(self.table_RD), _ROWS_AT_ONCE):
+            rows_N = torch.arange(low, min(low + _ROWS_AT_ONCE, len(self.table_RD)), device=self.table_RD.device)
+            self._apply(rows_N, self.beta2)
+        self._weight, self._since, self.beta2 = self._correction(), self.step_count, ours
 
     def _beta2(self) -> float:
         return self.beta2
@@ -226,7 +252,11 @@ class RowwiseAdam(_Rowwise):
         return 1.0 - self.beta2 if self.beta2 < 1.0 else 1.0
 
     def _correction(self) -> float:
-        return 1.0 - self.beta2**self.step_count if self.beta2 < 1.0 else float(self.step_count)
+        steps = self.step_count - self._since
+        if self.beta2 == 1.0:
+            return self._weight + steps
+        kept = self.beta2**steps
+        return self._weight * kept + (1.0 - kept)
 
 
 class RowwiseAdagrad(_Rowwise):

@@ -38,11 +38,11 @@ def rank_of(story: Story, resume: bool | None) -> None:
         story.note(event="attempt", attempt=attempt)
     real = RunFolder.restore
 
-    def restore(folder: RunFolder, *rest: Any) -> int:
-        step = real(folder, *rest)
+    def restore(folder: RunFolder, *rest: Any) -> dict[str, Any]:
+        info = real(folder, *rest)
         if rank == 0:
-            story.note(event="resumed", attempt=attempt, step=step)
-        return step
+            story.note(event="resumed", attempt=attempt, step=info["step"])
+        return info
 
     RunFolder.restore = restore  # type: ignore[method-assign]
     for number, fault in enumerate(story.attempts[attempt] if attempt < len(story.attempts) else ()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hybridtrain.config import parse_settings
+from hybridtrain.contradictions import notices
 from hybridtrain.errors import SettingsError
 from hybridtrain.settings import LayerSpec, Settings, layer_specs, memory_layers
 
@@ -56,6 +57,22 @@ LAYER = 'write "[N*][memory+]MIXER+FEEDFORWARD" with MIXER one of attention and 
         (
             ["memory.fetch=stale", "train.micro_batches=2", "memory.exchange_groups=2"],
             ['memory.exchange_groups=2: memory.fetch="stale" reads all rows of a step at once; it may be 1'],
+        ),
+        (
+            ["optim.lr=0.1", "optim.backbone=muon", "optim.muon_lr=0.5", "optim.weight_decay=2", "memory.weight_decay=2.0"],
+            [
+                "optim.muon_lr * optim.weight_decay = 0.5 * 2 = 1 turns weights to zero or round in one step; optim.weight_decay "
+                "may be below 2",
+                "optim.lr * memory.lr_multiplier * memory.weight_decay = 0.5 * 2 = 1 turns weights to zero or round in one step; "
+                "memory.weight_decay may be below 2",
+            ],
+        ),
+        (
+            ["optim.weight_decay=400.0", "memory.weight_decay=400.0", "memory.enabled=false"],
+            [
+                "optim.lr * optim.weight_decay = 0.003 * 400 = 1.2 turns weights to zero or round in one step; optim.weight_decay "
+                "may be below 333.333"
+            ],
         ),
         (
             ["train.on_spike=rollback", "checkpoint.every=0"],
@@ -137,6 +154,38 @@ def test_widths_that_grouped_products_cannot_have_are_refused_where_there_are_ex
         parse_settings({}, [f"{key}={width}"])
     assert caught.value.problems == [text]
     parse_settings({}, [f"{key}={width}", 'model.layers=["attention+dense"]'])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], []),
+        (["train.steps=100", "checkpoint.keep_every=200"], []),
+        (
+            ["train.steps=4"],
+            [
+                "optim.warmup_steps=50 with train.steps=4: the learning rate only rises, to 8% of its peak at the last step",
+                "train.eval_every=100 with train.steps=4: validation at the end only",
+                "checkpoint.every=100 with train.steps=4: a checkpoint at the end only",
+            ],
+        ),
+        (
+            ["optim.schedule=wsd", "optim.decay_fraction=0.95", "checkpoint.every=100", "checkpoint.keep_every=150"],
+            [
+                "optim.decay_fraction=0.95 of train.steps=500 begins within the warm-up: the decay has the 450 steps that "
+                "optim.warmup_steps=50 leaves",
+                "checkpoint.keep_every=150 is not a multiple of checkpoint.every=100: what stays for good is the checkpoint of "
+                "every 300th step",
+            ],
+        ),
+        (
+            ["train.steps=100", "train.spike_score=6"],
+            ["train.spike_window=100 with train.steps=100: no loss is judged to be a spike"],
+        ),
+    ],
+)
+def test_what_is_legal_and_hardly_wanted_is_told(overrides: list[str], told: list[str]) -> None:
+    assert notices(parse_settings({}, overrides)) == told
 
 
 def test_layers_are_read_in_order_and_repeated() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
+from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import CheckpointError
 from hybridtrain.formats.hf_import import import_hf
@@ -47,7 +48,7 @@ def start(settings: Settings, folder: Path) -> Parts:
     mesh = make_mesh(resolve_layout(settings, 1), 0, torch.device("cpu"), 60)
     parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     folder.mkdir(exist_ok=True)
-    start_from(parts, Path(settings.train.init_from), folder, dataset.manifest.tokenizer_xxh3)
+    start_from(parts, Path(settings.train.init_from), folder, dataset.manifest)
     return parts
 
 
@@ -93,6 +94,19 @@ def test_a_trained_table_is_taken_with_the_decay_that_it_owes(trained: Callable[
     assert parts.memory.optimizer.step_count == 0
     with pytest.raises(CheckpointError, match="memory: its table cannot be taken over: layers, orders, multipliers, primes"):
         start(ci_settings(tmp_path, ci_data, f"train.init_from={run}", "memory.hash_seed=3"), tmp_path)
+
+
+def test_a_validation_split_that_the_weights_may_have_been_trained_on_is_told(
+    trained: Callable[..., Path], ci_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(1)
+    start(ci_settings(tmp_path, ci_data, f"train.init_from={run}"), tmp_path)
+    assert "validation split" not in capfd.readouterr().err
+    other = tmp_path / "other"
+    prepare([ci_data.with_suffix(".jsonl")], other, tokenizer=ci_data / "tokenizer.json", validation_fraction=0.5, progress=False)
+    start(ci_settings(tmp_path, other, f"train.init_from={run}"), tmp_path)
+    said = f"data.path={other}: its validation split is not that of the weights' run, which may have been trained on some of it"
+    assert said in capfd.readouterr().err
 
 
 def test_other_shapes_are_refused_all_at_once_on_every_rank(imported: Path, ci_data: Path, tmp_path: Path) -> None:
