@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +76,14 @@ class Clock:
 class MetricsLog:
     """Rank 0's record of the run in its folder; other ranks hold one that does nothing.
 
-    A resumed run first drops every line after the step it goes on from, so that the file always is one curve.
+    A resumed run first drops every line after the step it goes on from, so that the file always is one curve. `confirm` is
+    called before each line, and raises LockLost where the folder is another run's now.
     """
 
-    def __init__(self, run_dir: Path, rank: int, resumed_at: int, total_steps: int) -> None:
-        self.active = rank == 0
+    def __init__(
+        self, run_dir: Path, rank: int, resumed_at: int, total_steps: int, confirm: Callable[[], None] = lambda: None
+    ) -> None:
+        self.active, self._confirm = rank == 0, confirm
         if not self.active:
             return
         self._run_dir = run_dir
@@ -118,6 +121,7 @@ class MetricsLog:
         """One line of metrics.jsonl, and every number of it in TensorBoard; lists go to the file and, by index, to the board."""
         if not self.active:
             return
+        self._confirm()
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():

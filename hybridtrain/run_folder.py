@@ -10,7 +10,9 @@ The checkpoints are elsewhere where `checkpoint.dir` says so.
 
 from __future__ import annotations
 
+import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 from hybridtrain import checkpoint
@@ -23,11 +25,71 @@ from hybridtrain.data.shards import TokenDataset
 from hybridtrain.data.sources import file_digest
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint, DataError, SettingsError
 from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.lock import NAME, POLL, Attempt, FolderInUse, FolderLock, in_use, waiting
 from hybridtrain.parallel.collectives import Group, barrier, gather_objects
 from hybridtrain.settings import Settings
 
 SETTINGS, ADDRESSING, SUMMARY = "settings.toml", "addressing.json", "summary.json"
 CHECKPOINTS = "checkpoints"
+
+
+class RunLocks:
+    """What a run writes to, held by its rank 0 against other runs: `run.dir`, and `checkpoint.dir` where that is elsewhere."""
+
+    def __init__(self, settings: Settings, world: Group) -> None:
+        self._world = world
+        run, where = Path(settings.run.dir), settings.checkpoint.dir
+        folders = {f"run.dir={run}": run}
+        if where:
+            there = checkpoint.place(where)
+            folders[f"checkpoint.dir={where}"] = there
+            if there.name == CHECKPOINTS and (there.parent / SETTINGS).is_file():  # another run's own, which holds that alone
+                folders[f"checkpoint.dir={where}"] = there.parent
+        files = {name: folder / NAME for name, folder in folders.items()}
+        if len({str(file.resolve()) for file in files.values()}) < len(files):  # one folder for both
+            files.popitem()
+        self._locks = {name: FolderLock(file) for name, file in files.items()}
+
+    def take(self) -> None:
+        """Take them all. Raises FolderInUse on every rank where another process holds one, or one cannot be written.
+
+        Whether a holder lives is asked on every rank: one of them may be on its host.
+        """
+        for name, lock in self._locks.items():
+            dead, told = "", False
+            while True:
+                outcome = gather_objects(_attempt(lock, name, dead) if self._world.rank == 0 else None, self._world)[0]
+                if isinstance(outcome, str):
+                    raise FolderInUse(outcome)
+                if outcome.taken:
+                    break
+                gone = outcome.holder is not None and outcome.holder.lives() is False
+                if any(gather_objects(gone, self._world)):
+                    dead = outcome.holder.token
+                    continue
+                if outcome.lives:
+                    raise FolderInUse(in_use(name, outcome.holder))
+                if self._world.rank == 0 and not told and outcome.holder is not None:
+                    say(waiting(name, outcome))
+                    told = True
+                time.sleep(POLL)
+
+    def confirm(self, at_once: bool = False) -> None:
+        """Raise LockLost, on rank 0 alone, where another process has taken one of them over; see FolderLock."""
+        if self._world.rank == 0:
+            for lock in self._locks.values():
+                lock.confirm(at_once)
+
+    def release(self) -> None:
+        for lock in self._locks.values():
+            lock.release()
+
+
+def _attempt(lock: FolderLock, name: str, dead: str) -> Attempt | str:
+    try:
+        return lock.attempt(dead)
+    except OSError as error:
+        return f"{name}: cannot be written: {error.strerror or error}"
 
 
 class RunFolder:
@@ -114,11 +176,11 @@ class RunFolder:
             return step
         raise CheckpointError("\n".join([f"{self.checkpoints}: no good checkpoint to resume from", *problems]))
 
-    def saver(self, parts: Parts) -> checkpoint.Saver:
-        """What saves the run's checkpoints, once it was restored or begun; collective."""
+    def saver(self, parts: Parts, confirm: Callable[[bool], None] = lambda at_once: None) -> checkpoint.Saver:
+        """What saves the run's checkpoints, once it was restored or begun; collective. `confirm` as in RunLocks."""
         if self.world.rank == 0 and parts.memory is not None:
             write_atomically(self.path / ADDRESSING, parts.memory.addressing.to_json().encode())
-        return checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self.base)
+        return checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self.base, confirm)
 
     def _write_settings(self, settings: Settings) -> None:
         write_atomically(self.path / SETTINGS, dump_settings(settings).encode())

@@ -29,7 +29,7 @@ from hybridtrain.parallel.dispatch import DispatchMemoryError
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.report import Report
-from hybridtrain.run_folder import RunFolder
+from hybridtrain.run_folder import RunFolder, RunLocks
 from hybridtrain.settings import Settings
 from hybridtrain.signals import StopSignal
 from hybridtrain.spikes import all_finite
@@ -48,7 +48,9 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
     user can mend.
     """
     mesh = join_world(settings)
+    locks = RunLocks(settings, mesh.world)
     try:
+        locks.take()
         if resume is None:
             resume = any(gather_objects(RunFolder.of(settings, mesh.world).has_checkpoint, mesh.world))
         folder = RunFolder.open(settings, mesh.world, resume)
@@ -61,7 +63,7 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
         clock = Clock(mesh.device)
         stalls = folder.path / "stalls" / gather_objects(time.strftime("%Y%m%d-%H%M%S"), mesh.world)[0]
         with Watchdog(mesh.world, clock, stalls, settings.parallel.timeout):
-            return _run(parts, folder, dataset, lambda: _restore(folder, parts, addressing, clock), clock, resume)
+            return _run(parts, folder, dataset, lambda: _restore(folder, parts, addressing, clock), clock, resume, locks)
     except DispatchMemoryError as error:
         raise TrainingError(str(error)) from error
     except OSError as error:
@@ -71,16 +73,17 @@ def train(settings: Settings, resume: bool | None = False) -> dict[str, Any]:
         message = f"{error.filename or settings.run.dir}: {error.strerror}; the last good checkpoint is {last or 'none'}"
         raise TrainingError(message) from error
     finally:
+        locks.release()
         close_mesh()
 
 
 def _run(
-    parts: Parts, folder: RunFolder, dataset: TokenDataset, restore: Callable[[], int], clock: Clock, resume: bool
+    parts: Parts, folder: RunFolder, dataset: TokenDataset, restore: Callable[[], int], clock: Clock, resume: bool, locks: RunLocks
 ) -> dict[str, Any]:
     """From the checkpoint, or the start, to the end; the summary."""
     settings, mesh = parts.settings, parts.mesh
     start = restore() if resume else 0
-    log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps)
+    log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps, locks.confirm)
     report = Report(parts, log, folder.path, clock, start)
     loader = BatchLoader(
         dataset.split("train"),
@@ -101,7 +104,7 @@ def _run(
         return evaluate(parts, dataset.split("validation"), batches, clock.alive)
 
     try:
-        with folder.saver(parts) as saver, Feed(load, settings.train.steps) as feed, StopSignal() as signal:
+        with folder.saver(parts, locks.confirm) as saver, Feed(load, settings.train.steps) as feed, StopSignal() as signal:
 
             def go_back() -> int:
                 step = restore()
