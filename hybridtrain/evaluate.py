@@ -23,11 +23,11 @@ def together(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def evaluate(parts: Parts, split: Split, batches: int = 0, alive: Callable[[], None] = lambda: None) -> dict[str, float]:
+def evaluate(parts: Parts, split: Split, batches: int = 0, go_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
     """`loss` (nats per token), `perplexity`, `bits_per_byte` and `tokens` of the split, or of its first global batches (0: all).
 
     Bits per byte spread the split's bytes evenly over its tokens; over a whole split that is exact. An empty split gives {}.
-    `alive` is called for every batch.
+    `go_on` is called by all ranks before every batch; where it says False, on all of them, the rest is left and {} returned.
     """
     if split.num_tokens == 0:
         return {}
@@ -38,9 +38,11 @@ def evaluate(parts: Parts, split: Split, batches: int = 0, alive: Callable[[], N
     holds_head = any(stage.part.last for stage in parts.stages)  # what it counts is counted once along pp
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     limit = batches * settings.train.micro_batches
+    stopped = False
     batches_of_one = EvalBatches(split, settings.train.seq_len, batch_size, dp_rank, mesh.layout.dp, limit=limit)
     for batch in together(batches_of_one, mesh.layout.pp):
-        alive()
+        if stopped := not go_on():
+            break
         plan = None
         if memory is not None:
             plan = memory.plan(batch, evaluate=True)
@@ -53,6 +55,8 @@ def evaluate(parts: Parts, split: Split, batches: int = 0, alive: Callable[[], N
         sums[1] += counted
     if memory is not None:
         memory.rows.clear()
+    if stopped:
+        return {}
     total, tokens = (all_reduce_(sums, mesh.world) / mesh.layout.tp).tolist()  # tp ranks have the same losses
     bytes_per_token = split.num_bytes / (split.num_tokens - 1)
     loss = total / tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +79,14 @@ class Clock:
 class MetricsLog:
     """Rank 0's record of the run in its folder; other ranks hold one that does nothing.
 
-    A resumed run first drops every line after the step it goes on from, so that the file always is one curve.
+    A resumed run first drops every line after the step it goes on from, so that the file always is one curve. `confirm` is
+    called before each line, and raises LockLost where the folder is another run's now.
     """
 
-    def __init__(self, run_dir: Path, rank: int, resumed_at: int, total_steps: int) -> None:
-        self.active = rank == 0
+    def __init__(
+        self, run_dir: Path, rank: int, resumed_at: int, total_steps: int, confirm: Callable[[], None] = lambda: None
+    ) -> None:
+        self.active, self._confirm = rank == 0, confirm
         if not self.active:
             return
         self._run_dir = run_dir
@@ -101,16 +104,17 @@ class MetricsLog:
         self._task = self._progress.add_task("train", total=total_steps, completed=resumed_at, note="")
         self._progress.start()
 
-    def _open(self, resumed_at: int) -> None:
-        self._file = _open_truncated(self._run_dir / METRICS, resumed_at)
+    def _open(self, resumed_at: int, validated: bool = True) -> None:
+        self._file = _open_truncated(self._run_dir / METRICS, resumed_at, validated)
         self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=resumed_at + 1)
 
-    def rewind(self, step: int) -> None:
-        """Drop every line after this step, which the run goes on from."""
+    def rewind(self, step: int, validated: bool = True) -> None:
+        """Drop every line after this step, which the run goes on from, and also its validation's where not `validated`."""
         if self.active:
+            self._confirm()
             self._file.close()
             self._board.close()
-            self._open(step)
+            self._open(step, validated)
 
     def step(self, step: int, note: str) -> None:
         """Move the progress bar."""
@@ -121,6 +125,7 @@ class MetricsLog:
         """One line of metrics.jsonl, and every number of it in TensorBoard; lists go to the file and, by index, to the board."""
         if not self.active:
             return
+        self._confirm()
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -176,8 +181,10 @@ def measure_matmul_peak(device: torch.device, size: int = 1024, repeats: int = 5
     return 2 * size**3 / best
 
 
-def _open_truncated(path: Path, last_step: int) -> Any:
+def _open_truncated(path: Path, last_step: int, validated: bool) -> Any:
     kept = [line for line in read_metrics(path.parent) if line["step"] <= last_step] if path.exists() and last_step else []
+    if not validated:
+        kept = [line for line in kept if line["step"] < last_step or "validation_loss" not in line]
     rewritten = path.with_suffix(".new")
     rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     rewritten.replace(path)

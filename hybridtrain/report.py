@@ -19,7 +19,7 @@ from hybridtrain.assemble import Parts, resolve_stages
 from hybridtrain.contradictions import notices
 from hybridtrain.data.manifest import write_atomically
 from hybridtrain.implementations import implementations
-from hybridtrain.metrics import Clock, MetricsLog, Totals, measure_matmul_peak
+from hybridtrain.metrics import METRICS, Clock, MetricsLog, Totals, measure_matmul_peak, read_metrics
 from hybridtrain.model.count import count_parameters, flops_per_token
 from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.pace import Pace, slowest
@@ -177,17 +177,33 @@ class Report:
         self._logged_at, self._pace = to, Pace(self.parts.mesh)
         self.clock.take()
 
-    def validation(self, done: int, values: dict[str, float]) -> None:
+    def validation(self, done: int, values: dict[str, float], again: bool = False) -> None:
+        """What a whole validation came to; `again`: one that a run before this may have made as well."""
         if values:
+            if again:
+                self.log.rewind(done, validated=False)
             self._validation = values
             self.log.write(done, {f"validation_{name}": value for name, value in values.items()})
             self.log.say(f"step {done:6d}  validation loss {values['loss']:.4f}  bits per byte {values['bits_per_byte']:.4f}")
+
+    def ended(self) -> bool:
+        """Whether the run has its summary: one that was cut off in its last validation has made all steps, and no more."""
+        summary = self._old_summary()
+        return bool(summary) and not summary.get("stopped") and summary.get("steps", 0) >= self.parts.settings.train.steps
+
+    def recall(self) -> None:
+        """Take the last step's values from metrics.jsonl: nothing but the end of the run is left to do."""
+        lines = read_metrics(self.folder) if (self.folder / METRICS).exists() else []
+        self._last = next((line for line in reversed(lines) if "loss" in line), {})
 
     def nothing_left(self, start: int) -> dict[str, Any]:
         """The summary that the finished run left; training further takes a higher `train.steps`."""
         self.log.say(
             f"{self.folder} has done {start} steps of train.steps={self.parts.settings.train.steps}: nothing is left to do"
         )
+        return self._old_summary()
+
+    def _old_summary(self) -> dict[str, Any]:
         old = self.folder / SUMMARY
         summary: dict[str, Any] = read_json(old, dict[str, Any]) if old.exists() else {}
         return summary

@@ -10,6 +10,7 @@ The checkpoints are elsewhere where `checkpoint.dir` says so.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,72 @@ from hybridtrain.data.shards import TokenDataset
 from hybridtrain.data.sources import file_digest
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint, DataError, SettingsError
 from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.lock import NAME, POLL, Attempt, FolderInUse, FolderLock, in_use, waiting
 from hybridtrain.parallel.collectives import Group, barrier, gather_objects
 from hybridtrain.settings import Settings
 from hybridtrain.untrusted import UntrustedFileError, read_toml
 
 SETTINGS, ADDRESSING, SUMMARY = "settings.toml", "addressing.json", "summary.json"
 CHECKPOINTS = "checkpoints"
+
+
+class RunLocks:
+    """What a run writes to, held by its rank 0 against other runs: `run.dir`, and `checkpoint.dir` where that is elsewhere."""
+
+    def __init__(self, settings: Settings, world: Group) -> None:
+        self._world = world
+        run, where = Path(settings.run.dir), settings.checkpoint.dir
+        folders = {f"run.dir={run}": run}
+        if where:
+            there = checkpoint.place(where)
+            folders[f"checkpoint.dir={where}"] = there
+            if there.name == CHECKPOINTS and (there.parent / SETTINGS).is_file():  # another run's own, which holds that alone
+                folders[f"checkpoint.dir={where}"] = there.parent
+        files = {name: folder / NAME for name, folder in folders.items()}
+        if len({str(file.resolve()) for file in files.values()}) < len(files):  # one folder for both
+            files.popitem()
+        self._locks = {name: FolderLock(file) for name, file in files.items()}
+
+    def take(self) -> None:
+        """Take them all. Raises FolderInUse on every rank where another process holds one, or one cannot be written.
+
+        Whether a holder lives is asked on every rank: one of them may be on its host.
+        """
+        for name, lock in self._locks.items():
+            dead, told = "", False
+            while True:
+                outcome = gather_objects(_attempt(lock, name, dead) if self._world.rank == 0 else None, self._world)[0]
+                if isinstance(outcome, str):
+                    raise FolderInUse(outcome)
+                if outcome.taken:
+                    break
+                gone = outcome.holder is not None and outcome.holder.lives() is False
+                if any(gather_objects(gone, self._world)):
+                    dead = outcome.holder.token
+                    continue
+                if outcome.lives:
+                    raise FolderInUse(in_use(name, outcome.holder))
+                if self._world.rank == 0 and not told and outcome.holder is not None:
+                    say(waiting(name, outcome))
+                    told = True
+                time.sleep(POLL)
+
+    def confirm(self, at_once: bool = False) -> None:
+        """Raise LockLost, on rank 0 alone, where another process has taken one of them over; see FolderLock."""
+        if self._world.rank == 0:
+            for lock in self._locks.values():
+                lock.confirm(at_once)
+
+    def release(self) -> None:
+        for lock in self._locks.values():
+            lock.release()
+
+
+def _attempt(lock: FolderLock, name: str, dead: str) -> Attempt | str:
+    try:
+        return lock.attempt(dead)
+    except OSError as error:
+        return f"{name}: cannot be written: {error.strerror or error}"
 
 
 class RunFolder:
@@ -40,6 +101,7 @@ class RunFolder:
         self.checkpoints = checkpoint.place(checkpoints) if checkpoints else path / CHECKPOINTS
         self.base: checkpoint.Base | None = None  # of the checkpoint that the run was restored from
         self.restored = path  # that checkpoint
+        self.confirm: Callable[[bool], None] = lambda at_once: None  # that the folders are still this run's: see RunLocks
 
     @classmethod
     def of(cls, settings: Settings, world: Group) -> RunFolder:
@@ -125,7 +187,7 @@ class RunFolder:
         """What saves the run's checkpoints, once it was restored or begun; collective. `reading` as of `Saver`."""
         if self.world.rank == 0 and parts.memory is not None:
             write_atomically(self.path / ADDRESSING, parts.memory.addressing.to_json().encode())
-        return checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self.base, reading)
+        return checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self.base, reading, self.confirm)
 
     def _write_settings(self, settings: Settings) -> None:
         write_atomically(self.path / SETTINGS, dump_settings(settings).encode())

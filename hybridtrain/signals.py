@@ -1,9 +1,21 @@
-"""SIGTERM and Ctrl-C as a request: the loop finishes its step, saves and ends. A second one ends at once. SIGUSR1: it saves."""
+"""SIGTERM and Ctrl-C as a request: the loop finishes its step or leaves its validation, saves and ends. A second one ends at once.
+SIGUSR1: it saves."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
+
+import torch
+
+from hybridtrain.parallel.collectives import all_reduce_
+from hybridtrain.parallel.mesh import Mesh
+
+
+def agree(asked: bool, mesh: Mesh) -> bool:
+    """Whether any rank was asked; the same on all of them, which call this at the same place."""
+    flag = torch.tensor(float(asked), device=mesh.device)
+    return bool(all_reduce_(flag, mesh.world) > 0)
 
 
 class StopSignal:

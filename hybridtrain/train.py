@@ -32,9 +32,10 @@ from hybridtrain.parallel.collectives import Group, all_reduce_, gather_objects
 from hybridtrain.parallel.dispatch import DispatchMemoryError
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.parallel.rows import StepPlan
+from hybridtrain.pause import Pause, Validate
 from hybridtrain.report import Report
 from hybridtrain.resume import Continuation, Reading
-from hybridtrain.run_folder import RunFolder
+from hybridtrain.run_folder import RunFolder, RunLocks
 from hybridtrain.settings import Settings
 from hybridtrain.signals import StopSignal
 from hybridtrain.spikes import all_finite
@@ -54,11 +55,14 @@ def train(settings: Settings, resume: bool | None = False, allow: Collection[str
     checkpoint's. Raises UserError or LayoutError for what the user can mend.
     """
     mesh = join_world(settings)
+    locks = RunLocks(settings, mesh.world)
     try:
         check_folders(settings, gather_objects(unusable_folders(settings), mesh.world))
+        locks.take()
         if resume is None:
             resume = any(gather_objects(RunFolder.of(settings, mesh.world).has_checkpoint, mesh.world))
         folder = RunFolder.open(settings, mesh.world, resume)
+        folder.confirm = locks.confirm
         vocabulary, dataset = folder.prepare_data(settings)
         addressing = make_addressing(settings, vocabulary)
         parts = assemble(settings, mesh, vocabulary, addressing)
@@ -80,6 +84,7 @@ def train(settings: Settings, resume: bool | None = False, allow: Collection[str
         message = f"{error.filename or settings.run.dir}: {error.strerror}; the last good checkpoint is {last or 'none'}"
         raise TrainingError(message) from error
     finally:
+        locks.release()
         close_mesh()
 
 
@@ -109,7 +114,7 @@ def _run(
         start + parts.guard.passed_over,
     )
     reading = Reading(loader, parts.guard, settings.run.seed, data.digests, Consumed.of(before) if before else None)
-    log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps)
+    log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps, folder.confirm)
     report = Report(parts, log, folder.path, clock, start, reading)
 
     def load(step: int) -> Step:
@@ -117,8 +122,8 @@ def _run(
         plan = parts.memory.plan(batch) if parts.memory is not None else None  # from tokens on the CPU
         return batch.at(parts.positions), plan
 
-    def validate(batches: int) -> dict[str, float]:
-        return evaluate(parts, dataset.split("validation"), batches, clock.alive)
+    def validate(batches: int, go_on: Callable[[], bool]) -> dict[str, float]:
+        return evaluate(parts, dataset.split("validation"), batches, go_on)
 
     try:
         with folder.saver(parts, reading.describe) as saver, Feed(load, settings.train.steps) as feed, StopSignal() as signal:
@@ -155,20 +160,23 @@ def _loop(
     feed: Feed[Step],
     signal: StopSignal,
     report: Report,
-    validate: Callable[[int], dict[str, float]],
+    validate: Validate,
     start: int,
 ) -> dict[str, Any]:
-    settings, clock, guard = parts.settings, report.clock, parts.guard
-    steps, every = settings.train.steps, settings.checkpoint.every
-    if start >= steps:
+    steps, clock, guard = parts.settings.train.steps, report.clock, parts.guard
+    if start > steps or (start == steps and gather_objects(report.ended(), parts.mesh.world)[0]):
         return report.nothing_left(start)
     report.header()
-    done, upcoming = start, _begin(parts, feed, clock, start)
-    while done < steps:
+    pause, done = Pause(parts, saver, signal, report, validate), start
+    if start == steps:  # it was cut off in its last validation
+        report.recall()
+    stop = pause.validates(start) and pause.validation(start, again=True)
+    upcoming = _begin(parts, feed, clock, start) if start < steps and not stop else None
+    while upcoming is not None:
         step, (batch, plan) = done, upcoming
         done, clock.step = step + 1, step + 1
         with clock.phase("data"):
-            upcoming = feed.get(done) if done < steps else (batch, None)
+            upcoming = feed.get(done) if done < steps else None
         totals = train_step(
             parts,
             step,
@@ -176,7 +184,7 @@ def _loop(
             plan,
             clock,
             signal.received or saver.failed,
-            upcoming[1],
+            upcoming[1] if upcoming is not None else None,
             saver.before_update,
             save=signal.save,
             accepts=guard.accepts,
@@ -189,18 +197,15 @@ def _loop(
             data, done = done + guard.passed_over, restore()
             guard.passed_over = data - done  # the refused batch and those before it are not read again
             report.rolled_back(done)
-            upcoming = _begin(parts, feed, clock, done)
+            stop = pause.validates(done) and pause.validation(done, again=True)
+            upcoming = _begin(parts, feed, clock, done) if not stop else None
             continue
-        if done == steps or (settings.train.eval_every and done % settings.train.eval_every == 0):
-            with report.outside_training("validation"):
-                report.validation(done, validate(settings.train.eval_batches if done < steps else 0))
-        if done == steps or totals.stop or totals.save or (every and done % every == 0):
-            with report.outside_training("save"):
-                saver.save(done, wait=done == steps or totals.stop)
-            signal.save = False  # also where a request reached this rank a step later than the one that told all
-        if totals.stop:
-            feed.finish()  # ranks may have planned ahead by different numbers of steps
-            return report.stopped(done, signal.name)
+        if stop := pause.after(done, totals.stop, totals.save):
+            break
+    saver.finish()
+    if stop:
+        feed.finish()  # ranks may have planned ahead by different numbers of steps
+        return report.stopped(done, signal.name)
     return report.finish(steps)
 
 

@@ -168,26 +168,34 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def _wait(ranks: Sequence[BaseProcess]) -> int:
-    """Wait for all ranks; the first that fails decides the status and ends the others."""
-    failed: int | None = None
-    deadline = float("inf")
-    while any(rank.is_alive() for rank in ranks):
+    """Wait for all ranks; the first that fails ends the others. The status: that of a rank that was killed, else the first's.
+
+    A rank that was killed is the cause, also where another was seen to fail before: its connections close, and others fail by
+    that, before the kernel has ended it. So the status is known when all have ended. What this sends itself is no cause.
+    """
+    failed, killed, sent, deadline = 0, 0, set[int](), float("inf")
+    running = True
+    while running:
         time.sleep(_POLL_SECONDS)
-        for rank in sorted(ranks, key=lambda rank: min(rank.exitcode or 0, 0)):  # killed ranks first: others fail because of them
-            if rank.exitcode and failed is None:
-                failed = rank.exitcode if rank.exitcode > 0 else 128 - rank.exitcode
-                deadline = time.monotonic() + _GRACE_SECONDS
-                if rank.exitcode < 0:
-                    print(f"{rank.name} was ended by {signal.Signals(-rank.exitcode).name}", file=sys.stderr)
-                for other in ranks:
-                    if other.is_alive() and other.pid is not None:
-                        other.terminate()
-                        os.kill(other.pid, signal.SIGCONT)  # one that was stopped cannot end
+        running = any(rank.is_alive() for rank in ranks)  # before the codes are read: the last time they are all there
+        codes = [rank.exitcode or 0 for rank in ranks]
+        for rank, code in zip(ranks, codes, strict=True):
+            if code < 0 and -code not in sent and not killed:
+                killed = 128 - code
+                print(f"{rank.name} was ended by {signal.Signals(-code).name}", file=sys.stderr)
+        if any(codes) and not sent:
+            failed = max((code for code in codes if code > 0), default=0)
+            deadline = time.monotonic() + _GRACE_SECONDS
+            sent.add(signal.SIGTERM)
+            for rank in ranks:
+                if rank.is_alive() and rank.pid is not None:
+                    rank.terminate()
+                    os.kill(rank.pid, signal.SIGCONT)  # one that was stopped cannot end
         if time.monotonic() > deadline:
+            sent.add(signal.SIGKILL)
             for rank in ranks:
                 rank.kill()
-    codes = [rank.exitcode or 0 for rank in ranks]
-    return failed if failed is not None else max(code if code >= 0 else 128 - code for code in codes)
+    return killed or failed
 
 
 class _ForwardSignals:

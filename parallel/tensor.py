@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from hybridtrain.kernels.cross_entropy.op import partial_gradient, partial_sums
+from hybridtrain.kernels.cross_entropy.op import partial_gradient, partial_sums, wide_product
 from hybridtrain.parallel.collectives import Group, all_gather_autograd, all_reduce_, reduce_scatter_autograd
 
 CPU_BLOCK_ELEMENTS = 1 << 19  # logits per block: 2 MiB of float32
@@ -162,14 +162,18 @@ class _VocabularyLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         """Of the whole loss by this rank's logits: for `h` a partial sum, which `gather_sequence` completes."""
         h_ND, weight_WD, normalizer_N, targets_N, keep_N = ctx.saved_tensors
-        grad_h, grad_weight = torch.empty_like(h_ND), torch.zeros_like(weight_WD)
+        grad_h = torch.empty_like(h_ND)
+        grad_weight = torch.zeros_like(weight_WD, dtype=torch.promote_types(weight_WD.dtype, torch.float32))
         scale_N = keep_N * grads[0]
         for block in _blocks(h_ND, weight_WD):
             h = h_ND[block]
             grad = partial_gradient(h @ weight_WD.T, targets_N[block], ctx.first, normalizer_N[block], scale_N[block])
             torch.mm(grad, weight_WD, out=grad_h[block])
-            grad_weight.addmm_(grad.T, h)
-        return grad_h, grad_weight, None, None, None, None
+            if h.dtype == grad_weight.dtype:
+                grad_weight.addmm_(grad.T, h)
+            else:
+                grad_weight += wide_product(grad.T, h)
+        return grad_h, grad_weight.to(weight_WD.dtype), None, None, None, None
 
 
 def _blocks(h_ND: Tensor, weight_WD: Tensor) -> list[slice]:

@@ -25,6 +25,7 @@ from hybridtrain.checkpoint.place import flush_folder, free_space, remove_folder
 from hybridtrain.checkpoint.state import Content, content, release
 from hybridtrain.checkpoint.together import Failures, on_first, together
 from hybridtrain.errors import CheckpointError
+from hybridtrain.lock import LockLost
 from hybridtrain.parallel.collectives import Group
 
 PATIENCE = 6
@@ -64,8 +65,11 @@ class Saver:
         tokenizer_digest: str,
         base: Base | None = None,
         reading: Callable[[int], dict[str, Any]] = lambda step: {},
+        confirm: Callable[[bool], None] = lambda at_once: None,
     ) -> None:
-        self.parts, self.folder, self.tokenizer_digest = parts, folder, tokenizer_digest
+        """`confirm` is called by rank 0 before a save begins and before it is committed; raises LockLost where the folder is
+        another run's now."""
+        self.parts, self.folder, self.tokenizer_digest, self._confirm = parts, folder, tokenizer_digest, confirm
         self.base, self.reading = base, reading
         self._world: Group = parts.mesh.own_world_group("checkpoint", PATIENCE * parts.mesh.timeout)
         self._thread: threading.Thread | None = None
@@ -138,10 +142,10 @@ class Saver:
         try:
             if settings.background:
                 together(world, self._holding(what))
-            on_first(world, partial(begin_folder, staging))
+            on_first(world, partial(self._begin, staging))
             records = together(world, partial(_write, what, staging, world))
             info |= {"files": {name: record for theirs in records for name, record in theirs.items()}}
-            xxh3 = on_first(world, partial(commit_folder, staging, final, info))
+            xxh3 = on_first(world, partial(self._commit, staging, final, info))
         except Failures as failures:
             last = latest(self.folder)
             message = (
@@ -149,7 +153,9 @@ class Saver:
                 + "\n".join([str(last or "none"), *(f"  {p}" for p in failures.problems)])
             )
             if world.rank == 0:
-                remove_folder(staging)
+                with suppress(LockLost):  # whose heir may write there by now
+                    self._confirm(True)
+                    remove_folder(staging)
             raise CheckpointError(message) from None
         finally:
             self._held.set()
@@ -160,6 +166,14 @@ class Saver:
         if world.rank == 0:
             with suppress(OSError):  # what cannot be removed now is removed after another save
                 prune(self.folder, step, settings.keep_last, settings.keep_every)
+
+    def _begin(self, staging: Path) -> None:
+        self._confirm(True)
+        begin_folder(staging)
+
+    def _commit(self, staging: Path, final: Path, info: dict[str, Any]) -> str:
+        self._confirm(True)
+        return commit_folder(staging, final, info)
 
     def _holding(self, what: Content) -> Callable[[], None]:
         def hold() -> None:

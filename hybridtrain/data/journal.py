@@ -1,10 +1,7 @@
-"""How a preparation is cut off and goes on: the job, its journal, and the lock on its folder."""
+"""How a preparation is cut off and goes on: the job and its journal."""
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +13,6 @@ from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo
 from hybridtrain.data.progress import say
 from hybridtrain.data.sources import SourceFile, file_digest
 from hybridtrain.data.writer import WriterState, split_files
-from hybridtrain.errors import DataError
-
-_LOCK = ".lock"
 
 
 class Journal(BaseModel):
@@ -101,19 +95,3 @@ def clear(out: Path) -> None:
 def software() -> str:
     """What else decides the bytes: other versions of the library may split words differently."""
     return f"tokenizers {tokenizers.__version__}"
-
-
-@contextmanager
-def locked(out: Path, wait: bool) -> Iterator[None]:
-    """Hold the folder against other processes of this machine; the lock goes with the process that holds it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        stream = (out / _LOCK).open("w")
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error.strerror}") from None
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise DataError(f"{out}: another process is preparing this folder; wait for it or choose another one") from None
-        yield

@@ -45,19 +45,18 @@ class Prefetcher(Generic[T]):
         self._next_step += 1
         return result  # type: ignore[return-value]
 
-    def finish(self, timeout: float = 60.0) -> bool:
-        """End early, at the same step in every process that calls this after the same `get`; False where that took too long.
+    def finish(self) -> None:
+        """End early, at the same step in every process that calls this after the same `get`; returns once the thread has ended.
 
         Loads may be collective, and one process may be further ahead than another: all go on to the last step that any
-        of them can have begun, and throw the results away.
+        of them can have begun, and throw the results away. A load that takes long is waited for however long that is: another
+        thread beside it would talk over it. One that hangs is ended as the loop is, by the watchdog or the groups' timeout.
         """
         bound = self._next_step + self._ready.maxsize + 1
         self._stop_step = bound if self._stop_step is None else min(bound, self._stop_step)
-        deadline = time.monotonic() + timeout
-        while self._thread.is_alive() and time.monotonic() < deadline:
+        while self._thread.is_alive():
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=_POLL_SECONDS)
-        return not self._thread.is_alive()
 
     def close(self, timeout: float = 5.0) -> bool:
         """Stop loading and wait up to `timeout` seconds for a load in progress; False where it is still running."""

@@ -15,13 +15,14 @@ from hybridtrain.data import manifest as m
 from hybridtrain.data.compress import compression_map, read_compression, to_npy
 from hybridtrain.data.encode import corpus_documents, encode_files, training_texts
 from hybridtrain.data.holdout import Holdout, choose_holdout
-from hybridtrain.data.journal import Input, Job, Journal, clear, locked, read_journal, software, write_journal
+from hybridtrain.data.journal import Input, Job, Journal, clear, read_journal, software, write_journal
 from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo, SplitInfo, SplitName
 from hybridtrain.data.progress import EncodingProgress, say
 from hybridtrain.data.sources import SourceFile, file_digest, list_files
 from hybridtrain.data.tokenizer import MIN_VOCAB_SIZE, find_separator, load_tokenizer, train_tokenizer, vocabulary_size
 from hybridtrain.data.writer import SplitWriter, StaleStateError
 from hybridtrain.errors import DataError
+from hybridtrain.lock import locked
 from hybridtrain.settings import DataSettings
 
 
@@ -54,19 +55,19 @@ def prepare(
         shard_tokens=shard_tokens,
     )
     job = _plan(sources, validation_sources, Path(out), tokenizer, settings)
-    with locked(job.out, wait=False):
+    with locked(job.out, error=DataError):
         return _prepare(job, overwrite, progress)
 
 
 def ensure_prepared(data: DataSettings, progress: bool = True) -> None:
-    """Make `data.path` from `data.source` where it is not made yet; of several processes on one machine one does it.
+    """Make `data.path` from `data.source` where it is not made yet; of several processes one does it, and the others wait.
 
     Does nothing where the folder has a manifest or there is no source. Raises DataError as `prepare` does.
     """
     out = Path(data.path)
     if (out / m.MANIFEST).exists() or not data.source:
         return
-    with locked(out, wait=True):
+    with locked(out, wait=True, error=DataError):
         if not (out / m.MANIFEST).exists():
             settings = PrepareSettings(vocab_size=data.vocab_size, validation_fraction=data.validation_fraction)
             _prepare(_plan(data.source, (), out, data.tokenizer, settings), overwrite=False, progress=progress)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from hybridtrain.errors import UserError
+from hybridtrain.lock import NAME, locked
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -28,22 +29,28 @@ def need_transformers() -> ModuleType:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into, which becomes `out` when all went well and is removed when not.
 
-    Raises UserError where `out` exists and is no empty folder, or cannot be written.
+    Raises UserError where `out` exists and is no empty folder, cannot be written, or another process is making it.
     """
+    _refuse_used(out)  # before anything is written beside it
+    with locked(out, file=out.with_name(f".{out.name}{NAME}")):
+        _refuse_used(out)
+        making = out.with_name(f".{out.name}.partial")
+        try:
+            shutil.rmtree(making, ignore_errors=True)
+            making.mkdir(parents=True)
+            yield making
+            if out.exists():
+                out.rmdir()
+            making.rename(out)
+        except OSError as error:
+            raise UserError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+
+
+def _refuse_used(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another folder")
-    making = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        yield making
-        if out.exists():
-            out.rmdir()
-        making.rename(out)
-    except OSError as error:
-        raise UserError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
 
 
 def parse_size(option: str, text: str) -> int:

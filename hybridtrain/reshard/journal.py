@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from typing_extensions import TypedDict
 
 from hybridtrain.checkpoint.files import Records
 from hybridtrain.errors import UserError
+from hybridtrain.lock import NAME as LOCK
 from hybridtrain.untrusted import UntrustedFileError, parse_json
 
 NAME = "reshard.jsonl"
@@ -84,22 +84,21 @@ class Segment:
 
 
 class Journal:
-    """The journal in the folder `out`, held by this process alone while it is open; `done` are the finished segments.
+    """The journal in the folder `out`, whose lock is held while it is open; `done` are the finished segments.
 
     `job` says what is done; the first line has it. Raises UserError where `out` holds something else than this job unfinished.
     """
 
     def __init__(self, out: Path, job: dict[str, Any]) -> None:
         self.path = out / NAME
-        if not self.path.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if (
+            not self.path.exists()
+            and out.exists()
+            and (not out.is_dir() or any(not path.name.startswith(LOCK) for path in out.iterdir()))
+        ):
             raise UserError(f"{out} exists and is not empty; choose another folder")
         out.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise UserError(f"{out}: another process is writing there") from None
         self.done = self._read(json.loads(json.dumps(job)))
 
     def __enter__(self) -> Journal:

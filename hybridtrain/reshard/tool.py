@@ -29,6 +29,7 @@ from hybridtrain.config import dump_settings, parse_settings
 from hybridtrain.data.compress import to_npy
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
+from hybridtrain.lock import locked
 from hybridtrain.metrics import METRICS
 from hybridtrain.parallel.collectives import Group
 from hybridtrain.reshard.copy import Copy, plan_segments, plan_threads
@@ -94,7 +95,7 @@ def reshard(
         "growth": [growth.experts, growth.vocab, growth.router_noise, tokenizer.digest if tokenizer is not None else None],
         "version": __version__,
     }
-    with Journal(out, job) as journal:
+    with locked(out), Journal(out, job) as journal:
         try:
             if (final / checkpoint.INFO).is_file():  # ended behind the commit
                 write_whole(final.parent / LATEST, final.name.encode())

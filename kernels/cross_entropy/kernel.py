@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
+from hybridtrain.kernels.cross_entropy.op import wide_product
 from hybridtrain.kernels.launch import Case, ceil_div, launch, num_bytes
 
 BLOCK = 4096
@@ -125,7 +126,7 @@ def _chunks(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, ro
         loss += ((lse - picked) * keep_N[chunk]).sum()
         grad = _gradient(keep_N[chunk], -keep_N[chunk], logits, targets_N[chunk], lse, 0)
         torch.mm(grad, weight_VD, out=grad_h[chunk])
-        grad_weight += grad.t() @ h_ND[chunk]
+        grad_weight += wide_product(grad.t(), h_ND[chunk])
     return loss, grad_h, grad_weight.to(weight_VD.dtype)
 
 

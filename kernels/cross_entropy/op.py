@@ -66,6 +66,14 @@ def partial_gradient(logits_NW: Tensor, targets_N: Tensor, first: int, normalize
     return softmax_NW.mul_(scale_N[:, None]).to(logits_NW.dtype)
 
 
+def wide_product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a @ b [M, N] as it is added up, in float32 of bfloat16 operands: a sum over blocks would carry every block's rounding."""
+    wide = torch.promote_types(a_MK.dtype, torch.float32)
+    if a_MK.is_cuda and a_MK.dtype != wide:
+        return torch.mm(a_MK, b_KN, out_dtype=wide)
+    return a_MK.to(wide) @ b_KN.to(wide)
+
+
 def _places(targets_N: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
     """(column of the target, or 0; whether it is here)."""
     local_N = targets_N - first

@@ -15,6 +15,7 @@ from torch import Tensor
 from hybridtrain.kernels.choose import chosen
 from hybridtrain.kernels.permute import reference
 from hybridtrain.kernels.permute.reference import sort_by_expert
+from hybridtrain.kernels.row_gather.op import row_gather
 
 __all__ = ["collect", "combine", "permute", "sort_by_destination", "sort_by_expert", "spread"]
 
@@ -52,7 +53,7 @@ def spread(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
         from hybridtrain.kernels.permute import kernel
 
         return kernel.permute(x_ND, order_P, inverse_NK)
-    return x_ND.index_select(0, order_P // inverse_NK.size(1))
+    return row_gather(x_ND, order_P // inverse_NK.size(1))
 
 
 def collect(y_PD: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
@@ -61,7 +62,9 @@ def collect(y_PD: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
         from hybridtrain.kernels.permute import kernel
 
         return kernel.combine(y_PD, None, order_P, inverse_NK)
-    return y_PD.new_zeros(len(inverse_NK), y_PD.size(1)).index_add(0, order_P // inverse_NK.size(1), y_PD)
+    wide_PD = y_PD.to(_wide(y_PD))
+    out_ND = wide_PD.new_zeros(len(inverse_NK), y_PD.size(1)).index_add(0, order_P // inverse_NK.size(1), wide_PD)
+    return out_ND.to(y_PD.dtype)
 
 
 def permute(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
@@ -91,21 +94,21 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_NK,) = ctx.saved_tensors
-        grad_ND = grad_PD.index_select(0, inverse_NK[:, 0])
+        grad_ND = grad_PD.index_select(0, inverse_NK[:, 0]).to(_wide(grad_PD))
         for k in range(1, inverse_NK.size(1)):
             grad_ND += grad_PD.index_select(0, inverse_NK[:, k])
-        return grad_ND, None, None
+        return grad_ND.to(grad_PD.dtype), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_PD: Tensor, gates_NK: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
         ctx.save_for_backward(y_PD, gates_NK, order_P, inverse_NK)
-        gates = gates_NK.to(y_PD.dtype)
-        out_ND = y_PD.index_select(0, inverse_NK[:, 0]) * gates[:, :1]
+        gates = gates_NK.to(wide := _wide(y_PD))
+        out_ND = y_PD.index_select(0, inverse_NK[:, 0]).to(wide) * gates[:, :1]
         for k in range(1, inverse_NK.size(1)):
-            out_ND.addcmul_(y_PD.index_select(0, inverse_NK[:, k]), gates[:, k : k + 1])
-        return out_ND
+            out_ND.addcmul_(y_PD.index_select(0, inverse_NK[:, k]).to(wide), gates[:, k : k + 1])
+        return out_ND.to(y_PD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -115,6 +118,11 @@ class _Combine(torch.autograd.Function):
         grad_gates_NK = grad_gates_P[inverse_NK].to(gates_NK.dtype)
         grad_PD *= gates_NK.reshape(-1, 1)[order_P].to(grad_PD.dtype)
         return grad_PD, grad_gates_NK, None, None
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """What values of this type are added up in."""
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 _permute: Callable[[Tensor, Tensor, Tensor], Tensor] = _Permute.apply

@@ -46,3 +46,20 @@ def test_no_rows_are_no_rows() -> None:
     snapshot.keep(torch.tensor([1, 3]))
     assert snapshot.read("table", 2, 2).shape == (0, 2)
     assert snapshot.gather("table", torch.arange(0)).shape == (0, 2)
+
+
+def test_a_row_is_kept_once_however_often_it_changes() -> None:
+    live = {"table": torch.randn(1000, 8), "v": torch.zeros(1000)}
+    then = {name: value.clone() for name, value in live.items()}
+    snapshot = Snapshot(live)
+    for number in range(200):
+        rows = (torch.arange(0, 50) * 3 + number % 2).unique()
+        snapshot.keep(rows)
+        for value in live.values():
+            value.index_fill_(0, rows, float(number))
+    kept = [tensor for rows, values in snapshot._kept for tensor in (rows, *values.values())]
+    assert sum(tensor.nbytes for tensor in kept) == 100 * (8 + 8 * 4 + 4)  # a hundred rows, each with its number
+    assert len(snapshot._kept) == 2  # nor does the reader go through every step
+    for name, value in then.items():
+        assert torch.equal(snapshot.read(name, 0, 1000), value)
+        assert torch.equal(snapshot.gather(name, torch.arange(0, 1000, 3)), value[::3])

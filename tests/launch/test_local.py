@@ -198,6 +198,40 @@ def test_restarts_come_to_an_end(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == "status 7: restart 1 of at most 1\n"
 
 
+class Ending:
+    """A rank whose exit code is seen at the `after`-th look."""
+
+    pid = None
+
+    def __init__(self, name: str, code: int, after: int) -> None:
+        self.name, self._code, self._left = name, code, after
+
+    def is_alive(self) -> bool:
+        self._left -= 1
+        return self._left > 0
+
+    @property
+    def exitcode(self) -> int | None:
+        return None if self._left > 0 else self._code
+
+
+@pytest.mark.parametrize(
+    ("codes", "status", "said"),
+    [
+        ((1, -signal.SIGKILL), 137, "rank 1 was ended by SIGKILL\n"),  # killed first; its end was seen later, on a busy machine
+        ((1, -signal.SIGTERM), 1, ""),  # by the launcher, since rank 0 failed
+        ((-signal.SIGSEGV, 1), 139, "rank 0 was ended by SIGSEGV\n"),
+        ((1, 3), 1, ""),
+    ],
+)
+def test_a_killed_rank_is_the_cause_also_where_its_end_is_seen_after_that_of_others(
+    codes: tuple[int, int], status: int, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "_POLL_SECONDS", 0.0)
+    assert local._wait([Ending(f"rank {number}", code, 3 + 4 * number) for number, code in enumerate(codes)]) == status  # type: ignore[misc]
+    assert capfd.readouterr().err == said
+
+
 def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(local, "_GRACE_SECONDS", 1.0)
     begin = time.monotonic()

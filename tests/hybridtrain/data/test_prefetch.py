@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -93,7 +94,8 @@ def test_finish_ends_two_processes_at_the_same_step_however_far_each_has_loaded(
         time.sleep(0.01)
     assert loaded == {"ahead": [0, 1, 2, 3], "behind": [0]}
     go.set()
-    assert all(source.finish(timeout=10) for source in sources.values())
+    for source in sources.values():
+        source.finish()
     assert loaded["ahead"] == loaded["behind"] == [0, 1, 2, 3]
 
 
@@ -111,3 +113,29 @@ def test_a_feed_goes_on_elsewhere_and_ends_where_the_run_does() -> None:
             feed.get(6)
         feed.finish()
     assert max(loaded) == 7
+
+
+def test_a_feed_that_goes_on_elsewhere_waits_for_the_load_under_way_however_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loads are collective: two threads at once would answer each other's calls."""
+    under_way, most, slow, go = 0, 0, threading.Event(), threading.Event()
+
+    def load(number: int) -> int:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        if number == 1:
+            slow.set()
+            assert go.wait(10)
+        under_way -= 1
+        return number
+
+    with Feed(load, steps=6) as feed:
+        assert feed.begin(0, 0) == 0
+        assert slow.wait(10)
+        hours = itertools.count(0.0, 3600.0)
+        monkeypatch.setattr(time, "monotonic", lambda: next(hours))  # nobody's patience lasts longer than the load
+        threading.Timer(0.3, go.set).start()
+        assert feed.begin(2, 2) == 4
+    assert most == 1

@@ -54,3 +54,22 @@ def test_each_token_goes_once_to_each_of_its_ranks(tokens: int, slots: int, expe
         assert torch.equal(op.spread(x, order, inverse), x[[n for _, n, _ in expected]])
         visits = torch.tensor([sum(n == token for _, n, _ in expected) for token in range(tokens)])
         torch.testing.assert_close(op.collect(op.spread(x, order, inverse), order, inverse), x * visits[:, None])
+
+
+def test_bfloat16_rows_are_added_up_in_float32_and_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(64, 8, generator=generator).argsort(-1)  # every token goes to all experts
+    order, inverse, _ = op.sort_by_expert(chosen, 8)
+    y, gates = torch.randn(512, 16, generator=generator).bfloat16(), torch.rand(64, 8, generator=generator)
+    x = torch.zeros(64, 16, dtype=torch.bfloat16, requires_grad=True)
+    sums = y.double()[inverse].sum(1)
+    weighted = (y.double()[inverse] * gates.double()[:, :, None]).sum(1)
+    found = [
+        (op.collect(y, order, inverse), sums),
+        (op.combine(y, gates, order, inverse), weighted),
+        (torch.autograd.grad(op.permute(x, order, inverse), x, y)[0], sums),
+        (torch.autograd.grad(op.spread(x, order, inverse), x, y)[0], sums),
+    ]
+    for ours, exact in found:
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.double(), exact, rtol=2.0**-8, atol=1e-5)
