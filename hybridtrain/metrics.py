@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
@@ -24,7 +23,7 @@ class Totals:
     """What one step came to, over all ranks."""
 
     loss: float  # nats per token
-    statistics: dict[str, Tensor]
+    statistics: dict[str, list[float]]  # the sums of `model.statistics.collect`, a list of one for a single number
     stop: bool
     save: bool
     grad_norm: float

@@ -21,7 +21,7 @@ from hybridtrain.model.moe import places_in_line
 from hybridtrain.parallel.apply import materialize, write_local
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import Mesh, make_mesh
-from hybridtrain.parallel.norms import clip_by_global_norm, local_gradients, sum_over_tp, tp_copies
+from hybridtrain.parallel.norms import local_gradients, sum_over_tp, tp_copies
 from hybridtrain.parallel.tensor import (
     SequenceConvolution,
     SequencePlaces,
@@ -32,7 +32,7 @@ from hybridtrain.parallel.tensor import (
     gather_sequence,
     scatter_sequence,
 )
-from tests.parallel.groups import mesh_here
+from tests.parallel.groups import clip_by_global_norm, mesh_here
 from tests.ranks import run_on_ranks
 from tests.training import CI
 
