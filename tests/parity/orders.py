@@ -84,7 +84,9 @@ def _in_parts(parts: int) -> Iterator[None]:
         *weights, absent, present = rest
         halves = min(parts, 2)  # grouped products have widths of multiples of 4
         cut = zip(*(w.chunk(halves, dim) for w, dim in zip(weights, (2, 2, 1), strict=True)), strict=True)
-        return torch.stack([swiglu(x_ND, experts_NK, gates_NK, *(w.contiguous() for w in part), absent, present) for part in cut]).sum(0)
+        return torch.stack(
+            [swiglu(x_ND, experts_NK, gates_NK, *(w.contiguous() for w in part), absent, present) for part in cut]
+        ).sum(0)
 
     def gradients_in_parts(params: Any) -> list[Tensor]:
         return [part for grad in gradients(params) for part in grad.view(-1).chunk(parts)]
