@@ -1,4 +1,4 @@
-"""What all layers of one forward pass share: rotations, and documents as a mask or as spans. B batch, T tokens, R = head_dim / 2."""
+"""What all layers of one forward pass share: rotations, documents as mask or spans. B batch, T tokens, R = head_dim / 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hybridtrain.kernels.document_attention.op import Spans, read_spans
-
 
 MASKED_TOKENS = 2048
 """The longest sequences that have a mask of all pairs: 4 MB of it each, which attention on the CPU makes 16 of."""

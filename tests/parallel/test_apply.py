@@ -84,7 +84,7 @@ def build(degrees: dict[str, int] | None, reshard: bool = False) -> Model:
     materialize(model, mesh.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            write_local(parameter, lambda rows, n=name, s=parameter.shape: whole(n, s)[rows])  # type: ignore[misc]
+            write_local(parameter, lambda rows, within=(), n=name, s=parameter.shape: whole(n, s)[(rows, *within)])  # type: ignore[misc]
     return model
 
 

@@ -158,7 +158,7 @@ def build(mesh: Mesh, *overrides: str) -> Parts:
     with torch.no_grad():
         for name, parameter in parts.model.named_parameters():
             if name.endswith(".conv"):  # zeros at the start, behind which there is no gradient
-                write_local(parameter, lambda rows, p=parameter: drawn(0, *p.shape)[rows])  # type: ignore[misc]
+                write_local(parameter, lambda rows, within=(), p=parameter: drawn(0, *p.shape)[(rows, *within)])  # type: ignore[misc]
     return parts
 
 

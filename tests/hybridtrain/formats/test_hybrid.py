@@ -49,7 +49,8 @@ own.MASKED_TOKENS = 2048
 beyond = list(range(1024, model.config.vocab_size)) or None  # rows that no token has
 grown = model.generate(ids[None, :5], max_new_tokens=6, do_sample=False, pad_token_id=0, suppress_tokens=beyond)
 text = AutoTokenizer.from_pretrained(folder, trust_remote_code=True).decode(grown[0])
-outputs = {"logits": logits, "long": long.logits.detach(), "grads": grads, "padded": of_padded, "alone": alone, "loss": loss, "grown": grown, "text": text}
+long = {"long": long.logits.detach(), "grads": grads}
+outputs = long | {"logits": logits, "padded": of_padded, "alone": alone, "loss": loss, "grown": grown, "text": text}
 torch.save(outputs, folder / "outputs.pt")
 """
 
