@@ -6,6 +6,7 @@ import torch
 
 from hybridtrain.assemble import Parts
 from hybridtrain.kernels import choose
+from hybridtrain.model.context import MASKED_TOKENS
 from hybridtrain.settings import layer_specs
 from hybridtrain.world import compute_dtype
 
@@ -18,7 +19,7 @@ def implementations(parts: Parts) -> dict[str, str]:
     compiled = " · compiled between exchanges" if train.compile else ""
     ops = {
         "layers": f"{str(dtype).removeprefix('torch.')} · recompute {train.recompute}{compiled}",
-        "attention": "torch scaled_dot_product_attention",
+        "attention": f"torch scaled_dot_product_attention{_long_attention(parts, cuda and dtype != torch.float32)}",
         "rope": "torch complex product",
         "swiglu": "torch, two passes",
         "rms_norm": "torch, own backward" if blocked else "torch rms_norm",
@@ -51,6 +52,13 @@ def implementations(parts: Parts) -> dict[str, str]:
             ops[row] = how
     ops["dispatch"] = _dispatch(parts)
     return ops
+
+
+def _long_attention(parts: Parts, packs: bool) -> str:
+    """What sequences too long for a mask of all pairs have instead."""
+    if parts.settings.train.seq_len <= MASKED_TOKENS:
+        return ""
+    return ", varlen_attn over documents" if packs and parts.mesh.cp.size == 1 else ", blocks of queries over documents"
 
 
 def _dispatch(parts: Parts) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from hybridtrain.untrusted import UntrustedFileError, read_bytes
@@ -27,7 +26,7 @@ class Totals:
     """What one step came to, over all ranks."""
 
     loss: float  # nats per token
-    statistics: dict[str, Tensor]
+    statistics: dict[str, list[float]]  # the sums of `model.statistics.collect`, a list of one for a single number
     stop: bool
     save: bool
     grad_norm: float
@@ -122,7 +121,7 @@ class MetricsLog:
             self._progress.update(self._task, completed=step, note=note)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and every number of it in TensorBoard; lists go to the file and, by index, to the board."""
+        """One line of metrics.jsonl, and every number of it in TensorBoard; a list of shares is one histogram there."""
         if not self.active:
             return
         self._confirm()
@@ -130,10 +129,16 @@ class MetricsLog:
         self._file.flush()
         for name, value in values.items():
             if isinstance(value, list):
-                for i, item in enumerate(value):
-                    self._board.add_scalar(f"{name}/{i}", item, step)
+                self._add_bars(name, value, step)
             elif isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, step)
+
+    def _add_bars(self, name: str, heights: list[float], step: int) -> None:
+        """A histogram with a bar of its height for each place of the list: bar i lies between i and i + 1."""
+        count, places = len(heights), range(len(heights))
+        total, squares = (sum(i**power * height for i, height in zip(places, heights, strict=True)) for power in (1, 2))
+        ends = [float(i + 1) for i in places]
+        self._board.add_histogram_raw(name, 0.0, float(count), sum(heights), total, squares, ends, heights, step)
 
     def say(self, text: Any) -> None:
         if self.active:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts, resolve_stages
@@ -274,33 +273,33 @@ class Report:
         return {f"bytes/{group}": (sent - before.get(group, 0)) / steps for group, sent in now.items()}
 
 
-def layer_statistics(totals: dict[str, Tensor]) -> dict[str, Any]:
+def layer_statistics(totals: dict[str, list[float]]) -> dict[str, Any]:
     """The step's sums as what people read: expert load (shares) and its spread, router entropy, gate mean, per layer."""
     out: dict[str, Any] = {}
     for name, value in totals.items():
         layer, _, what = name.rpartition(".")
         if what == "expert_tokens":
-            share = value / value.sum()
-            out[f"{layer}/expert_load"] = share.tolist()
-            out[f"{layer}/expert_load_max_over_mean"] = float(share.max() * len(share))
+            pairs = sum(value)
+            share = [tokens / pairs for tokens in value]
+            out[f"{layer}/expert_load"] = share
+            out[f"{layer}/expert_load_max_over_mean"] = max(share) * len(share)
         elif what == "router_entropy":
-            out[f"{layer}/router_entropy"] = float(value / totals[f"{layer}.router_tokens"])
+            out[f"{layer}/router_entropy"] = value[0] / totals[f"{layer}.router_tokens"][0]
         elif what == "gate_sum":
-            out[f"{layer}/gate_mean"] = float(value / totals[f"{layer}.gate_count"])
+            out[f"{layer}/gate_mean"] = value[0] / totals[f"{layer}.gate_count"][0]
         elif what == "dropped_pairs":
-            out[f"{layer}/dropped_share"] = float(value / totals[f"{layer}.expert_tokens"].sum())
+            out[f"{layer}/dropped_share"] = value[0] / sum(totals[f"{layer}.expert_tokens"])
         elif what in ("aux_loss", "z_loss"):
-            out[f"{layer}/{what}"] = float(value)
+            out[f"{layer}/{what}"] = value[0]
     return out
 
 
-def dropped_share(totals: dict[str, Tensor]) -> float | None:
+def dropped_share(totals: dict[str, list[float]]) -> float | None:
     """Of the step's token-expert pairs over all layers, those that full experts dropped; None without a capacity."""
-    dropped, pairs = (
-        sum(float(value.sum()) for name, value in totals.items() if name.endswith(what))
-        for what in (".dropped_pairs", ".expert_tokens")
-    )
-    return dropped / pairs if any(name.endswith(".dropped_pairs") for name in totals) else None
+    dropped = [value[0] for name, value in totals.items() if name.endswith(".dropped_pairs")]
+    if not dropped:
+        return None
+    return sum(dropped) / sum(sum(value) for name, value in totals.items() if name.endswith(".expert_tokens"))
 
 
 def _short(count: int) -> str:

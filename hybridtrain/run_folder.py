@@ -101,7 +101,7 @@ class RunFolder:
         self.checkpoints = checkpoint.place(checkpoints) if checkpoints else path / CHECKPOINTS
         self.base: checkpoint.Base | None = None  # of the checkpoint that the run was restored from
         self.restored = path  # that checkpoint
-        self.confirm: Callable[[bool], None] = lambda at_once: None  # that the folders are still this run's: see RunLocks
+        self.confirm: Callable[..., None] = lambda *_: None  # that the folders are still this run's: see RunLocks
 
     @classmethod
     def of(cls, settings: Settings, world: Group) -> RunFolder:

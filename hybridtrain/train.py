@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Collection
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.parallel.collectives import Group, all_reduce_, gather_objects
 from hybridtrain.parallel.dispatch import DispatchMemoryError
 from hybridtrain.parallel.mesh import close_mesh
+from hybridtrain.parallel.norms import norms_of
 from hybridtrain.parallel.rows import StepPlan
 from hybridtrain.pause import Pause, Validate
 from hybridtrain.report import Report
@@ -280,15 +282,12 @@ def train_step(
         if memory is not None and rows_grad is not None:
             memory.exchange.reduce_replicas(rows_grad)
         loss /= parts.mesh.layout.tp  # its ranks have the same losses
-        statistics = no_statistics(settings) | {k: v for stage in stages for k, v in collect(stage).items()}
-        asked = {"stop": torch.tensor(float(stop)), "save": torch.tensor(float(save))}
-        sums = reduce_sums({"loss": loss, **asked, **statistics}, parts.mesh.world)
-        for stage in stages:
-            reset(stage)
-        norm, table_norm = parts.engine.clip(rows_grad, settings.optim.clip_norm)
-    total = float(sums.pop("loss"))
-    stop, save = (bool(sums.pop(name) > 0) for name in asked)
-    totals = Totals(total, sums, stop, save, norm, table_norm, kept=accepts(total, norm))
+        sums = _sum_up(parts, loss, stop, save)
+        read = read_at_once({**sums, "squares": parts.engine.squares(rows_grad)})
+        norm, table_norm = norms_of(read.pop("squares"))
+        (total,), (stopping,), (saving,) = (read.pop(name) for name in ("loss", "stop", "save"))
+        parts.engine.clip(rows_grad, norm, settings.optim.clip_norm)
+    totals = Totals(total, read, stopping > 0, saving > 0, norm, table_norm, kept=accepts(total, norm))
 
     if totals.kept:
         with clock.phase("optimizer"):
@@ -302,6 +301,23 @@ def train_step(
                 apply_router_statistics(stage, sums)
     parts.engine.clear_gradients()
     return totals
+
+
+def _sum_up(parts: Parts, loss: Tensor, stop: bool, save: bool) -> dict[str, Tensor]:
+    """The step's loss, whether any rank was asked to stop or save, and the model's statistics, over all ranks; on the device."""
+    device = parts.mesh.device  # to bring a number there from the host would wait for all that the device has to do
+    sums = {"loss": loss, "stop": torch.full((), float(stop), device=device), "save": torch.full((), float(save), device=device)}
+    sums |= no_statistics(parts.settings, device)
+    for stage in parts.stages:
+        sums |= collect(stage)
+        reset(stage)
+    return reduce_sums(sums, parts.mesh.world)
+
+
+def read_at_once(values: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Every tensor's elements as numbers; the host waits for the device once, not once a tensor."""
+    numbers = iter(torch.cat([value.flatten() for value in values.values()]).tolist())
+    return {name: list(islice(numbers, value.numel())) for name, value in values.items()}
 
 
 def reduce_sums(sums: dict[str, Tensor], group: Group) -> dict[str, Tensor]:

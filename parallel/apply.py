@@ -86,16 +86,15 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     model.to_empty(device=device)
 
 
-def write_local(param: Tensor, draw: Callable[[slice], Tensor]) -> None:
-    """Fill this rank's part of `param` from `draw(rows)`, which returns the given rows (dim 0) of the whole parameter."""
+def write_local(param: Tensor, draw: Callable[..., Tensor]) -> None:
+    """Fill this rank's part of `param` from `draw(rows, within)`, the part of the whole parameter with the given slices of dim 0
+    and, where those are cut too, of the dims after it."""
     if not isinstance(param, DTensor):
         param.copy_(draw(slice(0, param.shape[0])))
         return
     shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    part = draw(slice(offset[0], offset[0] + shape[0]))
-    for dim in range(1, part.dim()):
-        part = part.narrow(dim, offset[dim], shape[dim])
-    param.to_local().copy_(part)
+    rows, *within = (slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    param.to_local().copy_(draw(rows, tuple(within)) if shape[1:] != param.shape[1:] else draw(rows))
 
 
 def _split_tensors(model: nn.Module, axis: TensorAxis, plan: dict[str, Style]) -> None:

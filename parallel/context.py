@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridtrain.kernels.document_attention.op import document_attention
 from hybridtrain.parallel.collectives import Group, all_gather_autograd
 
 Convolution = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, float], Tensor]
@@ -37,12 +38,17 @@ class ContextParallel:
         return torch.cat([torch.arange(self.chunk) + chunk * self.chunk for chunk in self.chunks])
 
     def attend(self, q_BtHX: Tensor, k_BtHX: Tensor, v_BtHX: Tensor, context: Any) -> Tensor:
-        """Softmax attention of this rank's queries over the whole sequence; `context.mask_B1TT` is [B, 1, t, T]."""
+        """Softmax attention of this rank's queries over the whole sequence; `context.mask_B1TT` is [B, 1, t, T], or None where
+        there are `context.spans`."""
         kv = torch.stack([k_BtHX, v_BtHX])  # one exchange for both
         k_BTHX, v_BTHX = self._gather(kv, dim=2)
         out = []
         for place, chunk in enumerate(self.chunks):
             here, seen = slice(place * self.chunk, (place + 1) * self.chunk), (chunk + 1) * self.chunk
+            if context.spans is not None:
+                q, k, v = q_BtHX[:, here], k_BTHX[:, :seen], v_BTHX[:, :seen]
+                out.append(document_attention(q, k, v, context.documents_BT, context.spans, chunk * self.chunk))
+                continue
             out_BHCX = F.scaled_dot_product_attention(
                 q_BtHX[:, here].transpose(1, 2),
                 k_BTHX[:, :seen].transpose(1, 2),

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from hybridtrain.parallel.deepspeed_model import Groups, as_moe, own_experts, take_out
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.norms import clip_by_global_norm
+from hybridtrain.parallel.norms import clip_, global_squares
 from hybridtrain.parallel.schedule import Accumulation, Schedule
 
 REQUIRED = ((0, 19, 8), (0, 20))  # from, below
@@ -87,13 +87,16 @@ class DeepSpeedEngine:
         self.optimizers: Sequence[torch.optim.Optimizer] = [self.optimizer]
         self.schedule: Schedule = _EngineAccumulation(self.engine, tokens_per_step, mesh.device)
 
-    def clip(self, rows_ND: Tensor | None, bound: float) -> tuple[float, float]:
+    def squares(self, rows_ND: Tensor | None) -> Tensor:
         grads = self._gradients()
         # DeepSpeed averages over ranks; every loss is divided by the tokens of the whole step already
         torch._foreach_mul_(grads, self.mesh.world.size)
         layout = self.mesh.layout
         whole = [layout.edp if name in self.experts else layout.world for name in self.params]
-        return clip_by_global_norm(grads, rows_ND, self.mesh, bound, whole if self.zero_stage == 0 else None)
+        return global_squares(grads, rows_ND, self.mesh, whole if self.zero_stage == 0 else None)
+
+    def clip(self, rows_ND: Tensor | None, norm: float, bound: float) -> None:
+        clip_([*self._gradients(), *([] if rows_ND is None else [rows_ND])], norm, bound)
 
     def step(self) -> None:
         self.engine.step()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ from hybridtrain.parallel.collectives import (
     reduce_scatter_autograd,
 )
 from hybridtrain.parallel.flights import all_to_all_autograd, start_all_to_all
+from hybridtrain.parallel.replay import replayed
 
-Experts = Callable[..., Tensor]  # (x_QD, experts_QK, gates_QK, absent=True) -> each token's gated sum over the experts here
+# (x_QD, experts_QK, gates_QK, absent=True, present=pairs) -> each token's gated sum over the experts here
+Experts = Callable[..., Tensor]
 
 Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Callable[[], Tensor]]  # (x_ND, experts_NK, gates_NK, experts) -> finish
 
@@ -89,7 +92,7 @@ class AllToAllDispatch:
                 arrived = trips[-1].arrive()
             x_QD, experts_QK, gates_QK = arrived
             with trips[-1].load.guard():
-                y_QD = experts(x_QD, experts_QK, gates_QK, absent=True)
+                y_QD = experts(x_QD, experts_QK, gates_QK, absent=True, present=trips[-1].load.pairs)
             for trip in reversed(trips):
                 y_QD = trip.come_home(y_QD)
             return y_QD
@@ -116,7 +119,7 @@ class Trip:
         """Collective; `num_experts` are those of the whole group."""
         here = num_experts // group.size
         order_Q, inverse_NK, asked_R2 = sort_by_destination(experts_NK, num_experts, group.size)
-        both = torch.stack([asked_R2, exchange_counts(asked_R2, group)]).tolist()
+        both = read_numbers(torch.stack([asked_R2, exchange_counts(asked_R2, group)]))  # where the host waits for the device
         send, receive = ([tokens for tokens, _ in side] for side in both)
         load = Load(layer, group, sum(receive), sum(pairs for _, pairs in both[1]), even)
 
@@ -134,6 +137,13 @@ class Trip:
         with self.load.guard():
             y_PD = all_to_all_autograd(y_QD, self.receive, self.send, self.load.group, self.load.guard)
             return collect(y_PD, self.order_P, self.inverse_NK)
+
+
+@replayed
+def read_numbers(x: Tensor) -> list[Any]:
+    """A tensor's elements as lists; a recomputed layer, whose numbers are the same, does not wait for the device again."""
+    out: list[Any] = x.tolist()
+    return out
 
 
 class SharedWidthDispatch:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.norms import clip_by_global_norm, local_gradients, sum_over_tp, tp_copies
+from hybridtrain.parallel.norms import clip_, global_squares, local_gradients, sum_over_tp, tp_copies
 from hybridtrain.parallel.schedule import Schedule
 
 
@@ -20,8 +20,12 @@ class Engine(Protocol):
     schedule: Schedule  # what fills the gradients
     optimizers: Sequence[torch.optim.Optimizer]  # their groups' learning rates are those of the next step
 
-    def clip(self, rows_ND: Tensor | None, bound: float) -> tuple[float, float]:
-        """Complete the step's gradients over ranks and bound their global norm, table included: see `clip_by_global_norm`."""
+    def squares(self, rows_ND: Tensor | None) -> Tensor:
+        """Complete the step's gradients over ranks; their squared norms, the table's rows beside them: see `global_squares`."""
+        ...
+
+    def clip(self, rows_ND: Tensor | None, norm: float, bound: float) -> None:
+        """Scale the step's gradients, and those of the table's rows, from the global norm `norm` to at most `bound`."""
         ...
 
     def step(self) -> None:
@@ -58,19 +62,18 @@ class NativeEngine:
     ) -> None:
         self.stages, self.schedule, self.optimizers, self.mesh = stages, schedule, optimizers, mesh
 
-    def clip(self, rows_ND: Tensor | None, bound: float) -> tuple[float, float]:
-        params = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+    def squares(self, rows_ND: Tensor | None) -> Tensor:
+        params = self._params()
         sum_over_tp(params, self.mesh.tp)
-        copies = {id(p) for p in self.schedule.copies}
+        copies = {id(p) for p in self.schedule.copies}  # another pipeline stage counts them
         counted = [p for p in params if id(p) not in copies]
-        return clip_by_global_norm(
-            local_gradients(counted),
-            rows_ND,
-            self.mesh,
-            bound,
-            tp_copies(counted, self.mesh.tp),
-            local_gradients(self.schedule.copies),
-        )
+        return global_squares(local_gradients(counted), rows_ND, self.mesh, tp_copies(counted, self.mesh.tp))
+
+    def clip(self, rows_ND: Tensor | None, norm: float, bound: float) -> None:
+        clip_([*local_gradients(self._params()), *([] if rows_ND is None else [rows_ND])], norm, bound)
+
+    def _params(self) -> list[Tensor]:
+        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
     def step(self) -> None:
         for optimizer in self.optimizers:

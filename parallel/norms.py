@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -41,32 +42,38 @@ def _is_copied(param: Tensor) -> bool:
     return not {"tp", "edp"} & set(names)
 
 
-def clip_by_global_norm(
-    grads: list[Tensor],
-    rows_ND: Tensor | None,
-    mesh: Mesh,
-    bound: float,
-    held_by: Sequence[int] | None = None,
-    copies: Sequence[Tensor] = (),
-) -> tuple[float, float]:
-    """Scale all gradients in place so that their global L2 norm is at most `bound` (0: only measure).
+def global_squares(grads: list[Tensor], rows_ND: Tensor | None, mesh: Mesh, held_by: Sequence[int] | None = None) -> Tensor:
+    """The squared L2 norms of all gradients over all ranks: of the backbone and of the table's rows, `[2]` float64 on the device.
 
     `grads` are this rank's parts of the backbone, which its dp_replicate copies hold too, and of each as many ranks of tp as
     `held_by` says (None: one); `rows_ND` is the gradient of this rank's touched rows, which every replica of the table
-    holds. `copies` are gradients that another pipeline stage counts: they are scaled only. Returns (global norm, table's
-    norm), in float64.
+    holds. The host does not wait for the result.
     """
-    squares = torch.zeros(2, dtype=torch.float64)
+    squares = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     if grads:
-        times = torch.tensor(held_by or [1] * len(grads), dtype=torch.float64) * mesh.layout.dp_replicate
-        squares[0] = (_squares(grads).cpu() / times).sum()
+        times = _times_counted(tuple(held_by or [1] * len(grads)), mesh.layout.dp_replicate, grads[0].device)
+        squares[0] = (_squares(grads) / times).sum()
     if rows_ND is not None:
-        squares[1] = _squares([rows_ND]).cpu()[0] / mesh.mem_replicate.size
-    backbone, table = all_reduce_(squares.to(mesh.device), mesh.world).tolist()
-    norm = (backbone + table) ** 0.5
+        squares[1] = _squares([rows_ND])[0] / mesh.mem_replicate.size
+    return all_reduce_(squares, mesh.world)
+
+
+def norms_of(squares: Sequence[float]) -> tuple[float, float]:
+    """(global norm, table's norm) of the two numbers that `global_squares` gave."""
+    backbone, table = squares
+    return (backbone + table) ** 0.5, table**0.5
+
+
+def clip_(grads: Sequence[Tensor], norm: float, bound: float) -> None:
+    """Scale all gradients in place so that a global norm of `norm` becomes at most `bound` (0: leave them)."""
     if bound > 0 and norm > bound:
-        torch._foreach_mul_([*grads, *copies, *([] if rows_ND is None else [rows_ND])], bound / (norm + 1e-6))
-    return norm, table**0.5
+        torch._foreach_mul_(list(grads), bound / (norm + 1e-6))
+
+
+@functools.lru_cache(maxsize=8)  # the same in every step; an upload would wait for the device
+def _times_counted(held_by: tuple[int, ...], replicas: int, device: torch.device) -> Tensor:
+    """On how many ranks each gradient is counted: [gradients] float64."""
+    return torch.tensor(held_by, dtype=torch.float64, device=device) * replicas
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:

@@ -62,11 +62,11 @@ class _Kept:
         return self._tensor
 
 
-def replayed(collective: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def replayed(collective: Callable[P, T]) -> Callable[P, T]:
     """A collective whose result a recomputed layer keeps instead of asking for it again. It must not change what it is given."""
 
     @functools.wraps(collective)
-    def once(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def once(*args: P.args, **kwargs: P.kwargs) -> T:
         replay = _active.get()
         return collective(*args, **kwargs) if replay is None else replay.result(lambda: collective(*args, **kwargs))
 

@@ -173,7 +173,7 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
         out.gradients.append({})
         totals = train_step(parts, number, batch.at(parts.positions), plan, Clock(parts.mesh.device), False)
         out.losses.append(totals.loss)
-        out.statistics.append(totals.statistics)
+        out.statistics.append({name: torch.tensor(value, dtype=torch.float64) for name, value in totals.statistics.items()})
     out.state.update({name: _whole(p) for name, p in named.items()})
     if memory is not None:
         out.state["table"] = memory.table.clone()

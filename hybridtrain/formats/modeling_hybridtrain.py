@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -95,12 +96,35 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BTD, rotation_TR, mask_B1TT):
+    def forward(self, x_BTD, rotation_TR, documents_BT, mask_B1TT):
         q, k, v = (w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(self.q_norm(q), rotation_TR), rotate(self.k_norm(k), rotation_TR)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TT, enable_gqa=k.size(1) != q.size(1))
+        if mask_B1TT is None:
+            out = by_blocks(q, k, v, documents_BT)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TT, enable_gqa=k.size(1) != q.size(1))
         return self.wo(out.transpose(1, 2).flatten(-2))
+
+
+MASKED_TOKENS = 2048  # the longest text with a mask of all pairs
+
+
+def by_blocks(q_BHTC, k_BHTC, v_BHTC, documents_BT, block=256):
+    """Attention some queries at a time, each time with the mask of their own rows, which the backward pass makes again."""
+
+    def attend(q, k, v, start, end):
+        place_T = torch.arange(end, device=q.device)
+        mask = (place_T[start:, None] >= place_T) & (documents_BT[:, start:end, None] == documents_BT[:, None, :end])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=k.size(1) != q.size(1))
+
+    out = []
+    for start in range(0, q_BHTC.size(2), block):
+        end = min(start + block, q_BHTC.size(2))
+        parts = (q_BHTC[:, :, start:end], k_BHTC[:, :, :end], v_BHTC[:, :, :end], start, end)
+        grad = torch.is_grad_enabled() and q_BHTC.requires_grad
+        out.append(checkpoint(attend, *parts, use_reentrant=False) if grad else attend(*parts))
+    return torch.cat(out, 2)
 
 
 def rotations(length, width, theta, device):
@@ -291,14 +315,16 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
             starts_BT = starts_BT | (real_BT & ~F.pad(real_BT, (1, 0))[:, :-1])  # padding is a document of its own
         documents_BT = starts_BT.cumsum(-1)
         length = input_ids.size(1)
-        mask_B1TT = (documents_BT[:, :, None] == documents_BT[:, None, :]).tril()[:, None]
+        mask_B1TT = None
+        if length <= MASKED_TOKENS:
+            mask_B1TT = (documents_BT[:, :, None] == documents_BT[:, None, :]).tril()[:, None]
         rotation_TR = rotations(length, self.config.head_dim, self.config.rope_theta, input_ids.device)
         compressed_BT, reach_BT = self.grams(input_ids, starts_BT, real_BT)
         h_BTD = self.embed(input_ids)
         for layer in self.layers:
             if layer.memory is not None:
                 h_BTD = h_BTD + layer.memory(h_BTD, compressed_BT, reach_BT, documents_BT)
-            h_BTD = h_BTD + layer.mixer(layer.mixer_norm(h_BTD), rotation_TR, mask_B1TT)
+            h_BTD = h_BTD + layer.mixer(layer.mixer_norm(h_BTD), rotation_TR, documents_BT, mask_B1TT)
             x_BTD = layer.feedforward_norm(h_BTD)
             h_BTD = h_BTD + (layer.feedforward(x_BTD, real_BT) if layer.is_moe else layer.feedforward(x_BTD))
         if labels is None and logits_to_keep:

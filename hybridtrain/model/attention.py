@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridtrain.kernels.document_attention.op import document_attention
 from hybridtrain.kernels.rope.op import rope
 from hybridtrain.model.context import SequenceContext
 from hybridtrain.model.norm import HeadNorm
@@ -39,6 +40,8 @@ class Attention(nn.Module):
 
 def attend(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, context: SequenceContext) -> Tensor:
     """Softmax attention of whole sequences on this device: [B, T, H, C]."""
+    if context.spans is not None:
+        return document_attention(q_BTHC, k_BTHC, v_BTHC, context.documents_BT, context.spans)
     out_BHTC = F.scaled_dot_product_attention(
         q_BTHC.transpose(1, 2),
         k_BTHC.transpose(1, 2),

@@ -1,4 +1,4 @@
-"""What all layers of one forward pass share: rotations and document masks. B batch, T tokens, R = head_dim / 2."""
+"""What all layers of one forward pass share: rotations, documents as mask or spans. B batch, T tokens, R = head_dim / 2."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hybridtrain.kernels.document_attention.op import Spans, read_spans
+
+MASKED_TOKENS = 2048
+"""The longest sequences that have a mask of all pairs: 4 MB of it each, which attention on the CPU makes 16 of."""
+
 
 @dataclass(frozen=True)
 class SequenceContext:
-    """`mask_B1TT` is True where a query may read a key; None: causal and nothing else. `documents_BT` goes with it."""
+    """`mask_B1TT` is True where a query may read a key; of sequences too long for it there are `spans` instead. Neither: causal
+    and nothing else. `documents_BT` goes with both."""
 
     rotation_TR: Tensor
     documents_BT: Tensor | None
     mask_B1TT: Tensor | None
+    spans: Spans | None = None
 
 
 def make_context(
@@ -31,22 +38,26 @@ def make_context(
     same, and the mask then has a row for each token here and a column for each of the sequence.
 
     On the CPU, sequences without an inner document start are found here and take the plain causal path. On other
-    devices looking would stall the host, so a caller who knows passes None.
+    devices looking would stall the host, so a caller who knows passes None; the spans of long sequences are worth it.
     """
     whole = seq_len if documents_BT is None else documents_BT.size(1)
     if documents_BT is not None and documents_BT.device.type == "cpu" and torch.equal(documents_BT[:, 0], documents_BT[:, -1]):
         documents_BT = None
     if positions_T is not None:
         return _context_of_part(documents_BT, positions_T, whole, head_dim, theta)
-    mask = None
-    if documents_BT is not None:
+    mask, spans = None, None
+    if documents_BT is not None and whole > MASKED_TOKENS:
+        spans = read_spans(documents_BT, whole)
+    elif documents_BT is not None:
         same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
         mask = same_BTT.tril_()[:, None]
-    return SequenceContext(rope_rotations(seq_len, head_dim, theta, device), documents_BT, mask)
+    return SequenceContext(rope_rotations(seq_len, head_dim, theta, device), documents_BT, mask, spans)
 
 
 def _context_of_part(documents_BT: Tensor | None, positions_T: Tensor, whole: int, head_dim: int, theta: float) -> SequenceContext:
     rotation_TR = rope_rotations(whole, head_dim, theta, positions_T.device)[positions_T]
+    if whole > MASKED_TOKENS:
+        return SequenceContext(rotation_TR, documents_BT, None, read_spans(documents_BT, whole))
     mask = (positions_T[:, None] >= torch.arange(whole, device=positions_T.device))[None]
     if documents_BT is not None:
         mask = mask & (documents_BT[:, positions_T, None] == documents_BT[:, None, :])

@@ -45,7 +45,7 @@ class EngramMemory(nn.Module):
         u_BTD, g_BT1 = engram_gate(h_BTD, k_BTD, v_BTD, self.h_norm.weight, self.k_norm.weight, self.eps, self.gate_floor)
         if self.training:
             self.counters.add("gate_sum", g_BT1.sum())
-            self.counters.add("gate_count", torch.tensor(float(g_BT1.numel()), device=g_BT1.device))
+            self.counters.add("gate_count", torch.full((), float(g_BT1.numel()), device=g_BT1.device))
         if self.conv is None or self.conv_norm is None:
             return u_BTD
         return self.convolve(u_BTD, self.conv_norm.weight, self.conv, documents_BT, self.dilation, self.eps)

@@ -14,9 +14,11 @@ from hybridtrain.model.router import Router
 from hybridtrain.settings import Settings, layer_specs
 
 TABLE_BLOCK = 65_536  # rows of the lookup table that share one generator
+ONE_GENERATOR = 1 << 20  # elements of the largest tensor, or expert's part of one, that is drawn in one go
+_TILE = (1 << 17, 1024)  # of larger ones: the elements that share a generator, and the most columns of a matrix among them
 
 Draw = Callable[..., Tensor]
-"""`draw(rows=None)`: the initial value, or a slice of its dim 0, as a float32 CPU tensor."""
+"""`draw(rows=None, within=())`: the initial value, or a part of it, as a float32 CPU tensor: slices of dim 0 and of the others."""
 
 
 def init_parameters(model: nn.Module, settings: Settings, write: Callable[[Tensor, Draw], None] | None = None) -> None:
@@ -24,7 +26,7 @@ def init_parameters(model: nn.Module, settings: Settings, write: Callable[[Tenso
 
     Norms are ones, the memory's convolution zeros, all else normal with `model.init_std`, scaled by 1/sqrt(2 layers)
     where it writes to the residual stream. `write(param, draw)` puts a parameter's value in place (default: copy it
-    whole); a caller with sharded parameters writes `draw(rows=slice)` or a part of `draw()`.
+    whole); a caller with sharded parameters writes `draw(rows, within)`, which costs what the part does.
     """
     write = write or _copy
     for name, parameter in model.named_parameters():
@@ -47,18 +49,48 @@ def parameter_std(name: str, settings: Settings) -> float | None:
     return settings.model.init_std / (math.sqrt(2 * len(layer_specs(settings))) if writes_residual else 1)
 
 
-def draw(name: str, shape: tuple[int, ...], seed: int, std: float | None, rows: slice | None = None) -> Tensor:
-    """Initial value of a parameter, or the slice `rows` (step 1) of its dim 0, float32 on the CPU.
+def draw(
+    name: str,
+    shape: tuple[int, ...],
+    seed: int,
+    std: float | None,
+    rows: slice | None = None,
+    within: tuple[slice, ...] = (),
+) -> Tensor:
+    """Initial value of a parameter, or the slices `rows` (step 1) of its dim 0 and `within` of the other dims, float32 on the CPU.
 
-    Experts have a generator each, so a slice of them costs only what it holds.
+    Experts have a generator each, and so have the tiles of what is larger than ONE_GENERATOR: a part costs, in time and memory,
+    what it holds and the rest of the tiles that it cuts.
     """
-    start, end, _ = (rows or slice(None)).indices(shape[0])
+    part = tuple(cut.indices(size)[:2] for cut, size in zip((rows or slice(None), *within), shape, strict=False))
+    part += tuple((0, size) for size in shape[len(part) :])
     if std is None or std == 0:
-        return torch.full((end - start, *shape[1:]), 1.0 if std is None else 0.0)
-    if ".experts." in name:
-        experts = [_normal(f"{seed}:{name}:{expert}", shape[1:], std) for expert in range(start, end)]
-        return torch.stack(experts) if experts else torch.empty(0, *shape[1:])
-    return _normal(f"{seed}:{name}", shape, std)[start:end]
+        return torch.full([end - start for start, end in part], 1.0 if std is None else 0.0)
+    if ".experts." not in name:
+        return _normal_part(f"{seed}:{name}", shape, std, part)
+    out = torch.empty([end - start for start, end in part])
+    for place, expert in enumerate(range(*part[0])):
+        out[place] = _normal_part(f"{seed}:{name}:{expert}", shape[1:], std, part[1:])
+    return out
+
+
+def _normal_part(key: str, shape: tuple[int, ...], std: float, part: tuple[tuple[int, int], ...]) -> Tensor:
+    """Of a tensor that `shape` and `key` stand for, the elements from start to end of each dim."""
+    if math.prod(shape) <= ONE_GENERATOR or len(shape) > 2:  # only experts' stacks have three dims, and each is a matrix here
+        return _normal(key, shape, std)[tuple(slice(*bounds) for bounds in part)].clone()
+    height, width = shape if len(shape) == 2 else (shape[0], 1)
+    (top, bottom), (left, right) = part if len(shape) == 2 else (part[0], (0, 1))
+    elements, columns = _TILE
+    columns = min(columns, width)
+    lines = elements // columns
+    out = torch.empty(bottom - top, right - left)
+    for i in range(top // lines, -(-bottom // lines)):
+        for j in range(left // columns, -(-right // columns)):
+            line, column = i * lines, j * columns
+            tile = _normal(f"{key}:{i}:{j}", (min(lines, height - line), min(columns, width - column)), std)
+            low, high, first, last = max(top, line), min(bottom, line + lines), max(left, column), min(right, column + columns)
+            out[low - top : high - top, first - left : last - left] = tile[low - line : high - line, first - column : last - column]
+    return out if len(shape) == 2 else out.flatten()
 
 
 def init_table(seed: int, start_row: int, end_row: int, dim: int, std: float) -> Tensor:

@@ -28,10 +28,13 @@ class GroupedExperts(nn.Module):
         self.w_up = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden, dim))
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, absent: bool = False) -> Tensor:
-        """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 count nothing."""
+    def forward(
+        self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, absent: bool = False, present: int | None = None
+    ) -> Tensor:
+        """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 count nothing; `present` is how
+        many are inside, where that is known."""
         w_gate, w_up, w_down = (_local(w) for w in (self.w_gate, self.w_up, self.w_down))
-        return moe_swiglu(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down, absent)
+        return moe_swiglu(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down, absent, present)
 
 
 def _local(weight: Tensor) -> Tensor:

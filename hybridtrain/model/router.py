@@ -64,7 +64,7 @@ class Router(nn.Module):
         moe, add, gates_NK = self.moe, self.counters.add, routing.gates_NK
         add("expert_tokens", routing.counts_E)
         add("router_entropy", routing.entropy)
-        add("router_tokens", torch.tensor(float(len(gates_NK)), device=gates_NK.device))
+        add("router_tokens", torch.full((), float(len(gates_NK)), device=gates_NK.device))
         if moe.aux_weight:
             # f is last step's global load, a constant: a product of two sums over the step would not add up.
             aux = moe.aux_weight * moe.num_experts / self.tokens_per_step * (routing.shares_E @ self.load_E)

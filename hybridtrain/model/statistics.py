@@ -25,18 +25,21 @@ def collect(model: nn.Module) -> dict[str, Tensor]:
     return {f"{layer}.{key}": value.double() for layer, counters in _counters(model) for key, value in counters.sums.items()}
 
 
-def no_statistics(settings: Settings) -> dict[str, Tensor]:
-    """Zeros under every key that `collect` has for the whole model, so that ranks with other layers can add up theirs."""
+def no_statistics(settings: Settings, device: torch.device | None = None) -> dict[str, Tensor]:
+    """Zeros under every key that `collect` has for the whole model, so that ranks with other layers can add up theirs.
+
+    Made on `device` (None: the CPU), since to bring them there would wait for it.
+    """
     moe = settings.model.moe
     optional = {"aux_loss": moe.aux_weight, "z_loss": moe.z_weight, "dropped_pairs": moe.capacity}
     names = ["router_entropy", "router_tokens", *(name for name, on in optional.items() if on)]
-    zero = torch.zeros((), dtype=torch.float64)
+    zero, zeros = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), moe.num_experts))
     out: dict[str, Tensor] = {}
     for i, spec in enumerate(layer_specs(settings)):
         if spec.memory:
             out |= {f"layers.{i}.gate_sum": zero, f"layers.{i}.gate_count": zero}
         if spec.feedforward == "moe":
-            out[f"layers.{i}.expert_tokens"] = torch.zeros(moe.num_experts, dtype=torch.float64)
+            out[f"layers.{i}.expert_tokens"] = zeros
             out |= {f"layers.{i}.{name}": zero for name in names}
     return out
 

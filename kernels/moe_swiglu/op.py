@@ -33,10 +33,12 @@ def moe_swiglu(
     w_up_EDF: Tensor,
     w_down_EFD: Tensor,
     absent: bool = False,
+    present: int | None = None,
 ) -> Tensor:
     """Each token's gated sum over its experts: [N, D] in the dtype of `x_ND`.
 
-    `experts_NK` int64 in [0, E). With `absent`, choices outside of it count nothing; beside the CPU that costs a synchronisation.
+    `experts_NK` int64 in [0, E). With `absent`, choices outside of it count nothing. `present` is how many are inside, for a
+    caller who knows: without it grouped products take the others along as rows of zeros, since to ask would wait for the device.
     """
     num_experts, num_pairs = len(w_gate_EDF), experts_NK.numel()
     if absent:
@@ -46,10 +48,19 @@ def moe_swiglu(
     if _fused_here(x_ND, w_gate_EDF):
         return _moe_swiglu(x_ND, gates_NK, order_P, inverse_NK, counts_E.tolist(), w_gate_EDF, w_up_EDF, w_down_EFD)
     x_PD = permute(x_ND, order_P, inverse_NK)
-    num_present = int(counts_E.sum()) if absent else num_pairs
-    y_PD = grouped_swiglu(x_PD[:num_present], counts_E, w_gate_EDF, w_up_EDF, w_down_EFD)
-    y_PD = F.pad(y_PD, (0, 0, 0, num_pairs - num_present)) if absent else y_PD
-    return combine(y_PD, gates_NK, order_P, inverse_NK)
+    if absent and present is None:
+        x_PD, counts_E = _absent_as_zeros(x_PD, counts_E)
+    there = num_pairs if present is None else present
+    y_PD = grouped_swiglu(x_PD[:there], counts_E, w_gate_EDF, w_up_EDF, w_down_EFD)
+    return combine(F.pad(y_PD, (0, 0, 0, num_pairs - there)) if there < num_pairs else y_PD, gates_NK, order_P, inverse_NK)
+
+
+def _absent_as_zeros(x_PD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows behind those of all experts, set to zero and handed to the last one: zero is all that comes out, and all that
+    their gradients add to any weight."""
+    total = counts_E.sum()
+    absent_P = torch.arange(len(x_PD), device=x_PD.device) >= total
+    return x_PD.masked_fill(absent_P[:, None], 0), torch.cat([counts_E[:-1], counts_E[-1:] + (len(x_PD) - total)])
 
 
 def _fused_here(x_ND: Tensor, w_gate_EDF: Tensor) -> bool:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.kernels.choose import chosen
-from hybridtrain.kernels.permute import reference
 from hybridtrain.kernels.permute.reference import sort_by_expert
 from hybridtrain.kernels.row_gather.op import row_gather
 
@@ -26,25 +25,23 @@ def sort_by_destination(experts_NK: Tensor, num_experts: int, num_ranks: int) ->
         from hybridtrain.kernels.permute import kernel
 
         return kernel.sort_by_destination(experts_NK, num_experts, num_ranks)
-    if experts_NK.device.type == "cpu":
-        return _by_hits(experts_NK, num_experts, num_ranks)
-    return reference.sort_by_destination(experts_NK, num_experts, num_ranks)
+    return _by_hits(experts_NK, num_experts, num_ranks)
 
 
 def _by_hits(experts_NK: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """By a table of who goes where, R wide: faster than sorting on the CPU, and `nonzero` waits for the device elsewhere."""
-    N, K = experts_NK.shape
+    """By a table of who goes where, R wide: faster than sorting; no size depends on the data, so no host waits for it."""
+    (N, K), Q = experts_NK.shape, len(experts_NK) * min(experts_NK.size(1), num_ranks)
     present_NK = (experts_NK >= 0) & (experts_NK < num_experts)
     owner_NK = torch.where(present_NK, experts_NK // (num_experts // num_ranks), num_ranks)
-    hits_NR = torch.zeros(N, num_ranks + 1, dtype=torch.bool).scatter_(1, owner_NK, True)[:, :num_ranks]
-    rank_P, token_P = hits_NR.T.nonzero(as_tuple=True)
-    first_P = (owner_NK[token_P] == rank_P[:, None]).to(torch.int8).argmax(1)
-    order_P = token_P * K + first_P
-    inverse_NK = torch.full_like(experts_NK, -1)
-    inverse_NK.view(-1)[order_P] = torch.arange(len(order_P))
-    pairs_R = torch.bincount(owner_NK.flatten(), minlength=num_ranks + 1)[:num_ranks]
-    order_Q = F.pad(order_P, (0, N * min(K, num_ranks) - len(order_P)), value=-1)
-    return order_Q, inverse_NK, torch.stack([hits_NR.sum(0), pairs_R], 1)
+    hits_NR = torch.zeros(N, num_ranks + 1, dtype=torch.bool, device=experts_NK.device).scatter_(1, owner_NK, True)[:, :num_ranks]
+    place_RN = hits_NR.T.reshape(-1).cumsum(0).view(num_ranks, N) - 1
+    again_NK = (owner_NK[:, :, None] == owner_NK[:, None, :]).tril(-1).any(-1)
+    inverse_NK = F.pad(place_RN.T, (0, 1), value=-1).gather(1, owner_NK).masked_fill(again_NK, -1)
+    pair_P, last = torch.arange(N * K, device=experts_NK.device), experts_NK.new_full((), Q)
+    order_Q = experts_NK.new_full((Q + 1,), -1)  # the last place is for the pairs that stand nowhere
+    order_Q.scatter_(0, torch.where(inverse_NK < 0, last, inverse_NK).flatten(), pair_P)
+    pairs_R = experts_NK.new_zeros(num_ranks + 1).scatter_add_(0, owner_NK.flatten(), torch.ones_like(pair_P))[:num_ranks]
+    return order_Q[:Q], inverse_NK, torch.stack([hits_NR.sum(0), pairs_R], 1)
 
 
 def spread(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:

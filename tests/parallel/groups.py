@@ -6,11 +6,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import Mesh, make_mesh
+from hybridtrain.parallel.norms import clip_, global_squares, norms_of
 
 
 def mesh_here(**degrees: Any) -> Mesh:
     """A mesh of this world's ranks on the CPU."""
     return make_mesh(Layout.resolve(dist.get_world_size(), **degrees), dist.get_rank(), torch.device("cpu"), timeout=60)
+
+
+def clip_by_global_norm(
+    grads: list[Tensor], rows: Tensor | None, mesh: Mesh, bound: float, held_by: list[int] | None = None
+) -> tuple[float, float]:
+    """What an engine and the training loop do with a step's gradients together."""
+    norm, table = norms_of(global_squares(grads, rows, mesh, held_by).tolist())
+    clip_([*grads, *([] if rows is None else [rows])], norm, bound)
+    return norm, table

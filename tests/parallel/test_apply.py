@@ -24,7 +24,7 @@ class Experts(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(EXPERTS, DIM, DIM))
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, absent: bool = False) -> Tensor:
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, absent: bool = False, present: int = 0) -> Tensor:
         """Each token through its one expert, where that is here."""
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
         here_EN = experts_NK[:, 0] == torch.arange(len(weight))[:, None]
@@ -84,7 +84,7 @@ def build(degrees: dict[str, int] | None, reshard: bool = False) -> Model:
     materialize(model, mesh.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            write_local(parameter, lambda rows, n=name, s=parameter.shape: whole(n, s)[rows])  # type: ignore[misc]
+            write_local(parameter, lambda rows, within=(), n=name, s=parameter.shape: whole(n, s)[(rows, *within)])  # type: ignore[misc]
     return model
 
 

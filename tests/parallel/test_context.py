@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import Tensor
 
 from hybridtrain.kernels.short_conv.op import short_conv
+from hybridtrain.model import context as context_module
 from hybridtrain.model.attention import attend
 from hybridtrain.model.context import make_context
 from hybridtrain.model.moe import places_in_line
@@ -42,12 +45,16 @@ def check(kind: str) -> None:
     grad = randn(SEQUENCES, TOKENS, HEADS, WIDTH)
     expected = attend(q, k, v, make_context(docs, TOKENS, WIDTH, 1e4, q.device))
     expected.backward(grad)
-    mine = [here(x) for x in (q, k, v)]
-    out = context.attend(*mine, make_context(docs, len(places), WIDTH, 1e4, q.device, places))
-    out.backward(grad[:, places])
-    torch.testing.assert_close(out, expected[:, places])
-    for part, whole in zip(mine, (q, k, v), strict=True):
-        torch.testing.assert_close(part.grad, whole.grad[:, places])
+    for masked in (TOKENS, TOKENS - 1):  # with a mask of all pairs, and as sequences too long for it
+        mine = [here(x) for x in (q, k, v)]
+        with patch.object(context_module, "MASKED_TOKENS", masked):
+            here_context = make_context(docs, len(places), WIDTH, 1e4, q.device, places)
+        assert (here_context.mask_B1TT is None) == (masked < TOKENS)
+        out = context.attend(*mine, here_context)
+        out.backward(grad[:, places])
+        torch.testing.assert_close(out, expected[:, places])
+        for part, whole in zip(mine, (q, k, v), strict=True):
+            torch.testing.assert_close(part.grad, whole.grad[:, places])
 
     x, grad = randn(SEQUENCES, TOKENS, 6).requires_grad_(), randn(SEQUENCES, TOKENS, 6)
     weights = [randn(6).requires_grad_(), randn(TAPS, 6).requires_grad_()]

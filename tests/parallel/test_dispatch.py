@@ -293,10 +293,10 @@ def check_memory_errors() -> None:
         dispatch = AllToAllDispatch(mesh.ep_levels, EXPERTS, "layers.3.feedforward")
         dispatch(x_ND.requires_grad_(), experts_NK, gates_NK.requires_grad_(), experts)().backward(grad_ND)
 
-    def too_large(*_: Any, absent: bool) -> Tensor:
+    def too_large(*_: Any, **__: Any) -> Tensor:
         return torch.empty(1 << 46)
 
-    def wrong(*_: Any, absent: bool) -> Tensor:
+    def wrong(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("not about memory")
 
     own = experts_of(mesh.rank * 4, 4)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from hybridtrain.parallel.norms import clip_by_global_norm, local_gradients
-from tests.parallel.groups import mesh_here
+from hybridtrain.parallel.norms import local_gradients
+from tests.parallel.groups import clip_by_global_norm, mesh_here
 from tests.ranks import run_on_ranks
 
 WHOLE = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))

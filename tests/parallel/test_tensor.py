@@ -23,7 +23,7 @@ from hybridtrain.parallel.apply import materialize, write_local
 from hybridtrain.parallel.collectives import Group
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import Mesh, make_mesh
-from hybridtrain.parallel.norms import clip_by_global_norm, local_gradients, sum_over_tp, tp_copies
+from hybridtrain.parallel.norms import local_gradients, sum_over_tp, tp_copies
 from hybridtrain.parallel.tensor import (
     SequenceConvolution,
     SequencePlaces,
@@ -34,7 +34,7 @@ from hybridtrain.parallel.tensor import (
     gather_sequence,
     scatter_sequence,
 )
-from tests.parallel.groups import mesh_here
+from tests.parallel.groups import clip_by_global_norm, mesh_here
 from tests.ranks import run_on_ranks
 from tests.training import CI
 
@@ -177,7 +177,7 @@ def build(mesh: Mesh, *overrides: str) -> Parts:
     with torch.no_grad():
         for name, parameter in parts.model.named_parameters():
             if name.endswith(".conv"):  # zeros at the start, behind which there is no gradient
-                write_local(parameter, lambda rows, p=parameter: drawn(0, *p.shape)[rows])  # type: ignore[misc]
+                write_local(parameter, lambda rows, within=(), p=parameter: drawn(0, *p.shape)[(rows, *within)])  # type: ignore[misc]
     return parts
 
 

@@ -81,10 +81,12 @@ def _in_parts(parts: int) -> Iterator[None]:
         return torch.cat(outputs, -1)
 
     def swiglu_in_parts(x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, *rest: Any) -> Tensor:
-        *weights, absent = rest
+        *weights, absent, present = rest
         halves = min(parts, 2)  # grouped products have widths of multiples of 4
         cut = zip(*(w.chunk(halves, dim) for w, dim in zip(weights, (2, 2, 1), strict=True)), strict=True)
-        return torch.stack([swiglu(x_ND, experts_NK, gates_NK, *(w.contiguous() for w in part), absent) for part in cut]).sum(0)
+        return torch.stack(
+            [swiglu(x_ND, experts_NK, gates_NK, *(w.contiguous() for w in part), absent, present) for part in cut]
+        ).sum(0)
 
     def gradients_in_parts(params: Any) -> list[Tensor]:
         return [part for grad in gradients(params) for part in grad.view(-1).chunk(parts)]

@@ -39,10 +39,18 @@ with torch.no_grad():
     of_padded = model(padded, attention_mask=mask).logits[0, 7:]
     alone = model(ids[None, :13]).logits[0]
     loss = model(inputs["tokens"], labels=inputs["tokens"]).loss
+own = sys.modules[type(model).__module__]
+grads = []
+for masked, block in ((own.MASKED_TOKENS, 256), (1, 7)):  # and as texts too long for a mask of all pairs
+    own.MASKED_TOKENS, own.by_blocks.__defaults__ = masked, (block,)
+    long = model(inputs["tokens"], labels=inputs["tokens"])
+    grads.append(torch.autograd.grad(long.loss, model.layers[0].mixer.wk.weight)[0])
+own.MASKED_TOKENS = 2048
 beyond = list(range(1024, model.config.vocab_size)) or None  # rows that no token has
 grown = model.generate(ids[None, :5], max_new_tokens=6, do_sample=False, pad_token_id=0, suppress_tokens=beyond)
 text = AutoTokenizer.from_pretrained(folder, trust_remote_code=True).decode(grown[0])
-outputs = {"logits": logits, "padded": of_padded, "alone": alone, "loss": loss, "grown": grown, "text": text}
+long = {"long": long.logits.detach(), "grads": grads}
+outputs = long | {"logits": logits, "padded": of_padded, "alone": alone, "loss": loss, "grown": grown, "text": text}
 torch.save(outputs, folder / "outputs.pt")
 """
 
@@ -96,6 +104,9 @@ def test_the_exported_folder_alone_gives_our_logits(ci_data: Path, tmp_path: Pat
     # float32 noise: the order of sums differs in experts and norms; a wrong row, gate or boundary changes logits by 1e-2 and more
     noise = 2e-5 * float(ours.abs().max())
     assert float((theirs["logits"] - ours).abs().max()) < noise
+    assert float((theirs["long"] - ours).abs().max()) < noise
+    of_masked, of_blocks = theirs["grads"]
+    assert float((of_blocks - of_masked).norm()) < 1e-4 * float(of_masked.norm())
     assert float((theirs["padded"] - theirs["alone"]).abs().max()) < noise
     expected = torch.nn.functional.cross_entropy(ours[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
     assert float(theirs["loss"]) == pytest.approx(float(expected), rel=1e-5)

@@ -7,9 +7,11 @@ import math
 
 import pytest
 import torch
+import xxhash
 from torch import Tensor
 
 from hybridtrain.config import parse_settings
+from hybridtrain.model import init
 from hybridtrain.model.count import count_parameters, flops_per_token
 from hybridtrain.model.hybrid_lm import HybridLM
 from hybridtrain.model.init import TABLE_BLOCK, Draw, draw, init_parameters, init_table
@@ -25,6 +27,37 @@ def test_a_slice_is_a_slice_of_the_whole(name: str) -> None:
     if std:
         assert not torch.equal(whole, draw(name, (6, 4, 3), 8, std))
         assert not torch.equal(whole, draw(name + "x", (6, 4, 3), 7, std))
+
+
+def test_what_fits_one_generator_is_drawn_by_one() -> None:
+    """These values are those of every release: runs of the same seed start alike."""
+    for name, key, shape in (("embed.weight", "7:embed.weight", (1024, 1024)), ("x.experts.w", "7:x.experts.w:1", (1024, 1024))):
+        generator = torch.Generator().manual_seed(xxhash.xxh64_intdigest(key.encode()) >> 1)
+        expected = torch.empty(shape).normal_(0.0, 0.5, generator=generator)
+        drawn = draw(name, shape, 7, 0.5) if name == "embed.weight" else draw(name, (2, *shape), 7, 0.5)[1]
+        assert torch.equal(drawn, expected)
+
+
+LARGE = {"embed.weight": (1100, 1500), "x.experts.w_up": (2, 1100, 1500), "x.bias": (1_500_000,), "narrow.weight": (600_000, 3)}
+
+
+@pytest.mark.parametrize("name", list(LARGE))
+def test_parts_of_what_is_large_are_drawn_by_themselves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = LARGE[name]
+    whole = draw(name, shape, 7, 0.5)
+    assert whole.shape == shape
+    assert abs(float(whole.std()) / 0.5 - 1) < 0.01
+    assert abs(float(whole.mean())) < 0.01
+    assert len(whole.flatten().unique()) > 0.9 * whole.numel()  # no tile has the values of another
+    drawn, normal = [], init._normal
+    monkeypatch.setattr(init, "_normal", lambda *args: drawn.append(math.prod(args[1])) or normal(*args))  # type: ignore[func-returns-value]
+    for cuts in itertools.product(*([(0, 1), (size // 2, size // 2 + max(1, size // 8)), (size, size)] for size in shape)):
+        drawn.clear()
+        rows, *within = (slice(*cut) for cut in cuts)
+        part = draw(name, shape, 7, 0.5, rows, tuple(within))
+        assert torch.equal(part, whole[(rows, *within)])
+        assert sum(drawn) <= 4 * part.numel() + 4 * 2**17  # and the rest of the tiles at the edges
+        assert part.untyped_storage().nbytes() == 4 * part.numel()
 
 
 def test_table_rows_do_not_depend_on_the_cut() -> None:

@@ -1,0 +1,27 @@
+"""What a line of metrics costs in TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hybridtrain.metrics import MetricsLog, read_metrics
+
+
+def test_a_list_is_one_entry_of_the_board_and_whole_in_the_file(tmp_path: Path) -> None:
+    log, load = MetricsLog(tmp_path, 0, 0, 2), [0.5, 0.25, 0.125, 0.125]
+    log.write(1, {"loss": 2.0, "layers.1/expert_load": load, "slowest/rank": 3})
+    log.close()
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0, "layers.1/expert_load": load, "slowest/rank": 3}]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = board.Tags()
+    assert sorted(tags["scalars"]) == ["loss", "slowest/rank"]
+    assert tags["histograms"] == ["layers.1/expert_load"]
+    (event,) = board.Histograms("layers.1/expert_load")
+    assert event.step == 1
+    bars = event.histogram_value
+    assert list(bars.bucket) == load
+    assert list(bars.bucket_limit) == [1.0, 2.0, 3.0, 4.0]
+    assert bars.sum == pytest.approx(0.25 + 2 * 0.125 + 3 * 0.125)
