@@ -6,16 +6,21 @@ Defined by Engram (arXiv 2601.07372); the compressed ids enter the memory's hash
 from __future__ import annotations
 
 import io
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, normalizers
 
-from hybridtrain.data.tokenizer import vocabulary_size
+from hybridtrain.data.tokenizer import library_errors, vocabulary_size
+from hybridtrain.errors import DataError
+from hybridtrain.untrusted import read_bytes
 
 _LONE_SPACE = "\ue000"  # keeps a token that is only white space from being stripped to nothing
 _UNDECODABLE = "\ufffd"
 _BATCH = 8192
+_HEADER = 1 << 16  # of a file of numpy
 
 
 def compression_map(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
@@ -30,7 +35,8 @@ def compression_map(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     compressed = np.empty(size, np.int64)
     for low in range(0, size, _BATCH):
         ids = range(low, min(low + _BATCH, size))
-        texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+        with library_errors("the tokenizer fails on its own tokens"):
+            texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
         for token_id, text in zip(ids, texts, strict=True):
             raw = tokenizer.id_to_token(token_id) if _UNDECODABLE in text else None
             key = raw or normalizer.normalize_str(text) or text
@@ -43,6 +49,22 @@ def to_npy(compression: npt.NDArray[np.int64]) -> bytes:
     array = io.BytesIO()
     np.save(array, compression)
     return array.getvalue()
+
+
+def read_map(path: Path, size: int) -> npt.NDArray[np.int64]:
+    """The map of a file, int64 [V] with V = `size`. Raises DataError where it is damaged or another one."""
+    try:
+        array = np.load(io.BytesIO(read_bytes(path, size * 8 + _HEADER)), allow_pickle=False)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, EOFError, SyntaxError, MemoryError, TypeError, KeyError, OverflowError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: is no array of numpy: {error}") from None
+    if not isinstance(array, np.ndarray) or array.shape != (size,) or array.dtype != np.int64:
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "a zip file"
+        raise DataError(f"{path}: is {found}, not int64 [{size}]")
+    if size and not 0 <= array.min() <= array.max() < size:
+        raise DataError(f"{path}: has ids from {array.min()} to {array.max()}; they may be 0 to {size - 1}")
+    return array
 
 
 def _normalizer() -> normalizers.Normalizer:
