@@ -314,7 +314,8 @@ def _jsonl_text(file: SourceFile, line: bytes, number: int, offset: int, text_fi
         names = list(map(repr, record))
         present = ", ".join(names[:_NAMES]) + (", …" if len(names) > _NAMES else "") or "none"
         raise DataError(
-            f"{where}: (byte {offset}) has no field {text_field!r}; its fields are {present} (--text-field), or data.text_field in settings"
+            f"{where}: (byte {offset}) has no field {text_field!r}; its fields are {present} (--text-field), "
+            "or data.text_field in settings"
         )
     if doubled:
         raise DataError(f"{where}: (byte {offset}) has the field {text_field!r} twice")
