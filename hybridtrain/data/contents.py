@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybridtrain.data.manifest import Manifest
+from hybridtrain.data.manifest import Manifest, PrepareSettings
 from hybridtrain.data.progress import say
 from hybridtrain.data.sources import LeftOut, file_digest, list_files, summary
 from hybridtrain.errors import DataError
@@ -32,36 +32,46 @@ def report(manifest: Manifest, left_out: Sequence[LeftOut]) -> str:
     return "\n".join(lines)
 
 
-def contradictions(data: DataSettings, manifest: Manifest) -> list[str]:
-    """In what a finished folder is not what the settings say: sources, and settings that are not left at their defaults.
+def compare(data: DataSettings, manifest: Manifest) -> None:
+    """Compare a finished folder with what the settings say of it.
 
-    Sources are compared by their sizes, as reading them takes as long as making the folder; where some are not there any more, that
-    is said and the folder taken as it is.
+    Raises DataError where it has another tokenizer or separator than they name. What else is not as they say, and not left at its
+    default, is said: the folder may have been made by hand.
     """
-    made, default = manifest.settings, DataSettings()
     problems = []
     if data.separator and data.separator != manifest.separator:
         problems.append(f"data.separator={data.separator!r}, and the folder has {manifest.separator!r} before each document")
-    if data.tokenizer and Path(data.tokenizer).is_file():
-        if (digest := file_digest(Path(data.tokenizer))) != manifest.tokenizer_xxh3:
-            problems.append(f"data.tokenizer={data.tokenizer} is another one (xxh3 {digest}, manifest {manifest.tokenizer_xxh3})")
-    elif data.vocab_size != default.vocab_size and data.vocab_size != made.vocab_size:
-        theirs = f"{made.vocab_size}" if made.vocab_size else f"a given tokenizer of {manifest.vocab_size} entries"
-        problems.append(f"data.vocab_size={data.vocab_size}, and the folder was made with {theirs}")
-    for key in ("text_field", "validation_fraction"):
-        ours, theirs = getattr(data, key), getattr(made, key)
-        if ours not in (getattr(default, key), theirs) and not (key == "validation_fraction" and data.validation):
-            problems.append(f"data.{key}={ours}, and the folder was made with {theirs}")
+    given = Path(data.tokenizer)
+    if data.tokenizer and given.is_file() and (digest := file_digest(given)) != manifest.tokenizer_xxh3:
+        problems.append(f"data.tokenizer={given} is another one (xxh3 {digest}, the folder's {manifest.tokenizer_xxh3})")
+    if problems:
+        listed = [f"  {problem}" for problem in [*problems, "choose another data.path, or set them to what it was made with"]]
+        raise DataError("\n".join([f"data.path={data.path} was made otherwise than the settings say", *listed]))
+    if others := [*_other_settings(data, manifest.settings), *_other_sources(data, manifest)]:
+        say(f"data.path={data.path} is used as it is; it was made otherwise than the settings say: {'; '.join(others)}")
+
+
+def _other_settings(data: DataSettings, made: PrepareSettings) -> list[str]:
+    out = []
+    for key in ("vocab_size", "text_field", "validation_fraction"):
+        ours, theirs, default = getattr(data, key), getattr(made, key), DataSettings.model_fields[key].default
+        unused = (key == "vocab_size" and data.tokenizer) or (key == "validation_fraction" and data.validation)
+        if ours not in (default, theirs) and not unused:
+            out.append(f"data.{key} is {ours}, and was {theirs}")
+    return out
+
+
+def _other_sources(data: DataSettings, manifest: Manifest) -> list[str]:
+    """By sizes: reading the texts takes as long as making the folder."""
     try:
         corpus, held_out, _ = list_files(data.source, data.validation)
-        wanted = [
+        ours = [
             (use, f.kind, f.path.stat().st_size) for use, files in (("corpus", corpus), ("validation", held_out)) for f in files
         ]
     except (DataError, OSError) as error:
-        say(f"data.path={data.path} is used as it is; its sources are not there to be compared: {error}")
-        return problems
-    if wanted != [(s.use, s.kind, s.size) for s in manifest.sources]:
-        theirs = f"{len(manifest.sources)} files of {sum(s.size for s in manifest.sources):,} bytes"
-        ours = f"{len(wanted)} files of {sum(size for _, _, size in wanted):,} bytes"
-        problems.append(f"data.source and data.validation are {ours}, and the folder was made of {theirs}, or of others")
-    return problems
+        return [f"its sources cannot be compared: {' '.join(str(error).split())}"]
+    theirs = [(s.use, s.kind, s.size) for s in manifest.sources]
+    if ours == theirs:
+        return []
+    counts = [f"{len(files)} files of {sum(size for _, _, size in files):,} bytes" for files in (ours, theirs)]
+    return [f"data.source is {counts[0]}, and was {counts[1]}"]

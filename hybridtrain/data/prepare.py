@@ -16,7 +16,7 @@ import xxhash
 
 from hybridtrain.data import manifest as m
 from hybridtrain.data.compress import compression_map, to_npy
-from hybridtrain.data.contents import contradictions, report
+from hybridtrain.data.contents import compare, report
 from hybridtrain.data.encode import corpus_documents, encode_files, training_texts
 from hybridtrain.data.holdout import Holdout, choose_holdout
 from hybridtrain.data.journal import Input, Job, Journal, clear, locked, read_journal, software, write_journal
@@ -65,8 +65,8 @@ def prepare(
 def ensure_prepared(data: DataSettings, progress: bool = True) -> None:
     """Make `data.path` from `data.source` where it is not made yet; of several processes on one machine one does it.
 
-    Does nothing where there is no source. Raises DataError as `prepare` does, and where the folder was made otherwise than the
-    settings say.
+    Does nothing where there is no source. Raises DataError as `prepare` does, and where a folder has another tokenizer or
+    separator than the settings name; what else it was made with otherwise is said.
     """
     out = Path(data.path)
     if not data.source:
@@ -77,16 +77,7 @@ def ensure_prepared(data: DataSettings, progress: bool = True) -> None:
                 asked = PrepareSettings.model_validate(data.model_dump(include=set(PrepareSettings.model_fields) - {"tokenizer"}))
                 _prepare(_plan(data.source, data.validation, out, data.tokenizer, asked), overwrite=False, progress=progress)
                 return
-    if problems := contradictions(data, m.read_manifest(out)):
-        raise DataError(
-            "\n".join(
-                [
-                    f"data.path={out} was made otherwise than these settings say; {len(problems)} problem(s)",
-                    *(f"  {problem}" for problem in problems),
-                    "  set them to what it was made with, choose another data.path, or use it as it is with data.source=[]",
-                ]
-            )
-        )
+    compare(data, m.read_manifest(out))
 
 
 def _plan(
