@@ -20,7 +20,12 @@ from hybridtrain.data.sources import Tally, list_files, read_pieces, split_text,
 from hybridtrain.data.tokenizer import train_tokenizer
 from hybridtrain.errors import DataError
 
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lambda content: lzma.compress(content, preset=0),
+    ".bz2": bz2.compress,
+}
 
 
 def documents(source: Path | str, text_field: str = "text") -> list[str]:
