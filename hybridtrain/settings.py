@@ -40,9 +40,15 @@ class DataSettings(_Section):
     source: tuple[str, ...] = Field(
         (), description="texts to make `path` from when it does not exist; `shipped:sotu` needs no download"
     )
+    validation: tuple[str, ...] = Field(
+        (), description="texts that are all held out when `path` is made; then none of `source` are"
+    )
+    text_field: str = Field("text", min_length=1, description="field of a JSON line that holds the text")
     vocab_size: Positive = Field(4096, description="entries of the BPE trained when `path` is made")
     tokenizer: str = Field("", description="a tokenizer.json to use instead of training one when `path` is made")
+    separator: str = Field("", description="token that stands before each document; empty: the first usual one of the tokenizer")
     validation_fraction: Fraction = Field(0.05, description="share of whole documents held out when `path` is made")
+    shard_tokens: Positive = Field(50_000_000, description="tokens per shard when `path` is made")
     verify: bool = Field(True, description="check the shards' checksums before training")
 
 

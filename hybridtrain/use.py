@@ -14,7 +14,7 @@ from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.data.sources import file_digest
-from hybridtrain.data.tokenizer import load_tokenizer, vocabulary_size
+from hybridtrain.data.tokenizer import for_texts, load_tokenizer, vocabulary_size
 from hybridtrain.errors import CheckpointError, DataError, UserError
 from hybridtrain.evaluate import evaluate
 from hybridtrain.parallel.layout import DENSE_AXES
@@ -56,14 +56,19 @@ def open_checkpoint(path: Path) -> tuple[Parts, Path, int]:
 def evaluate_checkpoint(path: Path, split: str, data: Path | None, batches: int) -> dict[str, float]:
     """Loss, perplexity and bits per byte of the checkpoint over a split of its own data, or of `data`.
 
-    Raises DataError where the data were made with another tokenizer, or the split is empty.
+    Raises DataError where the data were made with another tokenizer or separator, or the split is empty.
     """
     if split not in ("train", "validation"):
         raise UserError(f'--split "{split}": it may be train or validation')
-    parts, run, _ = open_checkpoint(path)
+    parts, run, separator = open_checkpoint(path)
     dataset = TokenDataset.open(data or parts.settings.data.path, verify=parts.settings.data.verify)
     if dataset.manifest.tokenizer_xxh3 != file_digest(run / TOKENIZER):
         raise DataError(f"{dataset.folder} was made with another tokenizer than the checkpoint's, {run / TOKENIZER}")
+    if dataset.manifest.separator_id != separator:
+        raise DataError(
+            f"{dataset.folder} has token {dataset.manifest.separator_id} ({dataset.manifest.separator!r}) before each document, "
+            f"the checkpoint was trained with {separator}; make the data with that one (--separator)"
+        )
     return evaluate(parts, dataset.split("train" if split == "train" else "validation"), batches)
 
 
@@ -75,7 +80,11 @@ def generate_text(path: Path, prompt: str, tokens: int, temperature: float, top_
     """
     parts, run, separator = open_checkpoint(path)
     tokenizer = load_tokenizer(run / TOKENIZER)
-    ids = [separator, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    name = tokenizer.id_to_token(separator)
+    if name is None:
+        raise CheckpointError(f"{run / TOKENIZER}: has no token {separator}, which stands before each document of the checkpoint")
+    words = for_texts(load_tokenizer(run / TOKENIZER), name)
+    ids = [separator, *words.encode(prompt, add_special_tokens=False).ids]
     generator = torch.Generator().manual_seed(seed)
     entries = vocabulary_size(tokenizer)  # rows of the embedding beyond them stand for nothing
     for _ in range(tokens):

@@ -123,7 +123,7 @@ def start_from(parts: Parts, path: Path, folder: Path, data: Manifest) -> None:
     """Fill the parts of a new run in `folder` on `data` with the weights of the run folder or checkpoint `path`; any layouts.
 
     Optimizers start afresh. Memories that the checkpoint has not stay as they were drawn. Raises CheckpointError listing every
-    other tensor that one side lacks or has in another shape, another tokenizer, and another addressing.
+    other tensor that one side lacks or has in another shape, another tokenizer, separator or addressing.
     """
     run, saved = find_checkpoint(path)
     checkpoint.verify(saved, parts.settings.checkpoint.verify, parts.mesh.world)
@@ -136,6 +136,9 @@ def start_from(parts: Parts, path: Path, folder: Path, data: Manifest) -> None:
         problems.append(
             f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has {data.tokenizer_xxh3}"
         )
+    elif (theirs := info["separator_id"]) != parts.vocabulary.separator_id:
+        ours = parts.vocabulary.separator_id
+        problems.append(f"separator: the checkpoint has token {theirs} before each document, the data {ours} (data.separator)")
     if info["addressing"] and addressing and info["addressing"] != addressing:
         problems.append("memory: its table cannot be taken over: layers, orders, multipliers, primes or compression map are others")
     if problems:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer
 
+from hybridtrain.data.cuts import Cuts
 from hybridtrain.data.holdout import Holdout
 from hybridtrain.data.journal import Job, Journal, write_journal
 from hybridtrain.data.manifest import SplitName
 from hybridtrain.data.progress import EncodingProgress, say
-from hybridtrain.data.sources import Piece, read_pieces
+from hybridtrain.data.sources import Piece, Tally, read_pieces
+from hybridtrain.data.tokenizer import library_errors
 from hybridtrain.data.writer import SplitWriter
 from hybridtrain.errors import DataError
 
@@ -49,16 +51,23 @@ def encode_files(
     separator_id: int,
     writers: dict[SplitName, SplitWriter],
     bar: EncodingProgress,
-) -> None:
-    """Append the pieces after the journal's position to the writers, with a commit after every shard and 64 MiB of text."""
-    documents, uncommitted = journal.documents, 0
+) -> int:
+    """Append the pieces after the journal's position to the writers, with a commit after every shard and 64 MiB of text.
+
+    Returns how many blank lines were left out.
+    """
+    documents, uncommitted, blank_lines = journal.documents, 0, journal.blank_lines
+    cuts = Cuts(tokenizer)
     for number in range(journal.file, len(job.inputs)):
         entry = job.inputs[number]
         done = journal.pieces if number == journal.file else 0
-        pieces = read_pieces(entry.file, job.settings.text_field)
+        tally = Tally()
+        pieces = read_pieces(entry.file, job.settings.text_field, cuts, tally)
         for _ in range(done):
             next(pieces)
         for piece, ids in _encoded(tokenizer, pieces):
+            if separator_id in ids:
+                raise DataError(f"{entry.file.name}: document {documents + piece.first:,} of all has the separator in its text")
             documents += piece.first
             held_out = entry.info.use == "validation" or holdout.is_validation(documents - 1)
             size = len(piece.text.encode())
@@ -68,13 +77,15 @@ def encode_files(
             bar.advance(piece, size)
             if full or uncommitted >= _COMMIT_BYTES:
                 states = {split: writer.commit() for split, writer in writers.items()}
-                position = {"file": number, "pieces": done, "documents": documents}
+                position = {"file": number, "pieces": done, "documents": documents, "blank_lines": blank_lines}
                 write_journal(job.out, journal.model_copy(update=position | states))
                 uncommitted = 0
         bar.finish_file(entry.info.size)
+        blank_lines += tally.blank_lines
         stat = entry.file.path.stat()
         if (stat.st_size, stat.st_mtime_ns) != (entry.info.size, entry.mtime_ns):
             raise DataError(f"{entry.file.name}: changed while it was read; run the command again")
+    return blank_lines
 
 
 def _encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, list[int]]]:
@@ -91,5 +102,12 @@ def _encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[tuple[Pi
 
 
 def _encode_batch(tokenizer: Tokenizer, batch: list[Piece]) -> Iterator[tuple[Piece, list[int]]]:
-    encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
-    return zip(batch, (encoding.ids for encoding in encodings), strict=True)
+    """The ids of the pieces' own text: those of what they are encoded behind are taken off."""
+    texts = [piece.context + piece.text for piece in batch] + [piece.context for piece in batch]
+    with library_errors("the tokenizer fails on a text"):
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    for number, piece in enumerate(batch):
+        ids, known = encodings[number].ids, encodings[number + len(batch)].ids
+        if ids[: len(known)] != known:
+            raise DataError(f"the tokenizer encodes {piece.context[-20:]!r} otherwise before {piece.text[:20]!r}; cut the document")
+        yield piece, ids[len(known) :]

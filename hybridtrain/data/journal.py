@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hybridtrain.data import manifest as m
-from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo
+from hybridtrain.data.manifest import Count, Manifest, PrepareSettings, SourceInfo
 from hybridtrain.data.progress import say
-from hybridtrain.data.sources import SourceFile, file_digest
+from hybridtrain.data.sources import LeftOut, SourceFile, file_digest
 from hybridtrain.data.writer import WriterState, split_files
+from hybridtrain.untrusted import UntrustedFileError, read_json
+
+CUTS = 2  # raised when documents are cut into other pieces than before
 
 
 class Journal(BaseModel):
-    """How far a preparation has come: `pieces` of source file number `file` are in the shards, `documents` were begun."""
+    """How far a preparation has come: `pieces` of source file number `file` are in the shards, `documents` were begun.
+
+    `blank_lines` were left out of the files before it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,9 +33,10 @@ class Journal(BaseModel):
     software: str
     tokenizer_xxh3: str
     compression_xxh3: str
-    file: int = 0
-    pieces: int = 0
-    documents: int = 0
+    file: Count = 0
+    pieces: Count = 0
+    documents: Count = 0
+    blank_lines: Count = 0
     train: WriterState = WriterState()
     validation: WriterState = WriterState()
 
@@ -49,6 +58,7 @@ class Job:
     out: Path
     tokenizer: Path | None
     settings: PrepareSettings
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def sources(self) -> tuple[SourceInfo, ...]:
@@ -64,7 +74,7 @@ def read_journal(job: Job) -> Journal | None:
     """The journal of an interrupted preparation of the same job, or None; says so where there is one of another job."""
     path = job.out / m.JOURNAL
     try:
-        journal = Journal.model_validate_json(path.read_bytes())
+        journal = Journal.model_validate_json(json.dumps(read_json(path, dict[str, Any], m.MAX_MANIFEST_BYTES)), strict=True)
         same = job.made_of_same(journal) and journal.software == software()
         same = same and file_digest(job.out / m.TOKENIZER) == journal.tokenizer_xxh3
         same = same and file_digest(job.out / m.COMPRESSION) == journal.compression_xxh3
@@ -72,7 +82,7 @@ def read_journal(job: Job) -> Journal | None:
         if not path.exists():
             return None
         same = False
-    except ValidationError:
+    except (UntrustedFileError, ValidationError):
         same = False
     if not same:
         say(f"{job.out}: an unfinished preparation of other sources or settings lies here; starting over")
@@ -93,5 +103,5 @@ def clear(out: Path) -> None:
 
 
 def software() -> str:
-    """What else decides the bytes: other versions of the library may split words differently."""
-    return f"tokenizers {tokenizers.__version__}"
+    """What else decides the bytes: other versions of the library may split words differently, of this one cut texts elsewhere."""
+    return f"tokenizers {tokenizers.__version__}, cuts {CUTS}"

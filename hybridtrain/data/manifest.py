@@ -14,17 +14,22 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hybridtrain.errors import DataError
+from hybridtrain.untrusted import UntrustedFileError, read_json
 
 FORMAT = 1
 MANIFEST, JOURNAL, TOKENIZER, COMPRESSION = "manifest.json", "journal.json", "tokenizer.json", "compression.npy"
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
+MAX_MANIFEST_BYTES = 1 << 30  # a line for every source and shard
+Count = Annotated[int, Field(ge=0, lt=1 << 56)]
+_SHOWN = 10  # problems that one message lists
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class _Record(BaseModel):
@@ -34,19 +39,19 @@ class _Record(BaseModel):
 class ShardInfo(_Record):
     """One shard; its files are `name`.tokens and `name`.starts, with their xxh3 (128 bits)."""
 
-    name: str
-    tokens: int
-    documents: int
-    tokens_xxh3: str
-    starts_xxh3: str
+    name: str = Field(pattern=r"^(train|validation)-\d{5,9}$")  # a file of this folder
+    tokens: Count
+    documents: Count
+    tokens_xxh3: Digest
+    starts_xxh3: Digest
 
 
 class SplitInfo(_Record):
     """A split: tokens (separators included), documents that start in it, UTF-8 bytes of its text (separators excluded)."""
 
-    tokens: int
-    documents: int
-    bytes: int
+    tokens: Count
+    documents: Count
+    bytes: Count
     shards: tuple[ShardInfo, ...]
 
     @property
@@ -55,6 +60,15 @@ class SplitInfo(_Record):
         said = [f"{s.tokens} {s.tokens_xxh3} {s.starts_xxh3}" for s in self.shards]
         return xxhash.xxh3_128("\n".join(said).encode()).hexdigest() if self.tokens else ""
 
+    @model_validator(mode="after")
+    def _adds_up(self) -> SplitInfo:
+        for name in ("tokens", "documents"):
+            if (total := sum(getattr(shard, name) for shard in self.shards)) != getattr(self, name):
+                raise ValueError(f"its shards have {total} {name}, not {getattr(self, name)}")
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            raise ValueError("a shard is named twice")
+        return self
+
 
 class SourceInfo(_Record):
     """A file the data was made from: `use` is "corpus", or "validation" for a file that is all held out."""
@@ -62,8 +76,8 @@ class SourceInfo(_Record):
     name: str
     use: Literal["corpus", "validation"]
     kind: Literal["text", "jsonl"]
-    size: int
-    xxh3: str
+    size: Count
+    xxh3: Digest
 
 
 class PrepareSettings(_Record):
@@ -85,17 +99,29 @@ class Manifest(_Record):
     """The contents of `manifest.json`."""
 
     format: Literal[1]
-    vocab_size: int
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
     dtype: Literal["uint16", "uint32"]
     separator: str
-    separator_id: int
-    tokenizer_xxh3: str
-    compression_xxh3: str
-    compressed_size: int
+    separator_id: Count
+    tokenizer_xxh3: Digest
+    compression_xxh3: Digest
+    compressed_size: Count
     train: SplitInfo
     validation: SplitInfo
     sources: tuple[SourceInfo, ...]
     settings: PrepareSettings
+    left_out: dict[str, Count] = {}  # files, and blank lines of JSON lines, by why they were not read
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Manifest:
+        if self.separator_id >= self.vocab_size:
+            raise ValueError(f"separator_id={self.separator_id} is none of the {self.vocab_size} tokens")
+        if self.dtype == "uint16" and self.vocab_size > 1 << 16:
+            raise ValueError(f"dtype=uint16 holds no {self.vocab_size} tokens")
+        for split in SPLITS:
+            if strays := [shard.name for shard in self.split(split).shards if not shard.name.startswith(f"{split}-")]:
+                raise ValueError(f"{strays[0]} is no shard of {split}")
+        return self
 
     def split(self, name: SplitName) -> SplitInfo:
         return self.train if name == "train" else self.validation
@@ -109,20 +135,21 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished data folder; DataError where it is missing, unfinished, damaged or of another format."""
     path = folder / MANIFEST
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        tree = read_json(path, dict[str, Any], MAX_MANIFEST_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(_absent(folder)) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; make the folder again with `hybridtrain data`") from None
-    version = tree.get("format") if isinstance(tree, dict) else None
+    except (OSError, UntrustedFileError) as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise DataError(f"{path}: cannot be read: {why}; make the folder again with `hybridtrain data`") from None
+    version = tree.get("format")
     if version != FORMAT:
         raise DataError(
             f"{path}: has format {version!r}, this version reads format {FORMAT}; make the folder again with `hybridtrain data`"
         )
     try:
-        return Manifest.model_validate(tree)
+        return Manifest.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:_SHOWN])
         raise DataError(f"{path}: is damaged: {wrong}; make the folder again with `hybridtrain data`") from None
 
 

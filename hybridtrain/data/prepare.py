@@ -6,20 +6,23 @@ every 64 MiB of text, and write `manifest.json` last. The same sources and setti
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from hybridtrain.data import manifest as m
 from hybridtrain.data.compress import compression_map, read_compression, to_npy
+from hybridtrain.data.contents import compare, report
 from hybridtrain.data.encode import corpus_documents, encode_files, training_texts
 from hybridtrain.data.holdout import Holdout, choose_holdout
 from hybridtrain.data.journal import Input, Job, Journal, clear, read_journal, software, write_journal
-from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo, SplitInfo, SplitName
+from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo, SplitName
 from hybridtrain.data.progress import EncodingProgress, say
 from hybridtrain.data.sources import SourceFile, file_digest, list_files
-from hybridtrain.data.tokenizer import MIN_VOCAB_SIZE, find_separator, load_tokenizer, train_tokenizer, vocabulary_size
+from hybridtrain.data.tokenizer import MIN_VOCAB_SIZE, find_separator, for_texts, load_tokenizer, train_tokenizer, vocabulary_size
 from hybridtrain.data.writer import SplitWriter, StaleStateError
 from hybridtrain.errors import DataError
 from hybridtrain.lock import locked
@@ -62,15 +65,19 @@ def prepare(
 def ensure_prepared(data: DataSettings, progress: bool = True) -> None:
     """Make `data.path` from `data.source` where it is not made yet; of several processes one does it, and the others wait.
 
-    Does nothing where the folder has a manifest or there is no source. Raises DataError as `prepare` does.
+    Does nothing where there is no source. Raises DataError as `prepare` does, and where a folder has another tokenizer or
+    separator than the settings name; what else it was made with otherwise is said.
     """
     out = Path(data.path)
-    if (out / m.MANIFEST).exists() or not data.source:
+    if not data.source:
         return
-    with locked(out, wait=True, error=DataError):
-        if not (out / m.MANIFEST).exists():
-            settings = PrepareSettings(vocab_size=data.vocab_size, validation_fraction=data.validation_fraction)
-            _prepare(_plan(data.source, (), out, data.tokenizer, settings), overwrite=False, progress=progress)
+    if not (out / m.MANIFEST).exists():
+        with locked(out, wait=True, error=DataError):
+            if not (out / m.MANIFEST).exists():
+                asked = PrepareSettings.model_validate(data.model_dump(include=set(PrepareSettings.model_fields) - {"tokenizer"}))
+                _prepare(_plan(data.source, data.validation, out, data.tokenizer, asked), overwrite=False, progress=progress)
+                return
+    compare(data, m.read_manifest(out))
 
 
 def _plan(
@@ -87,14 +94,34 @@ def _plan(
         raise DataError(
             f"vocab_size={settings.vocab_size} is too small; 256 bytes and the separator need at least {MIN_VOCAB_SIZE}"
         )
-    corpus, held_out = list_files(sources, validation_sources)
+    corpus, held_out, left_out = list_files(sources, validation_sources)
     if validation_sources:
         settings = settings.model_copy(update={"validation_fraction": 0.0})
     if tokenizer:
         load_tokenizer(tokenizer)
         settings = settings.model_copy(update={"vocab_size": 0, "tokenizer": file_digest(Path(tokenizer))})
     inputs = [_take(file, "corpus") for file in corpus] + [_take(file, "validation") for file in held_out]
-    return Job(tuple(inputs), out, Path(tokenizer) if tokenizer else None, settings)
+    _look_for_copies(inputs)
+    return Job(tuple(inputs), out, Path(tokenizer) if tokenizer else None, settings, tuple(left_out))
+
+
+def _look_for_copies(inputs: Sequence[Input]) -> None:
+    """Say which files have the same bytes; DataError where one of them is held out and another is not."""
+    first: dict[str, Input] = {}
+    copies: list[str] = []
+    leaks: list[str] = []
+    for entry in inputs:
+        other = first.setdefault(entry.info.xxh3, entry)
+        if other is not entry:
+            pair = f"{entry.file.name} has the bytes of {other.file.name}"
+            (copies if other.info.use == entry.info.use else leaks).append(pair)
+    if leaks:
+        raise DataError(
+            "\n".join(["text of the corpus is in the validation text too; leave it out of one", *(f"  {x}" for x in leaks)])
+        )
+    if copies:
+        more = f", and {len(copies) - 1:,} more" if len(copies) > 1 else ""
+        say(f"{len(copies):,} file(s) are copies, and are read as well: {copies[0]}{more}")
 
 
 def _prepare(job: Job, overwrite: bool, progress: bool) -> Manifest:
@@ -103,6 +130,7 @@ def _prepare(job: Job, overwrite: bool, progress: bool) -> Manifest:
         made = m.read_manifest(job.out)
         if job.made_of_same(made):
             say(f"{job.out} is already made of these sources and settings; nothing to do")
+            say(report(made, job.left_out))
             return made
         raise DataError(
             f"{job.out}: already holds data of other sources or settings; choose another folder or replace it with --overwrite"
@@ -127,7 +155,7 @@ def _begin(job: Job, holdout: Holdout, progress: bool) -> Journal:
     else:
         tokenizer = train_tokenizer(training_texts(job, holdout), job.settings.vocab_size, progress)
         content = tokenizer.to_str(pretty=True).encode()
-    find_separator(tokenizer, job.settings.separator or None)
+    for_texts(tokenizer, find_separator(tokenizer, job.settings.separator or None)[0])
     compression = to_npy(compression_map(tokenizer))
     clear(job.out)
     m.write_atomically(job.out / m.TOKENIZER, content)
@@ -147,7 +175,7 @@ def _encode(job: Job, journal: Journal, holdout: Holdout, progress: bool) -> Man
     """Encode everything after the journal's position, finish the shards and write the manifest."""
     tokenizer = load_tokenizer(job.out / m.TOKENIZER)
     separator, separator_id = find_separator(tokenizer, job.settings.separator or None)
-    size = vocabulary_size(tokenizer)
+    size, tokenizer = vocabulary_size(tokenizer), for_texts(tokenizer, separator)
     dtype = "uint16" if size <= 1 << 16 else "uint32"
     writers: dict[SplitName, SplitWriter] = {}
     try:
@@ -155,39 +183,35 @@ def _encode(job: Job, journal: Journal, holdout: Holdout, progress: bool) -> Man
             state = journal.train if split == "train" else journal.validation
             writers[split] = SplitWriter(job.out, split, dtype, job.settings.shard_tokens, state)
         with EncodingProgress(sum(s.size for s in job.sources), enabled=progress) as bar:
-            encode_files(job, journal, holdout, tokenizer, separator_id, writers, bar)
+            blank_lines = encode_files(job, journal, holdout, tokenizer, separator_id, writers, bar)
         train, validation = writers["train"].finish(), writers["validation"].finish()
     finally:
         for writer in writers.values():
             writer.close()
-    return _finish(job, journal, size, dtype, (separator, separator_id), train, validation)
+    left_out = Counter(entry.why for entry in job.left_out) | Counter({"blank lines": blank_lines})
+    fields = {
+        "format": m.FORMAT,
+        "vocab_size": size,
+        "dtype": dtype,
+        "separator": separator,
+        "separator_id": separator_id,
+        "tokenizer_xxh3": journal.tokenizer_xxh3,
+        "compression_xxh3": journal.compression_xxh3,
+        "compressed_size": int(read_compression(job.out / m.COMPRESSION).max()) + 1,
+        "train": train,
+        "validation": validation,
+        "sources": job.sources,
+        "settings": job.settings,
+        "left_out": {why: count for why, count in left_out.items() if count},
+    }
+    return _finish(job, fields)
 
 
-def _finish(
-    job: Job, journal: Journal, size: int, dtype: str, separator: tuple[str, int], train: SplitInfo, validation: SplitInfo
-) -> Manifest:
-    manifest = Manifest.model_validate(
-        {
-            "format": m.FORMAT,
-            "vocab_size": size,
-            "dtype": dtype,
-            "separator": separator[0],
-            "separator_id": separator[1],
-            "tokenizer_xxh3": journal.tokenizer_xxh3,
-            "compression_xxh3": journal.compression_xxh3,
-            "compressed_size": int(read_compression(job.out / m.COMPRESSION).max()) + 1,
-            "train": train,
-            "validation": validation,
-            "sources": job.sources,
-            "settings": job.settings,
-        }
-    )
+def _finish(job: Job, fields: dict[str, Any]) -> Manifest:
+    manifest = Manifest.model_validate(fields)
     m.write_atomically(job.out / m.MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
     (job.out / m.JOURNAL).unlink()
-    say(
-        f"{job.out}: {size:,} tokens in the vocabulary; train {train.tokens:,} tokens in {train.documents:,} documents; "
-        f"validation {validation.tokens:,} tokens in {validation.documents:,} documents"
-    )
+    say(f"{job.out}:\n{report(manifest, job.left_out)}")
     return manifest
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hybridtrain.data.sources import Piece
+if TYPE_CHECKING:
+    from hybridtrain.data.sources import Piece
 
 _console = Console(stderr=True)
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridtrain.data.compress import read_compression
-from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, Manifest, ShardInfo, SplitInfo, SplitName, read_manifest
+from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, Manifest, ShardInfo, SplitName, read_manifest
 from hybridtrain.data.sources import file_digest
 from hybridtrain.errors import DataError
 
@@ -19,13 +19,15 @@ from hybridtrain.errors import DataError
 class Split:
     """The tokens of one split as one array: window by window, across the borders of shards."""
 
-    def __init__(self, name: SplitName, info: SplitInfo, folder: Path, dtype: str, separator_id: int) -> None:
+    def __init__(self, name: SplitName, folder: Path, manifest: Manifest) -> None:
+        info = manifest.split(name)
         self.name = name
+        self._vocab_size = manifest.vocab_size
         self.num_tokens = info.tokens
         self.num_bytes = info.bytes
         self.num_documents = info.documents
-        self.separator_id = separator_id
-        token_type = np.dtype(dtype).newbyteorder("<")
+        self.separator_id = manifest.separator_id
+        token_type = np.dtype(manifest.dtype).newbyteorder("<")
         self._tokens = [_map(folder / f"{shard.name}.tokens", token_type, shard.tokens) for shard in info.shards]
         self._starts = [_map(folder / f"{shard.name}.starts", np.dtype("<i8"), shard.documents) for shard in info.shards]
         self._files = [_files(folder, shard, token_type.itemsize) for shard in info.shards]
@@ -52,9 +54,16 @@ class Split:
             high = min(low + length - done, int(self._ends[shard]) - base)
             tokens_T[done : done + high - low] = self._tokens[shard][low:high]
             first, last = np.searchsorted(self._starts[shard], (low, high))
-            starts_T[self._starts[shard][first:last] - low + done] = True
+            starts = self._starts[shard][first:last]
+            if len(starts) and not low <= starts.min() <= starts.max() < high:
+                raise DataError(f"{self._files[shard][1][0]}: its starts are not in order")
+            starts_T[starts - low + done] = True
             done += high - low
             shard += 1
+        if length and (int(tokens_T.max()) >= self._vocab_size or (tokens_T[starts_T] != self.separator_id).any()):
+            raise DataError(
+                f"{self._files[0][0][0].parent}: {self.name} has tokens that its tokenizer has not, or no separator at a start"
+            )
         return tokens_T, starts_T
 
 
@@ -91,7 +100,7 @@ class TokenDataset:
 
     def split(self, name: SplitName) -> Split:
         """The split called "train" or "validation"; it may be empty."""
-        return Split(name, self.manifest.split(name), self.folder, self.manifest.dtype, self.manifest.separator_id)
+        return Split(name, self.folder, self.manifest)
 
 
 def _map(path: Path, dtype: np.dtype[np.generic], length: int) -> npt.NDArray[np.int64]:
@@ -130,4 +139,8 @@ def _shard_problems(folder: Path, shard: ShardInfo, token_bytes: int, verify: bo
             problems.append(problem)
         elif verify and (found := file_digest(path)) != digest:
             problems.append(f"{path.name}: is damaged (xxh3 {found}, manifest {digest})")
+    if verify and not problems and shard.documents:
+        starts = _map(folder / f"{shard.name}.starts", np.dtype("<i8"), shard.documents)
+        if starts[0] < 0 or starts[-1] >= shard.tokens or (np.diff(starts) <= 0).any():
+            problems.append(f"{shard.name}.starts: is no rising list of places in {shard.tokens:,} tokens")
     return problems

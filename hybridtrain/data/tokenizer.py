@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hybridtrain.errors import DataError
-from hybridtrain.untrusted import UntrustedFileError, read_bytes
+from hybridtrain.untrusted import read_bytes
 
 SEPARATOR = "<|endoftext|>"
 KNOWN_SEPARATORS = (
@@ -21,8 +24,9 @@ KNOWN_SEPARATORS = (
     "<s>",
 )
 MIN_VOCAB_SIZE = 257
-MAX_TOKENS = 1 << 24  # as many rows are made of embeddings and of tables by token id
-MAX_BYTES = 1 << 28  # of a tokenizer.json
+MAX_VOCAB_SIZE = 1 << 24
+MAX_TOKENIZER_BYTES = 256 << 20
+_HIDDEN = "\ue000separator\ue000"  # stands in a vocabulary for an entry that no text is to have
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
@@ -48,31 +52,44 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer in a tokenizer.json, without truncation or padding; special tokens written in a text are plain text to it.
 
-    Raises DataError where the file is missing or cannot be parsed.
+    Raises DataError where the file is missing or cannot be parsed, UntrustedFileError where it is longer than MAX_TOKENIZER_BYTES.
     """
     try:
-        text = read_bytes(Path(path), MAX_BYTES).decode("utf-8")
+        text = read_bytes(Path(path), MAX_TOKENIZER_BYTES).decode("utf-8")
     except OSError as error:
         raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not a tokenizer.json: not UTF-8 at byte {error.start}") from None
-    except UntrustedFileError as error:
-        raise DataError(str(error)) from None
-    try:
+    with library_errors(f"{path}: is not a tokenizer.json that the tokenizers library can load"):
         tokenizer = _for_encoding(Tokenizer.from_str(text))
-        size = vocabulary_size(tokenizer)
-    except (KeyboardInterrupt, SystemExit):
+        if vocabulary_size(tokenizer) == 0:
+            raise DataError(f"{path}: has no tokens")
+        return tokenizer
+
+
+@contextmanager
+def library_errors(message: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises for odd files into DataError: plain Exception, or a panic, which is not one."""
+    try:
+        yield
+    except (DataError, OSError):
         raise
-    except BaseException as error:  # the library raises bare Exception for whatever is wrong, and a BaseException where it panics
-        raise DataError(f"{path}: is not a tokenizer.json that the tokenizers library can load: {error}") from None
-    if size > MAX_TOKENS:
-        raise DataError(f"{path}: has a token with the id {size - 1:,}; ids may be less than {MAX_TOKENS:,}")
-    return tokenizer
+    except BaseException as error:
+        if (
+            type(error) is not Exception
+            and type(error).__name__ != "PanicException"
+            and not isinstance(error, ValueError | OverflowError)
+        ):
+            raise
+        raise DataError(f"{message}: {error}") from None
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """V: one more than the highest id, added tokens included (ids may have holes)."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    """V: one more than the highest id, added tokens included (ids may have holes). DataError where that is above MAX_VOCAB_SIZE."""
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if size > MAX_VOCAB_SIZE:
+        raise DataError(f"the tokenizer has the token id {size - 1:,}; the highest that is taken is {MAX_VOCAB_SIZE - 1:,}")
+    return size
 
 
 def find_separator(tokenizer: Tokenizer, name: str | None = None) -> tuple[str, int]:
@@ -87,7 +104,70 @@ def find_separator(tokenizer: Tokenizer, name: str | None = None) -> tuple[str, 
     if name:
         present = [token for token in KNOWN_SEPARATORS if tokenizer.token_to_id(token) is not None]
         raise DataError(f"separator {name!r} is no token of the tokenizer; of the usual ones it has {', '.join(present) or 'none'}")
-    raise DataError(f"the tokenizer has none of {', '.join(KNOWN_SEPARATORS)}; name its separator token with --separator TOKEN")
+    raise DataError(
+        f"the tokenizer has none of {', '.join(KNOWN_SEPARATORS)}; name its separator token with --separator TOKEN "
+        "(data.separator in settings)"
+    )
+
+
+def for_texts(tokenizer: Tokenizer, separator: str) -> Tokenizer:
+    """The tokenizer as texts are encoded with it: no text has the separator's id, also one that spells the separator out.
+
+    Raises DataError where it is a token that texts consist of, such as a letter.
+    """
+    tokenizer.post_processor = None  # it only puts special tokens around; and it moves offsets
+    token_id = tokenizer.token_to_id(separator)
+    if not _spells(tokenizer, separator, token_id):
+        return tokenizer
+    tree = json.loads(tokenizer.to_str())
+    for token in tree["added_tokens"]:
+        token["special"] |= token["content"] == separator
+    plain = _made_of(tree)
+    if _spells(plain, separator, token_id) and _hide(tree["model"], separator):
+        tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] != separator]
+        plain = _made_of(tree)
+    if _spells(plain, separator, token_id):
+        raise DataError(
+            f"separator {separator!r} is a token that texts are encoded with, so documents could not be told apart; "
+            "choose one that stands for no text, e.g. a special token"
+        )
+    return plain
+
+
+def _made_of(tree: dict[str, Any]) -> Tokenizer:
+    with library_errors("the tokenizer cannot be made to take its separator for text"):
+        tokenizer = _for_encoding(Tokenizer.from_str(json.dumps(tree)))
+    moved = [t["content"] for t in tree["added_tokens"] if tokenizer.token_to_id(t["content"]) != t["id"]]
+    if moved:
+        raise DataError(f"the tokenizer cannot be made to take its separator for text: {moved[0]!r} would have another id")
+    return tokenizer
+
+
+def _spells(tokenizer: Tokenizer, separator: str, token_id: int | None) -> bool:
+    """Whether a text that spells the separator out has its id."""
+    texts = [separator, f"a {separator} b", f"a{separator}b", separator * 2, separator.strip(), separator.upper()]
+    with library_errors("the tokenizer fails on a text"):
+        return any(token_id in encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False))
+
+
+def _hide(model: dict[str, Any], separator: str) -> bool:
+    """Give the separator's entry in a model's vocabulary a name that no text has; False where texts need the entry."""
+    if model["type"] == "Unigram":
+        ids = [i for i, (entry, _) in enumerate(model["vocab"]) if entry == separator]
+        if len(separator) == 1 or model.get("unk_id") in ids:
+            return False
+        for i in ids:
+            model["vocab"][i][0] = _HIDDEN
+        return bool(ids)
+    if len(separator) == 1 or separator not in model["vocab"] or model.get("unk_token") == separator:
+        return False
+    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges", ())]
+    if any(separator in merge for merge in merges):
+        return False
+    if merges:
+        model["merges"] = [list(merge) for merge in merges if "".join(merge) != separator]
+    model["vocab"][_HIDDEN] = model["vocab"].pop(separator)
+    return True
 
 
 def _for_encoding(tokenizer: Tokenizer) -> Tokenizer:

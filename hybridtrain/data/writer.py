@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from hybridtrain.data.manifest import ShardInfo, SplitInfo, SplitName, sync_folder
+from hybridtrain.data.manifest import Count, ShardInfo, SplitInfo, SplitName, sync_folder
 from hybridtrain.data.sources import file_digest
 
 _SUFFIXES = (".tokens", ".starts")
@@ -24,9 +24,9 @@ class WriterState(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shards: tuple[ShardInfo, ...] = ()
-    open_tokens: int = 0
-    open_documents: int = 0
-    bytes: int = 0
+    open_tokens: Count = 0
+    open_documents: Count = 0
+    bytes: Count = 0
 
 
 class StaleStateError(Exception):

@@ -109,7 +109,7 @@ class ImportedTokenizer:
     def __init__(self, path: Path, separator: str | None) -> None:
         self.path = path
         tokenizer = load_tokenizer(path)
-        self.separator_id = find_separator(tokenizer, separator)[1]
+        self.separator, self.separator_id = find_separator(tokenizer, separator)
         self.entries = vocabulary_size(tokenizer)
         self.compression = compression_map(tokenizer)
 
@@ -120,6 +120,7 @@ class ImportedTokenizer:
 
 def write_run(out: Path, settings: Settings, tensors: Mapping[str, LazyTensor], tokenizer: ImportedTokenizer, origin: str) -> None:
     """Make the folder `out`: tokenizer, settings, and a checkpoint of the weights alone. Two tensors are in memory at a time."""
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"separator": tokenizer.separator})})
     with new_folder(out) as made:
         shutil.copyfile(tokenizer.path, made / TOKENIZER)
         for companion in (c for c in COMPANIONS if (tokenizer.path.parent / c).is_file()):

@@ -131,7 +131,9 @@ def test_a_holder_on_another_host_that_beats_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize("content", [b"", b"[" * 5000, b'{"token": "../../x"}', b"\x80\x02c"], ids=["empty", "deep", "path", "pickle"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[" * 5000, b'{"token": "../../x"}', b"\x80\x02c"], ids=["empty", "deep", "path", "pickle"]
+)
 def test_a_file_that_is_no_lock_holds_nothing_for_long(tmp_path: Path, content: bytes) -> None:
     (tmp_path / NAME).write_bytes(content)
     with locked(tmp_path):

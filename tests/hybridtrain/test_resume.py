@@ -181,7 +181,7 @@ def test_another_token_before_each_document_is_refused(resumable: Callable[..., 
     from hybridtrain.data.prepare import prepare
 
     source, tokenizer = ci_data.with_suffix(".jsonl"), ci_data / "tokenizer.json"
-    other = prepare([source], tmp_path / "other", tokenizer=tokenizer, separator="e", progress=False)
+    other = prepare([source], tmp_path / "other", tokenizer=tokenizer, separator="ÿ", progress=False)  # byte 255: in no text
     message = resumable(f"data.path={tmp_path / 'other'}")
     assert f"separator: the checkpoint has token 0 before each document, the data {other.separator_id}" in message
 

@@ -1,21 +1,31 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
+import os
 import re
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hybridtrain.data.sources import list_files, read_pieces, split_text
+from hybridtrain.data import sources as sources_module
+from hybridtrain.data.sources import Tally, list_files, read_pieces, split_text, summary
 from hybridtrain.data.tokenizer import train_tokenizer
 from hybridtrain.errors import DataError
 
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lambda content: lzma.compress(content, preset=0),
+    ".bz2": bz2.compress,
+}
 
 
 def documents(source: Path | str, text_field: str = "text") -> list[str]:
@@ -96,6 +106,9 @@ BAD_FILES = [
     ("a.jsonl", LINE + b'{"text": " "}\n', "a.jsonl:2: (byte 17) field 'text' is empty"),
     ("a.jsonl", b'\n{"text": 3}\n', "a.jsonl:2: (byte 1) field 'text' is not a string"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: (byte 0) field 'text' has the lone surrogate \\ud800"),
+    ("a.jsonl", b'{"text": "a", "id": 1, "text": "b"}\n', "a.jsonl:1: (byte 0) has the field 'text' twice"),
+    ("a.jsonl", LINE + b'{"text": ' + b"[" * 100_000 + b"\n", "a.jsonl:2: (byte 17) is nested too deeply to be read"),
+    ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n", "a.jsonl:1: (byte 0) cannot be read: Exceeds the limit"),
     ("a.jsonl", b"\n\n", "a.jsonl: has no documents, only blank lines"),
 ]
 
@@ -105,6 +118,108 @@ def test_bad_contents_are_refused_with_their_place(tmp_path: Path, name: str, co
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=re.escape(message)):
         documents(tmp_path / name)
+
+
+def test_every_file_of_a_folder_is_read_once_or_told(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for place in (folder / "sub", folder / ".git", elsewhere / "deep"):
+        place.mkdir(parents=True)
+    for name in (
+        "texts/A.TXT",
+        "texts/sub/b.JsonL",
+        "texts/.hidden.txt",
+        "texts/.git/c.txt",
+        "elsewhere/d.txt",
+        "elsewhere/deep/e.txt",
+    ):
+        (tmp_path / name).write_text('{"text": "b"}' if name.endswith("L") else Path(name).stem, encoding="utf-8")
+    (folder / "f.txt.GZ").write_bytes(gzip.compress(b"f"))
+    for name in ("notes.md", "book.pdf", "README"):
+        (folder / name).write_text("x", encoding="utf-8")
+    (folder / "empty.txt").touch()
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "again.txt").symlink_to(folder / "A.TXT")
+    (elsewhere / "deep" / "loop").symlink_to(folder)
+    (folder / "sub" / "gone.txt").symlink_to(tmp_path / "gone.txt")
+    (folder / "sub" / "itself.txt").symlink_to(folder / "sub" / "itself.txt")
+    os.mkfifo(folder / "pipe.txt")
+    listing = list_files([folder, folder / "sub", elsewhere / "d.txt", folder / "A.TXT"])
+    texts = [piece.text for file in listing.corpus for piece in read_pieces(file)]
+    assert texts == ["A", "f", "d", "e", "b"]
+    left = Counter(entry.why for entry in listing.left_out)
+    assert left == {
+        "hidden": 2,
+        "unknown suffix": 3,
+        "empty (0 bytes)": 1,
+        "broken link": 4,  # two, listed twice
+        "no regular file": 1,
+        "named or linked more than once": 5,
+    }
+    line = summary(listing.left_out)
+    assert line.startswith("16 files: ")
+    assert "3 unknown suffix (README, .pdf, .md)" in line  # in the order of the names
+    assert f"1 empty (0 bytes) ({folder / 'empty.txt'})" in line
+
+
+def test_a_folder_that_gives_nothing_says_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("x", encoding="utf-8")
+    with pytest.raises(DataError, match=r"no file in this folder ends in .txt, .* left out: 1 file: 1 unknown suffix \(.md\)"):
+        list_files([tmp_path])
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match=r"pipe.txt: is no regular file"):
+        list_files([tmp_path / "pipe.txt"])
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
+    (tmp_path / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"closed: cannot be read: Permission denied"):
+        list_files([tmp_path])
+
+
+def test_blank_lines_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "a"}\n \n\r\n{"text": "b"}\n\n')
+    tally = Tally()
+    assert len(list(read_pieces(list_files([tmp_path])[0][0], tally=tally))) == 2
+    assert tally.blank_lines == 4
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".xz", ".bz2"])
+def test_a_line_that_unpacks_to_too_much_is_refused_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
+) -> None:
+    monkeypatch.setattr(sources_module, "MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / f"bomb.jsonl{compression}"
+    path.write_bytes(COMPRESS[compression](LINE + b'{"text": "' + b"a" * (24 << 20)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            DataError, match=rf"bomb.jsonl{compression}:2: is longer than 1,048,576 bytes, the most that a line may"
+        ):
+            documents(path)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20  # of which xz has a dictionary of 8
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compression", [".xz", ".bz2"])
+def test_what_follows_a_compressed_stream_is_read_or_refused(tmp_path: Path, compression: str) -> None:
+    path, pack = tmp_path / f"a.txt{compression}", COMPRESS[compression]
+    path.write_bytes(pack(b"one ") + pack(b"two"))
+    assert documents(path) == ["one two"]
+    damaged = bytearray(pack(b"two"))
+    damaged[0] ^= 1
+    path.write_bytes(pack(b"one ") + damaged)
+    with pytest.raises(DataError, match="cannot be read beyond byte 4 of its text"):
+        documents(path)
 
 
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".bz2"])

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken, Tokenizer
 
-from hybridtrain.data.tokenizer import find_separator, load_tokenizer, train_tokenizer, vocabulary_size
-from hybridtrain.errors import DataError
+from hybridtrain.data import tokenizer as tokenizer_module
+from hybridtrain.data.tokenizer import _for_encoding, find_separator, for_texts, load_tokenizer, train_tokenizer, vocabulary_size
+from hybridtrain.errors import DataError, UserError
+from tests.hybridtrain.data import zoo
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "naïve 世界\ttabs\r\nand lines"] * 5
 
@@ -70,3 +74,81 @@ def test_separator_choice(tmp_path: Path, deepseek_tokenizer: Path) -> None:
     (tmp_path / "plain.json").write_text(json.dumps(plain), encoding="utf-8")
     with pytest.raises(DataError, match=r"none of <\|endoftext\|>, .*; name its separator token with --separator"):
         find_separator(load_tokenizer(tmp_path / "plain.json"))
+
+
+def without_special(tokenizer: Tokenizer) -> Tokenizer:
+    """The same with no token called special."""
+    tree = json.loads(tokenizer.to_str())
+    for token in tree["added_tokens"]:
+        token["special"] = False
+    return Tokenizer.from_str(json.dumps(tree))
+
+
+SEPARATORS = {
+    "special": {"special": True, "normalized": False},
+    "not special": {"special": False},
+    "not special, as it is": {"special": False, "normalized": False},
+    "takes the space before it": {"special": False, "lstrip": True},
+    "takes the space behind it": {"special": False, "rstrip": True, "normalized": True},
+    "a word": {"special": False, "single_word": True},
+}
+
+
+@pytest.mark.parametrize("flags", SEPARATORS.values(), ids=SEPARATORS)
+@pytest.mark.parametrize("make", [zoo.byte_level, zoo.llama2], ids=["byte-level", "llama 2"])
+def test_no_text_has_the_separator(make: Callable[..., Tokenizer], flags: dict[str, bool]) -> None:
+    tokenizer = make(added=[AddedToken("<|doc|>", **flags), AddedToken("<|user|>", special=True)])
+    names = {name: tokenizer.token_to_id(name) for name in ("<|doc|>", "<|user|>")}
+    plain = for_texts(_for_encoding(tokenizer), "<|doc|>")
+    for text in ("<|doc|>", "a <|doc|> b", "x<|doc|>y<|user|>", " <|doc|><|doc|> ", "<|DOC|>"):
+        ids = plain.encode(text, add_special_tokens=False).ids
+        assert not set(names.values()) & set(ids)
+        if make is zoo.byte_level:
+            assert "".join(plain.id_to_token(i) for i in ids).replace("Ġ", " ") == text
+    assert {name: plain.token_to_id(name) for name in names} == names
+
+
+@pytest.mark.parametrize("kind", ["unigram", "words", "metaspace never", "bert", "gpt-4"])
+def test_an_entry_of_the_vocabulary_may_be_the_separator(kind: str) -> None:
+    """ "</s>" stands in the model's own vocabulary, where Unigram and words would find it in a text."""
+    tokenizer = _for_encoding(without_special(zoo.tokenizer(kind)))
+    token_id = tokenizer.token_to_id("</s>")
+    before = tokenizer.encode("hello world", add_special_tokens=False).ids
+    plain = for_texts(tokenizer, "</s>")
+    for text in ("</s>", "a </s> b", "a</s>b", "</s></s>"):
+        assert token_id not in plain.encode(text, add_special_tokens=False).ids
+    assert plain.encode("hello world", add_special_tokens=False).ids == before
+    tree = json.loads(tokenizer.to_str())
+    tree["added_tokens"] = []
+    bare = _for_encoding(Tokenizer.from_str(json.dumps(tree)))
+    assert token_id not in for_texts(bare, "</s>").encode("a </s> b", add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    ("kind", "separator"), [("gpt-4", "e"), ("metaspace never", "l"), ("words", "<unk>"), ("unigram", "<unk>")]
+)
+def test_a_separator_that_texts_consist_of_is_refused(kind: str, separator: str) -> None:
+    with pytest.raises(DataError, match=rf"separator '{separator}' is a token that texts are encoded with"):
+        for_texts(_for_encoding(without_special(zoo.tokenizer(kind))), separator)
+
+
+def test_an_odd_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = json.loads(zoo.tokenizer("words").to_str())
+    path = tmp_path / "tokenizer.json"
+    for change, message in (
+        (
+            {"model": good["model"] | {"vocab": {"a": 1 << 30, "<unk>": 0}}},
+            r"has the token id 1,073,741,824; the highest that is taken",
+        ),
+        ({"model": good["model"] | {"vocab": {}}, "added_tokens": []}, "has no tokens"),
+        ({"model": []}, "is not a tokenizer.json that the tokenizers library can load"),
+    ):
+        path.write_text(json.dumps(good | change), encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(path)
+    path.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(DataError, match=r"is not a tokenizer.json"):
+        load_tokenizer(path)
+    monkeypatch.setattr(tokenizer_module, "MAX_TOKENIZER_BYTES", 1000)
+    with pytest.raises(UserError, match="is longer than 1,000 bytes"):
+        load_tokenizer(path)
