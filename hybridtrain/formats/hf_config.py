@@ -8,24 +8,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from hybridtrain.errors import FormatError, UserError
 from hybridtrain.formats.families import FAMILIES, HARMLESS, LACKING, MAPPED, Family
-from hybridtrain.formats.folder import need_transformers
+from hybridtrain.formats.folder import Count, Number, Size, among, is_off, need_transformers
 from hybridtrain.untrusted import read_json, validated
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-Size = Annotated[int, Field(ge=1, le=1 << 24)]
-Count = Annotated[int, Field(ge=1, le=1 << 16)]
 _Natural = Annotated[int, Field(ge=0, le=1 << 16)]
-_Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Token = Annotated[int, Field(ge=-1, le=1 << 31)]
 
 
@@ -43,7 +40,7 @@ _KINDS: dict[str, Any] = {
         ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"), Count
     ),
     **dict.fromkeys(("n_shared_experts", "first_k_dense_replace"), _Natural),
-    **dict.fromkeys(("rms_norm_eps", "routed_scaling_factor", "rope_theta"), _Number),
+    **dict.fromkeys(("rms_norm_eps", "routed_scaling_factor", "rope_theta"), Number),
     **dict.fromkeys(("tie_word_embeddings", "norm_topk_prob", "use_qk_norm", "use_sliding_window"), bool),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), dict[str, Any]),
     **dict.fromkeys(("architectures", "layer_types"), list[str]),
@@ -58,7 +55,7 @@ _Keys: type[BaseModel] = create_model(
     "_Keys",
     __config__=ConfigDict(extra="allow"),
     model_type=(str, ...),
-    **{key: (kind | None, None) for key, kind in _KINDS.items()},
+    **cast(Any, {key: (kind | None, None) for key, kind in _KINDS.items()}),
 )
 
 
@@ -66,8 +63,8 @@ class _Rotations(BaseModel):
     """rope_parameters with the defaults of transformers."""
 
     rope_type: str = "default"
-    rope_theta: _Number
-    partial_rotary_factor: _Number | None = None
+    rope_theta: Number
+    partial_rotary_factor: Number | None = None
 
 
 class _Generation(BaseModel):
@@ -128,7 +125,7 @@ def resolve(tree: dict[str, Any], path: Path) -> Config:
     values = _resolved(model_type, tree, path)
     rotations = validated(getattr(values, "rope_parameters", None) or {}, f"{path}: rope_parameters", _Rotations)
     generation = transformers.GenerationConfig._get_default_generation_params()
-    told = {key: value for key, value in tree.items() if key not in known_keys and key not in generation and not _is_off(value)}
+    told = {key: value for key, value in tree.items() if key not in known_keys and key not in generation and not is_off(value)}
     return Config(tree, values, family, rotations, told)
 
 
@@ -157,9 +154,7 @@ def lacking_of(values: Any, tree: Mapping[str, Any]) -> list[str]:
     """The same of any of transformers' configs `values`, which was made of `tree`."""
     fields = _fields(type(values))
     found = {key: getattr(values, key) if key in fields else tree.get(key) for key, _, _ in LACKING}
-    out = [
-        f"{key}={json.dumps(found[key], default=str)}: {what}" for key, absent, what in LACKING if not _among(found[key], absent)
-    ]
+    out = [f"{key}={json.dumps(found[key], default=str)}: {what}" for key, absent, what in LACKING if not among(found[key], absent)]
     rope = getattr(values, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         out.append(f"rope_parameters.rope_type={json.dumps(rope['rope_type'])}: scaled rotations")
@@ -193,12 +188,3 @@ def _resolved(model_type: str, tree: Mapping[str, Any], path: Path) -> Any:
 
 def _fields(kind: type) -> frozenset[str]:
     return frozenset(field.name for field in dataclasses.fields(kind))
-
-
-def _among(value: Any, absent: tuple[Any, ...]) -> bool:
-    """Whether it is one of the values; False and 0 are not the same, 1 and 1.0 are."""
-    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in absent)
-
-
-def _is_off(value: Any) -> bool:
-    return value is None or value is False or value in (0, "", [], {})

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint import planner as dcp_planner
@@ -29,6 +30,7 @@ from hybridtrain.checkpoint.files import METADATA
 from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.checkpoint.stored import Chunks, LazyTensor
 from hybridtrain.errors import DataError, FormatError
+from hybridtrain.untrusted import inside, read_bytes, read_json
 
 COMMON, FORMAT = "common.pt", "metadata.json"
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"  # "release": weights alone, nothing to resume
@@ -45,6 +47,12 @@ class Region:
     sizes: tuple[int, ...]
 
 
+class _Format(BaseModel):
+    """What metadata.json says of a checkpoint's format."""
+
+    sharded_backend: str
+
+
 def is_torch_dist(folder: Path) -> bool:
     """Whether it is a folder of checkpoints as Megatron-LM writes them, or one checkpoint in it."""
     return (folder / TRACKER).is_file() or (folder / FORMAT).is_file()
@@ -57,14 +65,14 @@ def find_iteration(folder: Path) -> Path:
     """
     try:
         if not (folder / FORMAT).is_file():
-            latest = (folder / TRACKER).read_text(encoding="utf-8").strip()
+            latest = read_bytes(folder / TRACKER, 100).decode().strip()
             folder = folder / (f"iter_{int(latest):07d}" if latest != RELEASE else RELEASE)
-        backend = json.loads((folder / FORMAT).read_text(encoding="utf-8")).get("sharded_backend")
+        backend = read_json(folder / FORMAT, _Format).sharded_backend
     except FileNotFoundError as error:
         raise FormatError(
             str(folder), [f"{Path(error.filename).name} is missing: of Megatron's formats torch_dist is read"]
         ) from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{folder}: {TRACKER} or {FORMAT} is damaged: {error}") from None
     if backend != _FORMAT["sharded_backend"]:
         raise FormatError(str(folder), [f"sharded_backend={json.dumps(backend)}: of Megatron's formats torch_dist is read"])
@@ -124,35 +132,46 @@ class TorchDist:
         self._chunks: dict[str, Chunks] = {}
         self.shapes: dict[str, tuple[int, ...]] = {k: tuple(v.size) for k, v in self._entries.items()}
 
+    @property
+    def objects(self) -> set[str]:
+        """Keys of what is no tensor."""
+        return {str(getattr(index, "fqn", index)) for index in self._places} - self._entries.keys()
+
     def dtype(self, key: str) -> torch.dtype:
         return self._entries[key].properties.dtype
 
     def read(self, region: Region) -> Tensor:
-        """Its block, with all its dims. Raises DataError where a piece is missing or damaged."""
+        """Its block, with all its dims. Raises DataError where a piece is missing, damaged, or overlaps another one."""
         out = torch.empty(region.sizes, dtype=self.dtype(region.key))
-        filled = 0
+        filled = torch.zeros(region.sizes, dtype=torch.bool)
         if region.key not in self._chunks:
-            self._chunks[region.key] = Chunks(self._entries[region.key].chunks)
+            chunks, dims = self._entries[region.key].chunks, len(region.sizes)
+            if not all(len(chunk.offsets) == len(chunk.sizes) == dims for chunk in chunks):
+                raise DataError(f"{self.folder / METADATA}: {region.key}: its pieces have not {dims} dims, as it has")
+            self._chunks[region.key] = Chunks(chunks)
         for chunk in self._chunks[region.key].meeting(region.offsets[0], region.offsets[0] + region.sizes[0]):
             low = [max(o, c) for o, c in zip(region.offsets, chunk.offsets, strict=True)]
             ends = zip(region.offsets, region.sizes, chunk.offsets, chunk.sizes, strict=True)
             sizes = [min(o + s, c + n) - start for (o, s, c, n), start in zip(ends, low, strict=True)]
             if min(sizes, default=1) > 0:
-                target = _narrow(out, [a - o for a, o in zip(low, region.offsets, strict=True)], sizes)
-                inside = [a - c for a, c in zip(low, chunk.offsets, strict=True)]
-                target.copy_(self._read_piece(region.key, chunk, inside, sizes))
-                filled += target.numel()
-        if filled != out.numel():
-            raise DataError(
-                f"{self.folder}: {region.key}: {out.numel() - filled} of {out.numel()} values asked for are in no piece"
-            )
+                here = [a - o for a, o in zip(low, region.offsets, strict=True)]
+                if bool(_narrow(filled, here, sizes).any()):
+                    raise DataError(f"{self.folder}: {region.key}: two pieces hold the same values")
+                within = [a - c for a, c in zip(low, chunk.offsets, strict=True)]
+                _narrow(out, here, sizes).copy_(self._read_piece(region.key, chunk, within, sizes))
+                _narrow(filled, here, sizes).fill_(True)
+        if missing := int((~filled).sum()):
+            raise DataError(f"{self.folder}: {region.key}: {missing} of {out.numel()} values asked for are in no piece")
         return out
 
     def _read_piece(self, key: str, chunk: dcp.ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """A block of a piece: rows of its first dim that is longer than one are read alone."""
         try:
             place = self._places[dcp.MetadataIndex(key, chunk.offsets)]
+            inside(self.folder, place.relative_path, str(self.folder / METADATA))
             piece = Piece.find(self.folder, place)
+            if piece.shape != tuple(chunk.sizes) or piece.dtype != self.dtype(key):
+                raise ValueError(f"it is {piece.dtype} {list(piece.shape)}, the index says {self.dtype(key)} {list(chunk.sizes)}")
             first = next((dim for dim, size in enumerate(piece.shape[:-1]) if size > 1), len(piece.shape) - 1)
             piece = dataclasses.replace(piece, shape=piece.shape[first:], stride=piece.stride[first:])
             rows = piece.read(offsets[first], offsets[first] + sizes[first])

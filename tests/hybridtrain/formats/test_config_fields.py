@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hybridtrain.errors import FormatError
+from hybridtrain.formats import megatron_fields
 from hybridtrain.formats.families import FAMILIES, HARMLESS, LACKING, MAPPED
 from hybridtrain.formats.hf_config import known_of, problems_of, resolve
 from tests.hybridtrain.formats.tiny import BASE, THEIRS
@@ -40,6 +43,30 @@ def test_a_value_of_every_refused_key_is_refused_by_name(name: str) -> None:
     assert problems[0].startswith(
         'layer_types=["full_attention", "sliding_attention", "full_attention"]: "full_attention" for each'
     )
+
+
+def fields_of_megatron(root: Path) -> set[str]:
+    """Of its TransformerConfig, read from its source: to import it takes seconds."""
+    fields = set()
+    classes = {"ModelParallelConfig": "model_parallel_config.py", "TransformerConfig": "transformer/transformer_config.py"}
+    for name, file in classes.items():
+        tree = ast.parse((root / "core" / file).read_text(encoding="utf-8"))
+        (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        fields |= {n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    return fields
+
+
+@pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+def test_every_field_of_megatrons_config_is_named() -> None:
+    spec = find_spec("megatron")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    fields = fields_of_megatron(Path(next(iter(spec.submodule_search_locations))))
+    assert {"softmax_scale", "num_layers", "tensor_model_parallel_size"} < fields
+    assert len(fields) > 200
+    refused = {key for key, _, _ in megatron_fields.LACKING}
+    assert fields - (megatron_fields.MAPPED | megatron_fields.HARMLESS | refused) == set()
+    assert not megatron_fields.HARMLESS & (megatron_fields.MAPPED | refused)
 
 
 def test_a_key_under_two_names_with_two_values_is_refused() -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hybridtrain.config import load_settings
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.formats.hf_export import export_hf
 from hybridtrain.formats.hf_import import import_hf
+from hybridtrain.formats.megatron_export import export_megatron
+from hybridtrain.formats.megatron_import import import_megatron
+from hybridtrain.formats.torch_dist import COMMON, RELEASE, TorchDist, read_common
 from hybridtrain.train import train
 from hybridtrain.weights import COMPANIONS, ORIGIN, TEMPLATES
-from tests.hybridtrain.formats.tiny import OURS, THEIRS, edit_config, random_run, small_folder
+from tests.hybridtrain.formats.tiny import MEGATRON_RUNS, OURS, THEIRS, edit_config, random_run, small_folder
 
 import transformers  # isort: skip  (after tiny, which takes it off line)
 
@@ -118,3 +123,19 @@ def test_without_an_origin_the_config_agrees_with_the_generation_config_of_the_f
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, [3, 4], 1)
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [3, 4]
+
+
+def test_megatrons_arguments_come_back_as_they_came(ci_data: Path, tmp_path: Path) -> None:
+    run = random_run(tmp_path / "run", ci_data, *MEGATRON_RUNS["softmax first"])
+    export_megatron(run, tmp_path / "theirs", dtype="bfloat16")
+    common = torch.load(tmp_path / "theirs" / RELEASE / COMMON, weights_only=False)
+    said = {"max_position_embeddings": 4096, "seq_length": 2048, "init_method_std": 0.008, "hidden_dropout": 0.1}
+    said |= {"moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "aux_loss", "vocab_size": 1000}
+    torch.save({**common, "args": Namespace(**{**vars(common["args"]), **said})}, tmp_path / "theirs" / RELEASE / COMMON)
+    import_megatron(tmp_path / "theirs", tmp_path / "ours", seq_len=32)
+    export_megatron(tmp_path / "ours", tmp_path / "back")
+    came, back = (vars(read_common(tmp_path / name / RELEASE)["args"]) for name in ("theirs", "back"))
+    assert back == came
+    assert TorchDist(tmp_path / "back" / RELEASE).dtype("embedding.word_embeddings.weight") == torch.bfloat16
+    assert export_hf(tmp_path / "ours", tmp_path / "hf", family="hybridtrain") == "hybridtrain"
+    assert json.loads((tmp_path / "hf/config.json").read_text())["max_position_embeddings"] == 4096
