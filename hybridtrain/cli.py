@@ -218,7 +218,7 @@ def export(
     family: Annotated[str | None, typer.Option(help="architecture of hf; auto: the first that is the same model")] = None,
     transformer_impl: Annotated[str | None, typer.Option(help="of megatron: transformer_engine or local")] = None,
     max_shard_size: Annotated[str, typer.Option(help="of a file of weights, e.g. 5GB")] = "5GB",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: that of the import, else float32")] = "auto",
 ) -> None:
     """Write a checkpoint in another format."""
     from hybridtrain.checkpoint import place

@@ -28,8 +28,15 @@ from hybridtrain.settings import MemorySettings, Settings, layer_specs, memory_l
 
 ROWS_AT_ONCE = 1 << 18
 _SHOWN = 20
-# files that say how a published model's tokenizer is used; what was imported keeps them, and an export gives them back
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+ORIGIN = "origin.json"  # what an import found in the model's own description, for exports to give back (formats/origin.py)
+# Files beside the weights of a published model. Runs that start from an import keep them, and an export gives them back.
+VOCABULARY = ("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tokenizer.model")  # describe the same tokens again
+COMPANIONS = (
+    *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *VOCABULARY,
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),
+)
+TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
 
 
 def model_tensors(settings: Settings, vocab_size: int) -> dict[str, Tensor]:
@@ -100,6 +107,15 @@ def read_addressing(
     return addressing
 
 
+def copy_companions(source: Path, target: Path, *names: str) -> None:
+    """Copy those of COMPANIONS, of the chat templates and of `names` that the folder `source` has into the folder `target`."""
+    templates = [f"{TEMPLATES}/{path.name}" for path in sorted((source / TEMPLATES).glob("*.jinja"))]
+    for name in (*names, *COMPANIONS, *templates):
+        if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
 def read_rows(stored: StoredTensors, info: dict[str, Any], memory: MemorySettings, low: int, high: int) -> Tensor:
     """Rows `low` to `high-1` of a checkpoint's table as a reader would see them: with the weight decay that they owe.
 
@@ -154,8 +170,7 @@ def start_from(parts: Parts, path: Path, folder: Path, data: Manifest) -> None:
             rows_RD = read_rows(stored, info, memory, low, high)
             parts.memory.table[low - parts.memory.low : high - parts.memory.low] = rows_RD.to(parts.memory.table)
     if parts.mesh.rank == 0:
-        for name in (c for c in COMPANIONS if (run / c).is_file()):
-            shutil.copyfile(run / name, folder / name)
+        copy_companions(run, folder, ORIGIN)
         _tell(parts.settings, saved, info, len(taken), len(expected) - len(taken))
         if not info.get("weights_only"):
             _tell_of_data(parts.settings, checkpoint.Consumed.of(info), data)

@@ -42,7 +42,7 @@ _BIASED_AND_SHARED = {
     "feedforward.shared.w_up.weight": "mlp.shared_experts.up_proj.weight",
     "feedforward.shared.w_down.weight": "mlp.shared_experts.down_proj.weight",
 }
-_OUTSIDE = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+OUTSIDE = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
 
 _KEYS = {  # config key to setting below `model`
     "vocab_size": "vocab_size",
@@ -70,7 +70,7 @@ class Family:
 
     keys: config key to setting, both below their roots. fixed: settings that the architecture has in one form only.
     layer: our name of a layer's tensor to theirs, `{expert}` once per expert. kinds: "dense" or "moe" per layer from a
-    config; arrange: the config keys that say so, or None where it cannot.
+    config; arrange: the config keys that say so, or None where it cannot; structure: the keys that `kinds` reads.
     """
 
     name: str
@@ -81,12 +81,13 @@ class Family:
     kinds: Callable[[Any], list[str]]
     arrange: Callable[[Sequence[str]], dict[str, Any] | None]
     pattern: str  # what `arrange` can say, in words
+    structure: tuple[str, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)  # config values of an export
 
     def their_names(self, name: str, num_experts: int) -> tuple[str, ...]:
         """Their tensors for our tensor `name`: one, one per expert, or none where the architecture has no such thing."""
-        if name in _OUTSIDE:
-            return (_OUTSIDE[name],)
+        if name in OUTSIDE:
+            return (OUTSIDE[name],)
         _, layer, rest = name.split(".", 2)
         theirs = self.layer.get(rest)
         if theirs is None:
@@ -161,6 +162,7 @@ FAMILIES = {
             kinds=_qwen3_moe_kinds,
             arrange=lambda kinds: {"mlp_only_layers": [i for i, kind in enumerate(kinds) if kind == "dense"]},
             pattern="any layers dense, the others moe",
+            structure=("mlp_only_layers", "decoder_sparse_step"),
             constants={"decoder_sparse_step": 1},
         ),
         Family(  # the experts and the router of DeepSeek-V3 beside ordinary attention
@@ -184,11 +186,33 @@ FAMILIES = {
             kinds=lambda config: ["dense" if i < config.first_k_dense_replace else "moe" for i in range(config.num_hidden_layers)],
             arrange=_dense_first,
             pattern="the first layers dense, all others moe",
+            structure=("first_k_dense_replace",),
             constants={"num_nextn_predict_layers": 0, "partial_rotary_factor": 1.0},
         ),
     )
 }
 
+# Every key of a config.json is in one of these tables, in Family.keys, or in Family.structure. Keys that transformers' classes do
+# not have are told where they have a value; tests/hybridtrain/formats/test_config_fields.py walks the classes.
+MAPPED = frozenset(  # for every family: read by name where it is used
+    (
+        *("model_type", "architectures", "num_hidden_layers"),
+        *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
+    )
+)
+# Keys that change no logits: what a training did, how the model is used, what a class of transformers keeps for itself.
+# An export gives them back as they came.
+HARMLESS = frozenset(
+    (
+        *("transformers_version", "dtype", "torch_dtype", "name_or_path", "_name_or_path", "id2label", "label2id", "num_labels"),
+        *("problem_type", "return_dict", "use_cache", "output_hidden_states", "output_attentions", "output_router_logits"),
+        *("tie_last_hidden_states", "chunk_size_feed_forward", "attn_implementation", "_attn_implementation_autoset"),
+        *("experts_implementation", "initializer_range", "attention_dropout", "router_aux_loss_coef", "router_jitter_noise"),
+        *("pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"),
+        *("use_sliding_window", "max_window_layers"),  # where `sliding_window`, which must be null, would be used
+        *("num_nextn_predict_layers", "num_mtp_layers"),  # of further tokens: their weights have no place here and are refused
+    )
+)
 # What a config may say that our model has not: key, the values that mean its absence, and what it is.
 LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("kv_lora_rank", (None,), "multi-head latent attention (MLA): keys and values here have full width"),
@@ -205,4 +229,16 @@ LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("mamba_d_state", (None,), "state-space layers"),
     ("final_logit_softcapping", (None,), "capped logits"),
     ("attn_logit_softcapping", (None,), "capped attention scores"),
+    ("is_encoder_decoder", (None, False), "an encoder"),
+    ("add_cross_attention", (None, False), "attention to an encoder"),
+    ("per_layer_config", (None, {}), "layers of different shapes"),
+    ("embedding_multiplier", (None, 1), "scaled embeddings"),
+    ("residual_multiplier", (None, 1), "a scaled residual stream"),
+    ("attention_multiplier", (None,), "attention scores of another scale"),
+    ("logits_scaling", (None, 1), "scaled logits"),
+    ("logit_scale", (None, 1), "scaled logits"),
+    ("no_rope_layers", (None, []), "layers without positions"),
+    ("adapter_config", (None, {}), "an adapter; merge it into the weights first"),
+    ("configuration_files", (None, [], {}), "another config.json by the version of transformers; rename the one to import"),
+    ("transformers_weights", (None,), "a file of weights of another name; name it model.safetensors"),
 )

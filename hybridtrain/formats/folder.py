@@ -8,10 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from hybridtrain.errors import UserError
 from hybridtrain.lock import NAME, locked
 
+# of a foreign config: bounds that keep a tensor's size far from the end of 64 bits, and a list of layers short
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
+Count = Annotated[int, Field(ge=1, le=1 << 16)]
+Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -59,3 +66,15 @@ def parse_size(option: str, text: str) -> int:
     if match is None or int(match[1]) == 0:
         raise UserError(f'{option} "{text}": write a number of bytes with KB, MB or GB, e.g. 5GB')
     return int(match[1]) * _UNITS[match[2].rstrip("B")]
+
+
+def among(value: Any, legal: tuple[Any, ...]) -> bool:
+    """Whether a foreign value is one of the legal ones; True and 1 are not the same, 1 and 1.0 are."""
+    if not isinstance(value, bool | int | float | str | list | dict | None):
+        return False
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in legal)
+
+
+def is_off(value: Any) -> bool:
+    """Whether a foreign value says nothing: null, false, zero or empty."""
+    return among(value, (None, False, 0, "", [], {}))

@@ -18,49 +18,61 @@ from hybridtrain.errors import FormatError, UserError
 from hybridtrain.formats import hybrid
 from hybridtrain.formats.families import FAMILIES, Family
 from hybridtrain.formats.folder import need_transformers, new_folder
-from hybridtrain.formats.ours import ROUTER_STATE, Source, biased, open_source, setting
+from hybridtrain.formats.hf_config import CONFIG, DTYPE_KEYS, GENERATION, TOKEN_IDS, Config, resolve
+from hybridtrain.formats.origin import Origin, read_origin
+from hybridtrain.formats.ours import AS_IMPORTED, ROUTER_STATE, Source, biased, open_source, output_dtype, setting
 from hybridtrain.formats.shards import write_safetensors
 from hybridtrain.formats.tensors import DTYPES, cast, their_shape
 from hybridtrain.settings import Settings, layer_specs, memory_layers
-from hybridtrain.weights import COMPANIONS
+from hybridtrain.weights import ORIGIN, copy_companions
 
 AUTO = "auto"
 
 
-def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int = 5 * 10**9, dtype: str = "float32") -> str:
+def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int = 5 * 10**9, dtype: str = AS_IMPORTED) -> str:
     """Write the run folder or checkpoint `path` as the Hugging Face folder `out`; returns the family written.
 
     `family` is one of FAMILIES, "hybridtrain" (our own architecture with its modelling file), or "auto": the first that is
-    the same model. One shard is in memory at a time. Raises FormatError listing why a family that was named is not.
+    the same model, that of an import before others. `dtype` is of the matrices: one of DTYPES, or that of the import.
+    One shard is in memory at a time. Raises FormatError listing why a family that was named is not, and where a tensor has values
+    beyond the dtype.
     """
-    if dtype not in DTYPES:
-        raise UserError(f'--dtype "{dtype}": it may be {", ".join(DTYPES)}')
     source = open_source(path)
     run, info, settings, stored = source
-    chosen = _choose(path, family, settings, biased(stored))
-    transformers = need_transformers()
-    ids = {"bos_token_id": info["separator_id"], "eos_token_id": info["separator_id"]}
-    common = {"vocab_size": info["vocab_size"], "max_position_embeddings": settings.train.seq_len, "dtype": dtype, **ids}
+    origin = read_origin(run)
+    dtype = output_dtype(dtype, origin)
+    chosen = _choose(path, family, settings, biased(stored), origin)
+    need_transformers()
+    described = {
+        "vocab_size": info["vocab_size"],
+        "max_position_embeddings": origin.longest(settings.train.seq_len),
+        "dtype": dtype,
+        **origin.token_ids(run, info["separator_id"]),
+    }
     with new_folder(out) as made:
         if chosen == hybrid.NAME:
             tensors = hybrid.tensors(stored, info, settings, run)
-            config = {**hybrid.config(settings, info), **common}
+            config = {**hybrid.config(settings, info), **described}
             shutil.copyfile(hybrid.MODELLING_FILE, made / hybrid.MODELLING_FILE.name)
         else:
-            config = _config(transformers, FAMILIES[chosen], settings, common)
+            config = _config(FAMILIES[chosen], settings, described, origin)
             tensors = _tensors(source, FAMILIES[chosen])
-        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_safetensors(made, {name: cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}, max_shard_bytes)
-        _write_companions(run, made, info["separator_id"], settings.train.seq_len, ids)
+        copy_companions(run, made, TOKENIZER)
+        if origin.config is None or origin.config["model_type"] != chosen:
+            _write_usage(made, info["separator_id"], described)
     return chosen
 
 
-def _choose(path: Path, family: str, settings: Settings, biased: bool) -> str:
+def _choose(path: Path, family: str, settings: Settings, biased: bool, origin: Origin) -> str:
     names = (*FAMILIES, hybrid.NAME)
     if family not in (AUTO, *names):
         raise UserError(f'--family "{family}": it may be {AUTO}, {", ".join(names)}')
     if family == AUTO:
-        return next((name for name, candidate in FAMILIES.items() if not misfits(candidate, settings, biased)), hybrid.NAME)
+        came = (origin.config or {}).get("model_type")
+        candidates = sorted(FAMILIES, key=lambda name: name != came)  # that of an import first
+        return next((name for name in candidates if not misfits(FAMILIES[name], settings, biased)), hybrid.NAME)
     if family != hybrid.NAME and (problems := misfits(FAMILIES[family], settings, biased)):
         raise FormatError(f"{path} is no {FAMILIES[family].architecture}", problems)
     return family
@@ -90,15 +102,35 @@ def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
     return out
 
 
-def _config(transformers: Any, family: Family, settings: Settings, common: Mapping[str, Any]) -> dict[str, Any]:
-    specs = layer_specs(settings)
+def _config(family: Family, settings: Settings, described: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
+    """config.json: that of the import with what is now another value, or a new one with transformers' defaults."""
+    if origin.config is not None and origin.config.get("model_type") == family.name:
+        return _changed(resolve(origin.config, Path(ORIGIN)), settings, described)
+    kinds = [spec.feedforward for spec in layer_specs(settings)]
     values = {key: setting(settings.model, ours) for key, ours in family.keys.items()}
-    values |= {"num_hidden_layers": len(specs), "architectures": [family.architecture], "attention_bias": False}
+    values |= {"num_hidden_layers": len(kinds), "architectures": [family.architecture], "attention_bias": False}
     values |= {"rope_parameters": {"rope_type": "default", "rope_theta": settings.model.attention.rope_theta}}
-    values |= family.arrange([spec.feedforward for spec in specs]) or {}
-    values |= {**family.constants, **common}
-    tree: dict[str, Any] = transformers.CONFIG_MAPPING[family.name](**values).to_dict()
+    values |= {**(family.arrange(kinds) or {}), **family.constants, **described}
+    tree: dict[str, Any] = need_transformers().CONFIG_MAPPING[family.name](**values).to_dict()
     return tree | {"rope_theta": settings.model.attention.rope_theta}  # where transformers 4 looks for it
+
+
+def _changed(came: Config, settings: Settings, described: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that came, in their own spelling, but for those whose value is no longer the model's."""
+    family, kinds, theta = came.family, [spec.feedforward for spec in layer_specs(settings)], settings.model.attention.rope_theta
+    now = {key: setting(settings.model, ours) for key, ours in family.keys.items()} | {"num_hidden_layers": len(kinds)}
+    now |= {key: value for key, value in described.items() if key != "dtype"}
+    changed = {key: value for key, value in now.items() if came.get(key) != value}
+    if came.kinds != kinds:
+        changed |= {**family.constants, **(family.arrange(kinds) or {})}
+    gone = {key for pair in type(came.values).attribute_map.items() for key in pair if changed.keys() & set(pair)}
+    if came.rotations.rope_theta != theta:
+        changed |= {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "rope_theta": theta}
+        gone.add("rope_scaling")
+    if "num_hidden_layers" in changed:
+        gone.add("layer_types")  # all alike, and as many as there were layers
+    changed |= {key: described["dtype"] for key in DTYPE_KEYS if came.tree.get(key) is not None}
+    return {key: value for key, value in came.tree.items() if key not in gone} | changed
 
 
 def _tensors(source: Source, family: Family) -> dict[str, LazyTensor]:
@@ -115,22 +147,18 @@ def _tensors(source: Source, family: Family) -> dict[str, LazyTensor]:
     return out
 
 
-def _write_companions(run: Path, made: Path, separator_id: int, seq_len: int, ids: dict[str, int]) -> None:
-    """The tokenizer and how it is used: as it was imported, or our separator at the beginning and end of a document."""
-    shutil.copyfile(run / TOKENIZER, made / TOKENIZER)
-    for name in COMPANIONS:
-        if (run / name).is_file():
-            shutil.copyfile(run / name, made / name)
-    separator = load_tokenizer(run / TOKENIZER).id_to_token(separator_id)
+def _write_usage(made: Path, separator_id: int, described: Mapping[str, Any]) -> None:
+    """How the tokenizer is used, where nothing that was imported says so: our separator begins and ends a document."""
+    separator = load_tokenizer(made / TOKENIZER).id_to_token(separator_id)
     defaults: dict[str, dict[str, Any]] = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": separator,
             "eos_token": separator,
-            "model_max_length": seq_len,
+            "model_max_length": described["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
         },
-        "generation_config.json": ids,
+        GENERATION: {key: described[key] for key in TOKEN_IDS if key in described},
     }
     for name, tree in defaults.items():
         if not (made / name).exists():

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from argparse import Namespace
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BaseModel, Field
+
+from hybridtrain.data.progress import say
 from hybridtrain.errors import FormatError
+from hybridtrain.formats.folder import Count, Number, Size, among, is_off
+from hybridtrain.formats.megatron_fields import ALIASES, CARRIED, HARMLESS, LACKING, MAPPED
 from hybridtrain.formats.megatron_names import TRANSFORMER_ENGINE
+from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.ours import model_tree, setting
 from hybridtrain.formats.torch_dist import COMMON
 from hybridtrain.settings import Settings, layer_specs, memory_layers
+from hybridtrain.untrusted import validated
 
 NAME = "Megatron-core's GPT model"
 
@@ -45,113 +52,150 @@ _CONSTANTS = {  # arguments of every model of ours
     "hidden_dropout": 0.0,
 }
 
-# What the arguments may say that our model has not: argument, the values that mean its absence, and what it is.
-LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("multi_latent_attention", (None, False), "multi-head latent attention (MLA): keys and values here have full width"),
-    ("add_bias_linear", (None, False), "biases"),
-    ("add_qkv_bias", (None, False), "biases of queries, keys and values"),
-    ("normalization", (None, "RMSNorm"), "norms other than RMSNorm"),
-    ("apply_layernorm_1p", (None, False), "norm weights less one"),
-    ("apply_residual_connection_post_layernorm", (None, False), "the residual stream after its norm"),
-    ("swiglu", (None, True), "an activation other than SwiGLU"),
-    ("activation_func_clamp_value", (None,), "a bound on the activation"),
-    ("glu_linear_offset", (None, 0), "an offset in the activation"),
-    ("position_embedding_type", (None, "rope"), "positions other than rotary ones"),
-    ("rotary_percent", (None, 1), "rotations of a part of each head"),
-    ("rotary_interleaved", (None, False), "rotations of neighbours; those of halves are read"),
-    ("rotary_seq_len_interpolation_factor", (None, 1), "scaled rotations"),
-    ("use_rope_scaling", (None, False), "scaled rotations"),
-    ("no_rope_freq", (None,), "layers without positions"),
-    ("qk_l2_norm", (None, False), "a norm of queries and keys without weights"),
-    ("attention_output_gate", (None, False), "a gate after attention"),
-    ("softmax_type", (None, "vanilla"), "attention with a sink"),
-    ("window_size", (None,), "attention to a sliding window"),
-    ("experimental_attention_variant", (None,), "mixers other than attention"),
-    ("linear_attention_type", (None,), "mixers other than attention"),
-    ("linear_attention_freq", (None,), "mixers other than attention"),
-    ("is_hybrid_model", (None, False), "mixers other than attention"),
-    ("hybrid_override_pattern", (None,), "mixers other than attention"),
-    ("heterogeneous_layers_config_path", (None,), "layers of different shapes"),
-    ("heterogeneous_layers_config_encoded_json", (None, ""), "layers of different shapes"),
-    ("mtp_num_layers", (None, 0), "heads that predict further tokens"),
-    ("moe_shared_expert_gate", (None, False), "a gate on the shared experts"),
-    ("moe_latent_size", (None,), "experts of another width than the stream"),
-    ("moe_apply_probs_on_input", (None, False), "gates before the experts"),
-    ("moe_expert_capacity_factor", (None,), "experts that drop tokens by the batch"),
-    ("moe_router_topk_limited_devices", (None,), "groups of experts by device"),
-    ("moe_router_score_function", (None, "softmax", "sigmoid"), "scores other than softmax and sigmoid"),
-)
-
-_DEFAULTS: Mapping[str, Any] = {  # of Megatron-LM, for arguments that a checkpoint lacks
-    "qk_layernorm": False,
-    "norm_epsilon": 1e-5,
-    "rotary_base": 10_000,
-    "moe_router_score_function": "softmax",
-    "moe_layer_freq": 1,
-    "moe_router_bias_update_rate": 1e-3,
-}
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "untie_embeddings_and_output_weights")
 
 
-def from_args(args: Namespace) -> tuple[dict[str, Any], list[str]]:
+def _frequency(value: Any) -> Any:
+    """One MoE layer in so many, or 0 or 1 for each layer."""
+    plain = [value] if type(value) is int else value
+    least, most = (1, 1 << 16) if plain is not value else (0, 1)
+    if not isinstance(plain, list) or not all(type(number) is int and least <= number <= most for number in plain):
+        raise ValueError("must be a number from 1 on, or a list with 0 or 1 for each layer")
+    return value
+
+
+class _Args(BaseModel):
+    """The arguments that are read, without those that are None."""
+
+    num_layers: Count
+    hidden_size: Size
+    num_attention_heads: Count
+    ffn_hidden_size: Size
+    untie_embeddings_and_output_weights: bool
+    group_query_attention: bool = False
+    num_query_groups: Count | None = None
+    kv_channels: Count | None = None
+    rotary_base: Number = 10_000  # defaults are Megatron-LM's
+    qk_layernorm: bool = False
+    norm_epsilon: Number = 1e-5
+    softmax_scale: Number | None = None
+    max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    num_experts: Annotated[int, Field(ge=0, le=1 << 16)] = 0
+    moe_router_topk: Count = 2
+    moe_ffn_hidden_size: Size | None = None
+    moe_shared_expert_intermediate_size: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    moe_layer_freq: Annotated[Any, AfterValidator(_frequency)] = 1
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_pre_softmax: bool = False
+    moe_router_topk_scaling_factor: Number | None = None
+    moe_router_num_groups: Count | None = None
+    moe_router_group_topk: Annotated[int, Field(ge=0, le=1 << 16)] = 0
+    moe_router_enable_expert_bias: bool = False
+    moe_router_bias_update_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    moe_router_load_balancing_type: str | list[str] = "aux_loss"
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+def said_of(args: Any, source: str) -> dict[str, Any]:
+    """Arguments by name, under their older names, without those that are None.
+
+    Raises FormatError where `args` is neither a namespace nor a dict, lacks what every model has, or has one thing under two
+    names with two values.
+    """
+    if isinstance(args, Namespace):
+        args = vars(args)
+    if not isinstance(args, dict) or not all(isinstance(key, str) for key in args):
+        raise FormatError(source, [f"they are {type(args).__name__}, must be a namespace or a dict of names"])
+    said = {key: value for key, value in args.items() if value is not None and key not in ALIASES}
+    problems = []
+    for field, argument in ALIASES.items():
+        value = args.get(field)
+        if value is not None and not among(said.setdefault(argument, value), (value,)):
+            problems.append(f"{field}={_show(value)} and {argument}={_show(said[argument])} are the same argument")
+    if among(said.get("disable_bias_linear"), (True, False)):
+        said.setdefault("add_bias_linear", not said["disable_bias_linear"])
+    problems += [f"{key} is missing" for key in _REQUIRED if key not in said]
+    if problems:
+        raise FormatError(source, problems)
+    return said
+
+
+def from_args(args: Any) -> tuple[dict[str, Any], list[str]]:
     """(the settings' section `model` but for vocab_size, what the arguments ask for and our model has not).
 
-    Raises FormatError where they lack what every model has.
+    What no table knows is told. Raises as `said_of`, and UntrustedFileError listing every value of another type.
     """
-    said = {**_DEFAULTS, **{key: value for key, value in vars(args).items() if value is not None}}
-    if missing := [key for key in _REQUIRED if key not in said]:
-        raise FormatError(f"args in {COMMON}", [f"{key} is missing" for key in missing])
-    problems = [f"{key}={_show(said[key])}: {what}" for key, absent, what in LACKING if said.get(key) not in absent]
-    if not said.get("kv_channels"):
-        said["kv_channels"] = said["hidden_size"] // said["num_attention_heads"]
-    if not said.get("group_query_attention"):
-        said["num_query_groups"] = said["num_attention_heads"]
-    values = {ours: said[key] for key, ours in _KEYS.items() if key in said}
-    values["tie_embeddings"] = not said["untie_embeddings_and_output_weights"]
-    kinds = ["dense"] * said["num_layers"]
-    if said.get("num_experts"):
-        kinds = _kinds(said["moe_layer_freq"], said["num_layers"])
-        said["moe_ffn_hidden_size"] = said.get("moe_ffn_hidden_size") or said["ffn_hidden_size"]
-        values |= {ours: said[key] for key, ours in _MOE_KEYS.items()}
-        if len(kinds) != said["num_layers"]:
+    source = f"args in {COMMON}"
+    said = said_of(args, source)
+    read = validated({key: value for key, value in said.items() if key in _Args.model_fields}, source, _Args)
+    problems = [f"{key}={_show(said[key])}: {what}" for key, absent, what in LACKING if not among(said.get(key), absent)]
+    if read.softmax_scale is not None and not math.isclose(read.softmax_scale, read.head_dim**-0.5, rel_tol=1e-6):
+        usual = f"1 / sqrt(kv_channels) = {read.head_dim**-0.5:.6g}"
+        problems.append(f"softmax_scale={read.softmax_scale}: attention scores of another scale than {usual}")
+    unknown = {k: v for k, v in said.items() if k not in MAPPED | HARMLESS | {key for key, _, _ in LACKING} and not is_off(v)}
+    if unknown:
+        say(f"{source}: not known here, and taken for harmless: {', '.join(f'{k}={_show(v)[:60]}' for k, v in unknown.items())}")
+    values = {ours: getattr(read, key) for key, ours in _KEYS.items()}
+    values |= {"attention.head_dim": read.head_dim, "tie_embeddings": not read.untie_embeddings_and_output_weights}
+    if not read.group_query_attention or read.num_query_groups is None:
+        values["attention.num_kv_heads"] = read.num_attention_heads
+    kinds = ["dense"] * read.num_layers
+    if read.num_experts:
+        kinds = _kinds(read.moe_layer_freq, read.num_layers)
+        values |= {ours: getattr(read, key) for key, ours in _MOE_KEYS.items()}
+        values["moe.hidden"] = read.moe_ffn_hidden_size or read.ffn_hidden_size
+        if len(kinds) != read.num_layers:
             problems.append(
-                f"moe_layer_freq={_show(said['moe_layer_freq'])}: a number, or 0 or 1 for each of {said['num_layers']} layers"
+                f"moe_layer_freq={_show(read.moe_layer_freq)}: a number, or 0 or 1 for each of {read.num_layers} layers"
             )
-        routing, lacking = _routing(said)
+        routing, lacking = _routing(read)
         values |= routing
         problems += lacking
     return model_tree(values, kinds), problems
 
 
-def _kinds(frequency: Any, num_layers: int) -> list[str]:
+def _kinds(frequency: int | list[int], num_layers: int) -> list[str]:
     """What each layer is: one in so many is MoE, from the first on; or it is said layer by layer, 0 or 1."""
     if isinstance(frequency, int):
         return ["dense" if i % frequency else "moe" for i in range(num_layers)]
     return ["moe" if is_moe else "dense" for is_moe in frequency]
 
 
-def _routing(said: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _routing(read: _Args) -> tuple[dict[str, Any], list[str]]:
     """Settings of the router and of shared experts, and what is lacking."""
     problems = []
-    score, width = said["moe_router_score_function"], said["moe_ffn_hidden_size"]
-    shared = said.get("moe_shared_expert_intermediate_size") or 0
-    if said.get("moe_router_load_balancing_type") == "sinkhorn":
-        problems.append('moe_router_load_balancing_type="sinkhorn": routing by Sinkhorn\'s algorithm')
+    width, shared = read.moe_ffn_hidden_size or read.ffn_hidden_size, read.moe_shared_expert_intermediate_size
+    balancing = read.moe_router_load_balancing_type
+    if "sinkhorn" in ([balancing] if isinstance(balancing, str) else balancing):
+        problems.append(f"moe_router_load_balancing_type={_show(balancing)}: routing by Sinkhorn's algorithm")
     if shared % width:
         problems.append(f"moe_shared_expert_intermediate_size={shared}: shared experts as wide as {width} or a multiple of it")
+    sigmoid = read.moe_router_score_function == "sigmoid"
     values = {
         "moe.num_shared": shared // width,
-        "moe.normalize_gates": said["moe_router_topk"] > 1 if score == "sigmoid" else not said.get("moe_router_pre_softmax"),
-        "moe.gate_scale": said.get("moe_router_topk_scaling_factor") or 1.0,
-        "moe.bias_rate": said["moe_router_bias_update_rate"] if said.get("moe_router_enable_expert_bias") else 0.0,
+        "moe.normalize_gates": read.moe_router_topk > 1 if sigmoid else not read.moe_router_pre_softmax,
+        "moe.gate_scale": read.moe_router_topk_scaling_factor or 1.0,
+        "moe.bias_rate": read.moe_router_bias_update_rate if read.moe_router_enable_expert_bias else 0.0,
     }
-    if said.get("moe_router_group_topk"):
-        values |= {"moe.num_groups": said.get("moe_router_num_groups") or 1, "moe.top_groups": said["moe_router_group_topk"]}
+    if read.moe_router_group_topk:
+        values |= {"moe.num_groups": read.moe_router_num_groups or 1, "moe.top_groups": read.moe_router_group_topk}
     return values, problems
 
 
-def to_args(settings: Settings, rows: int, bias: bool, implementation: str) -> Namespace:
-    """The arguments of a model that has no misfits, with `rows` in its embedding and, with `bias`, selection biases."""
+def carried(args: Any) -> dict[str, Any]:
+    """The arguments that an export gives back."""
+    said = said_of(args, f"args in {COMMON}")
+    return {key: said[key] for key in CARRIED if isinstance(said.get(key), bool | int | float | str | list)}
+
+
+def to_args(settings: Settings, rows: int, bias: bool, implementation: str, origin: Origin) -> Namespace:
+    """The arguments of a model that has no misfits, with `rows` in its embedding and, with `bias`, selection biases.
+
+    What training does not change is as it was imported.
+    """
     model, moe = settings.model, settings.model.moe
     kinds = [spec.feedforward for spec in layer_specs(settings)]
     said = {key: setting(model, ours) for key, ours in _KEYS.items()} | _CONSTANTS
@@ -161,7 +205,6 @@ def to_args(settings: Settings, rows: int, bias: bool, implementation: str) -> N
         "untie_embeddings_and_output_weights": not model.tie_embeddings,
         "padded_vocab_size": rows,
         "seq_length": settings.train.seq_len,
-        "max_position_embeddings": settings.train.seq_len,
         "transformer_impl": implementation,
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
@@ -181,11 +224,12 @@ def to_args(settings: Settings, rows: int, bias: bool, implementation: str) -> N
             "moe_router_num_groups": moe.num_groups if moe.num_groups > 1 else None,
             "moe_router_group_topk": moe.top_groups if moe.num_groups > 1 else None,
             "moe_router_enable_expert_bias": bias,
-            "moe_router_bias_update_rate": moe.bias_rate,
             "moe_router_dtype": "fp32",
             "moe_grouped_gemm": implementation == TRANSFORMER_ENGINE,
         }
-    return Namespace(**said)
+    trained = {"moe_router_bias_update_rate": moe.bias_rate} if bias else {}
+    said |= (origin.args or {}) | trained
+    return Namespace(**said | {"max_position_embeddings": origin.longest(settings.train.seq_len)})
 
 
 def misfits(settings: Settings, biased: bool) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +27,12 @@ from hybridtrain.formats.megatron_names import (
     outside,
     qkv_shape,
 )
-from hybridtrain.formats.ours import ROUTER_STATE, Source, biased, open_source
+from hybridtrain.formats.origin import read_origin
+from hybridtrain.formats.ours import AS_IMPORTED, ROUTER_STATE, Source, biased, open_source, output_dtype
 from hybridtrain.formats.tensors import DTYPES, cast, their_shape
 from hybridtrain.formats.torch_dist import RELEASE, TRACKER, Region, write_torch_dist
 from hybridtrain.settings import layer_specs
-from hybridtrain.weights import COMPANIONS
+from hybridtrain.weights import copy_companions
 
 _FINAL_NORM = OUTSIDE["norm.weight"].removesuffix(".weight")
 _CONTENT = {"singleton_local_shards": False}  # what Megatron-LM keeps of how it cut the model, and asks a model for again
@@ -44,32 +44,32 @@ def export_megatron(
     *,
     implementation: str = TRANSFORMER_ENGINE,
     max_file_bytes: int = 5 * 10**9,
-    dtype: str = "float32",
+    dtype: str = AS_IMPORTED,
 ) -> str:
     """Write the run folder or checkpoint `path` as the folder `out`, which Megatron-LM loads; returns what was written.
 
     `implementation` is that of Megatron's layers, which names one norm. One tensor is in memory at a time, or the three of
-    queries, keys and values. Raises FormatError listing why Megatron's model is another.
+    queries, keys and values. `dtype` is of the matrices: one of DTYPES, or that of the import. Raises FormatError listing why
+    Megatron's model is another, and where a tensor has values beyond the dtype.
     """
-    for option, value, legal in (("--dtype", dtype, DTYPES), ("--transformer-impl", implementation, IMPLEMENTATIONS)):
-        if value not in legal:
-            raise UserError(f'{option} "{value}": it may be {", ".join(legal)}')
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f'--transformer-impl "{implementation}": it may be {", ".join(IMPLEMENTATIONS)}')
     source = open_source(path)
+    origin = read_origin(source.run)
+    dtype = output_dtype(dtype, origin)
     settings = source.settings
     has_bias = biased(source.stored)
     if problems := misfits(settings, has_bias):
         raise FormatError(f"{path} is no {NAME}", problems)
     keeps_bias = settings.model.moe.score == "sigmoid" and (has_bias or settings.model.moe.bias_rate > 0)
-    args = to_args(settings, source.info["vocab_size"], keeps_bias, implementation)
+    args = to_args(settings, source.info["vocab_size"], keeps_bias, implementation, origin)
     pieces, states = _pieces(source, implementation, keeps_bias)
     pieces = [(region, cast(tensor, DTYPES[dtype])) for region, tensor in pieces]
     common = {"args": args, "iteration": 0, "checkpoint_version": 3.0, "content_metadata": _CONTENT}
     with new_folder(out) as made:
         (made / RELEASE).mkdir()
         write_torch_dist(made / RELEASE, pieces, states, common, max_file_bytes)
-        for name in (TOKENIZER, *COMPANIONS):
-            if (source.run / name).is_file():
-                shutil.copyfile(source.run / name, made / name)
+        copy_companions(source.run, made, TOKENIZER)
         (made / TRACKER).write_text(RELEASE, encoding="utf-8")
     return f"torch_dist for {implementation}"
 

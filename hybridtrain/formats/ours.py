@@ -16,17 +16,21 @@ from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tenso
 from hybridtrain.config import dump_settings, parse_settings
 from hybridtrain.data.compress import compression_map, to_npy
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, write_atomically
+from hybridtrain.data.progress import say
 from hybridtrain.data.sources import file_digest
 from hybridtrain.data.tokenizer import find_separator, load_tokenizer, vocabulary_size
-from hybridtrain.errors import CheckpointError
+from hybridtrain.errors import CheckpointError, UserError
 from hybridtrain.formats.folder import new_folder
-from hybridtrain.formats.tensors import is_stacked, to_theirs
+from hybridtrain.formats.origin import Origin
+from hybridtrain.formats.tensors import DTYPES, is_stacked, to_theirs
+from hybridtrain.formats.values import Values
 from hybridtrain.run_folder import SETTINGS, find_checkpoint
 from hybridtrain.settings import Settings
-from hybridtrain.weights import COMPANIONS, check_tensors
+from hybridtrain.weights import ORIGIN, check_tensors, copy_companions
 
 SEQ_LEN = 1024  # where the model can see further: what fits a small machine
 LEARNING_RATE = 1e-4  # of going on with trained weights; the default is for new ones
+AS_IMPORTED = "auto"  # dtype of an export
 ROUTER_STATE = ("router.load_E", "router.bias_E")  # of training; biases that are not zero are a misfit where they have no place
 
 
@@ -71,6 +75,17 @@ def biased(stored: StoredTensors) -> bool:
     """Whether some router's selection bias is not zero."""
     biases = [name for name in stored.shapes if name.startswith("model.") and name.endswith("router.bias_E")]
     return any(bool(stored.read(name).any()) for name in biases)
+
+
+def output_dtype(dtype: str, origin: Origin) -> str:
+    """The dtype of an export's matrices, of DTYPES: `dtype`, or for "auto" that of the import, float32 where there was none."""
+    if dtype not in (*DTYPES, AS_IMPORTED):
+        raise UserError(f'--dtype "{dtype}": it may be {", ".join((*DTYPES, AS_IMPORTED))}')
+    if dtype != AS_IMPORTED:
+        return dtype
+    if origin.dtype in DTYPES and origin.dtype != "float32":
+        say(f"matrices are written in {origin.dtype}, as they were imported; --dtype float32 writes what training has")
+    return origin.dtype if origin.dtype in DTYPES else "float32"
 
 
 def setting(model: Any, key: str) -> Any:
@@ -118,13 +133,25 @@ class ImportedTokenizer:
         return [f"{self.path.name} has {self.entries} entries, the embedding {rows} rows"] if self.entries > rows else []
 
 
-def write_run(out: Path, settings: Settings, tensors: Mapping[str, LazyTensor], tokenizer: ImportedTokenizer, origin: str) -> None:
-    """Make the folder `out`: tokenizer, settings, and a checkpoint of the weights alone. Two tensors are in memory at a time."""
+class Import(NamedTuple):
+    """What is imported: an architecture's name, our tensors to be made, what looks at their values, what came with them."""
+
+    architecture: str
+    tensors: Mapping[str, LazyTensor]
+    values: Values
+    origin: Origin
+
+
+def write_run(out: Path, settings: Settings, imported: Import, tokenizer: ImportedTokenizer) -> None:
+    """Make the folder `out`: tokenizer, settings, and a checkpoint of the weights alone. Two tensors are in memory at a time.
+
+    Raises FormatError, and leaves nothing, where weights hold NaN or infinite values.
+    """
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"separator": tokenizer.separator})})
     with new_folder(out) as made:
         shutil.copyfile(tokenizer.path, made / TOKENIZER)
-        for companion in (c for c in COMPANIONS if (tokenizer.path.parent / c).is_file()):
-            shutil.copyfile(tokenizer.path.parent / companion, made / companion)
+        copy_companions(tokenizer.path.parent, made)
+        write_atomically(made / ORIGIN, imported.origin.model_dump_json(indent=2).encode())
         write_atomically(made / COMPRESSION, to_npy(tokenizer.compression))
         write_atomically(made / SETTINGS, dump_settings(settings).encode())
         staging = made / "checkpoints" / "partial"
@@ -135,7 +162,7 @@ def write_run(out: Path, settings: Settings, tensors: Mapping[str, LazyTensor], 
             "sequences": 0,
             "version": __version__,
             "torch": torch.__version__,
-            "layout": f"imported from {origin}",
+            "layout": f"imported from {imported.architecture}",
             "weights_only": True,
             "identity": checkpoint.identity(settings),
             "vocab_size": settings.model.vocab_size,
@@ -144,6 +171,7 @@ def write_run(out: Path, settings: Settings, tensors: Mapping[str, LazyTensor], 
             "addressing": None,
             "memory_scalars": None,
             "settings": settings.model_dump(mode="json"),
-            "files": write_tensors(staging, tensors),
+            "files": write_tensors(staging, imported.tensors),
         }
+        imported.values.check()
         checkpoint.commit_folder(staging, staging.with_name("step-00000000"), info)

@@ -7,37 +7,62 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hybridtrain.checkpoint.stored import LazyTensor
+from hybridtrain.data.progress import say
 from hybridtrain.errors import DataError, UserError
+from hybridtrain.untrusted import UntrustedFileError, inside, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+class _Index(BaseModel):
+    """`model.safetensors.index.json`; what else it says is not used."""
+
+    weight_map: dict[str, str] = Field(min_length=1)
 
 
 class SafetensorsFolder:
-    """The tensors of all safetensors files that the folder's index names, or of its single file.
+    """The tensors of a folder's model.safetensors, or where it has none, of the files that its index names, as transformers choose.
 
-    Raises DataError where there are none, or listing every file that is missing or damaged.
+    A tensor is read from the file that the index names for it. Raises UntrustedFileError where the index is not one or names a
+    file outside of the folder, and DataError where there are no weights, or listing every file that is missing or damaged, every
+    tensor that its file lacks, and every one that stands in a file for which the index does not name it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Any] = {}  # tensor name to its open file, which is mapped into memory
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype | str] = {}
         problems = []
-        for path in _files(folder):
+        for path, named in _choose(folder).items():
             try:
+                if path.exists() and not path.is_file():
+                    raise OSError("is not a file")
                 file = safe_open(path, "pt")
+                names = list(file.keys())
             except FileNotFoundError:
                 problems.append(f"{path.name}: is named in {INDEX} and missing")
+                continue
             except (OSError, SafetensorError) as error:
                 problems.append(f"{path.name}: is damaged: {error}")
-            else:
-                for name in file.keys():  # noqa: SIM118  (no mapping, and not iterable)
-                    self._files[name] = file
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                continue
+            if named is not None:
+                problems += [f"{name}: is not in {path.name}, where {INDEX} says it is" for name in sorted(named - set(names))]
+                problems += [
+                    f"{name}: is in {path.name}, and {INDEX} does not name it there" for name in names if name not in named
+                ]
+            for name in names:
+                self._files[name] = file
+                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                code = file.get_slice(name).get_dtype()
+                self.dtypes[name] = _DTYPES.get(code, code)
         if problems:
             raise DataError("\n".join([f"{folder}: its weights cannot be read", *(f"  {p}" for p in problems)]))
 
@@ -46,17 +71,26 @@ class SafetensorsFolder:
         return tensor
 
 
-def _files(folder: Path) -> list[Path]:
+def _choose(folder: Path) -> dict[Path, set[str] | None]:
+    """The files to read, each with the tensors that the index names for it, or with None where no index is read."""
+    if (folder / SINGLE).is_file():
+        if left := sorted(path.name for path in folder.glob("*.safetensors*") if path.name != SINGLE):
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            say(f"{folder}: {SINGLE} is read, as transformers do; not read: {', '.join(left[:3])}{more}")
+        return {folder / SINGLE: None}
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        index = read_json(folder / INDEX, _Index)
     except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder / INDEX} is damaged: {error!r}") from None
-    if not (folder / SINGLE).is_file():
-        raise DataError(f"{folder} has neither {INDEX} nor {SINGLE}; other kinds of weights are not read")
-    return [folder / SINGLE]
+        raise DataError(f"{folder} has neither {INDEX} nor {SINGLE}; other kinds of weights are not read") from None
+    except OSError as error:
+        raise DataError(f"{folder / INDEX}: cannot be read: {error.strerror}") from None
+    files: dict[Path, set[str]] = {}
+    for name, file in index.weight_map.items():
+        path = inside(folder, file, str(folder / INDEX))
+        if path.suffix != ".safetensors":
+            raise UntrustedFileError(f"{folder / INDEX}: names the file {file!r} for {name}; only .safetensors files are read")
+        files.setdefault(path, set()).add(name)
+    return dict(files)
 
 
 def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hybridtrain.checkpoint.stored import LazyTensor
+from hybridtrain.errors import FormatError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _ROTATED = (".wq.weight", ".wk.weight", "mixer.q_norm.weight", "mixer.k_norm.weight")
 
@@ -54,10 +55,23 @@ def new_router_state(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """In another dtype where it is a matrix or table; norms, router biases and integers stay what they are."""
+    """In another dtype where it is a matrix or table; norms, router biases and integers stay what they are.
+
+    Making it raises FormatError where values are beyond the dtype.
+    """
     if not tensor.dtype.is_floating_point or len(tensor.shape) < 2:
         return tensor
-    return LazyTensor(tensor.shape, dtype, lambda: tensor.make().to(dtype))
+    return LazyTensor(tensor.shape, dtype, lambda: _to(tensor.make(), dtype))
+
+
+def _to(value: Tensor, dtype: torch.dtype) -> Tensor:
+    out = value.to(dtype)
+    if beyond := int((out.isinf() & value.isfinite()).sum()):
+        largest, name = float(value.abs().max()), str(dtype).removeprefix("torch.")
+        raise FormatError(
+            f"--dtype {name}", [f"{beyond} values of a matrix of {list(value.shape)} are beyond it, up to {largest:.3g}"]
+        )
+    return out
 
 
 def _swap(value: Tensor, outer: int, inner: int) -> Tensor:

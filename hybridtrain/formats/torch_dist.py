@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
@@ -31,7 +32,7 @@ from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.checkpoint.stored import Chunks, LazyTensor
 from hybridtrain.errors import DataError, FormatError
 from hybridtrain.pickles import Made, Named, unpickle
-from hybridtrain.untrusted import UntrustedFileError, inside, read_bytes
+from hybridtrain.untrusted import UntrustedFileError, inside, read_bytes, read_json
 
 COMMON, FORMAT = "common.pt", "metadata.json"
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"  # "release": weights alone, nothing to resume
@@ -49,6 +50,12 @@ class Region:
     sizes: tuple[int, ...]
 
 
+class _Format(BaseModel):
+    """What metadata.json says of a checkpoint's format."""
+
+    sharded_backend: str
+
+
 def is_torch_dist(folder: Path) -> bool:
     """Whether it is a folder of checkpoints as Megatron-LM writes them, or one checkpoint in it."""
     return (folder / TRACKER).is_file() or (folder / FORMAT).is_file()
@@ -61,14 +68,14 @@ def find_iteration(folder: Path) -> Path:
     """
     try:
         if not (folder / FORMAT).is_file():
-            latest = (folder / TRACKER).read_text(encoding="utf-8").strip()
+            latest = read_bytes(folder / TRACKER, 100).decode().strip()
             folder = folder / (f"iter_{int(latest):07d}" if latest != RELEASE else RELEASE)
-        backend = json.loads((folder / FORMAT).read_text(encoding="utf-8")).get("sharded_backend")
+        backend = read_json(folder / FORMAT, _Format).sharded_backend
     except FileNotFoundError as error:
         raise FormatError(
             str(folder), [f"{Path(error.filename).name} is missing: of Megatron's formats torch_dist is read"]
         ) from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{folder}: {TRACKER} or {FORMAT} is damaged: {error}") from None
     if backend != _FORMAT["sharded_backend"]:
         raise FormatError(str(folder), [f"sharded_backend={json.dumps(backend)}: of Megatron's formats torch_dist is read"])
@@ -153,6 +160,11 @@ class TorchDist:
         paths = {name: inside(self.folder, name, source) for name in names}
         return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
 
+    @property
+    def objects(self) -> set[str]:
+        """Keys of what is no tensor."""
+        return {str(getattr(index, "fqn", index)) for index in self._places} - self._entries.keys()
+
     def dtype(self, key: str) -> torch.dtype:
         return self._entries[key].properties.dtype
 
@@ -163,20 +175,14 @@ class TorchDist:
                 raise DataError("\n  ".join([f"{self.folder / METADATA}: is damaged", *problems[:10]]))
             self._chunks[region.key] = Chunks(self._entries[region.key].chunks)
         out = torch.empty(region.sizes, dtype=self.dtype(region.key))
-        filled = 0
         for chunk in self._chunks[region.key].meeting(region.offsets[0], region.offsets[0] + region.sizes[0]):
             low = [max(o, c) for o, c in zip(region.offsets, chunk.offsets, strict=True)]
             ends = zip(region.offsets, region.sizes, chunk.offsets, chunk.sizes, strict=True)
             sizes = [min(o + s, c + n) - start for (o, s, c, n), start in zip(ends, low, strict=True)]
             if min(sizes, default=1) > 0:
-                target = _narrow(out, [a - o for a, o in zip(low, region.offsets, strict=True)], sizes)
-                inside = [a - c for a, c in zip(low, chunk.offsets, strict=True)]
-                target.copy_(self._read_piece(region.key, chunk, inside, sizes))
-                filled += target.numel()
-        if filled != out.numel():
-            raise DataError(
-                f"{self.folder}: {region.key}: {out.numel() - filled} of {out.numel()} values asked for are in no piece"
-            )
+                here = [a - o for a, o in zip(low, region.offsets, strict=True)]
+                within = [a - c for a, c in zip(low, chunk.offsets, strict=True)]
+                _narrow(out, here, sizes).copy_(self._read_piece(region.key, chunk, within, sizes))
         return out
 
     def _read_piece(self, key: str, chunk: dcp.ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from hybridtrain.reshard.source import Source, grown_shapes
 from hybridtrain.reshard.target import Growth, Target, plan_target
 from hybridtrain.reshard.tokens import NewTokenizer, take_tokenizer
 from hybridtrain.run_folder import ADDRESSING, CHECKPOINTS, SETTINGS, find_checkpoint
-from hybridtrain.weights import COMPANIONS, check_tensors, model_tensors
+from hybridtrain.weights import ORIGIN, VOCABULARY, check_tensors, copy_companions, model_tensors
 
 ALONE = Group("world", (0,), 0)
 MAX_MEMORY = 512 * 10**6
@@ -225,10 +224,10 @@ def _describe(info: dict[str, Any], target: Target, tokenizer: NewTokenizer | No
 
 def _write_companions(run: Path, out: Path, target: Target, tokenizer: NewTokenizer | None) -> None:
     """What belongs to a run beside its checkpoints, its curve included."""
-    for name in (TOKENIZER, COMPRESSION, ADDRESSING, METRICS, *COMPANIONS):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, out / name)
+    copy_companions(run, out, TOKENIZER, COMPRESSION, ADDRESSING, METRICS, ORIGIN)
     if tokenizer is not None:
+        for name in VOCABULARY:  # of the old tokenizer
+            (out / name).unlink(missing_ok=True)
         (out / TOKENIZER).write_bytes(tokenizer.content)
         (out / COMPRESSION).write_bytes(to_npy(tokenizer.compression))
         if tokenizer.addressing is not None:

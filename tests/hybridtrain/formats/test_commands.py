@@ -22,9 +22,7 @@ def test_there_and_back_and_what_is_refused(ci_data: Path, tmp_path: Path) -> No
     done = hybridtrain("export", tmp_path / "ours", tmp_path / "back", "--max-shard-size", "100KB")
     assert (done.status, done.out) == (0, f"{tmp_path / 'back'}: llama\n"), done
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (theirs, tmp_path / "back"))
-    assert after["max_position_embeddings"] == 32
-    for key in ("architectures", "head_dim", "hidden_size", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"):
-        assert after[key] == before[key]
+    assert after == before  # whatever length training would have
 
     ours, out = tmp_path / "ours", tmp_path / "other"
     assert '--format "gguf": it may be hf or megatron' in refused(hybridtrain("export", ours, out, "--format", "gguf"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,16 @@ from hybridtrain.formats.families import FAMILIES
 from hybridtrain.formats.hf_export import export_hf
 from hybridtrain.formats.hf_import import import_hf
 from hybridtrain.use import evaluate_checkpoint, open_checkpoint
-from tests.hybridtrain.formats.tiny import OURS, THEIRS, our_logits, random_run, random_tokens, save_theirs, their_model
+from tests.hybridtrain.formats.tiny import (
+    OURS,
+    THEIRS,
+    edit_config,
+    our_logits,
+    random_run,
+    random_tokens,
+    save_theirs,
+    their_model,
+)
 
 import transformers  # isort: skip  (after tiny, which takes it off line)
 
@@ -106,11 +114,6 @@ def refusal(folder: Path, out: Path) -> list[str]:
         import_hf(folder, out)
     assert not out.exists()
     return caught.value.problems
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def test_what_our_model_lacks_is_refused_by_name_all_at_once(ci_data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from pathlib import Path
@@ -101,6 +102,22 @@ def their_model(case: str, **changes: Any) -> Any:
             else:
                 value.normal_(0, 0.15)
     return model
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+SMALL |= {"intermediate_size": 16, "moe_intermediate_size": 8}
+
+
+def small_folder(case: str, folder: Path, data: Path, **changes: Any) -> Path:
+    """A folder of transformers of a model of two narrow layers."""
+    sizes = {key: size for key, size in SMALL.items() if key != "moe_intermediate_size" or key in THEIRS[case]}
+    return save_theirs(their_model(case, **{**sizes, **changes}), folder, data, shard="1GB")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Other values of keys of config.json; None is null."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def save_theirs(model: Any, folder: Path, data: Path, shard: str = "200KB") -> Path:
