@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -146,7 +147,7 @@ def write_run(out: Path, settings: Settings, imported: Import, tokenizer: Import
     with new_folder(out) as made:
         shutil.copyfile(tokenizer.path, made / TOKENIZER)
         copy_companions(tokenizer.path.parent, made)
-        write_atomically(made / ORIGIN, imported.origin.model_dump_json(indent=2).encode())
+        write_atomically(made / ORIGIN, json.dumps(imported.origin.model_dump(), indent=2).encode())
         write_atomically(made / COMPRESSION, to_npy(tokenizer.compression))
         write_atomically(made / SETTINGS, dump_settings(settings).encode())
         staging = made / "checkpoints" / "partial"

@@ -108,7 +108,7 @@ def replace(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
 
 
-@examples(60)
+@examples(40)
 @given(data=st.data())
 def test_config(data: st.DataObject, folders: dict[str, Given], tmp_path: Path) -> None:
     name = data.draw(st.sampled_from(sorted(folders)))
