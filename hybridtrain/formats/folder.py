@@ -72,7 +72,10 @@ def among(value: Any, legal: tuple[Any, ...]) -> bool:
     """Whether a foreign value is one of the legal ones; True and 1 are not the same, 1 and 1.0 are."""
     if not isinstance(value, bool | int | float | str | list | dict | None):
         return False
-    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in legal)
+    try:
+        return any(bool(value == other) and isinstance(value, bool) == isinstance(other, bool) for other in legal)
+    except Exception:  # whatever comparing with an object of a foreign class raises
+        return False
 
 
 def is_off(value: Any) -> bool:

@@ -57,8 +57,7 @@ def import_hf(folder: Path, out: Path, *, separator: str | None = None, seq_len:
     values = Values(str(folder))
     origin = Origin(config=config.tree, dtype=str(weights.dtypes[_EMBEDDING]).removeprefix("torch."))
     tensors = _tensors(weights, settings, config.family, values)
-    write_run(out, settings, Import(config.family.architecture, tensors, values, origin), tokenizer)
-    return settings
+    return write_run(out, settings, Import(config.family.architecture, tensors, values, origin), tokenizer)
 
 
 def _is_tied(folder: Path, config: Config, weights: SafetensorsFolder) -> bool:

@@ -45,8 +45,7 @@ def config(settings: Settings, info: dict[str, Any]) -> dict[str, Any]:
         "qk_norm": model.attention.qk_norm,
         "intermediate_size": model.dense.hidden,
         "norm_eps": model.norm_eps,
-        "tie_word_embeddings": False,  # transformers need tie nothing: a model of tied embeddings has one matrix
-        "tied_head": model.tie_embeddings,
+        "tie_word_embeddings": model.tie_embeddings,
         "feedforwards": [spec.feedforward for spec in layer_specs(settings)],
         "moe": moe,
         "memory": None,

@@ -64,8 +64,7 @@ def import_megatron(
         raise FormatError(str(saved), problems)
     values = Values(str(saved))
     origin = Origin(args=args, dtype=str(weights.dtype(OUTSIDE["embed.weight"])).removeprefix("torch."))
-    write_run(out, settings, Import(NAME, _tensors(weights, settings, values), values, origin), words)
-    return settings
+    return write_run(out, settings, Import(NAME, _tensors(weights, settings, values), values, origin), words)
 
 
 def _model(saved: Path, settings_file: Path | None) -> tuple[dict[str, Any], dict[str, Any], list[str]]:

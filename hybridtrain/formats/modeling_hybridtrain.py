@@ -10,6 +10,7 @@ B batch, T tokens, D model width, H heads, C head or row width, S slots (orders 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class HybridTrainConfig(PretrainedConfig):
         qk_norm=True,
         intermediate_size=0,
         norm_eps=1e-6,
-        tied_head=False,
+        tie_word_embeddings=False,
         feedforwards=(),
         moe=None,
         memory=None,
@@ -54,13 +55,12 @@ class HybridTrainConfig(PretrainedConfig):
         self.qk_norm = qk_norm
         self.intermediate_size = intermediate_size
         self.norm_eps = norm_eps
-        self.tied_head = tied_head
         self.feedforwards = list(feedforwards)
         self.moe = moe
         self.memory = memory
         self.separator_token_id = separator_token_id
         self.max_position_embeddings = max_position_embeddings
-        super().__init__(**kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
 class RMSNorm(nn.Module):
@@ -282,6 +282,8 @@ class Layer(nn.Module):
 class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = HybridTrainConfig
     base_model_prefix = ""
+    # where the config says tie_word_embeddings; transformers leave them apart where both are stored and differ
+    _tied_weights_keys: ClassVar = {"head.weight": "embed.weight"}
     main_input_name = "input_ids"
 
     def __init__(self, config):
@@ -289,7 +291,7 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.memory is not None:
             self.register_buffer("compression", torch.zeros(config.vocab_size, dtype=torch.int64))
         self.post_init()
@@ -299,6 +301,12 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value):
         self.embed = value
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def set_output_embeddings(self, value):
+        self.head = value
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
@@ -329,7 +337,7 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
             h_BTD = h_BTD + (layer.feedforward(x_BTD, real_BT) if layer.is_moe else layer.feedforward(x_BTD))
         if labels is None and logits_to_keep:
             h_BTD = h_BTD[:, -logits_to_keep:]
-        logits_BTV = F.linear(self.norm(h_BTD), self.embed.weight if self.head is None else self.head.weight)
+        logits_BTV = self.head(self.norm(h_BTD))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)

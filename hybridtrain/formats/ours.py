@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -142,16 +143,16 @@ class Import(NamedTuple):
     origin: Origin
 
 
-def write_run(out: Path, settings: Settings, imported: Import, tokenizer: ImportedTokenizer) -> None:
-    """Make the folder `out`: tokenizer, settings, and a checkpoint of the weights alone. Two tensors are in memory at a time.
+def write_run(out: Path, settings: Settings, imported: Import, tokenizer: ImportedTokenizer) -> Settings:
+    """Make the folder `out`: tokenizer, settings, and a checkpoint of the weights alone; returns the settings, with the separator.
 
-    Raises FormatError, and leaves nothing, where weights hold NaN or infinite values.
+    Two tensors are in memory at a time. Raises FormatError, and leaves nothing, where weights hold NaN or infinite values.
     """
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"separator": tokenizer.separator})})
     with new_folder(out) as made:
         shutil.copyfile(tokenizer.path, made / TOKENIZER)
         copy_companions(tokenizer.path.parent, made)
-        write_atomically(made / ORIGIN, imported.origin.model_dump_json(indent=2).encode())
+        write_atomically(made / ORIGIN, json.dumps(imported.origin.model_dump(), indent=2).encode())
         write_atomically(made / COMPRESSION, to_npy(tokenizer.compression))
         write_atomically(made / SETTINGS, dump_settings(settings).encode())
         staging = made / "checkpoints" / "partial"
@@ -175,3 +176,4 @@ def write_run(out: Path, settings: Settings, imported: Import, tokenizer: Import
         }
         imported.values.check()
         checkpoint.commit_folder(staging, staging.with_name("step-00000000"), info)
+    return settings

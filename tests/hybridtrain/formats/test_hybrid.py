@@ -8,16 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.formats.hf_export import export_hf
+from hybridtrain.formats.modeling_hybridtrain import HybridTrainConfig, HybridTrainForCausalLM
 from hybridtrain.use import open_checkpoint
 from tests.hybridtrain.formats.tiny import our_logits, random_run
 
@@ -28,43 +28,41 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 assert not any(name.startswith("hybridtrain") for name in sys.modules)
-folder = Path(sys.argv[1])
-inputs = torch.load(folder / "inputs.pt")
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-with torch.no_grad():
-    logits = model(inputs["tokens"]).logits
-    ids = inputs["tokens"][0, :20]
-    padded = torch.stack([torch.cat([torch.full((7,), 3), ids[:13]]), ids])
-    mask = torch.stack([torch.cat([torch.zeros(7, dtype=torch.int64), torch.ones(13, dtype=torch.int64)]), torch.ones_like(ids)])
-    of_padded = model(padded, attention_mask=mask).logits[0, 7:]
-    alone = model(ids[None, :13]).logits[0]
-    loss = model(inputs["tokens"], labels=inputs["tokens"]).loss
-own = sys.modules[type(model).__module__]
-grads = []
-for masked, block in ((own.MASKED_TOKENS, 256), (1, 7)):  # and as texts too long for a mask of all pairs
-    own.MASKED_TOKENS, own.by_blocks.__defaults__ = masked, (block,)
-    long = model(inputs["tokens"], labels=inputs["tokens"])
-    grads.append(torch.autograd.grad(long.loss, model.layers[0].mixer.wk.weight)[0])
-own.MASKED_TOKENS = 2048
-beyond = list(range(1024, model.config.vocab_size)) or None  # rows that no token has
-grown = model.generate(ids[None, :5], max_new_tokens=6, do_sample=False, pad_token_id=0, suppress_tokens=beyond)
-text = AutoTokenizer.from_pretrained(folder, trust_remote_code=True).decode(grown[0])
-long = {"long": long.logits.detach(), "grads": grads}
-outputs = long | {"logits": logits, "padded": of_padded, "alone": alone, "loss": loss, "grown": grown, "text": text}
-torch.save(outputs, folder / "outputs.pt")
+tokens = torch.load("tokens.pt")
+for folder in map(Path, sys.argv[1:]):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        logits = model(tokens).logits
+        ids = tokens[0, :20]
+        padded = torch.stack([torch.cat([torch.full((7,), 3), ids[:13]]), ids])
+        mask = torch.ones_like(padded)
+        mask[0, :7] = 0
+        of_padded = model(padded, attention_mask=mask).logits[0, 7:]
+        alone = model(ids[None, :13]).logits[0]
+        loss = model(tokens, labels=tokens).loss
+    own = sys.modules[type(model).__module__]
+    grads = []
+    for masked, block in ((own.MASKED_TOKENS, 256), (1, 7)):  # and as texts too long for a mask of all pairs
+        own.MASKED_TOKENS, own.by_blocks.__defaults__ = masked, (block,)
+        long = model(tokens, labels=tokens)
+        grads.append(torch.autograd.grad(long.loss, model.layers[0].mixer.wk.weight)[0])
+    own.MASKED_TOKENS = 2048
+    beyond = list(range(1024, model.config.vocab_size)) or None  # rows that no token has
+    grown = model.generate(ids[None, :5], max_new_tokens=6, do_sample=False, pad_token_id=0, suppress_tokens=beyond)
+    text = AutoTokenizer.from_pretrained(folder, trust_remote_code=True).decode(grown[0])
+    long = {"long": long.logits.detach(), "grads": grads}
+    outputs = long | {"logits": logits, "padded": of_padded, "alone": alone, "loss": loss, "grown": grown, "text": text}
+    torch.save(outputs, folder / "outputs.pt")
 """
 
 
-def use_in_transformers(folder: Path, tokens_BT: Tensor, home: Path) -> dict[str, Any]:
-    """What transformers make of the folder in a process that cannot see this project, offline."""
-    torch.save({"tokens": tokens_BT}, folder / "inputs.pt")
+def use_in_transformers(folders: list[Path], tokens_BT: Tensor, home: Path) -> None:
+    """What transformers make of the folders in a process that cannot see this project, offline: `outputs.pt` in each."""
+    torch.save(tokens_BT, home / "tokens.pt")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", USE, str(folder)], cwd=home, env=environment, capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, "-c", USE, *map(str, folders)]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    outputs: dict[str, Any] = torch.load(folder / "outputs.pt")
-    return outputs
 
 
 VARIANTS = {
@@ -87,19 +85,26 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
-def test_the_exported_folder_alone_gives_our_logits(ci_data: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    run = random_run(tmp_path / "run", ci_data, *overrides)
-    assert export_hf(run, tmp_path / "out", max_shard_bytes=100_000) == "hybridtrain"
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(files) > 3
-    dataset = TokenDataset.open(ci_data)
-    separator = dataset.manifest.separator_id
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory, ci_data: Path) -> tuple[Path, Tensor]:
+    """(a folder with a run and its export for each variant, the tokens), used in transformers by one process."""
+    home = tmp_path_factory.mktemp("hybrid")
+    for name, overrides in VARIANTS.items():
+        random_run(home / f"{name} run", ci_data, *overrides)
+        assert export_hf(home / f"{name} run", home / name, max_shard_bytes=100_000) == "hybridtrain"
+        assert len(list((home / name).glob("*.safetensors"))) > 3
+    separator = TokenDataset.open(ci_data).manifest.separator_id
     tokens_BT = torch.from_numpy(np.random.default_rng(0).integers(0, 1024, (3, 80)))
     tokens_BT[:, 0], tokens_BT[0, 30], tokens_BT[1, 31], tokens_BT[2, 0] = separator, separator, separator, 5
+    use_in_transformers([home / name for name in VARIANTS], tokens_BT, home)
+    return home, tokens_BT
 
-    theirs = use_in_transformers(tmp_path / "out", tokens_BT, tmp_path)
-    parts, _, _ = open_checkpoint(run)
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_exported_folder_alone_gives_our_logits(name: str, used: tuple[Path, Tensor], ci_data: Path) -> None:
+    home, tokens_BT = used
+    theirs = torch.load(home / name / "outputs.pt")
+    parts, _, separator = open_checkpoint(home / f"{name} run")
     ours = our_logits(parts, tokens_BT, separator)
     # float32 noise: the order of sums differs in experts and norms; a wrong row, gate or boundary changes logits by 1e-2 and more
     noise = 2e-5 * float(ours.abs().max())
@@ -117,7 +122,21 @@ def test_the_exported_folder_alone_gives_our_logits(ci_data: Path, tmp_path: Pat
         if int(grown[0, -1]) == separator:
             break
     assert torch.equal(theirs["grown"], grown)
-    assert theirs["text"].startswith(dataset.manifest.separator)
+    assert theirs["text"].startswith(TokenDataset.open(ci_data).manifest.separator)
+
+
+def test_a_stored_head_beside_tied_embeddings_counts(ci_data: Path, tmp_path: Path) -> None:
+    run = random_run(tmp_path / "run", ci_data, "model.tie_embeddings=true", 'model.layers=["attention+dense"]')
+    export_hf(run, tmp_path / "out", family="hybridtrain")
+    config = HybridTrainConfig.from_pretrained(tmp_path / "out")
+    tokens_BT = torch.arange(1, 9)[None]
+    tied = HybridTrainForCausalLM.from_pretrained(tmp_path / "out", config=config)
+    assert tied.head.weight is tied.embed.weight
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    save_file(tensors | {"head.weight": 2 * tensors["embed.weight"]}, tmp_path / "out/model.safetensors", {"format": "pt"})
+    untied = HybridTrainForCausalLM.from_pretrained(tmp_path / "out", config=config)
+    with torch.no_grad():
+        assert torch.allclose(untied(tokens_BT).logits, 2 * tied(tokens_BT).logits, rtol=1e-5)
 
 
 def test_rows_are_exported_with_the_decay_that_they_owe(trained: Callable[..., Path], tmp_path: Path) -> None:

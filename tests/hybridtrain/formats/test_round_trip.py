@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ SPELLED: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.1,
         "temperature": 0.6,
         "custom_note": "kept",
+        "custom_number": math.inf,
     },
     "qwen3": {"max_window_layers": 28, "use_sliding_window": False, "sliding_window": None, "eos_token_id": [7, 8]},
     "mixtral": {"router_jitter_noise": 0.1, "router_aux_loss_coef": 0.02, "sliding_window": None, "eos_token_id": 5},
