@@ -77,7 +77,7 @@ def generate_text(path: Path, prompt: str, tokens: int, temperature: float, top_
     """
     parts, run, separator = open_checkpoint(path)
     tokenizer = load_tokenizer(run / TOKENIZER)
-    words = for_texts(load_tokenizer(run / TOKENIZER), tokenizer.id_to_token(separator))
+    words = for_texts(load_tokenizer(run / TOKENIZER), tokenizer.id_to_token(separator) or "")
     ids = [separator, *words.encode(prompt, add_special_tokens=False).ids]
     generator = torch.Generator().manual_seed(seed)
     entries = vocabulary_size(tokenizer)  # rows of the embedding beyond them stand for nothing
