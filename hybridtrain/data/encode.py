@@ -103,11 +103,13 @@ def _encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[tuple[Pi
 
 def _encode_batch(tokenizer: Tokenizer, batch: list[Piece]) -> Iterator[tuple[Piece, list[int]]]:
     """The ids of the pieces' own text: those of what they are encoded behind are taken off."""
-    texts = [piece.context + piece.text for piece in batch] + [piece.context for piece in batch]
+    later = [number for number, piece in enumerate(batch) if piece.context]
+    texts = [piece.context + piece.text for piece in batch] + [batch[number].context for number in later]
     with library_errors("the tokenizer fails on a text"):
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    before = {number: encoding.ids for number, encoding in zip(later, encodings[len(batch) :], strict=True)}
     for number, piece in enumerate(batch):
-        ids, known = encodings[number].ids, encodings[number + len(batch)].ids
+        ids, known = encodings[number].ids, before.get(number, [])
         if ids[: len(known)] != known:
             raise DataError(f"the tokenizer encodes {piece.context[-20:]!r} otherwise before {piece.text[:20]!r}; cut the document")
         yield piece, ids[len(known) :]

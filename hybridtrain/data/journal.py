@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hybridtrain.data import manifest as m
@@ -74,8 +75,9 @@ def read_journal(job: Job) -> Journal | None:
     """The journal of an interrupted preparation of the same job, or None; says so where there is one of another job."""
     path = job.out / m.JOURNAL
     try:
-        journal = Journal.model_validate_json(json.dumps(read_json(path, dict[str, Any], m.MAX_MANIFEST_BYTES)), strict=True)
-        same = job.made_of_same(journal) and journal.software == software()
+        sealed = read_json(path, dict[str, Any], m.MAX_MANIFEST_BYTES)
+        journal = Journal.model_validate_json(json.dumps(sealed.get("journal")), strict=True)
+        same = sealed.get("xxh3") == _seal(journal) and job.made_of_same(journal) and journal.software == software()
         same = same and file_digest(job.out / m.TOKENIZER) == journal.tokenizer_xxh3
         same = same and file_digest(job.out / m.COMPRESSION) == journal.compression_xxh3
     except FileNotFoundError:
@@ -92,7 +94,12 @@ def read_journal(job: Job) -> Journal | None:
 
 
 def write_journal(out: Path, journal: Journal) -> None:
-    m.write_atomically(out / m.JOURNAL, journal.model_dump_json().encode())
+    """Make the journal durable, with its own checksum: another position would leave documents out, or take them twice."""
+    m.write_atomically(out / m.JOURNAL, f'{{"xxh3":"{_seal(journal)}","journal":{journal.model_dump_json()}}}\n'.encode())
+
+
+def _seal(journal: Journal) -> str:
+    return xxhash.xxh3_128(journal.model_dump_json().encode()).hexdigest()
 
 
 def clear(out: Path) -> None:

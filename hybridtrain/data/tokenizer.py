@@ -26,7 +26,6 @@ KNOWN_SEPARATORS = (
 MIN_VOCAB_SIZE = 257
 MAX_VOCAB_SIZE = 1 << 24
 MAX_TOKENIZER_BYTES = 256 << 20
-_HIDDEN = "\ue000separator\ue000"  # stands in a vocabulary for an entry that no text is to have
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
@@ -111,22 +110,23 @@ def find_separator(tokenizer: Tokenizer, name: str | None = None) -> tuple[str, 
 
 
 def for_texts(tokenizer: Tokenizer, separator: str) -> Tokenizer:
-    """The tokenizer as texts are encoded with it: no text has the separator's id, also one that spells the separator out.
+    """The tokenizer as texts are encoded with it: a text that spells the separator or a special token out does not have its id.
 
-    Raises DataError where it is a token that texts consist of, such as a letter.
+    Raises DataError where the separator is a token that texts consist of, such as a letter.
     """
     tokenizer.post_processor = None  # it only puts special tokens around; and it moves offsets
-    token_id = tokenizer.token_to_id(separator)
-    if not _spells(tokenizer, separator, token_id):
+    special = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    special[separator] = tokenizer.token_to_id(separator)
+    if not _spelled(tokenizer, special):
         return tokenizer
     tree = json.loads(tokenizer.to_str())
     for token in tree["added_tokens"]:
         token["special"] |= token["content"] == separator
     plain = _made_of(tree)
-    if _spells(plain, separator, token_id) and _hide(tree["model"], separator):
-        tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] != separator]
+    if hidden := [name for name in _spelled(plain, special) if _hide(tree["model"], name)]:
+        tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] not in hidden]
         plain = _made_of(tree)
-    if _spells(plain, separator, token_id):
+    if separator in _spelled(plain, special):
         raise DataError(
             f"separator {separator!r} is a token that texts are encoded with, so documents could not be told apart; "
             "choose one that stands for no text, e.g. a special token"
@@ -143,36 +143,41 @@ def _made_of(tree: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _spells(tokenizer: Tokenizer, separator: str, token_id: int | None) -> bool:
-    """Whether a text that spells the separator out has its id."""
-    texts = [separator, f"a {separator} b", f"a{separator}b", separator * 2, separator.strip(), separator.upper()]
+def _spelled(tokenizer: Tokenizer, special: dict[str, int | None]) -> list[str]:
+    """Those tokens whose id a text that spells them out has."""
+    forms = [(name, text) for name in special for text in (name, f"a {name} b", f"a{name}b", name * 2, name.strip(), name.upper())]
     with library_errors("the tokenizer fails on a text"):
-        return any(token_id in encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False))
+        encodings = tokenizer.encode_batch_fast([text for _, text in forms], add_special_tokens=False)
+    found = {name for (name, _), encoding in zip(forms, encodings, strict=True) if special[name] in encoding.ids}
+    return [name for name in special if name in found]
 
 
-def _hide(model: dict[str, Any], separator: str) -> bool:
-    """Give the separator's entry in a model's vocabulary a name that no text has; False where texts need the entry."""
+def _hide(model: dict[str, Any], name: str) -> bool:
+    """Give a token's entry in a model's vocabulary a name that no text has; False where texts need the entry."""
+    hidden = f"\ue000{name}\ue000"
     if model["type"] == "Unigram":
-        ids = [i for i, (entry, _) in enumerate(model["vocab"]) if entry == separator]
-        if len(separator) == 1 or model.get("unk_id") in ids:
+        ids = [i for i, (entry, _) in enumerate(model["vocab"]) if entry == name]
+        if len(name) == 1 or model.get("unk_id") in ids:
             return False
         for i in ids:
-            model["vocab"][i][0] = _HIDDEN
+            model["vocab"][i][0] = hidden
         return bool(ids)
-    if len(separator) == 1 or separator not in model["vocab"] or model.get("unk_token") == separator:
+    if len(name) == 1 or name not in model["vocab"] or model.get("unk_token") == name:
         return False
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges", ())]
-    if any(separator in merge for merge in merges):
+    if any(name in merge for merge in merges):
         return False
     if merges:
-        model["merges"] = [list(merge) for merge in merges if "".join(merge) != separator]
-    model["vocab"][_HIDDEN] = model["vocab"].pop(separator)
+        model["merges"] = [list(merge) for merge in merges if "".join(merge) != name]
+    model["vocab"][hidden] = model["vocab"].pop(name)
     return True
 
 
 def _for_encoding(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):  # of BPE; the same texts are to have the same ids
+        tokenizer.model.dropout = None
     # A document that spells out the separator must not become two documents.
     tokenizer.encode_special_tokens = True
     return tokenizer

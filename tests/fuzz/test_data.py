@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from hybridtrain.data import cuts as cuts_module
 from hybridtrain.data import encode
 from hybridtrain.data.compress import compression_map
 from hybridtrain.data.cuts import Cuts
@@ -76,11 +77,13 @@ def test_a_damaged_stream_gives_its_whole_text_or_none(tmp_path: Path, draw: Any
     parts = [PACK[suffix](part.encode()) for part in (whole[:100], whole[100:])]
     path = tmp_path / f"a{kind}{suffix}"
     path.write_bytes(damaged(b"".join(parts), draw))
+    if path.read_bytes() == parts[0]:  # cut between two streams, which nobody can see
+        return
     got = outcome(lambda: read_all(path))
     assert got is None or got == (texts if kind == ".jsonl" else [whole])
 
 
-@examples(40)
+@examples(25)
 @given(draw=DRAW, kind=st.sampled_from(["byte-level", "gpt-4", "llama 2", "bert", "unigram", "words", "metaspace first"]))
 def test_an_odd_tokenizer_encodes_or_is_refused(tmp_path: Path, draw: Any, kind: str) -> None:
     tree = mutated(json.loads(zoo.tokenizer(kind).to_str()), draw)
@@ -93,7 +96,9 @@ def test_an_odd_tokenizer_encodes_or_is_refused(tmp_path: Path, draw: Any, kind:
         compression_map(tokenizer)
         texts = for_texts(tokenizer, separator)
         text = "hello </s> wörld 世界 <s>" * 20
-        parts = list(Cuts(texts, limit=100).parts([text], "a text"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuts_module, "_PROBES", 40)
+            parts = list(Cuts(texts, limit=100).parts([text], "a text"))
         with library_errors("it fails on a text"):
             ids = [i for part in parts for i in texts.encode(part.text, add_special_tokens=False).ids]
         assert separator_id not in ids or texts.token_to_id(separator) is None or unknown(texts) == separator
@@ -116,7 +121,7 @@ def everything(folder: Path, verify: bool) -> tuple[np.ndarray, np.ndarray]:
     return split.window(0, split.num_tokens)
 
 
-@examples(40)
+@examples(35)
 @given(draw=DRAW)
 def test_a_manifest_describes_the_whole_data_or_is_refused(tmp_path: Path, made: Any, draw: Any) -> None:
     folder = tmp_path / "copy"

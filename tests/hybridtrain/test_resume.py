@@ -113,7 +113,7 @@ def resumable(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> Ca
 
     def resume(*overrides: str, resume: bool = True) -> str:
         before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
-        arguments = [CI, f"run.dir={run}", f"data.path={ci_data}", *overrides, *(["--resume"] if resume else [])]
+        arguments = [CI, f"run.dir={run}", f"data.path={ci_data}", "data.source=[]", *overrides, *(["--resume"] if resume else [])]
         message = refused(hybridtrain("train", *arguments))
         after = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
         assert after == before  # a refusal leaves the run as it was
@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     run = shutil.copytree(trained(1), tmp_path / "run")
     last, before = (run / f"checkpoints/step-000000{step}" for step in (20, 10))
     flip(last / "__0_0.distcp")
-    arguments = [CI, f"run.dir={run}", f"data.path={ci_data}", "--resume"]
+    arguments = [CI, f"run.dir={run}", f"data.path={ci_data}", "data.source=[]", "--resume"]
     outcome = hybridtrain("train", *arguments)
     assert outcome.status == 0, outcome.err
     record = checkpoint.read_info(trained(1) / "checkpoints/step-00000020")["files"]["__0_0.distcp"]

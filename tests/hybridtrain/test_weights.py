@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
-from hybridtrain.data.prepare import prepare
+from hybridtrain.data.prepare import ensure_prepared, prepare
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.errors import CheckpointError
+from hybridtrain.errors import CheckpointError, DataError
 from hybridtrain.formats.hf_import import import_hf
 from hybridtrain.model.init import init_table
 from hybridtrain.parallel.mesh import make_mesh
@@ -125,6 +125,24 @@ def test_imported_weights_are_no_run_to_resume(imported: Path, ci_data: Path) ->
     message = refused(hybridtrain("train", imported / "settings.toml", *arguments, "--resume"))
     assert f"holds imported weights and no optimizer state; start a new run from it with train.init_from={imported}" in message
     assert "go on with --resume or choose another run.dir" in refused(hybridtrain("train", imported / "settings.toml", *arguments))
+
+
+def test_an_import_trains_and_is_evaluated_with_its_own_separator(imported: Path, ci_data: Path, tmp_path: Path) -> None:
+    ours = tmp_path / "ours"
+    import_hf(imported.parent / "theirs", ours, separator="ÿ", seq_len=64)  # byte 255: in no text
+    made = new_settings(ours, tmp_path / "run", tmp_path / "data", f'data.source=["{ci_data.with_suffix(".jsonl")}"]')
+    ensure_prepared(made.data, progress=False)
+    manifest = TokenDataset.open(made.data.path).manifest
+    assert manifest.separator == made.data.separator == "ÿ"
+    assert manifest.separator_id != 0
+    start(made, tmp_path / "run")
+    with pytest.raises(
+        CheckpointError, match=rf"separator: the checkpoint has token {manifest.separator_id} before each document, the data 0"
+    ):
+        start(new_settings(ours, tmp_path / "run", ci_data), tmp_path / "run")
+    message = rf"has token 0 \('<\|endoftext\|>'\) before each document, the checkpoint was trained with {manifest.separator_id}"
+    with pytest.raises(DataError, match=message):
+        evaluate_checkpoint(ours, "train", ci_data, batches=1)
 
 
 def test_two_ranks_take_a_run_of_one(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:

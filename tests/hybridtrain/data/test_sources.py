@@ -19,6 +19,7 @@ from hybridtrain.data import sources as sources_module
 from hybridtrain.data.sources import Tally, list_files, read_pieces, split_text, summary
 from hybridtrain.data.tokenizer import train_tokenizer
 from hybridtrain.errors import DataError
+from tools.split_corpus import sentences
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -64,6 +65,10 @@ def test_shipped_corpus() -> None:
     assert len(texts) == 233
     assert sum(len(text.encode()) for text in texts) == 10_761_413
     assert texts[0].startswith("Fellow-Citizens of the Senate and House of Representatives")
+
+
+def test_the_shipped_sentences_are_those_of_the_shipped_addresses() -> None:
+    assert documents("shipped:sotu-sentences") == [line["text"] for line in sentences()]
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:

@@ -132,6 +132,22 @@ def test_a_separator_that_texts_consist_of_is_refused(kind: str, separator: str)
         for_texts(_for_encoding(without_special(zoo.tokenizer(kind))), separator)
 
 
+@pytest.mark.parametrize("kind", ["unigram", "words", "llama 2"])
+def test_other_special_tokens_are_text_too(kind: str) -> None:
+    tokenizer = _for_encoding(Tokenizer.from_str(zoo.tokenizer(kind).to_str()))
+    ids = for_texts(tokenizer, "</s>").encode("hello <s> world </s>", add_special_tokens=False).ids
+    assert not {tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")} & set(ids)
+    assert tokenizer.token_to_id("<s>") is not None
+
+
+def test_a_tokenizer_encodes_without_dropout(tmp_path: Path) -> None:
+    tokenizer = zoo.byte_level()
+    want = tokenizer.encode(zoo.TEXTS[0]).ids
+    tokenizer.model.dropout = 0.5
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path / "tokenizer.json").encode(zoo.TEXTS[0]).ids == want
+
+
 def test_an_odd_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = json.loads(zoo.tokenizer("words").to_str())
     path = tmp_path / "tokenizer.json"
