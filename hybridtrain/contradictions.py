@@ -28,7 +28,7 @@ def contradictions(s: Settings) -> list[str]:
     if attention.head_dim % 2:
         out.append(f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. {attention.head_dim + 1}")
     out += unfit_widths(s, 2 if s.train.precision == "bfloat16" else 4)
-    out += _steps_that_overshoot(s)
+    out += _useless_steps(s)
     if moe.top_k > moe.num_experts:
         out.append(f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to {moe.num_experts}")
     if moe.num_experts % moe.num_groups:
@@ -147,16 +147,18 @@ def notices(s: Settings) -> list[str]:
     return out
 
 
-def _steps_that_overshoot(s: Settings) -> list[str]:
-    """Decoupled weight decay multiplies weights by 1 - rate * decay in a step, which must stay above 0."""
+def _useless_steps(s: Settings) -> list[str]:
+    """Running means that never move, and decays: decoupled, they multiply weights by 1 - rate * decay, which must stay above 0."""
     optim, memory = s.optim, s.memory
+    means = ("beta1", "beta2", "muon_momentum") if optim.backbone == "muon" else ("beta1", "beta2")
+    out = [f"optim.{key}=1.0 would never take in a gradient; it may be below 1" for key in means if getattr(optim, key) == 1.0]
     rules = [("optim.lr", optim.lr, "optim.weight_decay", optim.weight_decay)]
     if optim.backbone == "muon":
         rules.append(("optim.muon_lr", optim.muon_lr, "optim.weight_decay", optim.weight_decay))
     if memory.enabled and any("memory" in entry for entry in s.model.layers):
         table = optim.lr * memory.lr_multiplier
         rules.append(("optim.lr * memory.lr_multiplier", table, "memory.weight_decay", memory.weight_decay))
-    return [
+    return out + [
         f"{rate_key} * {decay_key} = {rate:g} * {decay:g} = {rate * decay:g} turns weights to zero or round in one step; "
         f"{decay_key} may be below {1 / rate:g}"
         for rate_key, rate, decay_key, decay in rules

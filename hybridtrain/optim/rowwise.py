@@ -108,9 +108,10 @@ class _Rowwise:
         """What the rows owe, their moments by this factor a step."""
         v_R, last_R = self.state["v"], self.state["last"]
         v_N = fade(v_R.index_select(0, rows_N), self.step_count - last_R.index_select(0, rows_N), beta2)
-        values_ND = self.values(rows_N)
+        values_ND = self.values(rows_N) if self._decay is not None else None
         self._about_to_change(rows_N)
-        self.table_RD.index_copy_(0, rows_N, values_ND)
+        if values_ND is not None:
+            self.table_RD.index_copy_(0, rows_N, values_ND)
         v_R.index_copy_(0, rows_N, v_N)
         last_R.index_fill_(0, rows_N, self.step_count)
 

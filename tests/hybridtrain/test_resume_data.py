@@ -18,9 +18,11 @@ from hybridtrain.config import load_settings
 from hybridtrain.data.prepare import prepare
 from hybridtrain.errors import CheckpointError, SettingsError
 from hybridtrain.metrics import read_metrics
+from hybridtrain.reshard import reshard
 from hybridtrain.resume import parse_allow
 from hybridtrain.settings import Settings
 from hybridtrain.spikes import SpikeGuard
+from tests.console import hybridtrain, refused
 from tests.ranks import run_on_ranks
 from tests.training import TINY, ci_settings
 
@@ -217,3 +219,22 @@ def test_folders_that_cannot_be_written_to_are_refused_before_anything_is_made(d
         f"run.dir={tmp_path / 'file'}: {tmp_path / 'file'} is not a folder; choose another run.dir",
         f"checkpoint.dir={tmp_path / 'file/below'}: {tmp_path / 'file'} is not a folder; choose another checkpoint.dir",
     ]
+
+
+def test_the_command_takes_what_is_allowed_to_the_ranks(begun: tuple[Path, list[int]], tmp_path: Path) -> None:
+    run = shutil.copytree(begun[0], tmp_path / "run")
+    arguments = [run / "settings.toml", f"run.dir={run}", "run.seed=5", "train.steps=3"]
+    assert "--allow seed says what a resumed run may do" in refused(hybridtrain("train", *arguments, "--allow", "seed"))
+    outcome = hybridtrain("launch", *arguments, "--resume", "--allow", "seed")
+    assert outcome.status == 0, outcome
+    assert checkpoint.Consumed.of(checkpoint.read_info(run / "checkpoints/step-00000003")).seed == 5
+
+
+def test_a_reshard_with_other_settings_hides_nothing_of_what_was_read(begun: tuple[Path, list[int]], tmp_path: Path) -> None:
+    run = shutil.copytree(begun[0], tmp_path / "run")
+    info = checkpoint.read_info(run / "checkpoints/step-00000002")
+    reshard(run, tmp_path / "out", ["run.seed=5", "train.seq_len=20", "memory.beta2=0.5"], nproc=1)
+    moved = checkpoint.read_info(tmp_path / "out/checkpoints/step-00000002")
+    assert (moved["data"], moved["memory_scalars"]["beta2"]) == (info["data"], 0.95)
+    with pytest.raises(CheckpointError, match=r"run\.seed=5: the samples come in another order than with the checkpoint's 0"):
+        module.train(load_settings(tmp_path / "out/settings.toml", ["train.steps=3"]), True)

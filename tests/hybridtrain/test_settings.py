@@ -67,6 +67,14 @@ LAYER = 'write "[N*][memory+]MIXER+FEEDFORWARD" with MIXER one of attention and 
                 "memory.weight_decay may be below 2",
             ],
         ),
+        (["optim.beta2=1.0", "optim.muon_momentum=1.0"], ["optim.beta2=1.0 would never take in a gradient; it may be below 1"]),
+        (
+            ["optim.beta1=1.0", "optim.muon_momentum=1.0", "optim.backbone=muon"],
+            [
+                "optim.beta1=1.0 would never take in a gradient; it may be below 1",
+                "optim.muon_momentum=1.0 would never take in a gradient; it may be below 1",
+            ],
+        ),
         (
             ["optim.weight_decay=400.0", "memory.weight_decay=400.0", "memory.enabled=false"],
             [
