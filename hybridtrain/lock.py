@@ -114,6 +114,7 @@ class FolderLock:
 
     def _begin(self) -> Attempt:
         self._confirmed = _now()
+        self._store.sweep()
         _held.add(self)
         _watch_sigterm(True)
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
@@ -217,6 +218,14 @@ class _Files:
     def touch(self, me: Holder) -> None:
         os.utime(self._file)
 
+    def sweep(self) -> None:
+        """Remove what processes left that were killed while they tried."""
+        with contextlib.suppress(OSError):
+            now = self._file.stat().st_mtime
+            for path in self._file.parent.glob(f"{self._file.name}.*"):
+                if now - path.stat().st_mtime > STALE:
+                    path.unlink()
+
     def _draft(self, me: Holder | None) -> Path:
         draft = self._file.with_name(f"{self._file.name}.{uuid.uuid4().hex}")
         draft.write_bytes(me.model_dump_json().encode() if me is not None else b"")
@@ -257,6 +266,9 @@ class _Objects:
 
     def touch(self, me: Holder) -> None:
         self._file.write_bytes(me.model_copy(update={"beats": me.beats + 1}).model_dump_json().encode())
+
+    def sweep(self) -> None:
+        """Nothing else is ever put."""
 
     def _put(self, me: Holder) -> bool:
         self._file.write_bytes(me.model_dump_json().encode())

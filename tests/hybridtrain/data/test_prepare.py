@@ -340,8 +340,6 @@ def test_ensure_prepared_leaves_finished_and_sourceless_folders_alone(folder: Pa
 def test_a_folder_in_use_is_refused(corpus: tuple[Path, list[str]], tmp_path: Path) -> None:
     with (
         prepare_module.locked(tmp_path / "out"),
-        pytest.raises(
-            DataError, match=r"out is in use by process \d+ on .* since .* UTC \(.*\); wait for it, end it"
-        ),
+        pytest.raises(DataError, match=r"out is in use by process \d+ on .* since .* UTC \(.*\); wait for it, end it"),
     ):
         prepare([corpus[0]], tmp_path / "out", **SETTINGS)
