@@ -17,7 +17,6 @@ written anew at every beat. Two that begin within that moment may both go on unt
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import threading
@@ -38,7 +37,6 @@ BEAT, STALE = 10.0, 90.0  # seconds between two touches, and without one after w
 SETTLE = 1.0  # seconds until an object that was put is read again
 POLL = 0.5
 _MOST_BYTES = 1 << 16
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class FolderInUse(UserError):
@@ -175,11 +173,9 @@ class _Files:
             return True
         except FileExistsError:
             return False
-        except OSError as error:
+        except OSError:
             if os.stat(draft).st_nlink == 2:  # done, though the answer was lost on the way
                 return True
-            if error.errno not in _NO_LINKS:
-                raise
             return _create_without_links(file, me)
         finally:
             draft.unlink(missing_ok=True)
@@ -336,7 +332,10 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _create_without_links(file: Path, me: Holder) -> bool:
-    """As `create`, on a file system that has no hard links; for a moment the file is there and says nothing yet."""
+    """As `create`, on a file system that has no hard links; for a moment the file is there and says nothing yet.
+
+    Raises OSError where that is not why there is none.
+    """
     try:
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
