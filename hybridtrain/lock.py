@@ -17,7 +17,6 @@ written anew at every beat. Two that begin within that moment may both go on unt
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import threading
@@ -38,7 +37,6 @@ BEAT, STALE = 10.0, 90.0  # seconds between two touches, and without one after w
 SETTLE = 1.0  # seconds until an object that was put is read again
 POLL = 0.5
 _MOST_BYTES = 1 << 16
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class FolderInUse(UserError):
@@ -114,6 +112,7 @@ class FolderLock:
 
     def _begin(self) -> Attempt:
         self._confirmed = _now()
+        self._store.sweep()
         _held.add(self)
         _watch_sigterm(True)
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
@@ -174,11 +173,9 @@ class _Files:
             return True
         except FileExistsError:
             return False
-        except OSError as error:
+        except OSError:
             if os.stat(draft).st_nlink == 2:  # done, though the answer was lost on the way
                 return True
-            if error.errno not in _NO_LINKS:
-                raise
             return _create_without_links(file, me)
         finally:
             draft.unlink(missing_ok=True)
@@ -216,6 +213,14 @@ class _Files:
 
     def touch(self, me: Holder) -> None:
         os.utime(self._file)
+
+    def sweep(self) -> None:
+        """Remove what processes left that were killed while they tried."""
+        with contextlib.suppress(OSError):
+            now = self._file.stat().st_mtime
+            for path in self._file.parent.glob(f"{self._file.name}.*"):
+                if now - path.stat().st_mtime > STALE:
+                    path.unlink()
 
     def _draft(self, me: Holder | None) -> Path:
         draft = self._file.with_name(f"{self._file.name}.{uuid.uuid4().hex}")
@@ -257,6 +262,9 @@ class _Objects:
 
     def touch(self, me: Holder) -> None:
         self._file.write_bytes(me.model_copy(update={"beats": me.beats + 1}).model_dump_json().encode())
+
+    def sweep(self) -> None:
+        """Nothing else is ever put."""
 
     def _put(self, me: Holder) -> bool:
         self._file.write_bytes(me.model_dump_json().encode())
@@ -324,7 +332,10 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _create_without_links(file: Path, me: Holder) -> bool:
-    """As `create`, on a file system that has no hard links; for a moment the file is there and says nothing yet."""
+    """As `create`, on a file system that has no hard links; for a moment the file is there and says nothing yet.
+
+    Raises OSError where that is not why there is none.
+    """
     try:
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from hybridtrain.lock import LockLost
 from hybridtrain.untrusted import UntrustedFileError, read_bytes
 
 METRICS = "metrics.jsonl"
@@ -78,14 +79,14 @@ class Clock:
 class MetricsLog:
     """Rank 0's record of the run in its folder; other ranks hold one that does nothing.
 
-    A resumed run first drops every line after the step it goes on from, so that the file always is one curve. `confirm` is
-    called before each line, and raises LockLost where the folder is another run's now.
+    A resumed run first drops every line after the step it goes on from, so that the file always is one curve. `confirm` raises
+    LockLost where the folder is another run's now: nothing is written then; the saver tells all ranks that the run ends.
     """
 
     def __init__(
         self, run_dir: Path, rank: int, resumed_at: int, total_steps: int, confirm: Callable[[], None] = lambda: None
     ) -> None:
-        self.active, self._confirm = rank == 0, confirm
+        self.active, self.confirm = rank == 0, confirm
         if not self.active:
             return
         self._run_dir = run_dir
@@ -109,11 +110,17 @@ class MetricsLog:
 
     def rewind(self, step: int, validated: bool = True) -> None:
         """Drop every line after this step, which the run goes on from, and also its validation's where not `validated`."""
-        if self.active:
-            self._confirm()
+        if self.active and not self._lost():
             self._file.close()
             self._board.close()
             self._open(step, validated)
+
+    def _lost(self) -> bool:
+        try:
+            self.confirm()
+        except LockLost:
+            return True
+        return False
 
     def step(self, step: int, note: str) -> None:
         """Move the progress bar."""
@@ -122,9 +129,8 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and every number of it in TensorBoard; a list of shares is one histogram there."""
-        if not self.active:
+        if not self.active or self._lost():
             return
-        self._confirm()
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():

@@ -246,6 +246,7 @@ class Report:
             "torch": torch.__version__,
         }
         if self.log.active:
+            self.log.confirm()
             write_atomically(self.folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
         return summary
 

@@ -38,24 +38,15 @@ class RunLocks:
     """What a run writes to, held by its rank 0 against other runs: `run.dir`, and `checkpoint.dir` where that is elsewhere."""
 
     def __init__(self, settings: Settings, world: Group) -> None:
-        self._world = world
-        run, where = Path(settings.run.dir), settings.checkpoint.dir
-        folders = {f"run.dir={run}": run}
-        if where:
-            there = checkpoint.place(where)
-            folders[f"checkpoint.dir={where}"] = there
-            if there.name == CHECKPOINTS and (there.parent / SETTINGS).is_file():  # another run's own, which holds that alone
-                folders[f"checkpoint.dir={where}"] = there.parent
-        files = {name: folder / NAME for name, folder in folders.items()}
-        if len({str(file.resolve()) for file in files.values()}) < len(files):  # one folder for both
-            files.popitem()
-        self._locks = {name: FolderLock(file) for name, file in files.items()}
+        self._settings, self._world = settings, world
+        self._locks: dict[str, FolderLock] = {}
 
     def take(self) -> None:
         """Take them all. Raises FolderInUse on every rank where another process holds one, or one cannot be written.
 
         Whether a holder lives is asked on every rank: one of them may be on its host.
         """
+        self._locks = {name: FolderLock(file) for name, file in self._files().items()}
         for name, lock in self._locks.items():
             dead, told = "", False
             while True:
@@ -84,6 +75,18 @@ class RunLocks:
     def release(self) -> None:
         for lock in self._locks.values():
             lock.release()
+
+    def _files(self) -> dict[str, Path]:
+        """The locks' files by what they are told as."""
+        run, where = Path(self._settings.run.dir), self._settings.checkpoint.dir
+        files = {f"run.dir={run}": run / NAME}
+        if where:
+            there = checkpoint.place(where)
+            if there.name == CHECKPOINTS and (there.parent / SETTINGS).is_file():  # another run's own, which holds that alone
+                there = there.parent
+            if not (isinstance(there, Path) and there.resolve() == run.resolve()):
+                files[f"checkpoint.dir={where}"] = there / NAME
+        return files
 
 
 def _attempt(lock: FolderLock, name: str, dead: str) -> Attempt | str:

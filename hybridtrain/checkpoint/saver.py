@@ -88,7 +88,11 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the save under way has failed here; `finish` says how, on every rank."""
+        """Whether the save under way failed here, or another run has taken the folder; the next one says so, on every rank."""
+        try:
+            self._confirm(False)
+        except LockLost:
+            return True
         return self._error is not None
 
     def save(self, step: int, wait: bool = False) -> Path:
