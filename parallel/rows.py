@@ -16,6 +16,7 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.kernels.row_gather.op import pack, unpack
@@ -146,9 +147,7 @@ class RowPlanner:
         late_U = all_to_all(late_Q.to(torch.uint8), part.receive, part.send, self.mem).bool()
 
         def share(here_Q: Tensor, here_U: Tensor) -> Share:
-            send, receive = (
-                [int(mask.sum()) for mask in whole.split(splits)] for whole, splits in ((here_U, part.send), (here_Q, part.receive))
-            )
+            send, receive = _true_in_parts(here_U, part.send), _true_in_parts(here_Q, part.receive)
             return Share(send, receive, part.wanted_Q[here_Q], here_U.nonzero().flatten())
 
         return replace(part, early=share(~late_Q, ~late_U), late=share(late_Q, late_U))
@@ -179,6 +178,13 @@ class RowPlanner:
                 f"row ids {where} reach from {least} to {most}, outside {low} to {high - 1} "
                 f"(group {self.mem.name}, rank {self.mem.ranks[self.mem.rank]})"
             )
+
+
+def _true_in_parts(mask: Tensor, sizes: list[int]) -> list[int]:
+    """How many are true in each part of the mask, all at once: there is a part for every rank."""
+    before, ends = F.pad(mask.cumsum(0), (1, 0)), F.pad(torch.tensor(sizes).cumsum(0), (1, 0))
+    counts: list[int] = before[ends].diff().tolist()
+    return counts
 
 
 class Wires(NamedTuple):

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.kernels.choose import chosen
+from hybridtrain.kernels.permute import reference
 from hybridtrain.kernels.permute.reference import sort_by_expert
 from hybridtrain.kernels.row_gather.op import row_gather
 
@@ -25,23 +25,7 @@ def sort_by_destination(experts_NK: Tensor, num_experts: int, num_ranks: int) ->
         from hybridtrain.kernels.permute import kernel
 
         return kernel.sort_by_destination(experts_NK, num_experts, num_ranks)
-    return _by_hits(experts_NK, num_experts, num_ranks)
-
-
-def _by_hits(experts_NK: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """By a table of who goes where, R wide: faster than sorting; no size depends on the data, so no host waits for it."""
-    (N, K), Q = experts_NK.shape, len(experts_NK) * min(experts_NK.size(1), num_ranks)
-    present_NK = (experts_NK >= 0) & (experts_NK < num_experts)
-    owner_NK = torch.where(present_NK, experts_NK // (num_experts // num_ranks), num_ranks)
-    hits_NR = torch.zeros(N, num_ranks + 1, dtype=torch.bool, device=experts_NK.device).scatter_(1, owner_NK, True)[:, :num_ranks]
-    place_RN = hits_NR.T.reshape(-1).cumsum(0).view(num_ranks, N) - 1
-    again_NK = (owner_NK[:, :, None] == owner_NK[:, None, :]).tril(-1).any(-1)
-    inverse_NK = F.pad(place_RN.T, (0, 1), value=-1).gather(1, owner_NK).masked_fill(again_NK, -1)
-    pair_P, last = torch.arange(N * K, device=experts_NK.device), experts_NK.new_full((), Q)
-    order_Q = experts_NK.new_full((Q + 1,), -1)  # the last place is for the pairs that stand nowhere
-    order_Q.scatter_(0, torch.where(inverse_NK < 0, last, inverse_NK).flatten(), pair_P)
-    pairs_R = experts_NK.new_zeros(num_ranks + 1).scatter_add_(0, owner_NK.flatten(), torch.ones_like(pair_P))[:num_ranks]
-    return order_Q[:Q], inverse_NK, torch.stack([hits_NR.sum(0), pairs_R], 1)
+    return reference.sort_by_destination(experts_NK, num_experts, num_ranks)
 
 
 def spread(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:

@@ -35,14 +35,14 @@ def sort_by_destination(experts_NK: Tensor, num_experts: int, num_ranks: int) ->
     owner_NK = torch.where(present_NK, experts_NK // (num_experts // num_ranks), num_ranks)
     again_NK = (owner_NK[:, :, None] == owner_NK[:, None, :]).tril(-1).any(-1)
     key_P = owner_NK.masked_fill(again_NK, num_ranks).flatten()
-    tokens_R = torch.bincount(key_P, minlength=num_ranks + 1)[:num_ranks]
     place_P = torch.arange(N * K, device=experts_NK.device)
-    order_P = torch.sort(key_P, stable=True).indices
-    real_P = place_P < tokens_R.sum()
+    sorted_P, order_P = torch.sort(key_P.to(torch.int32), stable=True)
+    ends_R = torch.searchsorted(sorted_P, torch.arange(num_ranks + 1, dtype=torch.int32, device=experts_NK.device))
+    real_P = place_P < ends_R[-1]
     inverse_P = torch.empty_like(order_P)
     inverse_P[order_P] = place_P.where(real_P, -1)
-    pairs_R = torch.bincount(owner_NK.flatten(), minlength=num_ranks + 1)[:num_ranks]
-    return order_P.where(real_P, -1)[:Q], inverse_P.view(N, K), torch.stack([tokens_R, pairs_R], 1)
+    pairs_R = experts_NK.new_zeros(num_ranks + 1).scatter_add_(0, owner_NK.flatten(), torch.ones_like(place_P))[:num_ranks]
+    return order_P.where(real_P, -1)[:Q], inverse_P.view(N, K), torch.stack([ends_R.diff(), pairs_R], 1)
 
 
 def permute(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:

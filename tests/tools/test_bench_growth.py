@@ -1,0 +1,31 @@
+"""The measurements of growth run, each says how long it took, and what a part costs is less than what the whole does."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tools.bench_growth import in_a_child, main
+
+
+def test_every_measurement_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--small"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 + 5 + 2 + 4 + 1
+    assert all(re.fullmatch(r".{75} +\d+\.\d{4} s +[\d,]+ bytes", line) for line in lines), lines
+
+
+def test_a_child_tells_by_how_much_it_grew() -> None:
+    _, grown = in_a_child(lambda: b"x" * (64 << 20))
+    assert 60 << 20 < grown < 100 << 20
+
+
+def test_a_child_that_dies_is_no_measurement() -> None:
+    def die() -> None:
+        import os
+
+        os._exit(1)
+
+    with pytest.raises(RuntimeError, match="ended before it was done"):
+        in_a_child(die)
