@@ -41,7 +41,7 @@ class Archive:
             raise UntrustedFileError(f"{self.source}: is no archive of torch: it lacks {name}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise UntrustedFileError(f"{self.source}: {name} is compressed or encrypted, which torch.save does not do")
-        self._view.seek(info.header_offset)
+        self._view.seek(max(0, info.header_offset))
         head = self._view.read(_LOCAL.size)
         signature, name_length, added = _LOCAL.unpack(head) if len(head) == _LOCAL.size else (b"", 0, 0)
         low = info.header_offset + _LOCAL.size + name_length + added

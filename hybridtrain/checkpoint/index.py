@@ -127,9 +127,10 @@ def _is_tensor(entry: Any) -> bool:
 def _tensor(entry: Made) -> dcp.TensorStorageMetadata:
     fields = _fields(entry, "TensorStorageMetadata")
     properties, chunks = fields["properties"], fields["chunks"]
-    state = properties.state if type(properties) is Made else None
-    dtype = state[0] if type(state) is tuple and state else None
-    if properties.name != f"{_DCP}.TensorProperties" or type(dtype) is not Named or str(dtype)[6:] not in DTYPES:
+    if type(properties) is not Made or properties.name != f"{_DCP}.TensorProperties":
+        raise ValueError("a tensor without properties")
+    dtype = properties.state[0] if type(properties.state) is tuple and properties.state else None
+    if type(dtype) is not Named or dtype.module != "torch" or dtype.name not in DTYPES:
         raise ValueError("a tensor without a dtype")
     if type(chunks) is not list:
         raise ValueError("a tensor without a list of chunks")

@@ -134,7 +134,10 @@ class _Header:
         """Why it is no tensor of that shape and dtype in a storage of so many bytes; "" where it is one."""
         if (self.shape, self.dtype) != (shape, dtype):
             return f"holds {list(self.shape)} {self.dtype}, and the index says {list(shape)} {dtype}"
-        needed = (self.offset + _extent(self.shape, self.stride)) * dtype.itemsize
+        extent = _extent(self.shape, self.stride)
+        if extent < math.prod(shape):
+            return f"holds a tensor of shape {list(shape)} in {extent} numbers"
+        needed = (self.offset + extent) * dtype.itemsize
         return f"holds {length} bytes of a tensor's {needed}" if needed > length else ""
 
 

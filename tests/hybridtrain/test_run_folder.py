@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from hybridtrain import checkpoint
-from hybridtrain.errors import CheckpointError
+from hybridtrain.config import load_settings
+from hybridtrain.errors import CheckpointError, SettingsError
 from hybridtrain.run_folder import SETTINGS, find_checkpoint
 from tests.hybridtrain.checkpoint.test_history import commit
 
@@ -23,6 +25,44 @@ def test_the_latest_of_a_run_is_found_here_or_elsewhere(tmp_path: Path) -> None:
     (run / SETTINGS).write_text(f'[checkpoint]\ndir = "{elsewhere}"\n')
     five = commit(elsewhere, 5)
     assert find_checkpoint(run) == (run, five)
+
+
+@pytest.mark.parametrize("where", ["memory://x/c", "s3://bucket/run", "simplecache::http://host/x", "nowhere://x"])
+def test_a_url_is_not_opened_on_a_files_word(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    commit(run / "checkpoints", 1)
+    (run / SETTINGS).write_text(f'[checkpoint]\ndir = "{where}"\n')
+    monkeypatch.setattr(checkpoint, "place", lambda *_: pytest.fail("it was opened"))
+    with pytest.raises(CheckpointError, match=re.escape(f"{SETTINGS} says that the checkpoints lie at {where}, which is not")):
+        find_checkpoint(run)
+
+
+def test_a_url_is_opened_where_it_is_asked_for(tmp_path: Path) -> None:
+    there, run = checkpoint.place(f"memory://{tmp_path.name}/c"), tmp_path / "run"
+    saved = commit(there, 3, settings={"run": {"dir": str(run)}})
+    run.mkdir()
+    (run / SETTINGS).write_text(f'[checkpoint]\ndir = "memory://{tmp_path.name}/c"\n')
+    assert find_checkpoint(there) == find_checkpoint(saved) == (run, saved)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\x00", "= 3", "a = " + "[" * 5000, ".".join("a" * 3000) + " = 1", "a = " + "9" * 5000, "checkpoint.dir = 3", "#" * 2**21],
+)
+def test_settings_that_cannot_be_read_are_named(text: str, tmp_path: Path) -> None:
+    commit(tmp_path / "checkpoints", 1)
+    (tmp_path / SETTINGS).write_text(text)
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / SETTINGS}")):
+        find_checkpoint(tmp_path)
+    with pytest.raises(SettingsError):
+        load_settings(tmp_path / SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["step-²", "step-" + "9" * 5000, "../step-1", "step-1/../..", "\ud800", ""])
+def test_a_latest_that_names_no_checkpoint_is_passed_over(name: str, tmp_path: Path) -> None:
+    one = commit(tmp_path / "checkpoints", 1)
+    (tmp_path / "checkpoints/latest").write_bytes(name.encode("utf-8", "surrogatepass"))
+    assert find_checkpoint(tmp_path) == (tmp_path, one)
 
 
 def test_where_there_is_none_it_is_said(tmp_path: Path) -> None:

@@ -28,12 +28,12 @@ DESCRIPTION: dict[str, Any] = {  # all that a checkpoint.json must say
 }
 
 
-def commit(folder: Path, step: int, base: int | None = None, content: str = "") -> Path:
+def commit(folder: Path, step: int, base: int | None = None, content: str = "", **more: Any) -> Path:
     final = folder_of(folder, step)
     staging = staging_of(final)
     begin_folder(staging)
     (staging / "file").write_text(content)
-    info = DESCRIPTION | {"step": step}
+    info = DESCRIPTION | {"step": step, **more}
     if base is not None:
         theirs = checkpoint.read_info(folder_of(folder, base))
         info["base"] = {"name": folder_of(folder, base).name, "xxh3": theirs["xxh3"], "age": 1}
