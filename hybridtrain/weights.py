@@ -158,9 +158,9 @@ def start_from(parts: Parts, path: Path, folder: Path, data: Manifest) -> None:
     if info["addressing"] and addressing and info["addressing"] != addressing:
         problems.append("memory: its table cannot be taken over: layers, orders, multipliers, primes or compression map are others")
     elif info["addressing"] and parts.memory is not None:
-        theirs, ours = stored.shapes.get("memory.table", ()), (parts.memory.addressing.num_rows, parts.settings.memory.head_dim)
-        if theirs != ours:
-            problems.append(f"memory.table: the checkpoint has {list(theirs)}, this model {list(ours)}")
+        there, here = stored.shapes.get("memory.table", ()), (parts.memory.addressing.num_rows, parts.settings.memory.head_dim)
+        if there != here:
+            problems.append(f"memory.table: the checkpoint has {list(there)}, this model {list(here)}")
     if problems:
         raise CheckpointError("\n".join([f"train.init_from={path}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
     taken = expected.keys() & stored.shapes.keys()

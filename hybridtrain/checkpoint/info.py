@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts, Vocabulary
+from hybridtrain.checkpoint.consumed import Consumed
 from hybridtrain.checkpoint.files import METADATA, FileRecord, digest_file
 from hybridtrain.checkpoint.index import MAX_INDEX, Index, read_index
 from hybridtrain.checkpoint.place import write_whole
@@ -48,6 +49,8 @@ class _Guard(BaseModel):
 class _Scalars(BaseModel):
     step_count: Count
     beta2: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    beta2_since: Count = 0
+    weight_before: Annotated[float, Field(ge=0.0)] = 0.0
     decay_log: list[float] = []
 
     @model_validator(mode="after")
@@ -74,6 +77,7 @@ class _Description(BaseModel):
     base: _Base | None = None
     tensors: dict[str, str] = {}
     weights_only: bool = False
+    data: Consumed | None = None
     xxh3: str
 
     @model_validator(mode="after")
