@@ -220,6 +220,16 @@ def test_without_hard_links_the_file_is_made_exclusively(tmp_path: Path, monkeyp
 
 
 @pytest.mark.usefixtures("soon")
+def test_letting_go_leaves_all_else_at_a_url(tmp_path: Path) -> None:
+    upath = pytest.importorskip("upath")
+    for folder in (upath.UPath("memory://kept/run"), upath.UPath(f"local://{tmp_path}/run")):
+        with locked(folder):
+            (folder / "step").write_bytes(b"saved")
+        assert (folder / "step").read_bytes() == b"saved"
+        assert not (folder / NAME).exists()
+
+
+@pytest.mark.usefixtures("soon")
 def test_at_a_url_the_lock_is_an_object_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     upath = pytest.importorskip("upath")
     folder = upath.UPath("memory://lock/run")
