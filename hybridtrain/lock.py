@@ -121,13 +121,11 @@ class FolderLock:
     def _by_beats(self, sign: tuple[str, object]) -> bool | None:
         if self._store.age(sign[1]) > STALE:
             return False
-        if self._seen is None:
+        before, since = self._seen or (None, 0.0)
+        if sign != before:
             self._seen = sign, _now()
-        elif sign != self._seen[0]:
-            return True
-        elif _now() - self._seen[1] > STALE:
-            return False
-        return None
+            return None if before is None else True
+        return False if _now() - since > STALE else None
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT):

@@ -134,7 +134,9 @@ def test_a_holder_on_another_host_that_beats_is_refused(tmp_path: Path) -> None:
     thread.start()
     with pytest.raises(FolderInUse, match="on node7 since"), locked(tmp_path):
         pass
-    ended.set()
+    threading.Timer(0.5, ended.set).start()
+    with locked(tmp_path, wait=True):  # until it beats no more
+        assert ended.is_set()
     thread.join()
 
 
