@@ -73,7 +73,7 @@ class FolderLock:
         """Try once; the holder with the token `dead` is known not to live. Raises OSError where nothing can be written there."""
         if not self.file.parent.exists():
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._made_folder = True
+            self._made_folder = isinstance(self.file, Path)
         if self._store.create(self.me):
             return self._begin()
         found = self._store.read()
@@ -107,7 +107,7 @@ class FolderLock:
                 if found is not None and found[0] is not None and found[0].token == self.me.token:
                     self.file.unlink()
                 if self._made_folder:
-                    self.file.parent.rmdir()  # where nothing was written to it
+                    os.rmdir(self.file.parent)  # where nothing was written to it; a URL's rmdir would take all that was
         _watch_sigterm(bool(_held))
 
     def _begin(self) -> Attempt:
@@ -121,13 +121,11 @@ class FolderLock:
     def _by_beats(self, sign: tuple[str, object]) -> bool | None:
         if self._store.age(sign[1]) > STALE:
             return False
-        if self._seen is None:
+        before, since = self._seen or (None, 0.0)
+        if sign != before:
             self._seen = sign, _now()
-        elif sign != self._seen[0]:
-            return True
-        elif _now() - self._seen[1] > STALE:
-            return False
-        return None
+            return None if before is None else True
+        return False if _now() - since > STALE else None
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT):

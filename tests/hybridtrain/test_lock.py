@@ -134,7 +134,9 @@ def test_a_holder_on_another_host_that_beats_is_refused(tmp_path: Path) -> None:
     thread.start()
     with pytest.raises(FolderInUse, match="on node7 since"), locked(tmp_path):
         pass
-    ended.set()
+    threading.Timer(0.5, ended.set).start()
+    with locked(tmp_path, wait=True):  # until it beats no more
+        assert ended.is_set()
     thread.join()
 
 
@@ -217,6 +219,16 @@ def test_without_hard_links_the_file_is_made_exclusively(tmp_path: Path, monkeyp
     lie_there(tmp_path, began="1")
     with locked(tmp_path):
         assert names(tmp_path) == [NAME]
+
+
+@pytest.mark.usefixtures("soon")
+def test_letting_go_leaves_all_else_at_a_url(tmp_path: Path) -> None:
+    upath = pytest.importorskip("upath")
+    for folder in (upath.UPath("memory://kept/run"), upath.UPath(f"local://{tmp_path}/run")):
+        with locked(folder):
+            (folder / "step").write_bytes(b"saved")
+        assert (folder / "step").read_bytes() == b"saved"
+        assert not (folder / NAME).exists()
 
 
 @pytest.mark.usefixtures("soon")
