@@ -115,7 +115,9 @@ def for_texts(tokenizer: Tokenizer, separator: str) -> Tokenizer:
     Raises DataError where the separator is a token that texts consist of, such as a letter.
     """
     tokenizer.post_processor = None  # it only puts special tokens around; and it moves offsets
-    special = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    special: dict[str, int | None] = {
+        token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+    }
     special[separator] = tokenizer.token_to_id(separator)
     if not _spelled(tokenizer, special):
         return tokenizer
