@@ -45,8 +45,7 @@ def import_hf(folder: Path, out: Path, *, separator: str | None = None, seq_len:
     weights = SafetensorsFolder(folder)
     if settings is None or problems:
         raise FormatError(str(folder), problems)
-    write_run(out, settings, _tensors(folder, weights, settings, family), tokenizer, family.architecture)
-    return settings
+    return write_run(out, settings, _tensors(folder, weights, settings, family), tokenizer, family.architecture)
 
 
 def _read_config(folder: Path) -> Any:

@@ -59,8 +59,7 @@ def import_megatron(
     problems += words.misfits(embedding[0])
     if settings is None or problems:
         raise FormatError(str(saved), problems)
-    write_run(out, settings, _tensors(weights, settings), words, NAME)
-    return settings
+    return write_run(out, settings, _tensors(weights, settings), words, NAME)
 
 
 def _model(saved: Path, settings_file: Path | None) -> tuple[dict[str, Any], int, list[str]]:

@@ -114,8 +114,13 @@ class ImportedTokenizer:
         return [f"{self.path.name} has {self.entries} entries, the embedding {rows} rows"] if self.entries > rows else []
 
 
-def write_run(out: Path, settings: Settings, tensors: Mapping[str, LazyTensor], tokenizer: ImportedTokenizer, origin: str) -> None:
-    """Make the folder `out`: tokenizer, settings, and a checkpoint of the weights alone. Two tensors are in memory at a time."""
+def write_run(
+    out: Path, settings: Settings, tensors: Mapping[str, LazyTensor], tokenizer: ImportedTokenizer, origin: str
+) -> Settings:
+    """Make the folder `out`: tokenizer, settings, and a checkpoint of the weights alone. Two tensors are in memory at a time.
+
+    Returns the settings as they are written, with the separator that data for the weights are to have.
+    """
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"separator": tokenizer.separator})})
     with new_folder(out) as made:
         shutil.copyfile(tokenizer.path, made / TOKENIZER)
@@ -143,3 +148,4 @@ def write_run(out: Path, settings: Settings, tensors: Mapping[str, LazyTensor], 
             "files": write_tensors(staging, tensors),
         }
         checkpoint.commit_folder(staging, staging.with_name("step-00000000"), info)
+    return settings
