@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor
 
+from hybridtrain import train
+from hybridtrain.data.batches import Batch
 from hybridtrain.parallel import engine
 from hybridtrain.parallel.rows import RowExchange
 
@@ -49,8 +52,23 @@ def _copies_not_summed() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _borders_forgotten() -> Iterator[None]:
+    """The first sequence of each micro-batch is taken for one document by attention and by the memory's convolution."""
+    real = train.by_exchange
+
+    def by_exchange(batch: Batch, plan: Any, device: Any) -> Any:
+        starts = batch.starts.clone()
+        starts[:, 0, 1:] = False
+        return real(replace(batch, starts=starts), plan, device)
+
+    with patch.object(train, "by_exchange", by_exchange):
+        yield
+
+
 FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "one gradient 1 % too large": _one_gradient_scaled,
     "row gradients doubled": _row_gradients_doubled,
     "gradients of tp's copies not summed": _copies_not_summed,
+    "borders of a sequence forgotten": _borders_forgotten,
 }

@@ -46,14 +46,14 @@ def small_cuts(kind: str) -> Cuts:
 def test_the_parts_have_the_ids_of_the_whole_text(kind: str) -> None:
     draw, tokenizer, cuts = random.Random(kind), zoo.tokenizer(kind), small_cuts(kind)
     numbers = []
-    for size in (10_000, 7, 300):
-        text = text_of(draw, 400)
+    for size in (7, 300):
+        text = text_of(draw, 300)
         parts = list(cuts.parts((text[i : i + size] for i in range(0, len(text), size)), "a text"))
         assert parts == list(cuts.parts([text], "a text"))  # however it comes in chunks
         assert "".join(part.text for part in parts) == text
         assert [i for part in parts for i in ids_of_part(tokenizer, part)] == ids_of(tokenizer, text)
         numbers.append(len(parts))
-    assert max(numbers) > 1 if kind in zoo.MAKE else numbers == [1, 1, 1]
+    assert max(numbers) > 1 if kind in zoo.MAKE else numbers == [1, 1]
 
 
 def test_a_tokenizer_without_cuts_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:

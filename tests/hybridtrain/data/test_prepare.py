@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from hybridtrain.data import encode
 from hybridtrain.data import prepare as prepare_module
@@ -295,6 +296,16 @@ def test_bad_settings_are_refused(corpus: tuple[Path, list[str]], tmp_path: Path
     with pytest.raises(DataError, match=message):
         prepare([corpus[0]], tmp_path / "out", **(SETTINGS | settings))
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_text_that_comes_out_as_the_separator_is_refused(tmp_path: Path) -> None:
+    """Of a tokenizer that knows how to spell its separator, which also stands for all it does not know."""
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0} | {char: n for n, char in enumerate("<unk>abAUNKB ", 1)}, [], unk_token="<unk>"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.jsonl").write_text('{"text": "a b"}\n{"text": "a ☃"}\n', encoding="utf-8")
+    arguments = {"tokenizer": tmp_path / "tokenizer.json", "separator": "<unk>", "validation_fraction": 0.0, "progress": False}
+    with pytest.raises(DataError, match=r"a.jsonl: document 2 of all has the separator in its text"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "out", **arguments)
 
 
 def test_a_file_in_the_folder_s_place_is_refused(corpus: tuple[Path, list[str]]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hybridtrain.data.compress import read_map
 from hybridtrain.data.shards import Split, TokenDataset
-from hybridtrain.errors import DataError
+from hybridtrain.data.sources import file_digest
+from hybridtrain.errors import DataError, UserError
 
 
 @pytest.fixture
@@ -124,6 +127,21 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
         (edit(lambda tree: tree.update(format=99)), r"has format 99, this version reads format 1"),
         (edit(lambda tree: tree.pop("dtype")), r"is damaged: dtype: Field required"),
         (edit(lambda tree: tree["train"]["shards"][0].update(tokens="x")), r"is damaged: train.shards.0.tokens: "),
+        (
+            edit(lambda tree: tree["train"]["shards"][0].update(name="../train-00000")),
+            r"train.shards.0.name: String should match pattern",
+        ),
+        (edit(lambda tree: tree["train"]["shards"][0].update(name="validation-00000")), r"validation-00000 is no shard of train"),
+        (
+            edit(lambda tree: tree["train"]["shards"].append(tree["train"]["shards"][0])),
+            r"train: .*its shards have \d+ tokens, not ",
+        ),
+        (edit(lambda tree: tree["train"].update(tokens=-5)), r"train.tokens: Input should be greater than or equal to 0"),
+        (edit(lambda tree: tree["validation"].update(bytes=1.5)), r"validation.bytes: Input should be a valid integer"),
+        (edit(lambda tree: tree.update(separator_id=320)), r"separator_id=320 is none of the 320 tokens"),
+        (edit(lambda tree: tree.update(vocab_size=70_000)), r"dtype=uint16 holds no 70000 tokens"),
+        (lambda path: path.write_text("[" * 100_000), r"manifest.json: cannot be read: is nested deeper than"),
+        (lambda path: path.write_text('{"format": 1, "format": 1}'), r"the key 'format' stands twice"),
         (edit(lambda tree: tree.update(vocab_size=321)), r"compression.npy: is int64 \[320\], not int64 \[321\]"),
     ],
 )
@@ -131,6 +149,56 @@ def test_bad_manifests_are_refused(copy: Path, damage: Callable[[Path], None], m
     damage(copy / "manifest.json")
     with pytest.raises(DataError, match=message):
         TokenDataset.open(copy, verify=True)
+
+
+def reseal(folder: Path, name: str, content: bytes) -> None:
+    """Change a file of a shard, and the manifest with it, as somebody would who means harm."""
+    (folder / name).write_bytes(content)
+    shard, suffix = name.split(".")
+    digest = file_digest(folder / name)
+    edit(lambda tree: next(s for s in tree["train"]["shards"] if s["name"] == shard).update({f"{suffix}_xxh3": digest}))(
+        folder / "manifest.json"
+    )
+
+
+def test_starts_that_leave_their_shard_are_refused(copy: Path) -> None:
+    starts = np.fromfile(copy / "train-00001.starts", "<i8")
+    for wrong in (starts[::-1], starts - starts[0] - 1, starts + 10**6):
+        reseal(copy, "train-00001.starts", wrong.astype("<i8").tobytes())
+        with pytest.raises(DataError, match=r"train-00001.starts: is no rising list of places in [\d,]+ tokens"):
+            TokenDataset.open(copy, verify=True)
+
+
+def test_tokens_that_are_none_are_refused_where_they_are_read(copy: Path) -> None:
+    tokens = np.fromfile(copy / "train-00000.tokens", "<u2")
+    tokens[5] = 320  # of 320
+    reseal(copy, "train-00000.tokens", tokens.tobytes())
+    split = TokenDataset.open(copy, verify=True).split("train")
+    split.window(6, 100)
+    with pytest.raises(DataError, match=r"train has tokens that its tokenizer has not, or no separator at a start"):
+        split.window(0, 100)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no array", "is no array of numpy"),
+        (pickle.dumps([1]), "is no array of numpy"),
+        (np.arange(320).astype(np.float64), r"is float64 \[320\], not int64 \[320\]"),
+        (np.arange(320) - 1, "has ids from -1 to 318; they may be 0 to 319"),
+        (np.arange(320) + 1, "has ids from 1 to 320; they may be 0 to 319"),
+        (np.zeros(10**5, np.int64), "is longer than"),
+    ],
+    ids=["text", "pickle", "floats", "negative", "high", "long"],
+)
+def test_bad_compression_maps_are_refused(tmp_path: Path, content: bytes | np.ndarray, message: str) -> None:
+    path = tmp_path / "compression.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content)
+    with pytest.raises(UserError, match=f"compression.npy: {message}"):
+        read_map(path, 320)
 
 
 def test_a_missing_folder_tells_how_to_make_it(tmp_path: Path) -> None:
