@@ -238,7 +238,8 @@ LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("logits_scaling", (None, 1), "scaled logits"),
     ("logit_scale", (None, 1), "scaled logits"),
     ("no_rope_layers", (None, []), "layers without positions"),
-    ("adapter_config", (None, {}), "an adapter; merge it into the weights first"),
+    ("auto_map", (None, {}), "code of its own; remove the key where the weights are those of the architecture that is named"),
+    ("compression_config", (None,), "quantised weights; dequantise them first"),
     ("configuration_files", (None, [], {}), "another config.json by the version of transformers; rename the one to import"),
     ("transformers_weights", (None,), "a file of weights of another name; name it model.safetensors"),
 )

@@ -60,7 +60,7 @@ def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_safetensors(made, {name: cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}, max_shard_bytes)
         copy_companions(run, made, TOKENIZER)
-        if origin.config is None or origin.config["model_type"] != chosen:
+        if (origin.config or {}).get("model_type") != chosen:
             _write_usage(made, info["separator_id"], described)
     return chosen
 

@@ -27,6 +27,7 @@ from hybridtrain.weights import model_tensors
 
 # computed from rope_theta, and stored by old versions only; transformers ignore it
 _FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_ADAPTER = "adapter_config.json"
 _EMBEDDING, _HEAD = OUTSIDE["embed.weight"], OUTSIDE["head.weight"]
 
 
@@ -43,6 +44,8 @@ def import_hf(folder: Path, out: Path, *, separator: str | None = None, seq_len:
     generation_ids(folder)  # refused now, where it is damaged, and not by an export
     weights = SafetensorsFolder(folder)
     problems, settings = problems_of(config), None
+    if (folder / _ADAPTER).is_file():
+        problems.append(f"{_ADAPTER}: an adapter, which transformers put over the weights; merge it into them first")
     try:
         settings = _settings(config, out, seq_len, tied=_is_tied(folder, config, weights))
     except SettingsError as error:
