@@ -237,6 +237,7 @@ LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("attention_multiplier", (None,), "attention scores of another scale"),
     ("logits_scaling", (None, 1), "scaled logits"),
     ("logit_scale", (None, 1), "scaled logits"),
+    ("rope_interleaved", (None, False), "rotations of neighbours; those of halves are read"),
     ("no_rope_layers", (None, []), "layers without positions"),
     ("auto_map", (None, {}), "code of its own; remove the key where the weights are those of the architecture that is named"),
     ("compression_config", (None,), "quantised weights; dequantise them first"),

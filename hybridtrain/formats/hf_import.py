@@ -58,7 +58,8 @@ def import_hf(folder: Path, out: Path, *, separator: str | None = None, seq_len:
         said = ", ".join(f"{key}={json.dumps(value)[:60]}" for key, value in config.told.items())
         say(f"{folder}: keys of config.json that transformers' {config.family.architecture} does not know either: {said}")
     values = Values(str(folder))
-    origin = Origin(config=config.tree, dtype=str(weights.dtypes[_EMBEDDING]).removeprefix("torch."))
+    dtype, positions = str(weights.dtypes[_EMBEDDING]).removeprefix("torch."), config.values.max_position_embeddings
+    origin = Origin(config=config.tree, dtype=dtype, positions=positions)
     tensors = _tensors(weights, settings, config.family, values)
     write_run(out, settings, Import(config.family.architecture, tensors, values, origin), tokenizer)
     return settings

@@ -119,9 +119,9 @@ def small_folder(case: str, folder: Path, data: Path, **changes: Any) -> Path:
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    """Other values of keys of config.json; None is null."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    """Other values of keys of config.json; None is null, "absent" takes a key away."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
 
 
 def save_theirs(model: Any, folder: Path, data: Path, shard: str = "200KB") -> Path:
