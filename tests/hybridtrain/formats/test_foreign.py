@@ -233,7 +233,12 @@ ODD_CONFIGS: tuple[tuple[str, str, str], ...] = (
         '{"num_attention_heads": 0, "hidden_size": -4, "rms_norm_eps": "1e-5"}',
         "rms_norm_eps: Input should be a valid number",
     ),
-    ("llama", '{"num_hidden_layers": null}', "transformers refuses it"),
+    ("llama", '{"num_hidden_layers": null}', "num_hidden_layers: Input should be a valid integer"),
+    (
+        "llama",
+        '{"max_position_embeddings": null, "tie_word_embeddings": null}',
+        "tie_word_embeddings: Input should be a valid bool",
+    ),
     ("llama", '{"num_hidden_layers": 60000}', "config.json promises 60000 layers or experts, and 21 tensors are stored"),
     ("llama", '{"num_hidden_layers": 1e3}', "num_hidden_layers: Input should be a valid integer"),
     ("llama", '{"head_dim": 7}', "RoPE requires an even rotary dimension"),
