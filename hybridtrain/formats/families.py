@@ -237,8 +237,10 @@ LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("attention_multiplier", (None,), "attention scores of another scale"),
     ("logits_scaling", (None, 1), "scaled logits"),
     ("logit_scale", (None, 1), "scaled logits"),
+    ("rope_interleaved", (None, False), "rotations of neighbours; those of halves are read"),
     ("no_rope_layers", (None, []), "layers without positions"),
-    ("adapter_config", (None, {}), "an adapter; merge it into the weights first"),
+    ("auto_map", (None, {}), "code of its own; remove the key where the weights are those of the architecture that is named"),
+    ("compression_config", (None,), "quantised weights; dequantise them first"),
     ("configuration_files", (None, [], {}), "another config.json by the version of transformers; rename the one to import"),
     ("transformers_weights", (None,), "a file of weights of another name; name it model.safetensors"),
 )

@@ -51,12 +51,24 @@ _KINDS: dict[str, Any] = {
     "mlp_only_layers": list[int],
     "max_position_embeddings": Annotated[int, Field(ge=1, le=1 << 40)],
 }
+_NULLABLE = frozenset(
+    (
+        *("num_key_value_heads", "head_dim", "rope_theta", "rope_parameters", "rope_scaling", "layer_types", "mlp_only_layers"),
+        *(*DTYPE_KEYS, *TOKEN_IDS, "architectures", "use_sliding_window"),
+    )
+)
 _Keys: type[BaseModel] = create_model(
     "_Keys",
     __config__=ConfigDict(extra="allow"),
-    model_type=(str, ...),
-    **cast(Any, {key: (kind | None, None) for key, kind in _KINDS.items()}),
+    **cast(Any, {key: (kind | None if key in _NULLABLE else kind, None) for key, kind in _KINDS.items()}),
 )
+
+
+class _Named(BaseModel):
+    """What every config.json says."""
+
+    model_type: str
+    architectures: list[str] | None = None
 
 
 class _Rotations(BaseModel):
@@ -111,7 +123,7 @@ def read_config(folder: Path) -> Config:
 def resolve(tree: dict[str, Any], path: Path) -> Config:
     """The parsed config.json `path`. Raises UntrustedFileError listing every value of another type than its key's, and FormatError
     listing what another architecture has and our model lacks."""
-    validated(tree, str(path), _Keys)
+    validated(tree, str(path), _Named)
     transformers = need_transformers()
     model_type, family = tree["model_type"], FAMILIES.get(tree["model_type"])
     if model_type not in transformers.CONFIG_MAPPING:
@@ -121,6 +133,7 @@ def resolve(tree: dict[str, Any], path: Path) -> Config:
         known = ", ".join(f.architecture for f in FAMILIES.values())
         lacking = lacking_of(_resolved(model_type, tree, path), tree)
         raise FormatError(str(path.parent), [f"architecture {named or model_type} is none of {known}", *lacking])
+    validated(tree, str(path), _Keys)
     known_keys = known_of(family)
     values = _resolved(model_type, tree, path)
     rotations = validated(getattr(values, "rope_parameters", None) or {}, f"{path}: rope_parameters", _Rotations)

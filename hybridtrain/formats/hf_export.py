@@ -60,7 +60,7 @@ def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_safetensors(made, {name: cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}, max_shard_bytes)
         copy_companions(run, made, TOKENIZER)
-        if origin.config is None or origin.config["model_type"] != chosen:
+        if (origin.config or {}).get("model_type") != chosen:
             _write_usage(made, info["separator_id"], described)
     return chosen
 
@@ -105,7 +105,7 @@ def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
 def _config(family: Family, settings: Settings, described: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
     """config.json: that of the import with what is now another value, or a new one with transformers' defaults."""
     if origin.config is not None and origin.config.get("model_type") == family.name:
-        return _changed(resolve(origin.config, Path(ORIGIN)), settings, described)
+        return _changed(resolve(origin.config, Path(ORIGIN)), settings, described, retyped=described["dtype"] != origin.dtype)
     kinds = [spec.feedforward for spec in layer_specs(settings)]
     values = {key: setting(settings.model, ours) for key, ours in family.keys.items()}
     values |= {"num_hidden_layers": len(kinds), "architectures": [family.architecture], "attention_bias": False}
@@ -115,8 +115,11 @@ def _config(family: Family, settings: Settings, described: Mapping[str, Any], or
     return tree | {"rope_theta": settings.model.attention.rope_theta}  # where transformers 4 looks for it
 
 
-def _changed(came: Config, settings: Settings, described: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that came, in their own spelling, but for those whose value is no longer the model's."""
+def _changed(came: Config, settings: Settings, described: Mapping[str, Any], retyped: bool) -> dict[str, Any]:
+    """The keys that came, in their own spelling, but for those whose value is no longer the model's.
+
+    `retyped`: the weights have another dtype than those that came.
+    """
     family, kinds, theta = came.family, [spec.feedforward for spec in layer_specs(settings)], settings.model.attention.rope_theta
     now = {key: setting(settings.model, ours) for key, ours in family.keys.items()} | {"num_hidden_layers": len(kinds)}
     now |= {key: value for key, value in described.items() if key != "dtype"}
@@ -129,7 +132,7 @@ def _changed(came: Config, settings: Settings, described: Mapping[str, Any]) -> 
         gone.add("rope_scaling")
     if "num_hidden_layers" in changed:
         gone.add("layer_types")  # all alike, and as many as there were layers
-    changed |= {key: described["dtype"] for key in DTYPE_KEYS if came.tree.get(key) is not None}
+    changed |= {key: described["dtype"] for key in DTYPE_KEYS if retyped and came.tree.get(key) is not None}
     return {key: value for key, value in came.tree.items() if key not in gone} | changed
 
 

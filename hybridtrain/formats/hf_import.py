@@ -27,6 +27,7 @@ from hybridtrain.weights import model_tensors
 
 # computed from rope_theta, and stored by old versions only; transformers ignore it
 _FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_ADAPTER = "adapter_config.json"
 _EMBEDDING, _HEAD = OUTSIDE["embed.weight"], OUTSIDE["head.weight"]
 
 
@@ -43,6 +44,8 @@ def import_hf(folder: Path, out: Path, *, separator: str | None = None, seq_len:
     generation_ids(folder)  # refused now, where it is damaged, and not by an export
     weights = SafetensorsFolder(folder)
     problems, settings = problems_of(config), None
+    if (folder / _ADAPTER).is_file():
+        problems.append(f"{_ADAPTER}: an adapter, which transformers put over the weights; merge it into them first")
     try:
         settings = _settings(config, out, seq_len, tied=_is_tied(folder, config, weights))
     except SettingsError as error:
@@ -55,7 +58,8 @@ def import_hf(folder: Path, out: Path, *, separator: str | None = None, seq_len:
         said = ", ".join(f"{key}={json.dumps(value)[:60]}" for key, value in config.told.items())
         say(f"{folder}: keys of config.json that transformers' {config.family.architecture} does not know either: {said}")
     values = Values(str(folder))
-    origin = Origin(config=config.tree, dtype=str(weights.dtypes[_EMBEDDING]).removeprefix("torch."))
+    dtype, positions = str(weights.dtypes[_EMBEDDING]).removeprefix("torch."), config.values.max_position_embeddings
+    origin = Origin(config=config.tree, dtype=dtype, positions=positions)
     tensors = _tensors(weights, settings, config.family, values)
     return write_run(out, settings, Import(config.family.architecture, tensors, values, origin), tokenizer)
 

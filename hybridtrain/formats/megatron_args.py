@@ -228,7 +228,7 @@ def to_args(settings: Settings, rows: int, bias: bool, implementation: str, orig
             "moe_grouped_gemm": implementation == TRANSFORMER_ENGINE,
         }
     trained = {"moe_router_bias_update_rate": moe.bias_rate} if bias else {}
-    said |= (origin.args or {}) | trained
+    said |= {key: value for key, value in (origin.args or {}).items() if key in CARRIED} | trained
     return Namespace(**said | {"max_position_embeddings": origin.longest(settings.train.seq_len)})
 
 

@@ -63,7 +63,8 @@ def import_megatron(
     if settings is None or problems:
         raise FormatError(str(saved), problems)
     values = Values(str(saved))
-    origin = Origin(args=args, dtype=str(weights.dtype(OUTSIDE["embed.weight"])).removeprefix("torch."))
+    dtype, positions = str(weights.dtype(OUTSIDE["embed.weight"])).removeprefix("torch."), args.get("max_position_embeddings")
+    origin = Origin(args=args, dtype=dtype, positions=positions)
     return write_run(out, settings, Import(NAME, _tensors(weights, settings, values), values, origin), words)
 
 
@@ -71,6 +72,7 @@ def _model(saved: Path, settings_file: Path | None) -> tuple[dict[str, Any], dic
     """(section `model` of settings, the arguments that an export gives back, what our model lacks)."""
     if settings_file is not None:
         settings = load_settings(settings_file)
+        say(f"{saved}: the model is that of {settings_file}; args in {COMMON} are not looked at")
         return settings.model.model_dump(mode="json"), {"max_position_embeddings": settings.train.seq_len}, []
     common = read_common(saved)
     args = common.get("args") if isinstance(common, dict) else None

@@ -18,21 +18,16 @@ from hybridtrain.weights import ORIGIN
 
 class Origin(BaseModel):
     """config: the whole config.json of an import, or None. args: those of Megatron's arguments that an export gives back, or None.
-    dtype: of the stored weights."""
+    dtype: of the stored weights. positions: tokens of the longest text that the model is for, or None where nothing says so."""
 
     config: dict[str, Any] | None = None
     args: dict[str, Any] | None = None
     dtype: str = "float32"
-
-    @property
-    def known(self) -> bool:
-        """Whether the model was imported."""
-        return self.config is not None or self.args is not None
+    positions: int | None = None
 
     def longest(self, trained: int) -> int:
         """Tokens of the longest text that the model is for: as it came, or `trained` where that is longer or nothing came."""
-        came = (self.config or self.args or {}).get("max_position_embeddings")
-        return max(came, trained) if isinstance(came, int) else trained
+        return max(self.positions or trained, trained)
 
     def token_ids(self, run: Path, separator: int) -> dict[str, Any]:
         """Ids of special tokens for a config.json: those that came, else those of generation_config.json, else the separator."""

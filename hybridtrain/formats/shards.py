@@ -16,7 +16,7 @@ from torch import Tensor
 from hybridtrain.checkpoint.stored import LazyTensor
 from hybridtrain.data.progress import say
 from hybridtrain.errors import DataError, UserError
-from hybridtrain.untrusted import UntrustedFileError, inside, read_json
+from hybridtrain.untrusted import MAX_BYTES, UntrustedFileError, inside, parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -47,10 +47,11 @@ class SafetensorsFolder:
                     raise OSError("is not a file")
                 file = safe_open(path, "pt")
                 names = list(file.keys())
+                _check_header(path)
             except FileNotFoundError:
                 problems.append(f"{path.name}: is named in {INDEX} and missing")
                 continue
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, UntrustedFileError) as error:
                 problems.append(f"{path.name}: is damaged: {error}")
                 continue
             if named is not None:
@@ -69,6 +70,13 @@ class SafetensorsFolder:
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
+
+
+def _check_header(path: Path) -> None:
+    """Raises UntrustedFileError where a tensor stands twice in a file's header, of which the library takes the last."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        parse_json(stream.read(min(length, MAX_BYTES)), "its header", dict[str, Any])
 
 
 def _choose(folder: Path) -> dict[Path, set[str] | None]:

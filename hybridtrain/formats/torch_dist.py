@@ -57,8 +57,11 @@ class _Format(BaseModel):
 
 
 def is_torch_dist(folder: Path) -> bool:
-    """Whether it is a folder of checkpoints as Megatron-LM writes them, or one checkpoint in it."""
-    return (folder / TRACKER).is_file() or (folder / FORMAT).is_file()
+    """Whether it is a folder of checkpoints as Megatron-LM writes them, or one checkpoint in it.
+
+    A Hugging Face folder may have a metadata.json as well.
+    """
+    return (folder / TRACKER).is_file() or ((folder / FORMAT).is_file() and not (folder / "config.json").is_file())
 
 
 def find_iteration(folder: Path) -> Path:

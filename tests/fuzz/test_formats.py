@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Give
     tokenizer = ImportedTokenizer(data / TOKENIZER, None)
     with pytest.MonkeyPatch.context() as patch:  # the tokenizer is the same every time
         patch.setattr(hf_import, "ImportedTokenizer", lambda *_: tokenizer)
+        patch.setattr(os, "fsync", lambda _: None)
         yield out
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hybridtrain.errors import DataError, FormatError, UserError
+from hybridtrain.formats.command import import_model
 from hybridtrain.formats.hf_export import export_hf
 from hybridtrain.formats.hf_import import import_hf
 from hybridtrain.formats.shards import INDEX, SINGLE, SafetensorsFolder
@@ -232,7 +233,12 @@ ODD_CONFIGS: tuple[tuple[str, str, str], ...] = (
         '{"num_attention_heads": 0, "hidden_size": -4, "rms_norm_eps": "1e-5"}',
         "rms_norm_eps: Input should be a valid number",
     ),
-    ("llama", '{"num_hidden_layers": null}', "transformers refuses it"),
+    ("llama", '{"num_hidden_layers": null}', "num_hidden_layers: Input should be a valid integer"),
+    (
+        "llama",
+        '{"max_position_embeddings": null, "tie_word_embeddings": null}',
+        "tie_word_embeddings: Input should be a valid bool",
+    ),
     ("llama", '{"num_hidden_layers": 9000}', "config.json promises 9000 layers or experts, and 21 tensors are stored"),
     ("llama", '{"num_hidden_layers": 1e3}', "num_hidden_layers: Input should be a valid integer"),
     ("llama", '{"head_dim": 7}', "RoPE requires an even rotary dimension"),
@@ -277,6 +283,19 @@ def test_keys_that_nobody_knows_are_told(copied: Callable[[str], Path], tmp_path
     import_hf(folder, tmp_path / "ours")
     said = capsys.readouterr().err
     assert "keys of config.json that transformers' LlamaForCausalLM does not know either: clip_qkv=8.0\n" in said
+
+
+def test_an_adapter_and_code_of_its_own_are_refused(copied: Callable[[str], Path]) -> None:
+    folder = copied("llama")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "metadata.json").write_text("{}")  # which makes it no checkpoint of Megatron
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_other.OtherForCausalLM"})
+    with pytest.raises(FormatError) as caught:
+        import_model(folder, folder.with_name("ours"), None, None, None, None)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        'auto_map={"AutoModelForCausalLM"',
+        "adapter_config.json",
+    ]
 
 
 def test_no_tensor_of_an_unknown_architecture_is_read(tmp_path: Path) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import shutil
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,29 +18,12 @@ from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors
 from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.errors import DataError, FormatError, UserError
 from hybridtrain.formats.command import export_model, import_model
-from hybridtrain.formats.megatron_args import from_args
 from hybridtrain.formats.megatron_export import export_megatron
-from hybridtrain.formats.megatron_fields import LACKING
 from hybridtrain.formats.megatron_import import import_megatron
 from hybridtrain.formats.megatron_names import join_qkv, split_qkv
 from hybridtrain.formats.torch_dist import COMMON, RELEASE, TRACKER, Region, TorchDist, read_common, write_torch_dist
 from hybridtrain.run_folder import find_checkpoint
-from tests.hybridtrain.formats.tiny import MEGATRON_RUNS, equal_weights, random_run, whole
-
-
-@pytest.fixture(scope="module")
-def moe(tmp_path_factory: pytest.TempPathFactory, ci_data: Path) -> tuple[Path, Path]:
-    """(a run with every part that Megatron has, its export in several files)."""
-    root = tmp_path_factory.mktemp("moe")
-    run = random_run(root / "run", ci_data, *MEGATRON_RUNS["glm4_moe"])
-    export_megatron(run, root / "out", max_file_bytes=200_000)
-    return run, root / "out"
-
-
-@pytest.fixture
-def exported(moe: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy of that export to change."""
-    return Path(shutil.copytree(moe[1], tmp_path / "exported"))
+from tests.hybridtrain.formats.tiny import MEGATRON_RUNS, equal_weights, megatron_refusal, random_run, whole, write_args
 
 
 @pytest.mark.parametrize("name", ["qwen3", "softmax first"])
@@ -167,18 +148,6 @@ def test_half_precision_halves_the_matrices(moe: tuple[Path, Path], tmp_path: Pa
     import_megatron(tmp_path / "half", tmp_path / "back")
 
 
-def write_args(folder: Path, **changes: Any) -> None:
-    common = torch.load(folder / RELEASE / COMMON, weights_only=False)
-    torch.save({**common, "args": Namespace(**{**vars(common["args"]), **changes})}, folder / RELEASE / COMMON)
-
-
-def refusal(folder: Path, out: Path, **options: Any) -> list[str]:
-    with pytest.raises(FormatError) as caught:
-        import_megatron(folder, out, **options)
-    assert not out.exists()
-    return caught.value.problems
-
-
 def test_what_our_model_lacks_is_refused_by_name_all_at_once(exported: Path, tmp_path: Path) -> None:
     write_args(
         exported,
@@ -192,7 +161,7 @@ def test_what_our_model_lacks_is_refused_by_name_all_at_once(exported: Path, tmp
         moe_router_load_balancing_type="sinkhorn",
         num_query_groups=3,
     )
-    assert refusal(exported, tmp_path / "back") == [
+    assert megatron_refusal(exported, tmp_path / "back") == [
         "multi_latent_attention=true: multi-head latent attention (MLA): keys and values here have full width",
         "add_bias_linear=true: biases",
         'normalization="LayerNorm": norms other than RMSNorm',
@@ -204,158 +173,12 @@ def test_what_our_model_lacks_is_refused_by_name_all_at_once(exported: Path, tmp
         "model.attention.num_kv_heads=3 does not divide num_heads=4; it may be 1, 2 or 4",
     ]
     write_args(exported, num_layers=None)
-    assert refusal(exported, tmp_path / "back") == ["num_layers is missing"]
-
-
-def test_every_refused_argument_is_refused_by_name(exported: Path) -> None:
-    args = vars(read_common(exported / RELEASE)["args"])
-    assert from_args(Namespace(**args))[1] == []
-    for key, absent, what in LACKING:
-        other = not absent[-1] if isinstance(absent[-1], bool) else "other"
-        assert f"{key}={json.dumps(other)}: {what}" in from_args({**args, key: other})[1], key
-        for value in absent:
-            assert from_args({**args, key: value})[1] == [], key
-
-
-def test_a_scale_of_attention_scores_other_than_the_usual_is_refused(exported: Path) -> None:
-    args = vars(read_common(exported / RELEASE)["args"])
-    assert from_args({**args, "softmax_scale": 12**-0.5})[1] == []
-    scaled = "softmax_scale=0.5: attention scores of another scale than 1 / sqrt(kv_channels) = 0.288675"
-    assert from_args({**args, "softmax_scale": 0.5})[1] == [scaled]
-
-
-def test_arguments_may_have_the_names_of_megatron_cores_fields(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = vars(read_common(exported / RELEASE)["args"])
-    renamed = {key: value for key, value in args.items() if key not in ("norm_epsilon", "apply_layernorm_1p", "num_experts")}
-    renamed |= {"layernorm_epsilon": 3e-6, "layernorm_zero_centered_gamma": True, "num_moe_experts": 8, "some_new_thing": 2}
-    model, problems = from_args(renamed)
-    assert (model["norm_eps"], model["moe"]["num_experts"]) == (3e-6, 8)
-    assert problems == ["apply_layernorm_1p=true: norm weights less one"]
-    assert "not known here, and taken for harmless: some_new_thing=2\n" in capsys.readouterr().err
-    with pytest.raises(FormatError, match="layernorm_epsilon=3e-06 and norm_epsilon=1e-06 are the same argument"):
-        from_args({**args, "layernorm_epsilon": 3e-6})
-
-
-ODD: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"moe_layer_freq": 0}, "moe_layer_freq: Value error, must be a number from 1 on"),
-    ({"moe_layer_freq": 1.0}, "moe_layer_freq: Value error, must be a number from 1 on"),
-    ({"moe_layer_freq": "[0,1]"}, "moe_layer_freq: Value error, must be a number from 1 on"),
-    ({"moe_layer_freq": [0, True, 1]}, "moe_layer_freq: Value error, must be a number from 1 on"),
-    ({"moe_layer_freq": [0, 1]}, "moe_layer_freq=[0, 1]: a number, or 0 or 1 for each of 3 layers"),
-    ({"num_layers": 9_000, "moe_layer_freq": 1}, "9000 layers are promised, 3 stored"),
-    ({"num_experts": 50_000}, "50000 experts are promised, 8 stored"),
-    ({"num_layers": -1, "hidden_size": "48"}, "num_layers: Input should be greater"),
-    ({"num_layers": -1, "hidden_size": "48"}, "hidden_size: Input should be a valid integer"),
-    ({"num_attention_heads": 0}, "num_attention_heads: Input should be greater"),
-    ({"kv_channels": 7}, "model.attention.head_dim=7 is odd"),
-    ({"hidden_size": 10**40}, "hidden_size: Input should be less"),
-    ({"norm_epsilon": float("nan")}, "norm_epsilon: Input should be"),
-    ({"rotary_base": None, "swiglu": [True]}, "swiglu=[true]: an activation other than SwiGLU"),
-    ({"window_size": (127, 0)}, "window_size=[127, 0]: attention to a sliding window"),
-    ({"moe_router_score_function": "softplus"}, "moe_router_score_function: Input should be 'softmax' or 'sigmoid'"),
-    ({"untie_embeddings_and_output_weights": 1}, "untie_embeddings_and_output_weights: Input should be a valid boolean"),
-)
-
-
-def test_odd_arguments_end_in_a_message(exported: Path, tmp_path: Path) -> None:
-    common = torch.load(exported / RELEASE / COMMON, weights_only=False)
-    args = vars(common["args"])
-    for changes, message in ODD:
-        torch.save({**common, "args": {**args, **changes}}, exported / RELEASE / COMMON)
-        with pytest.raises(UserError, match=re.escape(message)):
-            import_megatron(exported, tmp_path / "back")
-    torch.save({**common, "args": [args]}, exported / RELEASE / COMMON)
-    assert refusal(exported, tmp_path / "back") == ["they are list, must be a namespace or a dict of names"]
-    torch.save({**common, "args": args}, exported / RELEASE / COMMON)
-    import_megatron(exported, tmp_path / "back")  # a dict is as good
-
-
-def edit(folder: Path, change: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> None:
-    """Write the checkpoint again with what `change` makes of each tensor."""
-    old = TorchDist(folder)
-    values = {new: value for key in old.shapes for new, value in change(key, whole(old, key)).items()}
-    shapes = {key: tuple(value.shape) for key, value in values.items()}
-    regions = [Region(key, shape, (0,) * len(shape), shape) for key, shape in shapes.items()]
-    tensors = [LazyTensor(shapes[key], value.dtype, partial(torch.clone, value)) for key, value in values.items()]
-    common = read_common(folder)
-    shutil.rmtree(folder)
-    folder.mkdir()
-    write_torch_dist(folder, list(zip(regions, tensors, strict=True)), [], common, 10**6)
-
-
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-FC1, NORM = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight", "decoder.final_layernorm.weight"
-
-
-def test_tensors_are_looked_at_and_not_taken_by_name(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def odd_dtypes(key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {key: value.to({NORM: torch.complex64, HEAD: torch.int8}.get(key, torch.float32))}
-
-    first = Path(shutil.copytree(exported, tmp_path / "first"))
-    edit(first / RELEASE, odd_dtypes)
-    assert refusal(first, tmp_path / "back") == [
-        f"{key} is {dtype}: weights may be float32, bfloat16, float16, float64; dequantise others first"
-        for key, dtype in ((NORM, "complex64"), (HEAD, "int8"))
-    ]
-
-    def not_numbers(key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        value = value.double() if key == NORM else value
-        if key in (FC1, "decoder.layers.0.self_attention.linear_qkv.weight"):
-            value[-1, -1] = torch.nan  # of the last expert, of the last head
-        return {key: value}
-
-    second = Path(shutil.copytree(exported, tmp_path / "second"))
-    edit(second / RELEASE, not_numbers)
-    problems = refusal(second, tmp_path / "back")
-    assert f"{FC1} has 48 NaN and 0 infinite values" in problems
-    assert "decoder.layers.0.self_attention.linear_qkv.weight has 1 NaN and 0 infinite values" in problems
-
-    write_args(exported, untie_embeddings_and_output_weights=False)
-    assert refusal(exported, tmp_path / "back") == [f"{HEAD} differs from {EMBEDDING}, and the settings say that they are tied"]
-    embedding = whole(TorchDist(exported / RELEASE), EMBEDDING)
-    edit(exported / RELEASE, lambda key, value: {key: embedding if key == HEAD else value})
-    assert import_megatron(exported, tmp_path / "tied").model.tie_embeddings
-
-
-def damage_index(folder: Path, change: Callable[[Any], None]) -> None:
-    index = pickle.loads((folder / METADATA).read_bytes())
-    change(index)
-    (folder / METADATA).write_bytes(pickle.dumps(index))
-
-
-def test_pieces_must_be_what_the_index_says_and_lie_in_the_folder(exported: Path, tmp_path: Path) -> None:
-    saved, back = exported / RELEASE, tmp_path / "back"
-    good = (saved / METADATA).read_bytes()
-
-    def outside(index: Any) -> None:
-        for place in index.storage_data.values():
-            place.relative_path = f"../{RELEASE}/{place.relative_path}"
-
-    def twice(index: Any) -> None:
-        index.state_dict_metadata[NORM].chunks *= 2
-
-    def other_dtype(index: Any) -> None:
-        index.state_dict_metadata[NORM].properties.dtype = torch.float16
-
-    def other_dims(index: Any) -> None:
-        index.state_dict_metadata[NORM].chunks[0].sizes = torch.Size([48, 1])
-
-    for change, message in (
-        (outside, r"which is not one below"),
-        (twice, f"{NORM}: its chunks leave out a part of .* or lie one over the other"),
-        (other_dtype, f"{NORM} cannot be read: "),
-        (other_dims, f"{NORM}: a chunk of another number of dims than 1"),
-    ):
-        damage_index(saved, change)
-        with pytest.raises(UserError, match=message):
-            import_megatron(exported, back)
-        (saved / METADATA).write_bytes(good)
-    import_megatron(exported, back)
+    assert megatron_refusal(exported, tmp_path / "back") == ["num_layers is missing"]
 
 
 def test_tensors_that_are_not_those_of_the_args_are_all_named(exported: Path, tmp_path: Path) -> None:
     write_args(exported, num_layers=4, moe_layer_freq=[0, 1, 0, 1], ffn_hidden_size=100)
-    problems = refusal(exported, tmp_path / "back")
+    problems = megatron_refusal(exported, tmp_path / "back")
     assert "decoder.layers.3.self_attention.linear_qkv.weight is missing" in problems
     assert "decoder.layers.0.mlp.linear_fc1.weight has shape [192, 48], must have [200, 48]" in problems
     assert "decoder.layers.2.mlp.router.weight has no place in our model" in problems
@@ -413,9 +236,9 @@ def test_damaged_and_other_folders_are_refused(exported: Path, tmp_path: Path) -
     with pytest.raises(DataError, match=r"\.metadata: cannot be read"):
         import_megatron(exported, back)
     (saved / "metadata.json").write_text('{"sharded_backend": "zarr"}')
-    assert refusal(exported, back) == ['sharded_backend="zarr": of Megatron\'s formats torch_dist is read']
+    assert megatron_refusal(exported, back) == ['sharded_backend="zarr": of Megatron\'s formats torch_dist is read']
     (exported / TRACKER).write_text("7")
-    assert refusal(exported, back) == ["metadata.json is missing: of Megatron's formats torch_dist is read"]
+    assert megatron_refusal(exported, back) == ["metadata.json is missing: of Megatron's formats torch_dist is read"]
     with pytest.raises(UserError, match="iter_0000007"):
         import_model(exported, back, None, None, None, None)
 

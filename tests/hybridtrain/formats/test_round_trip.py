@@ -25,6 +25,7 @@ from tests.hybridtrain.formats.tiny import MEGATRON_RUNS, OURS, THEIRS, edit_con
 import transformers  # isort: skip  (after tiny, which takes it off line)
 
 FAMILIES = {case: case.partition(",")[0] for case in THEIRS}
+ABSENT = "absent"  # of edit_config
 # what real folders say in other words, or beyond their class
 SPELLED: dict[str, dict[str, Any]] = {
     "llama": {
@@ -46,7 +47,17 @@ SPELLED: dict[str, dict[str, Any]] = {
         "custom_number": math.inf,
     },
     "qwen3": {"max_window_layers": 28, "use_sliding_window": False, "sliding_window": None, "eos_token_id": [7, 8]},
-    "mixtral": {"router_jitter_noise": 0.1, "router_aux_loss_coef": 0.02, "sliding_window": None, "eos_token_id": 5},
+    "llama, untied": {"dtype": "bfloat16"},  # beside float32 weights
+    "mixtral": {
+        "max_position_embeddings": ABSENT,
+        "vocab_size": 1032,
+        "rms_norm_eps": ABSENT,
+        "dtype": ABSENT,
+        "router_jitter_noise": 0.1,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "eos_token_id": 5,
+    },
     "qwen3_moe": {"mlp_only_layers": [], "decoder_sparse_step": 2, "num_local_experts": 8, "eos_token_id": [3]},
     "glm4_moe": {"num_nextn_predict_layers": 1, "eos_token_id": [1, 2, 3], "pad_token_id": 9, "routed_scaling_factor": 2.5},
 }
@@ -58,7 +69,7 @@ def their_folder(case: str, folder: Path, data: Path) -> Path:
     widths = {"head_dim": None} if case == "llama" else {}
     made = {key: changes[key] for key in ("mlp_only_layers", "decoder_sparse_step") if key in changes}
     small_folder(case, folder, data, **widths, **made)
-    edit_config(folder, max_position_embeddings=4096, **changes)
+    edit_config(folder, **{"max_position_embeddings": 4096} | changes)
     for name in COMPANIONS:
         (folder / name).write_text("{}" if name.endswith(".json") else f"{name} of somebody\n")
     ids = {key: value for key, value in changes.items() if key.endswith("_token_id")}
@@ -98,13 +109,14 @@ def test_of_a_trained_model_only_what_training_changed_is_another(ci_data: Path,
 
 def test_what_a_model_changed_is_written_and_nothing_else(ci_data: Path, tmp_path: Path) -> None:
     came = json.loads((their_folder("llama", tmp_path / "theirs", ci_data) / "config.json").read_text())
+    came["torch_dtype"] = "bfloat16"
     overrides = (*OURS["llama"], "memory.enabled=false", "model.attention.rope_theta=700", "train.seq_len=8192")
     run = random_run(tmp_path / "run", ci_data, *overrides, 'model.layers=["3*attention+dense"]')
-    (run / ORIGIN).write_text(json.dumps({"config": came, "dtype": "bfloat16"}))
-    export_hf(run, tmp_path / "out")
+    (run / ORIGIN).write_text(json.dumps({"config": came, "dtype": "bfloat16", "positions": 4096}))
+    export_hf(run, tmp_path / "out", dtype="float32")
     out = json.loads((tmp_path / "out/config.json").read_text())
     sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 96}
-    changed = {"num_hidden_layers": 3, "vocab_size": 1024, "max_position_embeddings": 8192, "torch_dtype": "bfloat16"}
+    changed = {"num_hidden_layers": 3, "vocab_size": 1024, "max_position_embeddings": 8192, "torch_dtype": "float32"}
     changed |= {"tie_word_embeddings": False, "rope_theta": 700.0, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}
     changed |= sizes | {"rms_norm_eps": 1e-6}
     assert {key: value for key, value in out.items() if came.get(key) != value} == {

@@ -51,6 +51,14 @@ def test_one_shard_needs_no_index(tmp_path: Path) -> None:
         SafetensorsFolder(tmp_path / "nothing")
 
 
+def test_a_tensor_that_stands_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    entries = [f'"t":{{"dtype":"{dtype}","shape":[2],"data_offsets":[0,4]}}' for dtype in ("F16", "BF16")]
+    header = f"{{{','.join(entries)}}}".encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(DataError, match="the key 't' stands twice"):
+        SafetensorsFolder(tmp_path)
+
+
 def test_sizes() -> None:
     assert [parse_size("--max-shard-size", text) for text in ("5GB", "5G", "200mb", "64 KB", "7")] == [
         5 * 10**9,

@@ -6,11 +6,13 @@ import copy
 import json
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -22,7 +24,9 @@ from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.data.sources import file_digest
-from hybridtrain.formats.torch_dist import Region, TorchDist
+from hybridtrain.errors import FormatError
+from hybridtrain.formats.megatron_import import import_megatron
+from hybridtrain.formats.torch_dist import COMMON, RELEASE, Region, TorchDist
 from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.run_folder import find_checkpoint
 from hybridtrain.world import resolve_layout
@@ -115,9 +119,9 @@ def small_folder(case: str, folder: Path, data: Path, **changes: Any) -> Path:
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    """Other values of keys of config.json; None is null."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    """Other values of keys of config.json; None is null, "absent" takes a key away."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
 
 
 def save_theirs(model: Any, folder: Path, data: Path, shard: str = "200KB") -> Path:
@@ -182,3 +186,17 @@ def equal_weights(one: Path, other: Path) -> bool:
     names = {name for name in a.shapes if not name.endswith("load_E")}
     assert names == {name for name in b.shapes if not name.endswith("load_E")}
     return all(torch.equal(a.read(name), b.read(name)) for name in names)
+
+
+def write_args(folder: Path, **changes: Any) -> None:
+    """Other values of arguments in an export to Megatron's format."""
+    common = torch.load(folder / RELEASE / COMMON, weights_only=False)
+    torch.save({**common, "args": Namespace(**{**vars(common["args"]), **changes})}, folder / RELEASE / COMMON)
+
+
+def megatron_refusal(folder: Path, out: Path, **options: Any) -> list[str]:
+    """The problems for which an import is refused; it leaves nothing."""
+    with pytest.raises(FormatError) as caught:
+        import_megatron(folder, out, **options)
+    assert not out.exists()
+    return caught.value.problems

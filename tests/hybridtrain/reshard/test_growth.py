@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,7 +104,12 @@ def test_a_larger_tokenizer_keeps_every_row_of_the_memory_and_training_goes_on(r
     data, out = tmp_path / "data", tmp_path / "out"
     prepare([ci_data.with_suffix(".jsonl")], data, tokenizer=file, validation_fraction=0.1, progress=False)
     overrides_there = [*overrides("one rank"), f"data.path={data}", "train.steps=22"]
+    run = shutil.copytree(run, tmp_path / "run")
+    for name in ("vocab.json", "tokenizer_config.json", "origin.json"):
+        (run / name).write_text("{}")
     reshard(run, out, overrides_there, nproc=1, growth=Growth(vocab=1040, tokenizer=file))
+    assert not (out / "vocab.json").exists()  # of the old tokenizer
+    assert (out / "tokenizer_config.json").read_text() == (out / "origin.json").read_text() == "{}"
     before, after = np.load(run / "compression.npy"), np.load(out / "compression.npy")
     assert (after[:1024] == before).all()
     the = load_tokenizer(file).token_to_id("Ġthe")
