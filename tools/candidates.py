@@ -174,6 +174,17 @@ def _experts(N: int, D: int) -> Iterator[Race]:
     )
 
 
+def _places_by_hits(experts_NK: Tensor, each: int, ranks: int) -> Tensor:
+    """Where each token's first choice on a rank stands, by a table of tokens and ranks."""
+    owner_NK = experts_NK // each
+    hits_NR = torch.zeros(len(experts_NK), ranks, dtype=torch.bool).scatter_(1, owner_NK, True)
+    rank_P, token_P = hits_NR.T.nonzero(as_tuple=True)
+    first_P = (owner_NK[token_P] == rank_P[:, None]).to(torch.int8).argmax(1)
+    inverse_NK = torch.full_like(experts_NK, -1)
+    inverse_NK[token_P, first_P] = torch.arange(len(token_P))
+    return inverse_NK
+
+
 def _tokens(N: int, D: int) -> Iterator[Race]:
     E, K, R = 8, 2, 2
     experts = torch.rand(N, E).topk(K).indices
@@ -182,8 +193,8 @@ def _tokens(N: int, D: int) -> Iterator[Race]:
         f"[{N}, {K}], {R} ranks",
         (experts,),
         {
-            "table of hits": lambda e: permute.sort_by_destination(e, E, R)[1],
-            "stable sort": lambda e: permute_reference.sort_by_destination(e, E, R)[1],
+            "stable sort": lambda e: permute.sort_by_destination(e, E, R)[1],
+            "table of hits": lambda e: _places_by_hits(e, E // R, R),
         },
     )
     sent, stands, asked = permute.sort_by_destination(experts, E, R)

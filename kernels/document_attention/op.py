@@ -72,8 +72,9 @@ def document_attention(
 
 
 def _packs(x: Tensor) -> bool:
-    """Whether torch's attention of packed sequences takes it: flash attention does."""
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.size(-1) % 8 == 0 and x.size(-1) <= 256
+    """Whether torch's attention of packed sequences takes it: flash attention does, from Ampere on."""
+    half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    return half and x.size(-1) % 8 == 0 and x.size(-1) <= 256 and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _packed(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, bounds: Tensor, longest: int) -> Tensor:

@@ -69,5 +69,6 @@ def test_one_rank_waits_once_however_many_layers_and_micro_batches(tmp_path: Pat
 def test_ranks_of_experts_wait_once_per_layer_and_micro_batch(tmp_path: Path, data: Path) -> None:
     runs = [run_of(tmp_path, data, *size, "parallel.ep=2") for size in (SIZES[0], SIZES[2])]
     runs.append(run_of(tmp_path, data, *SIZES[2], "parallel.ep=2", "train.recompute=full"))
+    runs.append(run_of(tmp_path, data, *SIZES[2], "parallel.ep=2", "parallel.dispatch=hierarchical", "parallel.node_size=1"))
     for rank in run_on_ranks(waits_of, 2, runs):
-        assert [plain for _, plain in rank] == [{"tolist": 1 + exchanges} for exchanges in (1, 4, 4)]
+        assert [plain for _, plain in rank] == [{"tolist": 1 + exchanges} for exchanges in (1, 4, 4, 8)]  # two hops of the last

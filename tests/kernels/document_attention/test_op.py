@@ -35,7 +35,7 @@ def documents_at(tokens: int, *starts: list[int]) -> Tensor:
 def _run(function: Any, inputs: list[Tensor], *rest: Any) -> list[Tensor]:
     parts = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*parts, *rest)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return [out, *torch.autograd.grad((out * weights).sum(), parts)]
 
 
@@ -99,3 +99,18 @@ def test_spans_are_read_once_and_bounds_are_of_all_sequences() -> None:
     assert read_spans(documents, 3 * STEP) == Spans((0, 0, STEP + 1))  # the least of both
     assert document_bounds(documents).tolist() == [0, 5, STEP + 1, 3 * STEP, 5 * STEP, 6 * STEP]
     assert document_bounds(torch.zeros(2, 7, dtype=torch.int64)).tolist() == [0, 7, 14]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_packed_documents_on_a_gpu_equal_the_definition() -> None:
+    """Nobody has run this yet."""
+    generator = torch.Generator().manual_seed(0)
+    documents = documents_at(TOKENS, [5, STEP], [7]).cuda()
+    inputs = [torch.randn(2, TOKENS, heads, 64, generator=generator).cuda().bfloat16() for heads in (4, 2, 2)]
+    spans = read_spans(documents, TOKENS)
+    assert spans.bounds is not None
+    mine = _run(document_attention, inputs, documents, spans)
+    exact = _run(reference.document_attention, [x.double() for x in inputs], documents)
+    for a, b in zip(mine, exact, strict=True):
+        assert float((a - b).norm() / b.norm()) < 2e-2
