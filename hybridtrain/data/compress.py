@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, normalizers
 
-from hybridtrain.data.tokenizer import MAX_TOKENS, vocabulary_size
+from hybridtrain.data.tokenizer import MAX_TOKENS, library_errors, vocabulary_size
 from hybridtrain.errors import DataError
 from hybridtrain.untrusted import read_bytes
 
@@ -34,7 +34,8 @@ def compression_map(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     compressed = np.empty(size, np.int64)
     for low in range(0, size, _BATCH):
         ids = range(low, min(low + _BATCH, size))
-        texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+        with library_errors("the tokenizer cannot decode its own tokens"):
+            texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
         for token_id, text in zip(ids, texts, strict=True):
             raw = tokenizer.id_to_token(token_id) if _UNDECODABLE in text else None
             key = raw or normalizer.normalize_str(text) or text

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -58,16 +59,26 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise DataError(f"{path}: is not a tokenizer.json: not UTF-8 at byte {error.start}") from None
     except UntrustedFileError as error:
         raise DataError(str(error)) from None
-    try:
+    with library_errors(f"{path}: is not a tokenizer.json that the tokenizers library can load"):
         tokenizer = _for_encoding(Tokenizer.from_str(text))
         size = vocabulary_size(tokenizer)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exception for whatever is wrong, and a BaseException where it panics
-        raise DataError(f"{path}: is not a tokenizer.json that the tokenizers library can load: {error}") from None
     if size > MAX_TOKENS:
         raise DataError(f"{path}: has a token with the id {size - 1:,}; ids may be less than {MAX_TOKENS:,}")
     return tokenizer
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turns whatever the tokenizers library raises into a DataError that begins with `what`.
+
+    It raises bare Exception for what is wrong with a tokenizer or a text, and a BaseException of its own where it panics.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise DataError(f"{what}: {str(error)[:500]}") from None
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
