@@ -75,7 +75,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
         return f'"{override}" is no override; write section.key=value, e.g. train.steps=50'
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     node = tree
     *sections, leaf = key.split(".")

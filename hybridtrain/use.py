@@ -14,7 +14,7 @@ from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.data.sources import file_digest
-from hybridtrain.data.tokenizer import for_texts, load_tokenizer, vocabulary_size
+from hybridtrain.data.tokenizer import for_texts, library_errors, load_tokenizer, vocabulary_size
 from hybridtrain.errors import CheckpointError, DataError, UserError
 from hybridtrain.evaluate import evaluate
 from hybridtrain.parallel.layout import DENSE_AXES
@@ -84,15 +84,19 @@ def generate_text(path: Path, prompt: str, tokens: int, temperature: float, top_
     if name is None:
         raise CheckpointError(f"{run / TOKENIZER}: has no token {separator}, which stands before each document of the checkpoint")
     words = for_texts(load_tokenizer(run / TOKENIZER), name)
-    ids = [separator, *words.encode(prompt, add_special_tokens=False).ids]
+    with library_errors(f"{run / TOKENIZER}: cannot encode the prompt"):
+        ids = [separator, *words.encode(prompt, add_special_tokens=False).ids]
     generator = torch.Generator().manual_seed(seed)
     entries = vocabulary_size(tokenizer)  # rows of the embedding beyond them stand for nothing
+    if entries > len(parts.vocabulary.compression):
+        raise CheckpointError(f"{run / TOKENIZER} has {entries} tokens, {COMPRESSION} {len(parts.vocabulary.compression)}")
     for _ in range(tokens):
         logits = next_token_logits(parts, ids[-parts.settings.train.seq_len :], separator)[:entries]
         ids.append(_sample(logits, temperature, top_k, generator))
         if ids[-1] == separator:
             break
-    text: str = tokenizer.decode(ids[1:], skip_special_tokens=True)
+    with library_errors(f"{run / TOKENIZER}: cannot decode what was generated"):
+        text: str = tokenizer.decode(ids[1:], skip_special_tokens=True)
     return text
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: torch's distributed format under a commit protocol. A folder without `checkpoint.json` was never finished.
 
 place.py    a folder or URL as a path                 saver.py    saves them, also beside the training
+index.py    torch's index of the tensors, read and checked; archive.py the archives that the pieces lie in
 files.py    files with checksums                      load.py     checks them and fills a run from one
 piece.py    a stored piece of a tensor
 blocks.py   large tensors in blocks of rows           history.py  those of a run: latest, older ones, what may go

@@ -34,7 +34,7 @@ def compression_map(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     compressed = np.empty(size, np.int64)
     for low in range(0, size, _BATCH):
         ids = range(low, min(low + _BATCH, size))
-        with library_errors("the tokenizer fails on its own tokens"):
+        with library_errors("the tokenizer cannot decode its own tokens"):
             texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
         for token_id, text in zip(ids, texts, strict=True):
             raw = tokenizer.id_to_token(token_id) if _UNDECODABLE in text else None

@@ -67,20 +67,17 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 @contextmanager
-def library_errors(message: str) -> Iterator[None]:
-    """Turns what the tokenizers library raises for odd files into DataError: plain Exception, or a panic, which is not one."""
+def library_errors(what: str) -> Iterator[None]:
+    """Turns whatever the tokenizers library raises into a DataError that begins with `what`.
+
+    It raises bare Exception for what is wrong with a tokenizer or a text, and a BaseException of its own where it panics.
+    """
     try:
         yield
-    except (DataError, OSError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, DataError, OSError):
         raise
     except BaseException as error:
-        if (
-            type(error) is not Exception
-            and type(error).__name__ != "PanicException"
-            and not isinstance(error, ValueError | OverflowError)
-        ):
-            raise
-        raise DataError(f"{message}: {error}") from None
+        raise DataError(f"{what}: {str(error)[:500]}") from None
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

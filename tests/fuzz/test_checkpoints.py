@@ -137,7 +137,7 @@ def dumped(value: Any, trap: Trap) -> bytes:
 @given(data=st.data())
 def test_an_index_with_an_odd_part(data: st.DataObject, saved: Path, tmp_path: Path) -> None:
     trap = Trap(tmp_path / "sprung")
-    index = changed(data, pickle.loads((saved / METADATA).read_bytes()), [*ODDER, trap])
+    index = changed(data, pickle.loads((saved / METADATA).read_bytes()), [*ODDER, *[trap] * 8])
     assert right(with_file(saved / METADATA, dumped(index, trap), lambda: read_all(saved)))
     assert not trap.sprang
 
@@ -247,7 +247,7 @@ def test_an_addressing_with_an_odd_part(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_megatrons_index_and_arguments_with_an_odd_part(data: st.DataObject, foreign: Path, tmp_path: Path) -> None:
     trap = Trap(tmp_path / "sprung")
-    index = changed(data, pickle.loads((foreign / METADATA).read_bytes()), [*ODDER, trap])
+    index = changed(data, pickle.loads((foreign / METADATA).read_bytes()), [*ODDER, *[trap] * 8])
 
     def read() -> dict[str, Tensor]:
         weights = TorchDist(foreign)
@@ -255,7 +255,7 @@ def test_megatrons_index_and_arguments_with_an_odd_part(data: st.DataObject, for
 
     assert right(with_file(foreign / METADATA, dumped(index, trap), read))
     stream = io.BytesIO()
-    common = changed(data, {"args": {"layers": 2, "x": [1, {"y": 2}]}, "iteration": 3}, [*ODDER, trap])
+    common = changed(data, {"args": {"layers": 2, "x": [1, {"y": 2}]}, "iteration": 3}, [*ODDER, *[trap] * 8])
     if isinstance(common, dict) and isinstance(common.get("args"), dict):
         common["args"] = argparse.Namespace(**{str(k): v for k, v in common["args"].items()})
     torch.save(common, stream)

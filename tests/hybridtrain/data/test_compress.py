@@ -3,10 +3,44 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from hybridtrain.data.compress import compression_map
+from hybridtrain.data.compress import compression_map, read_compression, to_npy
 from hybridtrain.data.tokenizer import load_tokenizer, train_tokenizer
+from hybridtrain.errors import DataError
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + header.encode() + b"\n" + data
+
+
+HEADER = "{{'descr': '{}', 'fortran_order': False, 'shape': {}, }}"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (npy(HEADER.format("<i8", (2**50,))), r"says int64 \[1125899906842624\] of 0 bytes"),
+        (npy(HEADER.format("|O", (1,)), b"\x80\x04N."), r"says object \[1\]"),
+        (npy(HEADER.format("<i4", (2,)), bytes(8)), r"says int32 \[2\] of 8 bytes; it must be int64"),
+        (npy(HEADER.format("<i8", (1, 1)), bytes(8)), r"says int64 \[1, 1\]"),
+        (npy(HEADER.format("<i8", (2,)), b"\xff" * 16), "holds -1 to -1, of 2 tokens"),
+        (npy(HEADER.format("<i8", (1,)), b"\x05" + bytes(7)), "holds 5 to 5, of 1 tokens"),
+        (npy("(" * 9000), "is no array of numpy"),
+        (npy("__import__('os').system('ls')"), "is no array of numpy"),
+        (b"\x80\x04N.", "is no array of numpy"),
+        (b"", "is no array of numpy"),
+        (to_npy(np.arange(11)), "is of 11 tokens, the model of 10"),
+    ],
+)
+def test_a_map_that_is_none_is_refused(content: bytes, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "compression.npy"
+    path.write_bytes(to_npy(np.arange(10)))
+    assert read_compression(path, 10).tolist() == list(range(10))
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"compression\.npy: {why}"):
+        read_compression(path, 10)
 
 
 def word_tokenizer(words: list[str]) -> Tokenizer:

@@ -8,7 +8,15 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from hybridtrain.data import tokenizer as tokenizer_module
-from hybridtrain.data.tokenizer import _for_encoding, find_separator, for_texts, load_tokenizer, train_tokenizer, vocabulary_size
+from hybridtrain.data.tokenizer import (
+    _for_encoding,
+    find_separator,
+    for_texts,
+    library_errors,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
 from hybridtrain.errors import DataError, UserError
 from tests.hybridtrain.data import zoo
 
@@ -50,15 +58,33 @@ def test_loading_turns_truncation_and_padding_off(tmp_path: Path) -> None:
     assert loaded.decode(loaded.encode(TEXTS[0], add_special_tokens=False).ids) == TEXTS[0]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [(b"{}", "is not a tokenizer.json"), (b"\xff", "not UTF-8 at byte 0"), (None, "cannot be read")]
-)
+FAR = b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 4294967295}, "unk_token": "a"}}'
+BAD = [
+    (b"{}", "is not a tokenizer.json"),
+    (b"\xff", "not UTF-8 at byte 0"),
+    (None, "cannot be read"),
+    (b'{"a": ' * 5000, "is not a tokenizer.json"),
+    (FAR, "has a token with the id 4,294,967,295; ids may be less than"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD)
 def test_bad_files_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "bad.json"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=f"bad.json: .*{message}"):
         load_tokenizer(path)
+
+
+def test_a_panic_of_the_library_is_a_message() -> None:
+    class PanicException(BaseException):
+        pass
+
+    with pytest.raises(DataError, match="it: deep inside"), library_errors("it"):
+        raise PanicException("deep inside")
+    with pytest.raises(KeyboardInterrupt), library_errors("it"):
+        raise KeyboardInterrupt
 
 
 def test_separator_choice(tmp_path: Path, deepseek_tokenizer: Path) -> None:

@@ -141,6 +141,11 @@ def test_json_names_missing_keys_and_broken_text():
         Addressing.from_json("{}", COMPRESSION)
     with pytest.raises(AddressingError, match="is not JSON"):
         Addressing.from_json("{", COMPRESSION)
+    for text in ("[" * 100_000, '{"layers": ' + "9" * 5000 + "}"):
+        with pytest.raises(AddressingError, match="is not JSON"):
+            Addressing.from_json(text, COMPRESSION)
+    with pytest.raises(AddressingError, match="is longer than 1,048,576 characters"):
+        Addressing.from_json(" " * 2**21, COMPRESSION)
     with pytest.raises(AddressingError, match="is no JSON object"):
         Addressing.from_json("[]", COMPRESSION)
 
