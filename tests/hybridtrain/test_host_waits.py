@@ -12,6 +12,7 @@ from hybridtrain.kernels.moe_swiglu import op
 from hybridtrain.metrics import Clock, MetricsLog
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.report import Report
+from hybridtrain.resume import Reading
 from hybridtrain.settings import Settings
 from hybridtrain.train import train_step
 from tests.ranks import run_on_ranks
@@ -43,7 +44,8 @@ def waits_of(runs: list[Settings]) -> list[Waits]:
             folder = Path(settings.run.dir)
             folder.mkdir(exist_ok=True)
             clock, log = Clock(parts.mesh.device), MetricsLog(folder, parts.mesh.rank, 0, settings.train.steps)
-            report, seen = Report(parts, log, folder, clock, 0), []
+            reading = Reading(loader, parts.guard, settings.run.seed, {"train": "", "validation": ""})
+            report, seen = Report(parts, log, folder, clock, 0, reading), []
             for step in range(3):
                 batch = loader.load(step)
                 plan = parts.memory.plan(batch) if parts.memory is not None else None

@@ -340,6 +340,7 @@ def test_after_a_crash_the_next_run_goes_on_at_once_and_lets_go_at_its_end(ci_da
 def take_together(run: str, kernels: list[str]) -> str:
     """On a rank of two, each on a host of its own: take the locks of a run whose dead holder was on one of the hosts."""
     from hybridtrain import holder
+    from hybridtrain.parallel.collectives import barrier
     from hybridtrain.run_folder import RunLocks
     from tests.parallel.groups import mesh_here
 
@@ -351,6 +352,7 @@ def take_together(run: str, kernels: list[str]) -> str:
     assert time.monotonic() - begin < 5
     locks.confirm(at_once=True)
     content = (Path(run) / NAME).read_text()
+    barrier(mesh.world)  # all have read it
     locks.release()
     return content
 
