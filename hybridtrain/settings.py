@@ -79,6 +79,7 @@ class MoESettings(_Section):
     z_weight: NonNegative = Field(0.0, description="weight of the router z-loss")
     capacity: NonNegative = Field(
         0.0,
+        le=1e6,
         description="pairs that an expert takes of a sequence, as a multiple of the even share; it drops the later tokens'; 0: all",
     )
 
@@ -108,7 +109,9 @@ class MemorySettings(_Section):
     hash_seed: Natural = Field(0, description="seed of the multipliers")
     addressing: str = Field("", description="JSON file with stored multipliers and primes to use instead of drawing them")
     boundary: Literal["document", "stream"] = Field("document", description="n-grams stop at document starts, or run across")
-    gate_floor: float = Field(1e-6, gt=0, description="least |s| under the gate's root; bounds its slope to 1/(2*sqrt(gate_floor))")
+    gate_floor: float = Field(
+        1e-6, gt=0, le=1e6, description="least |s| under the gate's root; bounds its slope to 1/(2*sqrt(gate_floor))"
+    )
     conv: bool = Field(True, description="short convolution after the gate")
     conv_kernel: Positive = Field(4, description="taps of the short convolution; its dilation is the longest order")
     init_std: float = Field(0.02, gt=0, description="standard deviation of rows at initialisation")

@@ -23,6 +23,7 @@ from hybridtrain.run_folder import find_checkpoint
 from hybridtrain.weights import check_tensors, read_addressing, read_compression_of
 from hybridtrain.world import compute_dtype, resolve_layout, table_device
 
+MAX_TOKENS = 1 << 28  # of a micro-batch on all ranks, which are one here
 # compilation and engines are for training
 ONE_RANK = [*(f"parallel.{axis}=1" for axis in (*DENSE_AXES, "ep", "etp", "mem")), "train.compile=false", "train.engine=native"]
 
@@ -43,6 +44,11 @@ def open_checkpoint(path: Path) -> tuple[Parts, Path, int]:
     checkpoint.verify(saved, settings.checkpoint.verify)
     compression, stored = read_compression_of(run, info), StoredTensors(saved)
     check_tensors(stored, settings, info)  # before memory is taken for a model of these settings
+    at_once = settings.train.global_batch // settings.train.micro_batches * settings.train.seq_len
+    if at_once > MAX_TOKENS:
+        raise CheckpointError(
+            f"{saved}: its settings have micro-batches of {at_once:,} tokens; at most {MAX_TOKENS:,} are evaluated"
+        )
     vocabulary = Vocabulary(info["vocab_size"], info["separator_id"], compression)
     addressing = read_addressing(info, settings, compression, stored)
     device = choose_device()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ def test_a_long_file_is_not_read_whole(tmp_path: Path) -> None:
 def test_paths_outside_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UntrustedFileError, match=r"index\.json: names the file"):
         inside(tmp_path, name, "index.json")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UntrustedFileError, match=r"pipe\.json: is no regular file"):
+        read_json(tmp_path / "pipe.json", dict[str, Any])
+    with pytest.raises(UntrustedFileError, match="is no regular file"):
+        read_json(Path("/dev/zero"), dict[str, Any])
 
 
 def test_paths_below_are_taken(tmp_path: Path) -> None:
