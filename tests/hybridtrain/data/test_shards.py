@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybridtrain.data.compress import read_map
+from hybridtrain.data.compress import read_compression
 from hybridtrain.data.shards import Split, TokenDataset
 from hybridtrain.data.sources import file_digest
 from hybridtrain.errors import DataError, UserError
@@ -184,10 +184,10 @@ def test_tokens_that_are_none_are_refused_where_they_are_read(copy: Path) -> Non
     [
         (b"no array", "is no array of numpy"),
         (pickle.dumps([1]), "is no array of numpy"),
-        (np.arange(320).astype(np.float64), r"is float64 \[320\], not int64 \[320\]"),
-        (np.arange(320) - 1, "has ids from -1 to 318; they may be 0 to 319"),
-        (np.arange(320) + 1, "has ids from 1 to 320; they may be 0 to 319"),
-        (np.zeros(10**5, np.int64), "is longer than"),
+        (np.arange(320).astype(np.float64), r"says float64 \[320\] of 2560 bytes; it must be int64 \[tokens\]"),
+        (np.arange(320) - 1, "holds -1 to 318, of 320 tokens"),
+        (np.arange(320) + 1, "holds 1 to 320, of 320 tokens"),
+        (np.zeros(10**5, np.int64), "is of 100000 tokens, the model of 320"),
     ],
     ids=["text", "pickle", "floats", "negative", "high", "long"],
 )
@@ -198,7 +198,7 @@ def test_bad_compression_maps_are_refused(tmp_path: Path, content: bytes | np.nd
     else:
         np.save(path, content)
     with pytest.raises(UserError, match=f"compression.npy: {message}"):
-        read_map(path, 320)
+        read_compression(path, 320)
 
 
 def test_a_missing_folder_tells_how_to_make_it(tmp_path: Path) -> None:
