@@ -56,10 +56,10 @@ def train(settings: Settings, resume: bool | None = False, allow: Collection[str
     `resume` None: the rest where the run folder has a checkpoint, else all. `allow`: what of resume.ALLOWABLE may differ from the
     checkpoint's. Raises UserError or LayoutError for what the user can mend.
     """
-    mesh = join_world(settings)
-    locks = RunLocks(settings, mesh.world)
+    mesh, locks = join_world(settings), None
     try:
         check_folders(settings, gather_objects(unusable_folders(settings), mesh.world))
+        locks = RunLocks(settings, mesh.world)
         locks.take()
         if resume is None:
             resume = any(gather_objects(RunFolder.of(settings, mesh.world).has_checkpoint, mesh.world))
@@ -86,7 +86,8 @@ def train(settings: Settings, resume: bool | None = False, allow: Collection[str
         message = f"{error.filename or settings.run.dir}: {error.strerror}; the last good checkpoint is {last or 'none'}"
         raise TrainingError(message) from error
     finally:
-        locks.release()
+        if locks is not None:
+            locks.release()
         close_mesh()
 
 

@@ -61,9 +61,13 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise DataError(f"{path}: is not a tokenizer.json: not UTF-8 at byte {error.start}") from None
     with library_errors(f"{path}: is not a tokenizer.json that the tokenizers library can load"):
         tokenizer = _for_encoding(Tokenizer.from_str(text))
-        if vocabulary_size(tokenizer) == 0:
-            raise DataError(f"{path}: has no tokens")
-        return tokenizer
+    try:
+        size = vocabulary_size(tokenizer)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    if size == 0:
+        raise DataError(f"{path}: has no tokens")
+    return tokenizer
 
 
 @contextmanager

@@ -293,7 +293,14 @@ def diverge(settings: Settings) -> str:
 
 
 def test_the_source_of_what_is_not_finite_is_named_on_every_rank(data: Path, tmp_path: Path) -> None:
-    run = ["parallel.pp=2", "parallel.schedule=zbv", "optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0"]
+    run = [
+        "parallel.pp=2",
+        "parallel.schedule=zbv",
+        "optim.lr=1e30",
+        "optim.weight_decay=0.0",
+        "optim.warmup_steps=0",
+        "optim.clip_norm=0",
+    ]
     first, second = run_on_ranks(diverge, 2, ci_settings(tmp_path / "run", data, "train.micro_batches=4", *run))
     assert first == second
     assert "the first values that are not finite come out of layers." in first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 
 import pytest
@@ -17,7 +18,12 @@ def test_every_measurement_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_child_tells_by_how_much_it_grew() -> None:
-    _, grown = in_a_child(lambda: b"x" * (64 << 20))
+    def fill() -> None:
+        pages = mmap.mmap(-1, 64 << 20)  # memory that the process has not had before
+        for _ in range(64):
+            pages.write(b"x" * (1 << 20))
+
+    _, grown = in_a_child(fill)
     assert 60 << 20 < grown < 100 << 20
 
 

@@ -64,7 +64,7 @@ BAD = [
     (b"\xff", "not UTF-8 at byte 0"),
     (None, "cannot be read"),
     (b'{"a": ' * 5000, "is not a tokenizer.json"),
-    (FAR, "has a token with the id 4,294,967,295; ids may be less than"),
+    (FAR, "has the token id 4,294,967,295; the highest that is taken is"),
 ]
 
 
