@@ -27,3 +27,11 @@ def no_process_group_left() -> Iterator[None]:
     if dist and dist.is_initialized():
         dist.destroy_process_group()
         pytest.fail("this test left its process group open; hybridtrain.parallel.mesh.close_mesh leaves it")
+
+
+@pytest.fixture(autouse=True)
+def denormal_numbers_again() -> Iterator[None]:
+    """A test that trains in this process sets it to flush denormal numbers, as runs do; hypothesis cannot draw floats then."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_flush_denormal(False)
