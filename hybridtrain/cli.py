@@ -96,7 +96,9 @@ def data(
     vocab_size: Annotated[int | None, typer.Option(help="entries of the byte-level BPE to train; 4096 where not given")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json to use instead of training one")] = None,
     separator: Annotated[str | None, typer.Option(help="token that stands before each document")] = None,
-    validation_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="share of whole documents held out")] = 0.05,
+    validation_fraction: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="share of whole documents held out; 0.05 where not given")
+    ] = None,
     validation: Annotated[list[str] | None, typer.Option(help="a source that is all held out; may be repeated")] = None,
     text_field: Annotated[str, typer.Option(help="field of a JSON line that holds the text")] = "text",
     shard_tokens: Annotated[int, typer.Option(min=1, help="tokens per shard")] = 50_000_000,
@@ -105,17 +107,24 @@ def data(
     """Turn text into memory-mapped token shards."""
     from hybridtrain.data.prepare import prepare
 
+    problems = []
     if vocab_size is not None and tokenizer is not None:
-        raise UserError(
+        problems.append(
             f"--vocab-size {vocab_size} and --tokenizer {tokenizer}: a loaded tokenizer has its own vocabulary, leave one out"
         )
+    if validation_fraction is not None and validation:
+        problems.append(
+            f"--validation-fraction {validation_fraction} and --validation {validation[0]}: either is held out, leave one out"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
     prepare(
         sources,
         out,
         vocab_size=vocab_size or 4096,
         tokenizer=tokenizer,
         separator=separator,
-        validation_fraction=validation_fraction,
+        validation_fraction=0.05 if validation_fraction is None else validation_fraction,
         validation_sources=validation or (),
         text_field=text_field,
         shard_tokens=shard_tokens,

@@ -114,8 +114,16 @@ def contradictions(s: Settings) -> list[str]:
                 "train.init_from: DeepSpeed keeps copies of the weights that would not be filled; "
                 "start with train.engine=native, and go on with --resume train.engine=deepspeed"
             )
-    if s.data.tokenizer and s.data.vocab_size != DataSettings().vocab_size:  # written-out settings have the default too
+    return out + _given_twice(s.data)
+
+
+def _given_twice(data: DataSettings) -> list[str]:
+    """Settings of which one leaves the other nothing to say. Written-out settings have all defaults, which say nothing."""
+    out, default = [], DataSettings()
+    if data.tokenizer and data.vocab_size != default.vocab_size:
         out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")
+    if data.validation and data.validation_fraction not in (0.0, default.validation_fraction):
+        out.append("data.validation_fraction and data.validation are both given; either is held out, leave one out")
     return out
 
 

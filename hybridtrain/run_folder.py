@@ -153,6 +153,8 @@ class RunFolder:
             raise DataError(f"{dataset.tokenizer_path} is another tokenizer than the one this run was trained with, {ours}")
         barrier(self.world)
         if self.world.rank == 0:
+            if not dataset.manifest.validation.tokens:
+                say(f"note: data.path={dataset.folder} holds nothing out: this run is not validated")
             for name in (TOKENIZER, COMPRESSION):
                 write_atomically(self.path / name, (dataset.folder / name).read_bytes())
         return Vocabulary.of(dataset, settings.model.vocab_size), dataset

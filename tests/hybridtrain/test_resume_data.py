@@ -182,7 +182,9 @@ def test_a_checkpoint_that_does_not_say_what_it_read_goes_on_where_it_stood(
 
 def test_an_unchanged_resume_says_nothing(begun: tuple[Path, list[int]], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     read_by(load_settings(begun[0] / "settings.toml"), True)
-    assert "with changes" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "with changes" not in told
+    assert f"note: data.path={data} holds nothing out: this run is not validated" in told
 
 
 def test_a_change_of_beta2_at_a_resume_counts_from_there_on(begun: tuple[Path, list[int]], data: Path, tmp_path: Path) -> None:

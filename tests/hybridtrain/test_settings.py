@@ -94,6 +94,10 @@ LAYER = 'write "[N*][memory+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ],
         ),
         (
+            ['data.validation=["held.txt"]', "data.validation_fraction=0.1"],
+            ["data.validation_fraction and data.validation are both given; either is held out, leave one out"],
+        ),
+        (
             ["data.tokenizer=t.json", "data.vocab_size=100"],
             ["data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out"],
         ),

@@ -19,6 +19,7 @@ from hybridtrain.data.shards import TokenDataset
 from hybridtrain.data.tokenizer import load_tokenizer
 from hybridtrain.errors import DataError
 from hybridtrain.settings import DataSettings
+from tests.console import hybridtrain, refused
 
 SETTINGS: dict[str, Any] = {"vocab_size": 320, "validation_fraction": 0.2, "shard_tokens": 1500, "progress": False}
 
@@ -354,3 +355,11 @@ def test_a_folder_in_use_is_refused(corpus: tuple[Path, list[str]], tmp_path: Pa
         pytest.raises(DataError, match=r"out is in use by process \d+ on .* since .* UTC \(.*\); wait for it, end it"),
     ):
         prepare([corpus[0]], tmp_path / "out", **SETTINGS)
+
+
+def test_options_that_leave_each_other_nothing_to_say_are_refused(tmp_path: Path) -> None:
+    options = ["--vocab-size", "300", "--tokenizer", "t.json", "--validation", "held.txt", "--validation-fraction", "0.1"]
+    message = refused(hybridtrain("data", "a.txt", "--out", str(tmp_path / "out"), *options))
+    assert "--vocab-size 300 and --tokenizer t.json: a loaded tokenizer has its own vocabulary, leave one out" in message
+    assert "--validation-fraction 0.1 and --validation held.txt: either is held out, leave one out" in message
+    assert not (tmp_path / "out").exists()
