@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -173,10 +174,10 @@ def damage(path: Path, level: str, share: int = 0, shares: int = 1, alive: Calla
             problems.append(f"{base / INFO}: is based on another one, and cannot be a base")
         if theirs["xxh3"] != (wanted := info["base"]["xxh3"]):
             problems.append(f"{base / INFO}: is another base: it has xxh3 {theirs['xxh3']}, must have {wanted}")
-    loads = [0] * shares
+    loads = [(0, number) for number in range(shares)]  # a heap: the share with the fewest bytes first
     for file, record in sorted(files, key=lambda f: (-f[1]["size"], str(f[0]))):
-        least = loads.index(min(loads))
-        loads[least] += record["size"] + 1
+        load, least = loads[0]
+        heapq.heapreplace(loads, (load + record["size"] + 1, least))
         if least == share and (problem := _problem(file, record, level, alive)):
             problems.append(f"{file}: {problem}")
     return problems
