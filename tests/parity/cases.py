@@ -52,6 +52,8 @@ MODEL = (
 DEEP = (  # two stages a rank at pp 4, one at pp 8
     'model.layers=["memory+attention+moe", "attention+dense", "attention+moe", "memory+attention+dense", '
     '"attention+moe", "attention+dense", "memory+attention+moe", "attention+dense"]',
+    # seed 0 draws a token whose gate's sign hangs on rounding: 12 times the noise of seeds 1 to 3, and over matrix.CEILING
+    "run.seed=1",
 )
 
 UNEVEN = (  # sizes that 2 divides and 4 does not, fewer heads of keys and values, a table whose parts differ
