@@ -201,8 +201,16 @@ class RunFolder:
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """(run folder, checkpoint) for a run folder, for one of its checkpoints, or for the folder or URL of `checkpoint.dir`.
 
-    Raises CheckpointError where there is none, where the run folder's settings cannot be read, and where they name a URL.
+    Raises CheckpointError where there is none, where a folder or the run folder's settings cannot be read, and where they name a
+    URL.
     """
+    try:
+        return _find(path)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
+
+
+def _find(path: Path) -> tuple[Path, Path]:
     if (path / checkpoint.INFO).is_file():
         return _run_of(path), path
     if checkpoint.latest(path) is not None:
