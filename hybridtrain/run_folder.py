@@ -149,7 +149,7 @@ class RunFolder:
         barrier(self.world)
         dataset = TokenDataset.open(settings.data.path, verify=settings.data.verify and self.world.rank == 0)
         ours = self.path / TOKENIZER
-        if ours.exists() and file_digest(ours) != dataset.manifest.tokenizer_xxh3 and checkpoint.candidates(self.checkpoints):
+        if ours.is_file() and file_digest(ours) != dataset.manifest.tokenizer_xxh3 and checkpoint.candidates(self.checkpoints):
             raise DataError(f"{dataset.tokenizer_path} is another tokenizer than the one this run was trained with, {ours}")
         barrier(self.world)
         if self.world.rank == 0:
