@@ -104,7 +104,8 @@ def validated(value: Any, source: str, shape: type[T]) -> T:
 def inside(folder: Path, name: str, source: str) -> Path:
     """The file `name` of `folder`, as `source` calls it. Raises UntrustedFileError where it would lie outside of the folder."""
     parts = name.replace("\\", "/").split("/")
-    if not name or "\0" in name or name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
+    encodable = name.encode("utf-8", "ignore").decode("utf-8") == name  # JSON has halves of characters, file names not
+    if not name or not encodable or "\0" in name or name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
         raise UntrustedFileError(f"{source}: names the file {name!r}, which is not one below {folder}")
     return folder / name
 
