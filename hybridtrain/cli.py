@@ -308,6 +308,11 @@ def main() -> None:
     except (UserError, LayoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {str(error.filename)[:500]}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise

@@ -62,6 +62,7 @@ def unpickle(content: bytes, source: str, known: Collection[str] | None, persist
     return value
 
 
+_MAX_NAME = 1000
 _HASHED = (str, int, float, bool, bytes, type(None), Named, Made)
 
 
@@ -104,8 +105,8 @@ class _Machine:
         return text
 
     def name(self, module: Any, name: Any) -> Named:
-        if type(module) is not str or type(name) is not str:
-            raise ValueError("a name is no string")
+        if type(module) is not str or type(name) is not str or len(module) + len(name) > _MAX_NAME:
+            raise ValueError("a name is no string, or too long")  # one long module may be that of many names
         found = Named(module, name)
         return self.names.setdefault(found, found)
 

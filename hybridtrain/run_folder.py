@@ -149,7 +149,7 @@ class RunFolder:
         barrier(self.world)
         dataset = TokenDataset.open(settings.data.path, verify=settings.data.verify and self.world.rank == 0)
         ours = self.path / TOKENIZER
-        if ours.exists() and file_digest(ours) != dataset.manifest.tokenizer_xxh3 and checkpoint.candidates(self.checkpoints):
+        if ours.is_file() and file_digest(ours) != dataset.manifest.tokenizer_xxh3 and checkpoint.candidates(self.checkpoints):
             raise DataError(f"{dataset.tokenizer_path} is another tokenizer than the one this run was trained with, {ours}")
         barrier(self.world)
         if self.world.rank == 0:
@@ -201,8 +201,16 @@ class RunFolder:
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """(run folder, checkpoint) for a run folder, for one of its checkpoints, or for the folder or URL of `checkpoint.dir`.
 
-    Raises CheckpointError where there is none, where the run folder's settings cannot be read, and where they name a URL.
+    Raises CheckpointError where there is none, where a folder or the run folder's settings cannot be read, and where they name a
+    URL.
     """
+    try:
+        return _find(path)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
+
+
+def _find(path: Path) -> tuple[Path, Path]:
     if (path / checkpoint.INFO).is_file():
         return _run_of(path), path
     if checkpoint.latest(path) is not None:

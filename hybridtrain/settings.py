@@ -7,9 +7,9 @@ contradictions raise one `SettingsError` that lists all of them.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -24,6 +24,14 @@ MEMORY = "memory"
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _without_nul(cls, value: Any) -> Any:
+        """Names of files end at a NUL, and no text of ours has one."""
+        if any(isinstance(part, str) and "\0" in part for part in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError("has a NUL character")
+        return value
 
 
 class RunSettings(_Section):

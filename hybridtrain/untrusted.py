@@ -5,12 +5,13 @@ docs/security.md says which files these are. JSON is read by `read_json`, paths 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -33,13 +34,20 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
 
     Links are followed; a pipe or device, whose reading may never end, is refused.
     """
-    if isinstance(path, Path) and not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode)):
+    if _may_never_end(path):
         raise UntrustedFileError(f"{path}: is no regular file")
     with path.open("rb") as stream:
         content: bytes = stream.read(most + 1)
     if len(content) > most:
         raise UntrustedFileError(f"{path}: is longer than {most:,} bytes, the most that is read of such a file")
     return content
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """The file or object `path`, to read. Raises OSError, also for a pipe or device, whose reading may never end."""
+    if _may_never_end(path):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return path.open("rb")
 
 
 def read_json(path: Path, shape: type[T], most: int = MAX_BYTES) -> T:
@@ -96,9 +104,15 @@ def validated(value: Any, source: str, shape: type[T]) -> T:
 def inside(folder: Path, name: str, source: str) -> Path:
     """The file `name` of `folder`, as `source` calls it. Raises UntrustedFileError where it would lie outside of the folder."""
     parts = name.replace("\\", "/").split("/")
-    if not name or "\0" in name or name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
+    encodable = name.encode("utf-8", "ignore").decode("utf-8") == name  # JSON has halves of characters, file names not
+    if not name or not encodable or "\0" in name or name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
         raise UntrustedFileError(f"{source}: names the file {name!r}, which is not one below {folder}")
     return folder / name
+
+
+def _may_never_end(path: Path) -> bool:
+    """Whether reading it may: a pipe or device of this machine. Links are followed."""
+    return isinstance(path, Path) and not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode))
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

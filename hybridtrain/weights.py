@@ -20,6 +20,7 @@ from hybridtrain.data.compress import read_compression
 from hybridtrain.data.manifest import COMPRESSION, Manifest
 from hybridtrain.data.progress import say
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
+from hybridtrain.formats.values import dtype_problems
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.model.hybrid_lm import HybridLM
 from hybridtrain.optim.rowwise import make_row_optimizer
@@ -47,7 +48,8 @@ def model_tensors(settings: Settings, vocab_size: int) -> dict[str, Tensor]:
 
 
 def check_tensors(stored: StoredTensors, settings: Settings, info: Mapping[str, Any]) -> None:
-    """Raise DamagedCheckpoint listing the model's tensors that a checkpoint, which says `info`, has not as its settings say.
+    """Raise DamagedCheckpoint listing the model's tensors that a checkpoint, which says `info`, has not as its settings say, those
+    that are no floating-point numbers, and those that such a model has not.
 
     It is looked at before memory is taken for a model of those settings.
     """
@@ -66,6 +68,8 @@ def check_tensors(stored: StoredTensors, settings: Settings, info: Mapping[str, 
         for name, shape in expected.items()
         if have.get(name) != shape
     ]
+    problems += [f"{name}: a model of its settings has none" for name in have if name not in expected]
+    problems += dtype_problems({name: stored.dtype(name) for name in have})
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         lines = [f"{stored.path}: its tensors are not those of its settings", *problems[:_SHOWN], *more]
@@ -147,14 +151,15 @@ def start_from(parts: Parts, path: Path, folder: Path, data: Manifest) -> None:
     stored = StoredTensors(saved)
     expected = {f"model.{name}": tuple(value.shape) for name, value in model_tensors(parts.settings, parts.vocabulary.size).items()}
     addressing = parts.memory.addressing.to_json() if parts.memory is not None else None
-    problems = _misfits(expected, {k: v for k, v in stored.shapes.items() if k.startswith("model.")})
+    theirs = {name: shape for name, shape in stored.shapes.items() if name.startswith("model.")}
+    problems = _misfits(expected, theirs) + dtype_problems({name: stored.dtype(name) for name in theirs})
     if info["tokenizer_digest"] != data.tokenizer_xxh3:
         problems.append(
             f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has {data.tokenizer_xxh3}"
         )
-    elif (theirs := info["separator_id"]) != parts.vocabulary.separator_id:
+    elif (separator := info["separator_id"]) != parts.vocabulary.separator_id:
         ours = parts.vocabulary.separator_id
-        problems.append(f"separator: the checkpoint has token {theirs} before each document, the data {ours} (data.separator)")
+        problems.append(f"separator: the checkpoint has token {separator} before each document, the data {ours} (data.separator)")
     if info["addressing"] and addressing and info["addressing"] != addressing:
         problems.append("memory: its table cannot be taken over: layers, orders, multipliers, primes or compression map are others")
     elif info["addressing"] and parts.memory is not None:

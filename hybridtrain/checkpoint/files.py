@@ -25,6 +25,7 @@ from torch.utils import serialization
 from hybridtrain.checkpoint.index import Index
 from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.checkpoint.place import flush_file, make_folder
+from hybridtrain.untrusted import open_regular
 
 METADATA = ".metadata"  # torch's index of the tensors
 CHUNK = 1 << 20  # bytes that are hashed and then written, while they are in the cache
@@ -119,7 +120,7 @@ def quiet() -> Generator[None, None, None]:
 def digest_file(path: Path, alive: Callable[[], None] = lambda: None) -> FileRecord:
     """What the file is now. Raises OSError where it cannot be read. `alive` is called for every part that was."""
     digest, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(CHUNK))
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while count := cast(Any, stream).readinto(buffer):
             digest.update(buffer[:count])
             size += count

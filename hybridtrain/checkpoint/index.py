@@ -99,8 +99,12 @@ def read_index(content: bytes, source: str, foreign: bool = False) -> Index:
     value = unpickle(content, source, None if foreign else _NAMES)
     try:
         fields = _fields(value, "Metadata")
-        tensors = {text(name): _tensor(entry) for name, entry in _dict(fields["state_dict_metadata"]) if _is_tensor(entry)}
         places = dict(_place(key, place) for key, place in _dict(fields["storage_data"] or {}))
+        entries = {text(name): _entry(entry) for name, entry in _dict(fields["state_dict_metadata"]) if _is_tensor(entry)}
+        # each chunk has a place of its own, or `problems` names it; a list that stands in many places has far more than its bytes
+        if (chunks := sum(len(entry["chunks"]) for entry in entries.values())) > 2 * len(places):
+            raise ValueError(f"it has {chunks:,} chunks of tensors in {len(places):,} places")
+        tensors = {name: _tensor(entry) for name, entry in entries.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise UntrustedFileError(f"{source}: is no index of tensors: {type(error).__name__}: {error}"[:500]) from None
     return Index(tensors, places)
@@ -124,18 +128,22 @@ def _is_tensor(entry: Any) -> bool:
     return type(entry) is Made and entry.name == f"{_DCP}.TensorStorageMetadata"
 
 
-def _tensor(entry: Made) -> dcp.TensorStorageMetadata:
+def _entry(entry: Made) -> dict[str, Any]:
     fields = _fields(entry, "TensorStorageMetadata")
-    properties, chunks = fields["properties"], fields["chunks"]
+    if type(fields["chunks"]) is not list:
+        raise ValueError("a tensor without a list of chunks")
+    return fields
+
+
+def _tensor(fields: dict[str, Any]) -> dcp.TensorStorageMetadata:
+    properties = fields["properties"]
     if type(properties) is not Made or properties.name != f"{_DCP}.TensorProperties":
         raise ValueError("a tensor without properties")
     dtype = properties.state[0] if type(properties.state) is tuple and properties.state else None
     if type(dtype) is not Named or dtype.module != "torch" or dtype.name not in DTYPES:
         raise ValueError("a tensor without a dtype")
-    if type(chunks) is not list:
-        raise ValueError("a tensor without a list of chunks")
     return dcp.TensorStorageMetadata(
-        dcp.TensorProperties(DTYPES[dtype.name]), torch.Size(counts(fields["size"])), [_chunk(c) for c in chunks]
+        dcp.TensorProperties(DTYPES[dtype.name]), torch.Size(counts(fields["size"])), [_chunk(c) for c in fields["chunks"]]
     )
 
 

@@ -16,7 +16,7 @@ from torch.utils import serialization
 
 from hybridtrain.checkpoint.archive import DTYPES, PICKLE, STORAGES, Archive
 from hybridtrain.pickles import Made, Named, unpickle
-from hybridtrain.untrusted import UntrustedFileError, inside
+from hybridtrain.untrusted import UntrustedFileError, inside, open_regular
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Piece:
         the shape and dtype that the index says, or its bytes are not all there.
         """
         file = inside(folder, entry.relative_path, "the index of tensors")
-        with file.open("rb") as stream:
-            archive = Archive(cast(IO[bytes], stream), entry.offset, entry.length, str(file))
+        with open_regular(file) as stream:
+            archive = Archive(stream, entry.offset, entry.length, str(file))
             header = _read_header(archive.read(PICKLE, _MAX_HEADER), str(file))
             start, length = archive.record(f"data/{header.key}")
         before = header.offset * header.dtype.itemsize
@@ -147,6 +147,7 @@ def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
 
 
 _MAX_HEADER = 1 << 16
+_TORCH_DIMS = 64  # of a tensor, at most
 _REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _NAMES = frozenset(
     {
@@ -178,7 +179,7 @@ def _read_header(content: bytes, source: str) -> _Header:
 def text(value: Any) -> str:
     """The value, which must be a string; ValueError where not."""
     if type(value) is not str:
-        raise ValueError(f"{value!r:.50} is no string")
+        raise ValueError(f"a {type(value).__name__} is no string")  # how it is written may take far more than it is long
     return value
 
 
@@ -192,6 +193,6 @@ def count(value: Any) -> int:
 def counts(value: Any) -> tuple[int, ...]:
     """Sizes or offsets, one a dim, which a pickle has as a tuple or torch.Size; ValueError where they are none."""
     sizes = value.args[0] if type(value) is Made and value.name == "torch.Size" and len(value.args) == 1 else value
-    if type(sizes) not in (tuple, list):
+    if type(sizes) not in (tuple, list) or len(sizes) > _TORCH_DIMS:  # one long tuple may stand in many places
         raise ValueError("sizes or offsets are none")
     return tuple(map(count, sizes))

@@ -110,13 +110,20 @@ def _map(path: Path, dtype: np.dtype[np.generic], length: int) -> npt.NDArray[np
 
 
 def _artefact_problems(folder: Path, manifest: Manifest) -> list[str]:
-    problems = []
-    for name, digest in ((TOKENIZER, manifest.tokenizer_xxh3), (COMPRESSION, manifest.compression_xxh3)):
-        if not (folder / name).exists():
-            problems.append(f"{name}: is missing")
-        elif (found := file_digest(folder / name)) != digest:
-            problems.append(f"{name}: is not the one this data was made with (xxh3 {found}, manifest {digest})")
-    return problems
+    digests = {TOKENIZER: manifest.tokenizer_xxh3, COMPRESSION: manifest.compression_xxh3}
+    problems = [_digest_problem(folder / name, digest, "not the one this data was made with") for name, digest in digests.items()]
+    return [problem for problem in problems if problem]
+
+
+def _digest_problem(path: Path, digest: str, otherwise: str) -> str:
+    """Why the file has not that digest: it is missing, cannot be read, or is `otherwise`; "" where it has."""
+    try:
+        found = file_digest(path)
+    except FileNotFoundError:
+        return f"{path.name}: is missing"
+    except OSError as error:
+        return f"{path.name}: cannot be read: {error.strerror}"
+    return "" if found == digest else f"{path.name}: is {otherwise} (xxh3 {found}, manifest {digest})"
 
 
 def _files(folder: Path, shard: ShardInfo, token_bytes: int) -> list[tuple[Path, int]]:
@@ -135,10 +142,8 @@ def _size_problem(path: Path, size: int) -> str:
 def _shard_problems(folder: Path, shard: ShardInfo, token_bytes: int, verify: bool) -> list[str]:
     problems = []
     for (path, size), digest in zip(_files(folder, shard, token_bytes), (shard.tokens_xxh3, shard.starts_xxh3), strict=True):
-        if problem := _size_problem(path, size):
+        if problem := _size_problem(path, size) or (_digest_problem(path, digest, "damaged") if verify else ""):
             problems.append(problem)
-        elif verify and (found := file_digest(path)) != digest:
-            problems.append(f"{path.name}: is damaged (xxh3 {found}, manifest {digest})")
     if verify and not problems and shard.documents:
         starts = _map(folder / f"{shard.name}.starts", np.dtype("<i8"), shard.documents)
         if starts[0] < 0 or starts[-1] >= shard.tokens or (np.diff(starts) <= 0).any():

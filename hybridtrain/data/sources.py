@@ -22,6 +22,7 @@ import xxhash
 from hybridtrain.data.cuts import PART_CHARS, Cuts, Part
 from hybridtrain.data.unpack import COMPRESSIONS, READ_BYTES, unpack
 from hybridtrain.errors import DataError
+from hybridtrain.untrusted import open_regular
 
 KINDS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 SHIPPED_PREFIX = "shipped:"
@@ -109,7 +110,7 @@ def list_files(sources: Sequence[str | Path], held_out: Sequence[str | Path] = (
 def file_digest(path: Path) -> str:
     """The xxh3 (128 bits, hex) of a file's bytes; OSError where it cannot be read."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while block := stream.read(READ_BYTES):
             digest.update(block)
     return digest.hexdigest()

@@ -98,7 +98,8 @@ def find_separator(tokenizer: Tokenizer, name: str | None = None) -> tuple[str, 
     Raises DataError where there is none.
     """
     for token in (name,) if name else KNOWN_SEPARATORS:
-        token_id = tokenizer.token_to_id(token)
+        with library_errors(f"separator {token!r}"):  # half of a character, for one
+            token_id = tokenizer.token_to_id(token)
         if token_id is not None:
             return token, token_id
     if name:

@@ -240,6 +240,11 @@ LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("rope_interleaved", (None, False), "rotations of neighbours; those of halves are read"),
     ("no_rope_layers", (None, []), "layers without positions"),
     ("auto_map", (None, {}), "code of its own; remove the key where the weights are those of the architecture that is named"),
+    (
+        "custom_pipelines",
+        (None, {}),
+        "code of its own; remove the key where the weights are those of the architecture that is named",
+    ),
     ("compression_config", (None,), "quantised weights; dequantise them first"),
     ("configuration_files", (None, [], {}), "another config.json by the version of transformers; rename the one to import"),
     ("transformers_weights", (None,), "a file of weights of another name; name it model.safetensors"),

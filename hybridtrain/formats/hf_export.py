@@ -18,7 +18,7 @@ from hybridtrain.errors import FormatError, UserError
 from hybridtrain.formats import hybrid
 from hybridtrain.formats.families import FAMILIES, Family
 from hybridtrain.formats.folder import need_transformers, new_folder
-from hybridtrain.formats.hf_config import CONFIG, DTYPE_KEYS, GENERATION, TOKEN_IDS, Config, resolve
+from hybridtrain.formats.hf_config import CONFIG, DTYPE_KEYS, GENERATION, TOKEN_IDS, Config, problems_of, resolve
 from hybridtrain.formats.origin import Origin, read_origin
 from hybridtrain.formats.ours import AS_IMPORTED, ROUTER_STATE, Source, biased, open_source, output_dtype, setting
 from hybridtrain.formats.shards import write_safetensors
@@ -55,7 +55,7 @@ def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int
             config = {**hybrid.config(settings, info), **described}
             shutil.copyfile(hybrid.MODELLING_FILE, made / hybrid.MODELLING_FILE.name)
         else:
-            config = _config(FAMILIES[chosen], settings, described, origin)
+            config = _config(FAMILIES[chosen], settings, described, origin, run / ORIGIN)
             tensors = _tensors(source, FAMILIES[chosen])
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_safetensors(made, {name: cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}, max_shard_bytes)
@@ -102,10 +102,16 @@ def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
     return out
 
 
-def _config(family: Family, settings: Settings, described: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
-    """config.json: that of the import with what is now another value, or a new one with transformers' defaults."""
+def _config(family: Family, settings: Settings, described: Mapping[str, Any], origin: Origin, file: Path) -> dict[str, Any]:
+    """config.json: that of the import with what is now another value, or a new one with transformers' defaults.
+
+    Raises FormatError where `origin`, that of `file`, has what an import would have refused: whoever made the run folder wrote it.
+    """
     if origin.config is not None and origin.config.get("model_type") == family.name:
-        return _changed(resolve(origin.config, Path(ORIGIN)), settings, described, retyped=described["dtype"] != origin.dtype)
+        came = resolve(origin.config, file)
+        if problems := problems_of(came):
+            raise FormatError(str(file), problems)
+        return _changed(came, settings, described, retyped=described["dtype"] != origin.dtype)
     kinds = [spec.feedforward for spec in layer_specs(settings)]
     values = {key: setting(settings.model, ours) for key, ours in family.keys.items()}
     values |= {"num_hidden_layers": len(kinds), "architectures": [family.architecture], "attention_bias": False}

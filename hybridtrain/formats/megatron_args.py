@@ -188,7 +188,13 @@ def _routing(read: _Args) -> tuple[dict[str, Any], list[str]]:
 def carried(args: Any) -> dict[str, Any]:
     """The arguments that an export gives back."""
     said = said_of(args, f"args in {COMMON}")
-    return {key: said[key] for key in CARRIED if isinstance(said.get(key), bool | int | float | str | list)}
+    return {key: said[key] for key in CARRIED if _is_plain(said.get(key))}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a value that JSON has, or a list of such."""
+    parts = value if isinstance(value, list) else [value]
+    return all(isinstance(part, bool | int | float | str) for part in parts)
 
 
 def to_args(settings: Settings, rows: int, bias: bool, implementation: str, origin: Origin) -> Namespace:

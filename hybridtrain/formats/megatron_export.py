@@ -12,7 +12,7 @@ from hybridtrain.checkpoint.stored import LazyTensor
 from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.errors import FormatError, UserError
 from hybridtrain.formats.folder import new_folder
-from hybridtrain.formats.megatron_args import NAME, misfits, to_args
+from hybridtrain.formats.megatron_args import NAME, from_args, misfits, to_args
 from hybridtrain.formats.megatron_names import (
     FC1_NORM,
     IMPLEMENTATIONS,
@@ -32,7 +32,7 @@ from hybridtrain.formats.ours import AS_IMPORTED, ROUTER_STATE, Source, biased, 
 from hybridtrain.formats.tensors import DTYPES, cast, their_shape
 from hybridtrain.formats.torch_dist import RELEASE, TRACKER, Region, write_torch_dist
 from hybridtrain.settings import layer_specs
-from hybridtrain.weights import copy_companions
+from hybridtrain.weights import ORIGIN, copy_companions
 
 _FINAL_NORM = OUTSIDE["norm.weight"].removesuffix(".weight")
 _CONTENT = {"singleton_local_shards": False}  # what Megatron-LM keeps of how it cut the model, and asks a model for again
@@ -63,6 +63,8 @@ def export_megatron(
         raise FormatError(f"{path} is no {NAME}", problems)
     keeps_bias = settings.model.moe.score == "sigmoid" and (has_bias or settings.model.moe.bias_rate > 0)
     args = to_args(settings, source.info["vocab_size"], keeps_bias, implementation, origin)
+    if problems := from_args(args)[1]:  # whoever made the run folder wrote the arguments of the import that are given back
+        raise FormatError(str(source.run / ORIGIN), problems)
     pieces, states = _pieces(source, implementation, keeps_bias)
     pieces = [(region, cast(tensor, DTYPES[dtype])) for region, tensor in pieces]
     common = {"args": args, "iteration": 0, "checkpoint_version": 3.0, "content_metadata": _CONTENT}

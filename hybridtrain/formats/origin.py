@@ -6,9 +6,9 @@ Settings of ours decide what the model computes; what else a config.json or Mega
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from hybridtrain.errors import UserError
 from hybridtrain.formats.hf_config import TOKEN_IDS, generation_ids
@@ -23,7 +23,7 @@ class Origin(BaseModel):
     config: dict[str, Any] | None = None
     args: dict[str, Any] | None = None
     dtype: str = "float32"
-    positions: int | None = None
+    positions: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
 
     def longest(self, trained: int) -> int:
         """Tokens of the longest text that the model is for: as it came, or `trained` where that is longer or nothing came."""

@@ -32,7 +32,7 @@ from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.checkpoint.stored import Chunks, LazyTensor
 from hybridtrain.errors import DataError, FormatError
 from hybridtrain.pickles import Made, Named, unpickle
-from hybridtrain.untrusted import UntrustedFileError, inside, read_bytes, read_json
+from hybridtrain.untrusted import UntrustedFileError, inside, open_regular, read_bytes, read_json
 
 COMMON, FORMAT = "common.pt", "metadata.json"
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"  # "release": weights alone, nothing to resume
@@ -92,12 +92,13 @@ def read_common(folder: Path) -> dict[str, Any]:
     """
     path = folder / COMMON
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             archive = Archive(stream, 0, path.stat().st_size, str(path))
             value = unpickle(archive.read(PICKLE, _MAX_COMMON), str(path), None, persistent=True)
         if type(value) is not dict:
             raise UntrustedFileError(f"{path}: is no dict but {_Plain()(value)!r:.100}")
-        return {key: _Plain()(entry) for key, entry in value.items() if type(key) is str}
+        plain = _Plain()
+        return {key: plain(entry) for key, entry in value.items() if type(key) is str}
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except UntrustedFileError as error:
@@ -115,13 +116,16 @@ class Foreign:
 
 
 class _Plain:
-    """Makes plain data of what a pickle says: also argparse.Namespace and dtypes; at most so many parts, so many in each other."""
+    """Makes plain data of what a pickle says: also argparse.Namespace and dtypes; at most so many parts, so many in each other.
+
+    A long string, which may stand in many places as well, counts as one part for each 64 of its characters.
+    """
 
     def __init__(self) -> None:
         self.left = _MAX_PARTS
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
-        self.left -= 1
+        self.left -= 1 + (len(value) // 64 if isinstance(value, str | bytes) else 0)
         if self.left < 0 or depth > _MAX_DEPTH:  # parts may stand in many places, each of which has them all
             raise UntrustedFileError(f"more than {_MAX_PARTS:,} parts, or {_MAX_DEPTH} in each other")
         if isinstance(value, list | tuple):

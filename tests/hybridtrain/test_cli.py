@@ -171,3 +171,10 @@ def test_eval_and_generate(trained: Callable[..., Path], ci_data: Path, tmp_path
         hybridtrain("eval", tmp_path)
     )
     assert '--split "test": it may be train or validation' in refused(hybridtrain("eval", run, "--split", "test"))
+
+
+def test_a_file_that_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
+    name = tmp_path / ("x" * 300)
+    message = refused(hybridtrain("import", name, tmp_path / "out"))
+    assert message.startswith(f"error: {name}")
+    assert message.endswith(": File name too long\n")

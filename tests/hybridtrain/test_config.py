@@ -16,7 +16,7 @@ from hybridtrain.settings import Settings
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 # TOML holds every character but surrogates
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -96,6 +96,8 @@ def problems(tree: dict[str, Any], *overrides: str) -> list[str]:
         ("train.steps=many", 'train.steps="many": input should be a valid integer'),
         ("train.steps=2.5", "train.steps=2.5: input should be a valid integer"),
         ("memory.enabled=1", "memory.enabled=1: input should be a valid boolean"),
+        ('run.dir="a\\u0000b"', 'run.dir="a\\u0000b": value error, has a NUL character'),
+        ('data.source=["a", "\\u0000"]', 'data.source=["a", "\\u0000"]: value error, has a NUL character'),
         ("run.dir=''", 'run.dir="": string should have at least 1 character'),
         ("optim.schedule=linear", "optim.schedule=\"linear\": input should be 'cosine' or 'wsd'"),
         ("optim.beta1=1.5", "optim.beta1=1.5: input should be less than or equal to 1"),

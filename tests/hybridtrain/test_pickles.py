@@ -118,6 +118,43 @@ def test_bombs_end_in_a_message_and_in_little_memory(what: str) -> None:
     assert peak < 100 * len(BOMBS[what]) + 200_000
 
 
+def named(name: str) -> bytes:
+    return f"c{dcp.__name__}\n{name}\n".encode()
+
+
+def said(tensors: bytes) -> bytes:
+    """An index of the tensors in a pickled dict, and of no places."""
+    return b"\x80\x04" + named("Metadata") + b")\x81}(\x8c\x13state_dict_metadata" + tensors + b"\x8c\x0cstorage_data}ub."
+
+
+def tensor(chunks: bytes) -> bytes:
+    properties = named("TensorProperties") + b")\x81(ctorch\nfloat32\ntb"
+    said = b"}(\x8c\x04size)\x8c\x0aproperties" + properties + b"\x8c\x06chunks](" + chunks + b"eu"
+    return named("TensorStorageMetadata") + b")\x81" + said + b"bq\x00"
+
+
+CHUNK = named("ChunkStorageMetadata") + b")\x81}(\x8c\x07offsets(" + b"K\x01" * 100 + b"t\x8c\x05sizes)ubq\x01" + b"h\x01" * 99
+NUMBERS = [b"\x8c\x04%04d" % number for number in range(1000)]
+SHARED = {
+    "a name of pairs of pairs": said(
+        b"}" + named("MetadataIndex") + b"N" + b"q\x00h\x00\x86" * 18 + b"\x85R" + tensor(b"N") + b"s"
+    ),
+    "one list of chunks of many tensors": said(b"}(" + NUMBERS[0] + tensor(CHUNK) + b"h\x00".join([*NUMBERS[1:], b""]) + b"u"),
+    "one module of many names": b"\x80\x04X\x40\x42\x0f\x00" + b"m" * 1_000_000 + b"q\x00" + b"\x93h\x00".join(NUMBERS) + b"\x93.",
+}
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_what_stands_in_many_places_takes_its_memory_once(what: str) -> None:
+    tracemalloc.start()
+    with pytest.raises(UntrustedFileError, match=r"^it: ") as caught:
+        read_index(SHARED[what], "it")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * len(SHARED[what]) + 400_000
+    assert len(str(caught.value)) < 1000
+
+
 def index(size: Any = (4, 2), chunks: Any = (((0, 0), (2, 2)), ((2, 0), (2, 2))), **place: Any) -> bytes:
     """An index of one tensor of two chunks, with something else."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -151,7 +188,7 @@ def check(content: bytes) -> None:
         (index(offset=0), "two chunks lie in the same bytes"),
         (index(offset=950), "a chunk ends at byte 1050 of 1000"),
         (index(relative_path="../f"), r"\.\./f: is none of the checkpoint's files"),
-        (index(relative_path=3), "3 is no string"),
+        (index(relative_path=3), "a int is no string"),
         (index(transform_descriptors=["zstd"]), "files that were transformed are not read"),
     ],
 )

@@ -58,6 +58,13 @@ def test_settings_that_cannot_be_read_are_named(text: str, tmp_path: Path) -> No
         load_settings(tmp_path / SETTINGS)
 
 
+def test_a_folder_of_no_possible_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / SETTINGS).write_text(f'[checkpoint]\ndir = "{"x" * 5000}"\n')
+    for path in (tmp_path, tmp_path / ("y" * 5000)):
+        with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
+            find_checkpoint(path)
+
+
 @pytest.mark.parametrize("name", ["step-²", "step-" + "9" * 5000, "../step-1", "step-1/../..", "\ud800", ""])
 def test_a_latest_that_names_no_checkpoint_is_passed_over(name: str, tmp_path: Path) -> None:
     one = commit(tmp_path / "checkpoints", 1)

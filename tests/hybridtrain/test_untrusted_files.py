@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -137,6 +139,16 @@ def test_no_file_of_a_run_folder_runs_code(name: str, runs: dict[str, Path], tmp
     read_by_all = {str(last / METADATA), f"hidden in {last / METADATA}", str(last / checkpoint.INFO)}
     assert name == "--resume" or not went_through & read_by_all  # a resume takes the checkpoint before
     assert not trap.sprang
+
+
+@pytest.mark.parametrize("file", [METADATA, "__0_0.distcp", checkpoint.INFO])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(file: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs["plain"], tmp_path / "run"))
+    saved = find_checkpoint(run)[1]
+    (saved / file).unlink()
+    os.mkfifo(saved / file)
+    with pytest.raises(UserError, match=rf"{re.escape(file)}.* is no regular file|{re.escape(file)} is missing"):
+        evaluate_checkpoint(run, "validation", None, 1)
 
 
 def test_the_traps_would_run_where_they_were_unpickled(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from hybridtrain import checkpoint
 from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
+from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
 from hybridtrain.data.prepare import ensure_prepared, prepare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import CheckpointError, DataError
 from hybridtrain.formats.hf_import import import_hf
 from hybridtrain.model.init import init_table
 from hybridtrain.parallel.mesh import make_mesh
+from hybridtrain.run_folder import find_checkpoint
 from hybridtrain.settings import Settings
 from hybridtrain.use import evaluate_checkpoint, open_checkpoint
 from hybridtrain.weights import start_from
@@ -118,6 +125,39 @@ def test_other_shapes_are_refused_all_at_once_on_every_rank(imported: Path, ci_d
     assert "  model.layers.1.feedforward.w_up.weight: the checkpoint has [96, 64], this model [100, 64]" in lines
     assert "  model.layers.3.mixer.wq.weight: the checkpoint lacks it; only a memory may be new" in lines
     assert "  model.head.weight: the checkpoint lacks it; only a memory may be new" in lines
+
+
+def rewrite(run: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    """Write the checkpoint of an import again, with what `change` makes of its tensors and with right checksums."""
+    saved = find_checkpoint(run)[1]
+    stored, info = StoredTensors(saved), checkpoint.read_info(saved)
+    tensors = {name: stored.read(name) for name in stored.shapes}
+    change(tensors)
+    for name in info["files"]:
+        (saved / name).unlink()
+    lazy = {name: LazyTensor(tuple(value.shape), value.dtype, partial(torch.clone, value)) for name, value in tensors.items()}
+    checkpoint.write_info(
+        saved, {key: value for key, value in info.items() if key != "xxh3"} | {"files": write_tensors(saved, lazy)}
+    )
+    return run
+
+
+def test_tensors_are_looked_at_and_not_taken_by_name(imported: Path, ci_data: Path, tmp_path: Path) -> None:
+    head, norm = "model.head.weight", "model.norm.weight"  # the import's head is its embedding
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[head] = tensors["model.embed.weight"] + 1
+        tensors[norm] = tensors[norm].to(torch.int8)
+
+    run = rewrite(Path(shutil.copytree(imported, tmp_path / "run")), change)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(run)
+    assert f"{head}: a model of its settings has none" in str(caught.value)
+    assert f"{norm} is int8: weights may be float32, bfloat16, float16, float64" in str(caught.value)
+    with pytest.raises(CheckpointError) as caught:
+        start(new_settings(imported, tmp_path / "new", ci_data, f"train.init_from={run}"), tmp_path / "new")
+    assert f"{head}: this model lacks it" in str(caught.value)
+    assert f"{norm} is int8: weights may be float32, bfloat16, float16, float64" in str(caught.value)
 
 
 def test_imported_weights_are_no_run_to_resume(imported: Path, ci_data: Path) -> None:

@@ -206,6 +206,17 @@ def test_a_missing_folder_tells_how_to_make_it(tmp_path: Path) -> None:
         TokenDataset.open(tmp_path / "nowhere", verify=True)
 
 
+def test_what_is_no_file_is_named(copy: Path) -> None:
+    for name in ("tokenizer.json", "compression.npy"):
+        (copy / name).unlink()
+    (copy / "tokenizer.json").mkdir()
+    os.mkfifo(copy / "compression.npy")
+    with pytest.raises(DataError) as caught:
+        TokenDataset.open(copy)
+    assert "tokenizer.json: cannot be read: Is a directory" in str(caught.value)
+    assert "compression.npy: cannot be read: is no regular file" in str(caught.value)
+
+
 @pytest.mark.parametrize("harm", ["unlink", "cut"])
 def test_a_shard_that_goes_away_while_it_is_read_is_named(copy: Path, harm: str) -> None:
     split = TokenDataset.open(copy).split("train")

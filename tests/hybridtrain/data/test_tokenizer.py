@@ -98,6 +98,8 @@ def test_separator_choice(tmp_path: Path, deepseek_tokenizer: Path) -> None:
     plain["added_tokens"] = []
     plain["model"]["vocab"]["plain"] = plain["model"]["vocab"].pop("<|endoftext|>")
     (tmp_path / "plain.json").write_text(json.dumps(plain), encoding="utf-8")
+    with pytest.raises(DataError, match=r"separator '\\udcff': .* surrogates not allowed"):
+        find_separator(deepseek, "\udcff")  # what a command line makes of a byte that is no UTF-8
     with pytest.raises(DataError, match=r"none of <\|endoftext\|>, .*; name its separator token with --separator"):
         find_separator(load_tokenizer(tmp_path / "plain.json"))
 

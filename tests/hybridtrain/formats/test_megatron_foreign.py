@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -17,7 +18,7 @@ import torch
 
 from hybridtrain.checkpoint.files import METADATA
 from hybridtrain.checkpoint.stored import LazyTensor
-from hybridtrain.errors import FormatError, UserError
+from hybridtrain.errors import DataError, FormatError, UserError
 from hybridtrain.formats.megatron_args import from_args
 from hybridtrain.formats.megatron_fields import LACKING
 from hybridtrain.formats.megatron_import import import_megatron
@@ -86,6 +87,27 @@ def test_odd_arguments_end_in_a_message(exported: Path, tmp_path: Path) -> None:
     assert megatron_refusal(exported, tmp_path / "back") == ["they are list, must be a namespace or a dict of names"]
     torch.save({**common, "args": args}, exported / RELEASE / COMMON)
     import_megatron(exported, tmp_path / "back")  # a dict is as good
+
+
+def test_what_json_has_not_is_not_given_back(exported: Path, tmp_path: Path) -> None:
+    write_args(exported, init_method_std=[torch.float32], tokenizer_type=[["a"]], moe_aux_loss_coeff=[0.1, 0.2])
+    import_megatron(exported, tmp_path / "back")
+    args = json.loads((tmp_path / "back/origin.json").read_text())["args"]
+    assert args["moe_aux_loss_coeff"] == [0.1, 0.2]
+    assert not {"init_method_std", "tokenizer_type"} & args.keys()
+
+
+def test_a_common_file_is_read_in_bounds(exported: Path) -> None:
+    file, text = exported / RELEASE / COMMON, "x" * 1_000_000
+    many = [0] * 1000
+    for content in ([text] * 1000, {"args": [text] * 1000}, {str(number): many for number in range(1000)}):
+        torch.save(content, file)
+        with pytest.raises(DataError, match="more than 262,144 parts"):
+            read_common(exported / RELEASE)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(DataError, match="is no regular file"):
+        read_common(exported / RELEASE)
 
 
 def edit(folder: Path, change: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from hybridtrain.config import load_settings
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
+from hybridtrain.errors import FormatError
 from hybridtrain.formats.hf_export import export_hf
 from hybridtrain.formats.hf_import import import_hf
 from hybridtrain.formats.megatron_export import export_megatron
@@ -153,3 +154,24 @@ def test_megatrons_arguments_come_back_as_they_came(ci_data: Path, tmp_path: Pat
     assert TorchDist(tmp_path / "back" / RELEASE).dtype("embedding.word_embeddings.weight") == torch.bfloat16
     assert export_hf(tmp_path / "ours", tmp_path / "hf", family="hybridtrain") == "hybridtrain"
     assert json.loads((tmp_path / "hf/config.json").read_text())["max_position_embeddings"] == 4096
+
+
+def edit_origin(run: Path, part: str, **changes: Any) -> None:
+    origin = json.loads((run / ORIGIN).read_text())
+    origin[part] |= changes
+    (run / ORIGIN).write_text(json.dumps(origin))
+
+
+def test_an_origin_that_no_import_wrote_is_refused(ci_data: Path, tmp_path: Path) -> None:
+    import_hf(small_folder("llama", tmp_path / "theirs", ci_data), tmp_path / "ours")
+    edit_origin(tmp_path / "ours", "config", auto_map={"AutoModelForCausalLM": "else--where.Model"}, attention_bias=True)
+    with pytest.raises(FormatError, match=r"origin\.json") as caught:
+        export_hf(tmp_path / "ours", tmp_path / "back")
+    assert [problem.partition("=")[0] for problem in caught.value.problems] == ["attention_bias", "auto_map"]
+
+    export_megatron(random_run(tmp_path / "run", ci_data, *MEGATRON_RUNS["mixtral"]), tmp_path / "megatron")
+    import_megatron(tmp_path / "megatron", tmp_path / "imported")
+    edit_origin(tmp_path / "imported", "args", moe_router_load_balancing_type="sinkhorn")
+    with pytest.raises(FormatError, match="routing by Sinkhorn's algorithm"):
+        export_megatron(tmp_path / "imported", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
