@@ -7,9 +7,9 @@ contradictions raise one `SettingsError` that lists all of them.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -24,6 +24,16 @@ MEMORY = "memory"
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _names_something(cls, value: Any) -> Any:
+        """Strings name files, folders, fields and tokens, which have no NUL; of several no one is empty."""
+        if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
+            raise ValueError("has the character NUL")
+        if isinstance(value, tuple) and "" in value:
+            raise ValueError("has an empty entry")
+        return value
 
 
 class RunSettings(_Section):

@@ -16,7 +16,7 @@ from hybridtrain.settings import Settings
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 # TOML holds every character but surrogates
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -97,6 +97,8 @@ def problems(tree: dict[str, Any], *overrides: str) -> list[str]:
         ("train.steps=2.5", "train.steps=2.5: input should be a valid integer"),
         ("memory.enabled=1", "memory.enabled=1: input should be a valid boolean"),
         ("run.dir=''", 'run.dir="": string should have at least 1 character'),
+        ('run.dir="a\\u0000b"', 'run.dir="a\\u0000b": has the character NUL'),
+        ('data.source=["a", ""]', 'data.source=["a", ""]: has an empty entry'),
         ("optim.schedule=linear", "optim.schedule=\"linear\": input should be 'cosine' or 'wsd'"),
         ("optim.beta1=1.5", "optim.beta1=1.5: input should be less than or equal to 1"),
         ("parallel.dp_shard=-2", "parallel.dp_shard=-2: input should be greater than or equal to -1"),

@@ -37,6 +37,21 @@ def test_files_in_the_way_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_names_of_no_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    loop, below, long = tmp_path / "loop", tmp_path / "loop/x", tmp_path / ("q" * 300)
+    wanted = 'data.source=["shipped:sotu"]'
+    assert found(f"run.dir={loop}", f"checkpoint.dir={below}", f"data.path={long}", wanted) == [
+        f"run.dir={loop}: Too many levels of symbolic links; choose another run.dir",
+        f"checkpoint.dir={below}: Too many levels of symbolic links; choose another checkpoint.dir",
+        f"data.path={long}: File name too long; choose another data.path",
+    ]
+    assert found(f"run.dir={long}", f"data.path={loop}") == [
+        f"run.dir={long}: File name too long; choose another run.dir",
+        f"data.path={loop}: Too many levels of symbolic links; choose another data.path",
+    ]
+
+
 def test_runs_do_not_lie_in_their_data(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     inside = tmp_path / "link/data/run"
