@@ -27,6 +27,9 @@ def unusable_folders(settings: Settings) -> list[str]:
     if settings.checkpoint.dir and isinstance(there := checkpoint.place(settings.checkpoint.dir), Path):
         written["checkpoint.dir"] = there
     out = [problem for key, folder in written.items() if (problem := _obstacle(key, folder))]
+    if not out:
+        ours = ["tensorboard"] if settings.checkpoint.dir else ["checkpoints", "tensorboard"]
+        out += [problem for name in ours if (problem := _obstacle("run.dir", run, name))]
     if problem := _no_name("data.path", data):
         out.append(problem)
     elif os.path.lexists(data) and not data.is_dir():
@@ -42,11 +45,11 @@ def unusable_folders(settings: Settings) -> list[str]:
     return out
 
 
-def _obstacle(key: str, folder: Path) -> str:
-    """Why the folder can neither be made nor be written to; "" where it can."""
+def _obstacle(key: str, folder: Path, inside: str = "") -> str:
+    """Why the folder, or the one that is called `inside` in it, can neither be made nor be written to; "" where it can."""
     if problem := _no_name(key, folder):
         return problem
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    there = next(path for path in (folder / inside, *(folder / inside).absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         return f"{key}={folder}: {there} is not a folder; choose another {key}"
     if not os.access(there, os.W_OK | os.X_OK):

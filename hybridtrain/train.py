@@ -45,7 +45,10 @@ from hybridtrain.watchdog import Watchdog
 from hybridtrain.weights import start_from
 from hybridtrain.world import join_world
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE),
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),  # of what another user left in the folder, or by hand
+)
 Step = tuple[Batch, StepPlan | None]
 Info = dict[str, Any]  # what a checkpoint says of itself
 
