@@ -21,8 +21,9 @@ from hybridtrain.data.holdout import Holdout, choose_holdout
 from hybridtrain.data.journal import Input, Job, Journal, clear, read_journal, software, write_journal
 from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo, SplitName
 from hybridtrain.data.progress import EncodingProgress, say
-from hybridtrain.data.sources import SourceFile, file_digest, list_files, text_digest
+from hybridtrain.data.sources import SourceFile, file_digest, list_files
 from hybridtrain.data.tokenizer import MIN_VOCAB_SIZE, find_separator, for_texts, load_tokenizer, train_tokenizer, vocabulary_size
+from hybridtrain.data.unpack import unpacked_digest
 from hybridtrain.data.writer import SplitWriter, StaleStateError
 from hybridtrain.errors import DataError
 from hybridtrain.lock import locked
@@ -119,7 +120,7 @@ def _look_for_copies(inputs: Sequence[Input]) -> None:
     for entry in inputs:
         keys = [entry.info.xxh3]
         if entry.file.compression and len(compressions[_bare_name(entry.file)]) > 1:
-            keys.append(text_digest(entry.file))
+            keys.append(unpacked_digest(entry.file.path, entry.file.compression, entry.file.name))
         others = [other for key in keys if (other := first.setdefault(key, entry)) is not entry]
         if others:
             pair = f"{entry.file.name} has the bytes of {others[0].file.name}"

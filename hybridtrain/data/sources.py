@@ -115,18 +115,6 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def text_digest(file: SourceFile) -> str:
-    """The xxh3 (128 bits, hex) of a file's bytes as they are unpacked; DataError where they cannot be."""
-    digest = xxhash.xxh3_128()
-    try:
-        with file.path.open("rb") as raw:
-            for block in unpack(raw, file.compression, file.name):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"{file.name}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
-
-
 def read_pieces(
     file: SourceFile, text_field: str = "text", cuts: Cuts | None = None, tally: Tally | None = None
 ) -> Iterator[Piece]:
