@@ -92,7 +92,7 @@ def launch(
 @app.command()
 def data(
     sources: Annotated[list[str], typer.Argument(help="text files, JSON lines or folders (also .gz, .xz, .bz2), or shipped:sotu")],
-    out: Annotated[Path, typer.Option("--out", help="folder that receives the shards")],
+    out: Annotated[str, typer.Option("--out", help="folder that receives the shards")],
     vocab_size: Annotated[int | None, typer.Option(help="entries of the byte-level BPE to train; 4096 where not given")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json to use instead of training one")] = None,
     separator: Annotated[str | None, typer.Option(help="token that stands before each document")] = None,
@@ -107,7 +107,9 @@ def data(
     """Turn text into memory-mapped token shards."""
     from hybridtrain.data.prepare import prepare
 
-    problems = []
+    problems = [
+        f"{name} is empty; name a folder or file" for name, values in (("--out", [out]), ("SOURCE", sources)) if "" in values
+    ]
     if vocab_size is not None and tokenizer is not None:
         problems.append(
             f"--vocab-size {vocab_size} and --tokenizer {tokenizer}: a loaded tokenizer has its own vocabulary, leave one out"

@@ -91,11 +91,11 @@ def _messages(error: ValidationError) -> list[str]:
     """pydantic's errors as `key: what is wrong (got …)`; the tree-wide ones already carry their keys."""
     lines: list[str] = []
     for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
+        key, what = ".".join(str(part) for part in item["loc"]), item["msg"].removeprefix("Value error, ")
         if not key:
-            lines += item["msg"].removeprefix("Value error, ").splitlines()
+            lines += what.splitlines()
         else:
-            lines.append(f"{key}={json.dumps(item['input'], default=str)}: {item['msg'][0].lower()}{item['msg'][1:]}")
+            lines.append(f"{key}={json.dumps(item['input'], default=str)}: {what[0].lower()}{what[1:]}")
     return lines
 
 

@@ -117,9 +117,11 @@ class Continuation:
         if at.read == 0 or (at.window == length and at.read % length == 0):
             return []
         rest = self._num_targets // at.window * at.window - at.read
+        padding = f"; the last one has {-rest % length:,} tokens of padding, over which the loss of its step is averaged too"
         return [
             f"  the last {rest:,} tokens of epoch {at.epoch} come in their old order, of windows of {at.window} tokens, cut into "
-            f"sequences of {length}; no document reaches over the border of two windows. Later epochs have windows of {length}"
+            f"sequences of {length}{padding if rest % length else ''}. No document reaches over the border of two windows. "
+            f"Later epochs have windows of {length}"
         ]
 
     def _differences(self, info: Info) -> dict[str, str]:

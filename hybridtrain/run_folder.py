@@ -80,12 +80,15 @@ class RunLocks:
         """The locks' files by what they are told as."""
         run, where = Path(self._settings.run.dir), self._settings.checkpoint.dir
         files = {f"run.dir={run}": run / NAME}
-        if where:
-            there = checkpoint.place(where)
-            if there.name == CHECKPOINTS and (there.parent / SETTINGS).is_file():  # another run's own, which holds that alone
-                there = there.parent
-            if not (isinstance(there, Path) and there.resolve() == run.resolve()):
-                files[f"checkpoint.dir={where}"] = there / NAME
+        there = checkpoint.place(where) if where else run / CHECKPOINTS
+        if isinstance(there, Path):
+            there = there.resolve()  # a link may lead to another run's, or both runs' links to one folder
+        told = f"checkpoint.dir={where}" if where else f"{run / CHECKPOINTS}, a link to {there},"
+        ours = there == run.resolve() / CHECKPOINTS
+        if ours or (there.name == CHECKPOINTS and any((there.parent / name).is_file() for name in (SETTINGS, NAME))):
+            there = there.parent  # a run holds its folder, and so its own checkpoints
+        if there != run.resolve():
+            files[told] = there / NAME
         return files
 
 

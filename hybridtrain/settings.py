@@ -27,10 +27,12 @@ class _Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _without_nul(cls, value: Any) -> Any:
-        """Names of files end at a NUL, and no text of ours has one."""
-        if any(isinstance(part, str) and "\0" in part for part in (value if isinstance(value, tuple) else (value,))):
+    def _names_something(cls, value: Any) -> Any:
+        """Strings name files, folders, fields and tokens, which have no NUL; of several no one is empty."""
+        if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
             raise ValueError("has a NUL character")
+        if isinstance(value, tuple) and "" in value:
+            raise ValueError("has an empty entry")
         return value
 
 

@@ -45,7 +45,10 @@ from hybridtrain.watchdog import Watchdog
 from hybridtrain.weights import start_from
 from hybridtrain.world import join_world
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE),
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),  # of what another user left in the folder, or by hand
+)
 Step = tuple[Batch, StepPlan | None]
 Info = dict[str, Any]  # what a checkpoint says of itself
 
@@ -186,10 +189,9 @@ def _loop(
             batch,
             plan,
             clock,
-            signal.received or saver.failed,
             upcoming[1] if upcoming is not None else None,
             saver.before_update,
-            save=signal.save,
+            asked=lambda: (signal.received or saver.failed, signal.save),
             accepts=guard.accepts,
         )
         if totals.kept:
@@ -248,18 +250,18 @@ def train_step(
     batch: Batch,
     plan: StepPlan | None,
     clock: Clock,
-    stop: bool,
     next_plan: StepPlan | None = None,
     before_update: Callable[[], None] | None = None,
     *,
-    save: bool = False,
+    asked: Callable[[], tuple[bool, bool]] = lambda: (False, False),
     accepts: Callable[[float, float], bool] = all_finite,
 ) -> Totals:
     """One optimizer step (`step` counts from 0). Nothing is updated where `accepts` refuses its loss and gradient norm.
 
-    `next_plan` is the next step's, some of whose rows may come while this one computes; None: there is none. `stop` and `save`
-    are what this rank was asked for; the totals say whether any was. `before_update` is called before parameters and
-    optimizer state change.
+    `next_plan` is the next step's, some of whose rows may come while this one computes; None: there is none. `asked` says whether
+    this rank was asked to stop, and to save, and is called behind the backward passes, so that what is asked for during them
+    does not wait for another step; the totals say whether any rank was. `before_update` is called before parameters and optimizer
+    state change.
     """
     stages, memory, settings = parts.stages, parts.memory, parts.settings
     scale = lr_scale(step, settings.optim, settings.train.steps)
@@ -283,7 +285,7 @@ def train_step(
         if memory is not None and rows_grad is not None:
             memory.exchange.reduce_replicas(rows_grad)
         loss /= parts.mesh.layout.tp  # its ranks have the same losses
-        sums = _sum_up(parts, loss, stop, save)
+        sums = _sum_up(parts, loss, *asked())
         read = read_at_once({**sums, "squares": parts.engine.squares(rows_grad)})
         norm, table_norm = norms_of(read.pop("squares"))
         (total,), (stopping,), (saving,) = (read.pop(name) for name in ("loss", "stop", "save"))

@@ -165,7 +165,7 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
         batch = loader.load(number)
         plan = memory.plan(batch) if memory is not None else None
         out.gradients.append({})
-        totals = train_step(parts, number, batch.at(parts.positions), plan, Clock(parts.mesh.device), False)
+        totals = train_step(parts, number, batch.at(parts.positions), plan, Clock(parts.mesh.device))
         out.losses.append(totals.loss)
         out.statistics.append({name: torch.tensor(value, dtype=torch.float64) for name, value in totals.statistics.items()})
     out.state.update({name: _whole(p) for name, p in named.items()})

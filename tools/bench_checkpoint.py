@@ -157,7 +157,9 @@ class _Trainer:
         assert self.parts.memory is not None
         batch = self._loader.load(self.done)
         plan = self.parts.memory.plan(batch)
-        totals = train_step(self.parts, self.done, batch, plan, self.clock, stop, before_update=before_update)
+        totals = train_step(
+            self.parts, self.done, batch, plan, self.clock, before_update=before_update, asked=lambda: (stop, False)
+        )
         self.done += 1
         return totals.stop
 

@@ -120,7 +120,7 @@ def _case(config: Path, overrides: list[str]) -> Callable[[int], None]:
     def step(number: int) -> None:
         batch = loader.load(number)
         plan = parts.memory.plan(batch) if parts.memory is not None else None
-        train_step(parts, number, batch, plan, clock, False)
+        train_step(parts, number, batch, plan, clock)
 
     return step
 

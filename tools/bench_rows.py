@@ -209,7 +209,7 @@ def _row_step(parts: Parts, batches: Callable[[int], Batch], options: Options) -
         batch, plan = plan_once(number, clock)
         if not (options.model_free or options.dense):
             _, next_plan = plan_once(number + 1, clock)
-            train_step(parts, number, batch, plan, clock, False, next_plan)
+            train_step(parts, number, batch, plan, clock, next_plan)
             del planned[number]
             return {"hidden": memory.hidden_seconds()}
         exchange = plan.exchanges[0]

@@ -81,7 +81,7 @@ def hybridtrain(case: Case, experts: str = "sharded") -> Made:
     parts = assemble(settings, join_world(settings), Vocabulary(case.vocab, 0, torch.zeros(case.vocab).numpy()), None)
     tokens, clock = case.tokens()[None], Clock(torch.device("cpu"))
     batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), torch.zeros_like(tokens[..., 1:], dtype=torch.bool))
-    return lambda: train_step(parts, 100, batch, None, clock, stop=False), sum(p.numel() for p in parts.model.parameters())
+    return lambda: train_step(parts, 100, batch, None, clock), sum(p.numel() for p in parts.model.parameters())
 
 
 def transformers(case: Case, experts: str = "grouped_mm") -> Made:

@@ -34,7 +34,9 @@ _TRIES = 32  # cuts in a row that may fail before the next part of the text is l
 _PROBES, _PROBE_UNITS = 400, 48
 _WHITE = re.compile(r"(\\s| |\[[ \\stnr]+\])([*+]|\{\d*,?\d*\})")  # runs of white space in a regular expression
 # what may match without bound words and the white space between them, e.g. from a quotation mark to the next
-_FAR = re.compile(r"(\[\^(?!(?:\\.|[^\]\\])*(\\s| ))(?:\\.|[^\]\\])*\]|(?<!\\)\.|\\D|\\P\{[^}]*\}|(?<!\\)\))([*+]|\{\d*,\d*\})")
+_FAR = re.compile(r"(\[\^(?!(?:\\.|[^\]\\])*(\\s| ))(?:\\.|[^\]\\])*\]|(?<!\\)\.|\\D|\\P\{[^}]*\}|(?<!\\)\))([*+]|\{\d*,?\d*\})")
+# a class that names white space and something else, many times
+_WIDE = re.compile(r"\[(?!\^)(?!(?:\\[srnt]| )+\])(?=(?:\\.|[^\]\\])*?(?:\\[sSWDPx]| ))(?:\\.|[^\]\\])*\]([*+]|\{\d*,?\d*\})")
 _CLASS = re.compile(r"\[(?!\^)(?:\\.|[^\]\\])*\]")  # of characters that are named, which is harmless
 _SEEN = 20  # times that a pair must have been seen
 _UNICODE_KINDS = {"L": "letter", "N": "number", "P": "sign", "S": "sign", "M": "mark"}
@@ -132,7 +134,7 @@ class Cuts:
     def _joined_by_no_word(self) -> frozenset[tuple[str, str]]:
         """The pairs that no word of the pre-tokenizer has side by side, in any of many random texts."""
         if _rewrites_far_apart(self._tree["normalizer"]) or any(
-            _FAR.search(_CLASS.sub("x", p)) for p in _patterns(self._tree["pre_tokenizer"], "Regex")
+            _WIDE.search(p) or _FAR.search(_CLASS.sub("x", p)) for p in _patterns(self._tree["pre_tokenizer"], "Regex")
         ):
             return frozenset()
         seen: Counter[tuple[str, str]] = Counter()

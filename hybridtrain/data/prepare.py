@@ -23,6 +23,7 @@ from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo, Spl
 from hybridtrain.data.progress import EncodingProgress, say
 from hybridtrain.data.sources import SourceFile, file_digest, list_files
 from hybridtrain.data.tokenizer import MIN_VOCAB_SIZE, find_separator, for_texts, load_tokenizer, train_tokenizer, vocabulary_size
+from hybridtrain.data.unpack import unpacked_digest
 from hybridtrain.data.writer import SplitWriter, StaleStateError
 from hybridtrain.errors import DataError
 from hybridtrain.lock import locked
@@ -106,15 +107,24 @@ def _plan(
 
 
 def _look_for_copies(inputs: Sequence[Input]) -> None:
-    """Say which files have the same bytes; DataError where one of them is held out and another is not."""
+    """Say which files have the same bytes; DataError where one of them is held out and another is not.
+
+    Files whose names differ by their compression alone, as `gzip --keep` leaves them, are compared unpacked.
+    """
+    compressions: dict[str, set[str]] = {}
+    for entry in inputs:
+        compressions.setdefault(_bare_name(entry.file), set()).add(entry.file.compression)
     first: dict[str, Input] = {}
     copies: list[str] = []
     leaks: list[str] = []
     for entry in inputs:
-        other = first.setdefault(entry.info.xxh3, entry)
-        if other is not entry:
-            pair = f"{entry.file.name} has the bytes of {other.file.name}"
-            (copies if other.info.use == entry.info.use else leaks).append(pair)
+        keys = [entry.info.xxh3]
+        if entry.file.compression and len(compressions[_bare_name(entry.file)]) > 1:
+            keys.append(unpacked_digest(entry.file.path, entry.file.compression, entry.file.name))
+        others = [other for key in keys if (other := first.setdefault(key, entry)) is not entry]
+        if others:
+            pair = f"{entry.file.name} has the bytes of {others[0].file.name}"
+            (copies if others[0].info.use == entry.info.use else leaks).append(pair)
     if leaks:
         raise DataError(
             "\n".join(["text of the corpus is in the validation text too; leave it out of one", *(f"  {x}" for x in leaks)])
@@ -122,6 +132,10 @@ def _look_for_copies(inputs: Sequence[Input]) -> None:
     if copies:
         more = f", and {len(copies) - 1:,} more" if len(copies) > 1 else ""
         say(f"{len(copies):,} file(s) are copies, and are read as well: {copies[0]}{more}")
+
+
+def _bare_name(file: SourceFile) -> str:
+    return file.path.name.lower().removesuffix(file.compression)
 
 
 def _prepare(job: Job, overwrite: bool, progress: bool) -> Manifest:

@@ -7,7 +7,10 @@ import gzip
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, Any
+
+import xxhash
 
 from hybridtrain.errors import DataError
 
@@ -32,6 +35,15 @@ def unpack(raw: IO[bytes], compression: str, name: str) -> Iterator[bytes]:
         raise DataError(f"{name}: cannot be read beyond byte {offset} of its text: {error}") from None
     if offset == 0:
         raise DataError(f"{name}: is empty (0 bytes of text)")
+
+
+def unpacked_digest(path: Path, compression: str, name: str) -> str:
+    """The xxh3 (128 bits, hex) of a file's bytes as they are unpacked. Raises DataError as `unpack` does."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as raw:
+        for block in unpack(raw, compression, name):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _gunzipped(raw: IO[bytes]) -> Iterator[bytes]:

@@ -62,7 +62,7 @@ def largest_of_steps(parts: Parts, loader: BatchLoader, steps: int = 2) -> Large
 
     def step(number: int) -> None:
         batch: Batch = loader.load(number)
-        train_step(parts, number, batch, memory.plan(batch), clock, False)
+        train_step(parts, number, batch, memory.plan(batch), clock)
 
     step(0)  # optimizers make their state in the first step
     watch = LargestStorage()

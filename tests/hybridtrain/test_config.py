@@ -99,6 +99,8 @@ def problems(tree: dict[str, Any], *overrides: str) -> list[str]:
         ('run.dir="a\\u0000b"', 'run.dir="a\\u0000b": value error, has a NUL character'),
         ('data.source=["a", "\\u0000"]', 'data.source=["a", "\\u0000"]: value error, has a NUL character'),
         ("run.dir=''", 'run.dir="": string should have at least 1 character'),
+        ('run.dir="a\\u0000b"', 'run.dir="a\\u0000b": has a NUL character'),
+        ('data.source=["a", ""]', 'data.source=["a", ""]: has an empty entry'),
         ("optim.schedule=linear", "optim.schedule=\"linear\": input should be 'cosine' or 'wsd'"),
         ("optim.beta1=1.5", "optim.beta1=1.5: input should be less than or equal to 1"),
         ("parallel.dp_shard=-2", "parallel.dp_shard=-2: input should be greater than or equal to -1"),

@@ -9,7 +9,10 @@ import pytest
 
 from hybridtrain import folders
 from hybridtrain.config import parse_settings
+from hybridtrain.errors import TrainingError
 from hybridtrain.folders import unusable_folders
+from hybridtrain.train import train
+from tests.training import TINY, ci_settings
 
 
 def found(*overrides: str) -> list[str]:
@@ -37,6 +40,31 @@ def test_files_in_the_way_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_files_in_the_place_of_a_runs_own_folders_are_named(tmp_path: Path) -> None:
+    for name in ("checkpoints", "tensorboard"):
+        (tmp_path / name).write_text("")
+    expected = [
+        f"run.dir={tmp_path}: {tmp_path / n} is not a folder; choose another run.dir" for n in ("checkpoints", "tensorboard")
+    ]
+    assert found(f"run.dir={tmp_path}") == expected
+    assert found(f"run.dir={tmp_path}", f"checkpoint.dir={tmp_path / 'there'}") == expected[1:]
+
+
+def test_names_of_no_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    loop, below, long = tmp_path / "loop", tmp_path / "loop/x", tmp_path / ("q" * 300)
+    wanted = 'data.source=["shipped:sotu"]'
+    assert found(f"run.dir={loop}", f"checkpoint.dir={below}", f"data.path={long}", wanted) == [
+        f"run.dir={loop}: Too many levels of symbolic links; choose another run.dir",
+        f"checkpoint.dir={below}: Too many levels of symbolic links; choose another checkpoint.dir",
+        f"data.path={long}: File name too long; choose another data.path",
+    ]
+    assert found(f"run.dir={long}", f"data.path={loop}") == [
+        f"run.dir={long}: File name too long; choose another run.dir",
+        f"data.path={loop}: Too many levels of symbolic links; choose another data.path",
+    ]
+
+
 def test_runs_do_not_lie_in_their_data(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     inside = tmp_path / "link/data/run"
@@ -55,3 +83,9 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path: Path, monkeypatc
     assert found(f"run.dir={tmp_path / 'kept/run'}") == [
         f"run.dir={tmp_path / 'kept/run'}: {tmp_path / 'kept'} may not be written to by this user; choose another run.dir"
     ]
+
+
+def test_a_folder_in_the_place_of_a_runs_file_ends_it_with_a_message(ci_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run/metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(TrainingError, match=r"run/metrics.*: Is a directory; the last good checkpoint is none$"):
+        train(ci_settings(tmp_path / "run", ci_data, *TINY))

@@ -50,7 +50,7 @@ def waits_of(runs: list[Settings]) -> list[Waits]:
                 batch = loader.load(step)
                 plan = parts.memory.plan(batch) if parts.memory is not None else None
                 with HostWaits() as waits:
-                    report.step(step + 1, train_step(parts, step, batch.at(parts.positions), plan, clock, False), plan)
+                    report.step(step + 1, train_step(parts, step, batch.at(parts.positions), plan, clock), plan)
                 seen.append(waits.counts)
             log.close()
             out.append(seen[1:])  # the first step makes what later ones find

@@ -23,6 +23,8 @@ from hybridtrain.errors import DataError, UserError
 from hybridtrain.formats.folder import new_folder
 from hybridtrain.holder import Holder
 from hybridtrain.lock import NAME, FolderInUse, FolderLock, LockLost, locked
+from hybridtrain.parallel.collectives import Group
+from hybridtrain.run_folder import RunLocks
 from hybridtrain.settings import Settings
 from hybridtrain.train import train
 from tests.console import hybridtrain
@@ -276,15 +278,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("held", ["run", "there", "elsewhere/run"])
+@pytest.mark.parametrize("held", ["run", "there", "elsewhere/run", "elsewhere/linked", "elsewhere/new"])
 def test_a_run_is_refused_while_another_holds_its_folder_or_its_checkpoints(ci_data: Path, tmp_path: Path, held: str) -> None:
-    """Whose own checkpoints they are, as well: that one holds its run folder."""
+    """Whose own checkpoints they are, as well: that one holds its run folder, which may be no more than begun."""
     key = "run.dir" if held == "run" else "checkpoint.dir"
-    where = {"run": [], "there": [f"checkpoint.dir={tmp_path / held}"], "elsewhere/run": []}[held]
+    where = [f"checkpoint.dir={tmp_path / held}"] if held == "there" else []
     (tmp_path / held).mkdir(parents=True)
-    if held == "elsewhere/run":
-        (tmp_path / held / "settings.toml").touch()
-        where = [f"checkpoint.dir={tmp_path / held / 'checkpoints'}"]
+    if held.startswith("elsewhere"):
+        theirs = tmp_path / held / "checkpoints"
+        if not held.endswith("new"):
+            (tmp_path / held / "settings.toml").touch()
+        if held.endswith("linked"):
+            theirs.mkdir()
+            (tmp_path / "link").symlink_to(theirs)
+            theirs = tmp_path / "link"
+        where = [f"checkpoint.dir={theirs}"]
     settings = ci_settings(tmp_path / "run", ci_data, *where)
     with locked(tmp_path / held):
         before = contents(tmp_path)
@@ -292,6 +300,21 @@ def test_a_run_is_refused_while_another_holds_its_folder_or_its_checkpoints(ci_d
             train(settings)
         assert contents(tmp_path) == before
     assert not isinstance(signal.getsignal(signal.SIGTERM), FunctionType)  # as it was
+
+
+def test_two_runs_whose_checkpoints_are_links_to_one_folder_do_not_run_at_once(ci_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoints").symlink_to(tmp_path / "disk")
+    lock = RunLocks(ci_settings(tmp_path / "one", ci_data), Group("world", (0,), 0))
+    lock.take()
+    try:
+        with pytest.raises(FolderInUse, match=rf"^{tmp_path}/two/checkpoints, a link to {tmp_path}/disk, is in use by process"):
+            train(ci_settings(tmp_path / "two", ci_data))
+    finally:
+        lock.release()
+    assert names(tmp_path / "disk") == []
 
 
 def taken_over(settings: Settings, step: int) -> str:
@@ -341,7 +364,6 @@ def take_together(run: str, kernels: list[str]) -> str:
     """On a rank of two, each on a host of its own: take the locks of a run whose dead holder was on one of the hosts."""
     from hybridtrain import holder
     from hybridtrain.parallel.collectives import barrier
-    from hybridtrain.run_folder import RunLocks
     from tests.parallel.groups import mesh_here
 
     mesh = mesh_here(dp_shard=2)

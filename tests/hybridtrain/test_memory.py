@@ -117,7 +117,7 @@ class Rig:
         for step in range(first, last):
             (batch, plan), self.upcoming = self.upcoming, self.plan(step + 1)
             before = self.sent()
-            run.losses.append(train_step(self.parts, step, batch, plan, self.clock, False, self.upcoming[1]).loss)
+            run.losses.append(train_step(self.parts, step, batch, plan, self.clock, self.upcoming[1]).loss)
             run.sent.append(self.sent() - before)
             run.due.append(self.due(plan, self.upcoming[1]))
             run.late.append(plan.late_rows)

@@ -109,6 +109,24 @@ def test_sigterm_in_a_save_takes_no_further_step(ci_data: Path, tmp_path: Path) 
     assert checkpoint.latest(run / "checkpoints") == run / "checkpoints/step-00000004"
 
 
+def stop_in_backward(settings: Settings) -> dict[str, Any]:
+    real = Accumulation._backward
+
+    def backward(self: Any, loss: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        Accumulation._backward = real  # type: ignore[method-assign]
+        real(self, loss)
+
+    Accumulation._backward = backward  # type: ignore[method-assign]
+    dist.destroy_process_group()
+    return train(settings)
+
+
+def test_sigterm_in_a_step_takes_no_further_step(ci_data: Path, tmp_path: Path) -> None:
+    summary = run_on_ranks(stop_in_backward, 1, settings_of(tmp_path / "run", ci_data))[0]
+    assert (summary["steps"], summary["stopped"]) == (1, True)
+
+
 def test_a_run_that_was_restored_where_it_validates_does_so_again_and_writes_it_once(
     reference: Path, ci_data: Path, tmp_path: Path
 ) -> None:

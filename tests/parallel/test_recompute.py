@@ -70,7 +70,7 @@ def test_less_is_kept(data: Path) -> None:
             batch = loader.load(step)
             plan = parts.memory.plan(batch)
             with PeakBytes() as peak:
-                train_step(parts, step, batch, plan, Clock(parts.mesh.device), False)
+                train_step(parts, step, batch, plan, Clock(parts.mesh.device))
         peaks.append(peak.peak)
     none, selective, full = peaks
     assert none > 5e6

@@ -71,7 +71,7 @@ def train_steps(parts: Parts, load: Load, start: int, stop: int) -> list[Totals]
         parts.memory.resume(plan)
     for step in range(start, stop):
         upcoming, next_plan, _ = load(step + 1) if step + 1 < stop else (batch, None, batch)
-        totals.append(train_step(parts, step, batch, plan, clock, False, next_plan))
+        totals.append(train_step(parts, step, batch, plan, clock, next_plan))
         batch, plan = upcoming, next_plan
     return totals
 

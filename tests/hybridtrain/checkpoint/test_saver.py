@@ -47,7 +47,7 @@ def steps(run: tuple[Parts, BatchLoader], first: int, last: int, before_update: 
         batch = loader.load(step)
         plan = parts.memory.plan(batch) if parts.memory is not None else None
         clock = Clock(parts.mesh.device)
-        out.append(train_step(parts, step, batch.at(parts.positions), plan, clock, False, None, before_update).loss)
+        out.append(train_step(parts, step, batch.at(parts.positions), plan, clock, None, before_update).loss)
     return out
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import os
 from pathlib import Path
 
@@ -68,6 +70,23 @@ def test_copies_are_told_and_refused_where_they_leak(texts: Path, tmp_path: Path
     os.link(texts / "b.txt", tmp_path / "linked.txt")
     with pytest.raises(DataError, match=r"linked.txt: is both in the corpus and in the validation text"):
         prepare([texts / "b.txt"], tmp_path / "leak", validation_sources=[tmp_path / "linked.txt"], vocab_size=300, progress=False)
+
+
+def test_a_text_and_its_compressed_copy_are_told_and_refused_where_they_leak(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a text")
+    (texts / "b.txt").write_text("another")
+    (texts / "a.TXT.GZ").write_bytes(gzip.compress(b"a text"))
+    (texts / "b.txt.xz").write_bytes(lzma.compress(b"not that of b.txt"))
+    prepare([texts], tmp_path / "out", vocab_size=300, progress=False)
+    said = capsys.readouterr().err
+    assert "1 file(s) are copies, and are read as well: " in said
+    assert all(str(texts / name) in said for name in ("a.txt", "a.TXT.GZ"))
+    with pytest.raises(DataError, match=r"in the validation text too; .*\n  .*a.TXT.GZ has the bytes of .*a.txt"):
+        prepare([texts / "a.txt"], tmp_path / "other", validation_sources=[texts / "a.TXT.GZ"], vocab_size=300, progress=False)
 
 
 def test_a_run_prepares_with_all_that_the_command_can_say(texts: Path, tmp_path: Path) -> None:

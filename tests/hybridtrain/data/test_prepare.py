@@ -357,6 +357,14 @@ def test_a_folder_in_use_is_refused(corpus: tuple[Path, list[str]], tmp_path: Pa
         prepare([corpus[0]], tmp_path / "out", **SETTINGS)
 
 
+def test_empty_names_are_refused_and_not_taken_for_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    for arguments, name in ((["", "--out", "o"], "SOURCE"), (["a.txt", "--out", ""], "--out")):
+        assert f"{name} is empty; name a folder or file" in refused(hybridtrain("data", *arguments))
+    assert os.listdir() == ["a.txt"]
+
+
 def test_options_that_leave_each_other_nothing_to_say_are_refused(tmp_path: Path) -> None:
     options = ["--vocab-size", "300", "--tokenizer", "t.json", "--validation", "held.txt", "--validation-fraction", "0.1"]
     message = refused(hybridtrain("data", "a.txt", "--out", str(tmp_path / "out"), *options))

@@ -107,10 +107,20 @@ MAKE: dict[str, Callable[[], Tokenizer]] = {
     "white space squeezed": lambda: bpe(normalizers.Replace(Regex(r"\s+"), " "), pre_tokenizers.Metaspace()),
     "scripts": lambda: bpe(None, pre_tokenizers.UnicodeScripts()),
 }
+
+
+def _then_words(pattern: str) -> Tokenizer:
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return bpe(None, pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)]))
+
+
 UNCUTTABLE: dict[str, Callable[[], Tokenizer]] = {
     "words in pairs": partial(byte_level, r"\S+\s+\S+"),
     "quotations": partial(byte_level, r'"[^"]*"|\S+|\s+'),
     "five characters": lambda: bpe(None, pre_tokenizers.FixedLength(5)),
+    "quotations by a class": partial(byte_level, r'"[\s\S]*?"|\S+|\s+'),
+    "two characters": partial(_then_words, r"(?m:.{2})"),
+    "three of a class": partial(_then_words, r"[\w\W]{3}"),
     "half a thousand": partial(byte_level, r".{1,500}\s"),
     "unigram of one word": lambda: _one_word(unigram()),
     "comments removed": lambda: bpe(normalizers.Replace(Regex(r"/\*[\s\S]*?\*/"), ""), pre_tokenizers.WhitespaceSplit()),

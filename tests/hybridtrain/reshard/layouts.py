@@ -66,6 +66,6 @@ def next_losses(settings_file: Path, runs: list[Path], extra: tuple[str, ...] = 
             batch = loader.load(number)
             assert parts.memory is not None
             plan = parts.memory.plan(batch)
-            losses.append(train_step(parts, number, batch.at(parts.positions), plan, Clock(torch.device("cpu")), False).loss)
+            losses.append(train_step(parts, number, batch.at(parts.positions), plan, Clock(torch.device("cpu"))).loss)
     close_mesh()
     return losses
