@@ -96,9 +96,13 @@ def validated(value: Any, source: str, shape: type[T]) -> T:
         return TypeAdapter(shape).validate_python(value, strict=True)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {e['msg']}" for e in error.errors(include_url=False)]
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        lines = [f"  {problem}" for problem in [*problems[:_SHOWN], *more]]
+        lines = [f"  {problem}" for problem in first_of(problems)]
         raise UntrustedFileError("\n".join([f"{source}: is not what it should be", *lines])) from None
+
+
+def first_of(problems: list[str]) -> list[str]:
+    """As many as one message lists, and a line that counts the others."""
+    return problems if len(problems) <= _SHOWN else [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more"]
 
 
 def inside(folder: Path, name: str, source: str) -> Path:

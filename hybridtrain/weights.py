@@ -26,9 +26,9 @@ from hybridtrain.model.hybrid_lm import HybridLM
 from hybridtrain.optim.rowwise import make_row_optimizer
 from hybridtrain.run_folder import find_checkpoint
 from hybridtrain.settings import MemorySettings, Settings, layer_specs, memory_layers
+from hybridtrain.untrusted import first_of
 
 ROWS_AT_ONCE = 1 << 18
-_SHOWN = 20
 ORIGIN = "origin.json"  # what an import found in the model's own description, for exports to give back (formats/origin.py)
 # Files beside the weights of a published model. Runs that start from an import keep them, and an export gives them back.
 VOCABULARY = ("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tokenizer.model")  # describe the same tokens again
@@ -71,8 +71,7 @@ def check_tensors(stored: StoredTensors, settings: Settings, info: Mapping[str, 
     problems += [f"{name}: a model of its settings has none" for name in have if name not in expected]
     problems += dtype_problems({name: stored.dtype(name) for name in have})
     if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        lines = [f"{stored.path}: its tensors are not those of its settings", *problems[:_SHOWN], *more]
+        lines = [f"{stored.path}: its tensors are not those of its settings", *first_of(problems)]
         raise DamagedCheckpoint("\n  ".join(lines))
 
 

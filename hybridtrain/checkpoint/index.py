@@ -19,11 +19,10 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from hybridtrain.checkpoint.archive import DTYPES
 from hybridtrain.checkpoint.piece import count, counts, text
 from hybridtrain.pickles import Made, Named, unpickle
-from hybridtrain.untrusted import UntrustedFileError
+from hybridtrain.untrusted import UntrustedFileError, first_of
 
 MAX_INDEX = 1 << 28  # bytes: about two million chunks
 MAX_DIMS = 8
-_SHOWN = 20
 _DCP = dcp.__name__
 _NAMES = frozenset(
     {
@@ -86,8 +85,7 @@ class Index(NamedTuple):
         """Raise UntrustedFileError listing every problem of every tensor. `files`: sizes by name, where they are known."""
         problems = [p for name in self.tensors for p in self.problems(name)] + self.misplaced(files)
         if problems:
-            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-            raise UntrustedFileError("\n  ".join([f"{source}: is not what it should be", *problems[:_SHOWN], *more]))
+            raise UntrustedFileError("\n  ".join([f"{source}: is not what it should be", *first_of(problems)]))
 
 
 def read_index(content: bytes, source: str, foreign: bool = False) -> Index:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from hybridtrain import __version__
 from hybridtrain.assemble import Parts, Vocabulary
-from hybridtrain.checkpoint.consumed import Consumed
+from hybridtrain.checkpoint.consumed import Consumed, Count
 from hybridtrain.checkpoint.files import METADATA, FileRecord, digest_file
 from hybridtrain.checkpoint.index import MAX_INDEX, Index, read_index
 from hybridtrain.checkpoint.place import write_whole
@@ -27,7 +27,6 @@ FORMAT = 2
 INFO = "checkpoint.json"
 MAX_INFO = 1 << 28  # bytes: the log of weight decay has about 20 a step
 
-Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 FileName = Annotated[str, Field(pattern=r"^\.?[^/\\:.\x00][^/\\:\x00]*$", max_length=255)]
 
 
