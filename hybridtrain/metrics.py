@@ -106,7 +106,9 @@ class MetricsLog:
 
     def _open(self, resumed_at: int, validated: bool = True) -> None:
         self._file = _open_truncated(self._run_dir / METRICS, resumed_at, validated)
-        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=resumed_at + 1)
+        board = self._run_dir / "tensorboard"
+        _wait_for_a_later_name(board)
+        self._board = SummaryWriter(str(board), purge_step=resumed_at + 1)
 
     def rewind(self, step: int, validated: bool = True) -> None:
         """Drop every line after this step, which the run goes on from, and also its validation's where not `validated`."""
@@ -190,6 +192,19 @@ def measure_matmul_peak(device: torch.device, size: int = 1024, repeats: int = 5
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
+
+
+def _wait_for_a_later_name(board: Path, at_most: float = 2.0) -> None:
+    """Wait until a new event file sorts behind those that are there; in seconds, at most, for a clock that was set back.
+
+    TensorBoard reads the files of a run in the order of their names and purges, from each one's first step on, what it read before.
+    A name begins with its second and goes on with the process: of two starts within one second, process 99 sorts behind 100.
+    """
+    names = [path.name.split(".") for path in board.glob("events.out.tfevents.*")]
+    latest = max((int(parts[3]) for parts in names if parts[3].isdecimal()), default=0)
+    give_up_at = time.monotonic() + at_most
+    while int(time.time()) <= latest and time.monotonic() < give_up_at:
+        time.sleep(0.02)
 
 
 def _open_truncated(path: Path, last_step: int, validated: bool) -> Any:

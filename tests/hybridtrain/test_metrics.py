@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,23 @@ def test_a_list_is_one_entry_of_the_board_and_whole_in_the_file(tmp_path: Path) 
     assert list(bars.bucket) == load
     assert list(bars.bucket_limit) == [1.0, 2.0, 3.0, 4.0]
     assert bars.sum == pytest.approx(0.25 + 2 * 0.125 + 3 * 0.125)
+
+
+def test_two_starts_within_a_second_are_one_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time.sleep(1 - time.time() % 1)
+    for process, first in ((99, 1), (100, 3)):  # as text, 99 sorts behind 100
+        monkeypatch.setattr(os, "getpid", lambda number=process: number)
+        log = MetricsLog(tmp_path, 0, first - 1, 4)
+        for step in range(first, 5):
+            log.write(step, {"loss": float(first)})
+        log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 1), (2, 1), (3, 3), (4, 3)]
+
+
+def test_a_clock_that_was_set_back_holds_no_start_for_long(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / f"tensorboard/events.out.tfevents.{int(time.time()) + 3600}.host.1.0").touch()
+    begin_at = time.monotonic()
+    MetricsLog(tmp_path, 0, 0, 4).close()
+    assert time.monotonic() - begin_at < 30
