@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hybridtrain.config import load_settings
 from hybridtrain.errors import UserError
 from hybridtrain.parallel.layout import LayoutError
+from hybridtrain.settings.load import load_settings
 
 app = typer.Typer(
     name="hybridtrain",
@@ -50,8 +50,8 @@ def train(
     config: Config, overrides: Overrides = None, resume: Resume = False, auto_resume: AutoResume = False, allow: Allow = ""
 ) -> None:
     """Train on this process, or as one rank of a torchrun launch."""
-    from hybridtrain.resume import parse_allow
-    from hybridtrain.train import train as run
+    from hybridtrain.run.loop import train as run
+    from hybridtrain.run.resume import parse_allow
 
     allowed = parse_allow(allow, resume or auto_resume)
     run(load_settings(config, overrides or []), resume or (None if auto_resume else False), allowed)
@@ -72,10 +72,10 @@ def launch(
 ) -> None:
     """Start N training ranks on this machine."""
     from hybridtrain.data.prepare import ensure_prepared
-    from hybridtrain.folders import check_folders
     from hybridtrain.launch.local import run_ranks
-    from hybridtrain.resume import parse_allow
-    from hybridtrain.world import check_compiler, resolve_layout
+    from hybridtrain.run.process_setup import check_compiler, resolve_layout
+    from hybridtrain.run.resume import parse_allow
+    from hybridtrain.run.writable import check_folders
 
     allowed = parse_allow(allow, resume or auto_resume)
     settings = load_settings(config, overrides or [])
@@ -84,7 +84,7 @@ def launch(
     check_folders(settings)
     ensure_prepared(settings.data)
     arguments = (settings, resume or (None if auto_resume else False), allowed)
-    target, threads = "hybridtrain.train:train", settings.run.threads
+    target, threads = "hybridtrain.run.loop:train", settings.run.threads
     again = settings, None, allowed
     raise typer.Exit(run_ranks(target, arguments, nproc, threads=threads, bind=bind, restarts=max_restarts, again=again))
 
@@ -145,7 +145,7 @@ def engram(
     as_json: Json = False,
 ) -> None:
     """Size a lookup table: primes, packed rows, parameters and bytes."""
-    from hybridtrain.engram_report import print_report, report
+    from hybridtrain.table.sizing import print_report, report
 
     sized = report(rows_per_head, _integers("--orders", orders), heads, dim, _integers("--layers", layers))
     if as_json:
@@ -164,7 +164,7 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint."""
     from hybridtrain.checkpoint import place
-    from hybridtrain.use import evaluate_checkpoint
+    from hybridtrain.run.generate import evaluate_checkpoint
 
     values = evaluate_checkpoint(place(run, "RUN"), split, data_path, batches)
     _print_values(values, as_json)
@@ -181,7 +181,7 @@ def generate(
 ) -> None:
     """Continue a text with a checkpoint."""
     from hybridtrain.checkpoint import place
-    from hybridtrain.use import generate_text
+    from hybridtrain.run.generate import generate_text
 
     print(generate_text(place(run, "RUN"), prompt, tokens, temperature, top_k, seed))
 
@@ -271,7 +271,7 @@ def reshard(
     from hybridtrain.formats.folder import parse_size
     from hybridtrain.reshard import Growth
     from hybridtrain.reshard import reshard as lay_out
-    from hybridtrain.world import keep_freed_memory
+    from hybridtrain.run.process_setup import keep_freed_memory
 
     if "://" in out:
         raise UserError(f"{out}: OUT is a folder of this machine; its checkpoints may be copied to where checkpoint.dir will be")

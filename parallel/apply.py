@@ -15,7 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from hybridtrain.parallel.collectives import Group
 from hybridtrain.parallel.compile import compile_layer
 from hybridtrain.parallel.context import ContextParallel
-from hybridtrain.parallel.dispatch import AllToAllDispatch, SharedWidthDispatch
+from hybridtrain.parallel.experts import AllToAllDispatch, SharedWidthDispatch
 from hybridtrain.parallel.fsdp import set_collectives
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.plans import EXPERT_WIDTH, TENSOR_PARTS, TENSOR_PLAN
@@ -48,7 +48,7 @@ def parallelize(
     shard = partial(_shard, reshard_after_forward=reshard_after_forward, dtype=dtype)
     if context is not None:  # no parameter changes, but tp's convolution goes around this one, so it stands first
         for module in model.modules():
-            for name in ("attend", "convolve", "places_in_line"):
+            for name in ("attend", "convolve", "position_in_expert"):
                 if hasattr(module, name):
                     setattr(module, name, getattr(context, name))
     if mesh.tp.size > 1 and mesh.dense_mesh is not None:

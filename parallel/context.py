@@ -26,8 +26,8 @@ class ContextParallel:
     """This rank's chunks, and the exchanges that a layer needs: keys and values, the convolution's left edge, and under a
     capacity who chose which expert."""
 
-    def __init__(self, group: Group, seq_len: int, convolve: Convolution, places_in_line: Callable[[Tensor], Tensor]) -> None:
-        self.group, self._convolve, self._places_in_line = group, convolve, places_in_line
+    def __init__(self, group: Group, seq_len: int, convolve: Convolution, position_in_expert: Callable[[Tensor], Tensor]) -> None:
+        self.group, self._convolve, self._places_in_line = group, convolve, position_in_expert
         self.chunk = seq_len // (2 * group.size)
         self.chunks = (group.rank, 2 * group.size - 1 - group.rank)
         every = [chunk for rank in range(group.size) for chunk in (rank, 2 * group.size - 1 - rank)]
@@ -78,7 +78,7 @@ class ContextParallel:
             out.append(self._convolve(wide, weight_D, kernel_JD, documents, dilation, eps)[:, halo:])
         return torch.cat(out, dim=1)
 
-    def places_in_line(self, experts_BtK: Tensor) -> Tensor:
+    def position_in_expert(self, experts_BtK: Tensor) -> Tensor:
         """The places of this rank's pairs in the lines of whole sequences; expert numbers alone are sent."""
         parts = self._places_in_line(self._gather(experts_BtK, dim=1)).split(self.chunk, dim=1)
         return torch.cat([parts[chunk] for chunk in self.chunks], dim=1)

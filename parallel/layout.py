@@ -61,7 +61,7 @@ class Layout:
     mem: int
     etp: int = 1
     ep_inter: int = 1  # nodes that the ranks of ep are on, where dispatch is hierarchical
-    mem_placement: str = "near"  # or "far"
+    mem_placement: str = "contiguous"  # or "strided"
 
     @classmethod
     def resolve(
@@ -77,7 +77,7 @@ class Layout:
         mem: int = -1,
         etp: int = 1,
         node_size: int = 0,
-        mem_placement: str = "near",
+        mem_placement: str = "contiguous",
     ) -> Layout:
         """The layout of `world` ranks; `dp_shard=-1` takes the ranks the other axes leave, `mem=-1` takes all.
 
@@ -144,7 +144,7 @@ class Layout:
     @property
     def memory_axes(self) -> tuple[str, ...]:
         """The axes of the tables, slowest first: near, a group is neighbouring ranks; far, ranks spread evenly over the world."""
-        return MEMORY_AXES if self.mem_placement == "near" else MEMORY_AXES[::-1]
+        return MEMORY_AXES if self.mem_placement == "contiguous" else MEMORY_AXES[::-1]
 
     @property
     def dp(self) -> int:
@@ -208,7 +208,7 @@ class Layout:
             ("tp", "train.seq_len" if self.cp == 1 else "train.seq_len / cp", facts.seq_len // self.cp),
             ("tp", "model.dense.hidden", facts.dense_hidden),
             ("tp", "model.moe.num_shared x hidden", facts.shared_hidden),
-            ("tp", "len(memory.orders) x memory.heads", facts.memory_slots),
+            ("tp", "len(engram.orders) x engram.heads", facts.memory_slots),
         ):
             degree = getattr(self, axis)
             if number is not None and number % degree:
@@ -219,8 +219,8 @@ class Layout:
             out.append(f"parallel.cp={self.cp}: 2 x cp does not divide train.seq_len={facts.seq_len}; cp may be {choices(legal)}")
         elif self.cp > 1 and facts.conv_reach > chunk:
             out.append(
-                f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {facts.conv_reach} of memory.conv's reach; "
-                f"set train.seq_len >= {2 * self.cp * facts.conv_reach} or memory.conv=false"
+                f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {facts.conv_reach} of engram.conv's reach; "
+                f"set train.seq_len >= {2 * self.cp * facts.conv_reach} or engram.conv=false"
             )
         if self.etp > 1 and facts.expert_hidden is not None and facts.expert_hidden % (facts.expert_multiple * self.etp):
             out.append(
@@ -237,7 +237,7 @@ class Layout:
             out.append(f"parallel.pp={self.pp} exceeds the model's {facts.num_layers} layers; pp may be 1 to {facts.num_layers}")
         if facts.memory_rows is not None and facts.memory_rows < self.mem:
             out.append(
-                f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set memory.rows_per_head higher or mem=1"
+                f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set engram.rows_per_head higher or mem=1"
             )
         out += others
         if out:
@@ -250,7 +250,7 @@ class Layout:
             for axis in (*DENSE_AXES, "ep", "ep_inter", "etp", "edp", "mem", "mem_replicate")
             if getattr(self, axis) > 1
         ]
-        if self.mem_placement == "far" and 1 < self.mem < self.world:
+        if self.mem_placement == "strided" and 1 < self.mem < self.world:
             named.append("mem far")
         return " · ".join(named) or "one rank"
 

@@ -175,7 +175,7 @@ class _TorchStage(PipelineStage):
     ) -> Any:
         assert self.batch is not None
         first, *others = _inputs(self.part, self.batch, fwd_chunk_id, None)
-        named = dict(zip(("documents_BT", "memory_index_BTLS", "micro_batch", "targets_BT"), others, strict=True))
+        named = dict(zip(("documents_BT", "row_index_BTLS", "micro_batch", "targets_BT"), others, strict=True))
         return super().forward_one_chunk(fwd_chunk_id, (first,), named, save_forward_output)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:

@@ -34,7 +34,7 @@ def gather_unless_routed(feedforward: nn.Module, axis: TensorAxis) -> nn.Module:
 
 TENSOR_PARTS: dict[str, Callable[[Any, Group], Any]] = {
     "convolve": SequenceConvolution,  # of the memory
-    "places_in_line": SequencePlaces,  # of the experts
+    "position_in_expert": SequencePlaces,  # of the experts
     "head_losses": lambda _, group: VocabularyLoss(group),
     "project": lambda _, group: VocabularyLogits(group),  # logits of tied embeddings
 }

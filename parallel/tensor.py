@@ -198,11 +198,11 @@ class SequenceConvolution:
 class SequencePlaces:
     """Places in the lines before experts, which are of whole sequences: gathers the choices and keeps the own part."""
 
-    places_in_line: Callable[[Tensor], Tensor]
+    position_in_expert: Callable[[Tensor], Tensor]
     group: Group
 
     def __call__(self, experts_BSK: Tensor) -> Tensor:
-        return self.places_in_line(gather_sequence(experts_BSK, self.group)).chunk(self.group.size, 1)[self.group.rank]
+        return self.position_in_expert(gather_sequence(experts_BSK, self.group)).chunk(self.group.size, 1)[self.group.rank]
 
 
 def gather_input(module: nn.Module, axis: TensorAxis) -> nn.Module:

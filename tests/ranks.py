@@ -18,7 +18,7 @@ from typing import Any
 from hybridtrain.launch.cores import shares_of_cores, usable_cores
 
 # torch is imported once, in the server that every rank is forked from; the launcher, which shares the server, adds nothing
-PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "hybridtrain.train", "tests.ranks"]
+PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "hybridtrain.run.loop", "tests.ranks"]
 
 
 class RankFailure(AssertionError):

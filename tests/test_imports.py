@@ -40,7 +40,7 @@ def home(module: str) -> str | None:
 
 def test_every_folder_has_sources() -> None:
     assert all(sources(folder) for folder in FOLDERS)
-    assert imports(ROOT / "parallel/rows.py") >= {"torch", "hybridtrain.parallel.collectives.Group"}
+    assert imports(ROOT / "parallel/row_exchange.py") >= {"torch", "hybridtrain.parallel.collectives.Group"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -12,8 +12,8 @@ import pytest
 import typer
 
 from hybridtrain.cli import app
-from hybridtrain.config import load_settings
-from hybridtrain.world import resolve_layout
+from hybridtrain.run.process_setup import resolve_layout
+from hybridtrain.settings.load import load_settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

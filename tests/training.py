@@ -16,17 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.checkpoint import Saver
-from hybridtrain.config import load_settings
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.metrics import Clock, read_metrics
+from hybridtrain.monitor.metrics import Clock, read_metrics
 from hybridtrain.parallel.mesh import close_mesh, make_mesh
-from hybridtrain.settings import Settings
-from hybridtrain.train import train_step
-from hybridtrain.world import compute_dtype, resolve_layout
+from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
+from hybridtrain.run.loop import train_step
+from hybridtrain.run.process_setup import compute_dtype, resolve_layout
+from hybridtrain.settings.load import load_settings
+from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
 
 TINY = (
@@ -34,16 +34,16 @@ TINY = (
     "train.seq_len=64",
     "train.eval_batches=1",
     "model.dim=16",
-    'model.layers=["memory+attention+moe", "attention+dense"]',
+    'model.layers=["engram+attention+moe", "attention+dense"]',
     "model.attention.num_heads=2",
     "model.attention.num_kv_heads=2",
     "model.attention.head_dim=8",
     "model.dense.hidden=32",
     "model.moe.hidden=16",
     "model.moe.num_experts=4",
-    "memory.heads=2",
-    "memory.head_dim=8",
-    "memory.rows_per_head=200",
+    "engram.heads=2",
+    "engram.head_dim=8",
+    "engram.rows_per_head=200",
 )
 """Overrides of configs/ci.toml for tests of what surrounds the model."""
 
@@ -65,7 +65,7 @@ def ci_settings(run_dir: Path, data: Path, *overrides: str) -> Settings:
 
 def train_here(settings: Settings, resume: bool) -> dict[str, Any]:
     """On a rank: `hybridtrain train`, which starts its own process groups or, alone, none."""
-    from hybridtrain.train import train
+    from hybridtrain.run.loop import train
 
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
@@ -89,17 +89,17 @@ def train_and_kill(settings: Settings, resume: bool, rank: int, step: int, durin
 
     `during`: "step" and "save" kill it at the start of that step or of the checkpoint after it; "sigterm" signals it.
     """
-    from hybridtrain import train as module
+    from hybridtrain.run import loop as module
 
     real_step, real_save = module.train_step, Saver.save
 
     def train_step(parts: Any, number: int, *rest: Any, **named: Any) -> Any:
-        if number + 1 == step and parts.mesh.rank == rank and during != "save":
+        if number + 1 == step and run.mesh.rank == rank and during != "save":
             os.kill(os.getpid(), signal.SIGKILL if during == "step" else signal.SIGTERM)
         return real_step(parts, number, *rest, **named)
 
     def save(saver: Any, done: int, wait: bool) -> Any:
-        if done == step and saver.parts.mesh.rank == rank and during == "save":
+        if done == step and saver.run.mesh.rank == rank and during == "save":
             os.kill(os.getpid(), signal.SIGKILL)
         return real_save(saver, done, wait)
 
@@ -111,7 +111,7 @@ def train_and_kill(settings: Settings, resume: bool, rank: int, step: int, durin
 def train_on_a_full_disk(settings: Settings, rank: int, step: int) -> None:
     """On a rank of the launcher: train; rank `rank` cannot write its part of the checkpoint after `step` steps."""
     from hybridtrain.checkpoint.files import Writer
-    from hybridtrain.train import train
+    from hybridtrain.run.loop import train
 
     real = Writer.write_data
 
@@ -135,7 +135,7 @@ class Trace:
     traffic: dict[tuple[str, str], tuple[int, int]]
 
 
-def build_here(settings: Settings) -> tuple[Parts, BatchLoader]:
+def build_here(settings: Settings) -> tuple[Run, BatchLoader]:
     """On a rank of run_on_ranks, or alone: the run's parts on this world, and this rank's batches."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     mixed = compute_dtype(settings, torch.device("cpu")) != torch.float32
@@ -152,26 +152,26 @@ def build_here(settings: Settings) -> tuple[Parts, BatchLoader]:
 def trace(settings: Settings, steps: int = 3) -> Trace:
     alone = not dist.is_initialized()
     parts, loader = build_here(settings)
-    memory = parts.memory
+    memory = run.table
     out = Trace([], [], [], {}, {})
-    named = {f"{i}.{name}": p for i, stage in enumerate(parts.stages) for name, p in stage.named_parameters()}
+    named = {f"{i}.{name}": p for i, stage in enumerate(run.model_parts) for name, p in stage.named_parameters()}
 
     def note(*_: Any) -> None:
         out.gradients[-1].update({name: _whole(p.grad) for name, p in named.items() if p.grad is not None})
 
-    for optimizer in parts.engine.optimizers:
+    for optimizer in run.engine.optimizers:
         optimizer.register_step_pre_hook(note)
     for number in range(steps):
         batch = loader.load(number)
         plan = memory.plan(batch) if memory is not None else None
         out.gradients.append({})
-        totals = train_step(parts, number, batch.at(parts.positions), plan, Clock(parts.mesh.device))
+        totals = train_step(parts, number, batch.at(run.positions), plan, Clock(run.mesh.device))
         out.losses.append(totals.loss)
         out.statistics.append({name: torch.tensor(value, dtype=torch.float64) for name, value in totals.statistics.items()})
     out.state.update({name: _whole(p) for name, p in named.items()})
     if memory is not None:
         out.state["table"] = memory.table.clone()
-    out.traffic.update({key: value for key, value in parts.mesh.traffic.entries().items() if "plan" not in key[0]})
+    out.traffic.update({key: value for key, value in run.mesh.traffic.entries().items() if "plan" not in key[0]})
     if alone:
         close_mesh()
     return out

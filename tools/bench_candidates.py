@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridtrain.world import keep_freed_memory
+from hybridtrain.run.process_setup import keep_freed_memory
 from tools.candidates import Form, Race, races
 
 START, END = "<!-- written by tools/bench_candidates.py --page -->", "<!-- end of what is written -->"

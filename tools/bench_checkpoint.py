@@ -26,21 +26,21 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
-from hybridtrain.config import load_settings
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import UserError
 from hybridtrain.launch.local import run_ranks
-from hybridtrain.metrics import Clock
+from hybridtrain.monitor.metrics import Clock
 from hybridtrain.parallel.collectives import all_reduce_, barrier
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.reshard import reshard
-from hybridtrain.settings import Settings
-from hybridtrain.train import train_step
-from hybridtrain.world import join_world
+from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
+from hybridtrain.run.loop import train_step
+from hybridtrain.run.process_setup import join_world
+from hybridtrain.settings.load import load_settings
+from hybridtrain.settings.tree import Settings
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 STEPS = ("dd", "save", "reshard", "verify", "load", "background save")
@@ -95,7 +95,7 @@ def measure(options: Options) -> None:
 def _round(trainer: _Trainer, options: Options, number: int) -> dict[str, float]:
     """Seconds of each of STEPS, `blocked` ones of the last, bytes, and training steps beside it."""
     parts, folder = trainer.parts, Path(options.folder) / "checkpoints"
-    world = parts.mesh.world
+    world = run.mesh.world
     seconds: dict[str, float] = {}
     path = folder
 
@@ -135,31 +135,29 @@ def _round(trainer: _Trainer, options: Options, number: int) -> dict[str, float]
 class _Trainer:
     """Steps of the run, outside of the real loop."""
 
-    def __init__(self, parts: Parts, dataset: TokenDataset) -> None:
-        train, mesh = parts.settings.train, parts.mesh
+    def __init__(self, run: Run, dataset: TokenDataset) -> None:
+        train, mesh = run.settings.train, run.mesh
         place = mesh.layout.coordinate(mesh.rank, "dp")
-        self.parts, self.done = parts, 0
+        self.run, self.done = parts, 0
         self.clock = Clock(mesh.device)
         self._loader = BatchLoader(
             dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, mesh.layout.dp, 0
         )
 
     def saver(self, folder: Path, background: bool) -> checkpoint.Saver:
-        settings = self.parts.settings
+        settings = self.run.settings
         ours = replace(
-            self.parts,
+            self.run,
             settings=settings.model_copy(update={"checkpoint": settings.checkpoint.model_copy(update={"background": background})}),
         )
         return checkpoint.Saver(ours, folder, "")
 
     def step(self, stop: bool = False, before_update: Callable[[], None] | None = None) -> bool:
         """One training step; whether any rank asked for a stop."""
-        assert self.parts.memory is not None
+        assert self.run.table is not None
         batch = self._loader.load(self.done)
-        plan = self.parts.memory.plan(batch)
-        totals = train_step(
-            self.parts, self.done, batch, plan, self.clock, before_update=before_update, asked=lambda: (stop, False)
-        )
+        plan = self.run.table.plan(batch)
+        totals = train_step(self.run, self.done, batch, plan, self.clock, before_update=before_update, asked=lambda: (stop, False))
         self.done += 1
         return totals.stop
 
@@ -178,7 +176,7 @@ class _Trainer:
         while not self.step(checkpoint.latest(saver.folder) != path, lambda: waiting(saver.before_update)):
             steps += 1
         waiting(saver.finish)
-        slowest = all_reduce_(torch.tensor(blocked, dtype=torch.float64), self.parts.mesh.world, dist.ReduceOp.MAX)
+        slowest = all_reduce_(torch.tensor(blocked, dtype=torch.float64), self.run.mesh.world, dist.ReduceOp.MAX)
         return steps + 1, float(slowest)
 
 
@@ -221,7 +219,7 @@ def _settings(options: Options) -> Settings:
     base = load_settings(CONFIG)
     slots = len(base.memory.orders) * base.memory.heads
     layout = ["parallel.ep=1"] if options.nproc == 1 else []
-    size = [f"memory.rows_per_head={-(-options.rows // slots)}", "parallel.mem=-1"]
+    size = [f"engram.rows_per_head={-(-options.rows // slots)}", "parallel.mem=-1"]
     return load_settings(CONFIG, [*size, *layout, *options.overrides])
 
 

@@ -28,8 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridtrain.assemble import Vocabulary, make_addressing
-from hybridtrain.config import load_settings
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
@@ -37,13 +35,15 @@ from hybridtrain.errors import UserError
 from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.kernels.segment_sum import segment_sum
 from hybridtrain.launch.local import run_ranks
-from hybridtrain.memory import TableMemory
-from hybridtrain.model.rows import StepRows
+from hybridtrain.model.engram import StepRows
 from hybridtrain.parallel.collectives import all_to_all, barrier, exchange_counts
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import Mesh, close_mesh
-from hybridtrain.settings import Settings, memory_layers
-from hybridtrain.world import join_world
+from hybridtrain.run.assemble import Vocabulary, make_addressing
+from hybridtrain.run.process_setup import join_world
+from hybridtrain.settings.load import load_settings
+from hybridtrain.settings.tree import Settings, engram_layers
+from hybridtrain.table.lookup_table import LookupTable
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 GRADIENT, LEARNING_RATE = 1e-3, 1e-3  # made up: every lookup's gradient
@@ -70,7 +70,7 @@ class Way:
     traffic: dict[str, list[int]] = field(default_factory=dict)  # by group: calls and bytes sent, of the last step
 
 
-def planned(memory: TableMemory, batches: Callable[[int], Batch]) -> Way:
+def planned(memory: LookupTable, batches: Callable[[int], Batch]) -> Way:
     """The project's own: plan, fetch, push, update."""
 
     def step(number: int) -> dict[str, float]:
@@ -79,7 +79,7 @@ def planned(memory: TableMemory, batches: Callable[[int], Batch]) -> Way:
         made = time.perf_counter()
         total_ND = memory.new_gradient(plan)
         for exchange in plan.exchanges:
-            memory.fetch(plan, exchange)
+            engram.fetch(plan, exchange)
             for leaf, index in zip(memory.rows.parameters(), exchange.index, strict=True):
                 places = index.flatten()  # the model's lookup and its gradient
                 rows = leaf.detach().index_select(0, places)
@@ -91,9 +91,9 @@ def planned(memory: TableMemory, batches: Callable[[int], Batch]) -> Way:
     return Way("planned", step)
 
 
-def in_the_layer(memory: TableMemory, mesh: Mesh, batches: Callable[[int], Batch]) -> Way:
+def in_the_layer(memory: LookupTable, mesh: Mesh, batches: Callable[[int], Batch]) -> Way:
     """A lookup in every layer of every micro-batch: ids out, rows back, gradients out."""
-    mem, bounds = mesh.mem, torch.tensor(mesh.layout.row_bounds(memory.addressing.num_rows))
+    mem, bounds = mesh.mem, torch.tensor(mesh.layout.row_bounds(engram.addressing.num_rows))
 
     def look_up(ids_X: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
         """The rows [X, D], and what takes their gradients to the owners: (their local rows, gradients)."""
@@ -112,14 +112,14 @@ def in_the_layer(memory: TableMemory, mesh: Mesh, batches: Callable[[int], Batch
         wanted: list[Tensor] = []
         grads: list[Tensor] = []
         for tokens, starts in zip(batch.tokens, batch.starts, strict=True):
-            ids = row_ids(memory.addressing, tokens[None], starts[None])[0]
+            ids = row_ids(engram.addressing, tokens[None], starts[None])[0]
             looked_up = [look_up(ids[:, :, layer].flatten()) for layer in range(ids.size(2))]  # forward
             for rows_XD, give_back in looked_up[::-1]:  # backward
                 wanted_Q, grad_QD = give_back(torch.full_like(rows_XD, GRADIENT))
                 wanted.append(wanted_Q)
                 grads.append(grad_QD)
         touched_N, slot_Q = torch.unique(torch.cat(wanted), return_inverse=True)
-        memory.optimizer.step(touched_N, segment_sum(torch.cat(grads), slot_Q, len(touched_N)), LEARNING_RATE)
+        engram.optimizer.step(touched_N, segment_sum(torch.cat(grads), slot_Q, len(touched_N)), LEARNING_RATE)
         seconds = time.perf_counter() - begin
         return {"all": seconds, "without plan": seconds}
 
@@ -137,7 +137,7 @@ def measure(options: Options) -> None:
         dataset = TokenDataset.open(settings.data.path, verify=False)
         addressing = make_addressing(settings, Vocabulary.of(dataset))
         assert addressing is not None
-        memories = [TableMemory(settings, addressing, mesh, StepRows(), memory_layers(settings)) for _ in range(2)]
+        memories = [LookupTable(settings, addressing, mesh, StepRows(), engram_layers(settings)) for _ in range(2)]
         train, dp = settings.train, mesh.layout.dp
         loader = BatchLoader(
             dataset.split("train"),
@@ -160,7 +160,7 @@ def measure(options: Options) -> None:
         torch.testing.assert_close(memories[0].table, memories[1].table, atol=1e-5, rtol=1e-4)
         if mesh.rank == 0:
             plan = memories[0].plan(loader.load(0))
-            facts = {"lookups": plan.lookups, "unique": plan.unique, "rows": addressing.num_rows, "dim": settings.memory.head_dim}
+            facts = {"lookups": plan.lookups, "unique": plan.unique, "rows": addressing.num_rows, "dim": settings.engram.head_dim}
             Path(options.out).write_text(json.dumps(summarise(ways, options, facts)), encoding="utf-8")
         else:
             memories[0].plan(loader.load(0))
@@ -221,7 +221,7 @@ def _spread(values: list[float]) -> list[float]:
 
 
 def _settings(options: Options) -> Settings:
-    return load_settings(CONFIG, ["parallel.mem=-1", "memory.weight_decay=0.0", *options.overrides])
+    return load_settings(CONFIG, ["parallel.mem=-1", "engram.weight_decay=0.0", *options.overrides])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,9 +21,9 @@ from hybridtrain.checkpoint.files import FileRecord
 from hybridtrain.kernels.document_attention import reference
 from hybridtrain.kernels.document_attention.op import document_attention, read_spans
 from hybridtrain.kernels.permute.op import sort_by_destination
-from hybridtrain.metrics import METRICS, MetricsLog
 from hybridtrain.model.init import draw
-from hybridtrain.pace import slowest
+from hybridtrain.monitor.metrics import METRICS, MetricsLog
+from hybridtrain.monitor.stragglers import slowest
 from hybridtrain.parallel.layout import Layout
 
 Line = tuple[str, float, int]  # what, seconds, bytes

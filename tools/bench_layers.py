@@ -18,14 +18,14 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
-from hybridtrain.config import load_settings
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.metrics import Clock
-from hybridtrain.train import train_step
-from hybridtrain.world import join_world
+from hybridtrain.monitor.metrics import Clock
+from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
+from hybridtrain.run.loop import train_step
+from hybridtrain.run.process_setup import join_world
+from hybridtrain.settings.load import load_settings
 
 CASES = {
     "plain": (),
@@ -113,13 +113,13 @@ def _case(config: Path, overrides: list[str]) -> Callable[[int], None]:
     ensure_prepared(settings.data)
     dataset, mesh = TokenDataset.open(settings.data.path, verify=False), join_world(settings)
     vocabulary = Vocabulary.of(dataset)
-    parts: Parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
+    run: Run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train, clock = settings.train, Clock(mesh.device)
     loader = BatchLoader(dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, 0, 1, settings.run.seed)
 
     def step(number: int) -> None:
         batch = loader.load(number)
-        plan = parts.memory.plan(batch) if parts.memory is not None else None
+        plan = run.table.plan(batch) if run.table is not None else None
         train_step(parts, number, batch, plan, clock)
 
     return step

@@ -20,7 +20,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from hybridtrain.launch.cores import shares_of_cores, usable_cores
-from hybridtrain.model.count import flops_per_token
+from hybridtrain.model.cost import flops_per_token
 from tools.peers import MATMUL_FLOPS, Case, to_json
 
 OURS = "hybridtrain"

@@ -3,7 +3,7 @@
 Trains the quickstart's model on the same batches with tables of different sizes, in turns (A B A B …), and prints the median
 seconds per phase and the ratio of each size to the first, pair by pair. `--model-free` leaves the model out: plan, fetch, push
 and update with made-up gradients. `--dense` sets an nn.Embedding with torch's Adam, whose gradient and update are table-sized,
-beside the row path at the same sizes. `--fetch step overlap stale` compares the ways of memory.fetch: "fetch" is what the step
+beside the row path at the same sizes. `--fetch step overlap stale` compares the ways of engram.fetch: "fetch" is what the step
 waits for, "hidden" what goes on beside it.
 
 Planning stands before the step here; in training it runs in the background, a step ahead.
@@ -28,21 +28,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
-from hybridtrain.config import load_settings
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import UserError
 from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.launch.local import run_ranks
-from hybridtrain.metrics import Clock
+from hybridtrain.monitor.metrics import Clock
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import close_mesh
-from hybridtrain.parallel.rows import StepPlan
-from hybridtrain.settings import Settings
-from hybridtrain.train import train_step
-from hybridtrain.world import join_world
+from hybridtrain.parallel.row_exchange import StepPlan
+from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
+from hybridtrain.run.loop import train_step
+from hybridtrain.run.process_setup import join_world
+from hybridtrain.settings.load import load_settings
+from hybridtrain.settings.tree import Settings
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     options, as_json = _parse(argv)
     try:
         settings = _settings(options, options.rows[0])
-        _check_memory(options, settings.memory.head_dim)
+        _check_memory(options, settings.engram.head_dim)
         ensure_prepared(settings.data)
         with tempfile.TemporaryDirectory(prefix="bench-rows-") as folder:
             options = Options(**{**options.__dict__, "out": str(Path(folder) / "result.json")})
@@ -176,25 +176,25 @@ def render(result: dict[str, Any]) -> str:
 
 def _cases(options: Options, vocabulary: Vocabulary, batches: Callable[[int], Batch], mesh: Any) -> Iterator[Case]:
     for rows, fetch in product(options.rows, options.fetch):
-        settings = _settings(options, rows, f"memory.fetch={fetch}")
+        settings = _settings(options, rows, f"engram.fetch={fetch}")
         parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
-        assert parts.memory is not None
-        first, second = (parts.memory.plan(batches(options.warmup + i)) for i in range(2))
+        assert run.table is not None
+        first, second = (run.table.plan(batches(options.warmup + i)) for i in range(2))
         facts = {
-            "rows": parts.memory.addressing.num_rows,
+            "rows": run.table.addressing.num_rows,
             "unique_rows": first.unique,
             "late_rows": second.late_rows,
-            "table_bytes_here": parts.memory.table.nbytes,
-            "row_state_bytes_here": sum(value.nbytes for value in parts.memory.optimizer.state.values()),
+            "table_bytes_here": run.table.table.nbytes,
+            "row_state_bytes_here": sum(value.nbytes for value in run.table.optimizer.state.values()),
         }
-        name = f"{parts.memory.addressing.num_rows:,} rows" + (f", {fetch}" if len(options.fetch) > 1 else "")
+        name = f"{run.table.addressing.num_rows:,} rows" + (f", {fetch}" if len(options.fetch) > 1 else "")
         yield Case(f"{name}, row path" if options.dense else name, _row_step(parts, batches, options), facts)
         if options.dense:
             yield Case(f"{name}, nn.Embedding + Adam", _dense_step(parts, batches), facts)
 
 
-def _row_step(parts: Parts, batches: Callable[[int], Batch], options: Options) -> Callable[[int, Clock], dict[str, float]]:
-    memory = parts.memory
+def _row_step(run: Run, batches: Callable[[int], Batch], options: Options) -> Callable[[int, Clock], dict[str, float]]:
+    memory = run.table
     assert memory is not None
     planned: dict[int, tuple[Batch, StepPlan]] = {}
 
@@ -214,7 +214,7 @@ def _row_step(parts: Parts, batches: Callable[[int], Batch], options: Options) -
             return {"hidden": memory.hidden_seconds()}
         exchange = plan.exchanges[0]
         with clock.phase("fetch"):
-            memory.fetch(plan, exchange)
+            engram.fetch(plan, exchange)
         for leaf in memory.rows.parameters():
             leaf.grad = torch.full_like(leaf, 1e-3)
         with clock.phase("push"):
@@ -228,16 +228,16 @@ def _row_step(parts: Parts, batches: Callable[[int], Batch], options: Options) -
     return step
 
 
-def _dense_step(parts: Parts, batches: Callable[[int], Batch]) -> Callable[[int, Clock], dict[str, float]]:
-    memory = parts.memory
+def _dense_step(run: Run, batches: Callable[[int], Batch]) -> Callable[[int, Clock], dict[str, float]]:
+    memory = run.table
     assert memory is not None
-    table = nn.Embedding(memory.addressing.num_rows, memory.table.shape[1])
+    table = nn.Embedding(engram.addressing.num_rows, memory.table.shape[1])
     optimizer = torch.optim.Adam(table.parameters(), lr=1e-3)
 
     def step(number: int, clock: Clock) -> dict[str, float]:
         batch = batches(number)
         with clock.phase("plan"):
-            ids = row_ids(memory.addressing, batch.tokens, batch.starts)
+            ids = row_ids(engram.addressing, batch.tokens, batch.starts)
         with clock.phase("fetch"):
             rows = table(ids)
         with clock.phase("push"):
@@ -269,7 +269,7 @@ def _settings(options: Options, rows: int, *others: str) -> Settings:
     base = load_settings(CONFIG)
     slots = len(base.memory.orders) * base.memory.heads
     layout = ["parallel.ep=1"] if options.nproc == 1 else []
-    size = [f"memory.rows_per_head={-(-rows // slots)}", "parallel.mem=-1"]
+    size = [f"engram.rows_per_head={-(-rows // slots)}", "parallel.mem=-1"]
     return load_settings(CONFIG, [*size, *layout, *options.overrides, *others])
 
 
@@ -288,7 +288,7 @@ def _parse(argv: list[str] | None) -> tuple[Options, bool]:
     parser.add_argument("--model-free", action="store_true", help="plan, fetch, push and update alone")
     parser.add_argument("--dense", action="store_true", help="compare with nn.Embedding and torch's Adam, model-free, one rank")
     parser.add_argument(
-        "--fetch", nargs="+", choices=["step", "overlap", "stale"], default=["step"], help="ways of memory.fetch to compare"
+        "--fetch", nargs="+", choices=["step", "overlap", "stale"], default=["step"], help="ways of engram.fetch to compare"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)

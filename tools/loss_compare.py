@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hybridtrain.metrics import read_metrics
+from hybridtrain.monitor.metrics import read_metrics
 
 
 def losses(run: Path, key: str) -> dict[int, float]:

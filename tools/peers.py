@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hybridtrain.assemble import Vocabulary, assemble
 from hybridtrain.data.batches import Batch
-from hybridtrain.metrics import Clock
-from hybridtrain.model.feedforward import SwiGLU
-from hybridtrain.settings import Settings
-from hybridtrain.train import train_step
-from hybridtrain.world import join_world, keep_freed_memory
+from hybridtrain.model.feedforwards.dense import SwiGLU
+from hybridtrain.monitor.metrics import Clock
+from hybridtrain.run.assemble import Vocabulary, assemble
+from hybridtrain.run.loop import train_step
+from hybridtrain.run.process_setup import join_world, keep_freed_memory
+from hybridtrain.settings.tree import Settings
 
 Step = Callable[[], object]
 Made = tuple[Step, int | None]
@@ -81,7 +81,7 @@ def hybridtrain(case: Case, experts: str = "sharded") -> Made:
     parts = assemble(settings, join_world(settings), Vocabulary(case.vocab, 0, torch.zeros(case.vocab).numpy()), None)
     tokens, clock = case.tokens()[None], Clock(torch.device("cpu"))
     batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), torch.zeros_like(tokens[..., 1:], dtype=torch.bool))
-    return lambda: train_step(parts, 100, batch, None, clock), sum(p.numel() for p in parts.model.parameters())
+    return lambda: train_step(parts, 100, batch, None, clock), sum(p.numel() for p in run.model.parameters())
 
 
 def transformers(case: Case, experts: str = "grouped_mm") -> Made:

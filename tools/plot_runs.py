@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.errors import UserError
-from hybridtrain.metrics import METRICS, read_metrics
-from hybridtrain.run_folder import SETTINGS, SUMMARY
+from hybridtrain.monitor.metrics import METRICS, read_metrics
+from hybridtrain.run.run_folder import SETTINGS, SUMMARY
 
 COLORS = ("#0b62a4", "#d1571b", "#3a7d34", "#7b4fa0", "#8a6d1f", "#4d4d4d")
 TITLES = {

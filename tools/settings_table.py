@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hybridtrain.settings import Settings
+from hybridtrain.settings.tree import Settings
 
 HEAD = """# Settings
 

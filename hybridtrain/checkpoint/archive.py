@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 import torch
 from torch.storage import _storage_type_to_dtype_map
 
-from hybridtrain.untrusted import UntrustedFileError
+from hybridtrain.files.untrusted import UntrustedFileError
 
 PICKLE = "data.pkl"
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.checkpoint.piece import byte_view
+from hybridtrain.checkpoint.chunk import byte_view
 
 BLOCK_BYTES = 1 << 25
 

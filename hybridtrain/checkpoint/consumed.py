@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hybridtrain.config import parse_settings
 from hybridtrain.data.position import Position
-from hybridtrain.untrusted import validated
+from hybridtrain.files.untrusted import validated
+from hybridtrain.settings.load import parse_settings
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 

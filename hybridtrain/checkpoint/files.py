@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils import serialization
 
+from hybridtrain.checkpoint.chunk import Piece
 from hybridtrain.checkpoint.index import Index
-from hybridtrain.checkpoint.piece import Piece
-from hybridtrain.checkpoint.place import flush_file, make_folder
-from hybridtrain.untrusted import open_regular
+from hybridtrain.checkpoint.storage import flush_file, make_folder
+from hybridtrain.files.untrusted import open_regular
 
 METADATA = ".metadata"  # torch's index of the tensors
 CHUNK = 1 << 20  # bytes that are hashed and then written, while they are in the cache

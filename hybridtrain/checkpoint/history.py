@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.checkpoint.info import INFO, base_of, read_info, write_info
-from hybridtrain.checkpoint.place import flush_folder, is_local, make_folder, names_in, remove_folder, write_whole
+from hybridtrain.checkpoint.storage import flush_folder, is_local, make_folder, names_in, remove_folder, write_whole
 from hybridtrain.errors import CheckpointError
-from hybridtrain.untrusted import UntrustedFileError, read_bytes
+from hybridtrain.files.untrusted import UntrustedFileError, read_bytes
 
 LATEST = "latest"
 PREFIX = "step-"

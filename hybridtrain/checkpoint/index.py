@@ -17,9 +17,9 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from hybridtrain.checkpoint.archive import DTYPES
-from hybridtrain.checkpoint.piece import count, counts, text
-from hybridtrain.pickles import Made, Named, unpickle
-from hybridtrain.untrusted import UntrustedFileError, first_of
+from hybridtrain.checkpoint.chunk import count, counts, text
+from hybridtrain.files.pickles import Made, Named, unpickle
+from hybridtrain.files.untrusted import UntrustedFileError, first_of
 
 MAX_INDEX = 1 << 28  # bytes: about two million chunks
 MAX_DIMS = 8

@@ -13,15 +13,15 @@ import xxhash
 from pydantic import BaseModel, Field, model_validator
 
 from hybridtrain import __version__
-from hybridtrain.assemble import Parts, Vocabulary
 from hybridtrain.checkpoint.consumed import Consumed, Count
 from hybridtrain.checkpoint.files import METADATA, FileRecord, digest_file
 from hybridtrain.checkpoint.index import MAX_INDEX, Index, read_index
-from hybridtrain.checkpoint.place import write_whole
-from hybridtrain.config import parse_settings
+from hybridtrain.checkpoint.storage import write_whole
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
-from hybridtrain.settings import Settings
-from hybridtrain.untrusted import UntrustedFileError, parse_json, read_bytes, validated
+from hybridtrain.files.untrusted import UntrustedFileError, parse_json, read_bytes, validated
+from hybridtrain.run.assemble import Run, Vocabulary
+from hybridtrain.settings.load import parse_settings
+from hybridtrain.settings.tree import Settings
 
 FORMAT = 2
 INFO = "checkpoint.json"
@@ -43,7 +43,7 @@ class _Base(BaseModel):
 
 class _Guard(BaseModel):
     losses: list[float]
-    passed_over: Count
+    skipped_batches: Count
 
 
 class _Scalars(BaseModel):
@@ -197,27 +197,27 @@ def _problem(file: Path, record: dict[str, Any], level: str, alive: Callable[[],
     return f"is damaged: it has {found.size} bytes, must have {size}"
 
 
-def describe(parts: Parts, step: int, tokenizer_digest: str) -> dict[str, Any]:
+def describe(run: Run, step: int, tokenizer_digest: str) -> dict[str, Any]:
     """What a checkpoint of the run after `step` steps says of it.
 
     What the run has read of the data, its files and its base are added when they are known.
     """
-    memory = parts.memory
+    memory = run.table
     return {
         "format": FORMAT,
         "step": step,
-        "guard": parts.guard.state(),
+        "guard": run.guard.state(),
         "sequences": 0,
         "version": __version__,
         "torch": torch.__version__,
-        "layout": parts.mesh.layout.describe(),
-        "identity": identity(parts.settings),
-        "vocab_size": parts.vocabulary.size,
-        "separator_id": parts.vocabulary.separator_id,
+        "layout": run.mesh.layout.describe(),
+        "identity": identity(run.settings),
+        "vocab_size": run.vocabulary.size,
+        "separator_id": run.vocabulary.separator_id,
         "tokenizer_digest": tokenizer_digest,
-        "addressing": memory.addressing.to_json() if memory is not None else None,
+        "addressing": engram.addressing.to_json() if memory is not None else None,
         "memory_scalars": memory.scalars() if memory is not None else None,
-        "settings": parts.settings.model_dump(mode="json"),
+        "settings": run.settings.model_dump(mode="json"),
     }
 
 
@@ -270,7 +270,7 @@ def identity(settings: Settings) -> dict[str, Any]:
     rates = ("bias_rate", "aux_weight", "z_weight")
     tree = {
         "model": settings.model.model_dump(mode="json", exclude={"init_std": True, "vocab_size": True, "moe": set(rates)}),
-        "memory": settings.memory.model_dump(mode="json", include=memory),
+        "memory": settings.engram.model_dump(mode="json", include=memory),
         "optim": {"backbone": settings.optim.backbone},
     }
     return dict(_flatten(tree))

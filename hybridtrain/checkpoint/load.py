@@ -9,56 +9,56 @@ from typing import Any
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hybridtrain.assemble import Parts
+from hybridtrain.checkpoint.all_or_none import Failures, all_or_none, describe_failures
 from hybridtrain.checkpoint.blocks import BLOCK_BYTES
 from hybridtrain.checkpoint.files import Reader, quiet
 from hybridtrain.checkpoint.index import Index
 from hybridtrain.checkpoint.info import damage, index_of, read_info, row_scalars
 from hybridtrain.checkpoint.stored import MEMORY, StoredTensors
-from hybridtrain.checkpoint.together import Failures, describe_failures, together
 from hybridtrain.errors import DamagedCheckpoint
-from hybridtrain.memory import TableMemory
 from hybridtrain.parallel.collectives import Group
-from hybridtrain.stale import KIND, StaleRows
+from hybridtrain.run.assemble import Run
+from hybridtrain.table.lookup_table import LookupTable
+from hybridtrain.table.saved_rows import KIND, SavedRows
 
 ALONE = Group("world", (0,), 0)
 _PART_BYTES = 8 * BLOCK_BYTES  # of rows that are read at once
 
 
-def load(parts: Parts, path: Path) -> int:
+def load(run: Run, path: Path) -> int:
     """Fill the run's parts from the checkpoint folder `path`, at whatever layout it was written; returns its step.
 
     Call `verify` before. Raises DamagedCheckpoint on every rank where any cannot read it; the parts are then worth nothing.
     """
-    world = parts.mesh.world
+    world = run.mesh.world
     info = read_info(path)
     weights_only = bool(info.get("weights_only"))
     if not weights_only:
-        parts.engine.allocate_state()
-    for stage in range(len(parts.stages)):  # as many on every rank
-        state = parts.engine.state(stage)
+        run.engine.allocate_state()
+    for stage in range(len(run.model_parts)):  # as many on every rank
+        state = run.engine.state(stage)
         if weights_only:
             state = {name: value for name, value in state.items() if name.startswith("model.")}
         read_into(state, path, world)
-        parts.engine.load_state(stage, state)
-    memory = parts.memory
+        run.engine.load_state(stage, state)
+    memory = run.table
     if memory is not None:
         try:
-            together(world, lambda: _load_rows(memory, StoredTensors(path), weights_only, world.traffic.alive))
+            all_or_none(world, lambda: _load_rows(memory, StoredTensors(path), weights_only, world.traffic.alive))
         except Failures as failures:
             raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be read", *_lines(failures.problems)])) from None
         if not weights_only:
             _load_scalars(memory, row_scalars(info), path, world)
     if "guard" in info:  # imported weights have none
-        parts.guard.load_state(info["guard"])
+        run.guard.load_state(info["guard"])
     return int(info["step"])
 
 
-def _load_scalars(memory: TableMemory, scalars: dict[str, Any] | None, path: Path, world: Group) -> None:
+def _load_scalars(memory: LookupTable, scalars: dict[str, Any] | None, path: Path, world: Group) -> None:
     if scalars is None:
         raise DamagedCheckpoint(f"{path}: damaged: it has no memory_scalars, and its table is trained")
     try:
-        together(world, lambda: memory.load_scalars(scalars))
+        all_or_none(world, lambda: memory.load_scalars(scalars))
     except Failures as failures:
         raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be gone on with", *_lines(failures.problems)])) from None
 
@@ -69,7 +69,7 @@ def verify(path: Path, level: str, world: Group = ALONE) -> None:
     Collective: each rank looks at its share of the files. `level` as of `damage`.
     """
     try:
-        found = together(world, lambda: damage(path, level, world.rank, world.size, world.traffic.alive))
+        found = all_or_none(world, lambda: damage(path, level, world.rank, world.size, world.traffic.alive))
     except Failures as failures:
         found = [failures.problems]
     if problems := list(dict.fromkeys(p for theirs in found for p in theirs)):
@@ -83,7 +83,7 @@ def read_into(state: dict[str, Any], path: Path, world: Group) -> None:
     """
     try:
         found: list[Index] = []
-        together(world, lambda: found.append(index_of(path)))  # before torch's collectives
+        all_or_none(world, lambda: found.append(index_of(path)))  # before torch's collectives
     except Failures as failures:
         raise DamagedCheckpoint("\n".join([f"{path}: damaged or not of this model", *_lines(failures.problems)])) from None
     try:
@@ -94,7 +94,7 @@ def read_into(state: dict[str, Any], path: Path, world: Group) -> None:
         raise DamagedCheckpoint("\n".join([f"{path}: damaged or not of this model", *_lines(problems)])) from None
 
 
-def _load_rows(memory: TableMemory, stored: StoredTensors, weights_only: bool, alive: Callable[[], None]) -> None:
+def _load_rows(memory: LookupTable, stored: StoredTensors, weights_only: bool, alive: Callable[[], None]) -> None:
     """This owner's rows, out of whatever pieces they lie in; `alive` is called for every part of them."""
     for name, value in memory.row_tensors().items():
         if name == "table" or not weights_only:
@@ -104,7 +104,7 @@ def _load_rows(memory: TableMemory, stored: StoredTensors, weights_only: bool, a
                 alive()
     if memory.mode == "stale" and not weights_only:
         pieces = stored.pieces(f"{MEMORY}{KIND}", memory.low, memory.high)
-        memory.load_stale([StaleRows(stored.read(f"{piece}.numbers"), stored.read(f"{piece}.values")) for piece in pieces])
+        memory.load_stale([SavedRows(stored.read(f"{piece}.numbers"), stored.read(f"{piece}.values")) for piece in pieces])
 
 
 def _lines(problems: list[str]) -> list[str]:

@@ -16,17 +16,17 @@ from typing import Any, cast
 
 from torch.distributed.checkpoint import state_dict_saver
 
-from hybridtrain.assemble import Parts
+from hybridtrain.checkpoint.all_or_none import Failures, all_or_none, on_first
 from hybridtrain.checkpoint.blocks import BlockPlanner
 from hybridtrain.checkpoint.files import Records, Writer, quiet
 from hybridtrain.checkpoint.history import begin_folder, commit_folder, folder_of, latest, prune, staging_of
 from hybridtrain.checkpoint.info import base_of, describe, read_info
-from hybridtrain.checkpoint.place import flush_folder, free_space, remove_folder
 from hybridtrain.checkpoint.state import Content, content, release
-from hybridtrain.checkpoint.together import Failures, on_first, together
+from hybridtrain.checkpoint.storage import flush_folder, free_space, remove_folder
 from hybridtrain.errors import CheckpointError
-from hybridtrain.lock import LockLost
+from hybridtrain.files.lock import LockLost
 from hybridtrain.parallel.collectives import Group
+from hybridtrain.run.assemble import Run
 
 PATIENCE = 6
 """Times `parallel.timeout` that ranks wait for the slowest disk among them; a rank that died is noticed at once."""
@@ -60,7 +60,7 @@ class Saver:
 
     def __init__(
         self,
-        parts: Parts,
+        run: Run,
         folder: Path,
         tokenizer_digest: str,
         base: Base | None = None,
@@ -69,9 +69,9 @@ class Saver:
     ) -> None:
         """`confirm` is called by rank 0 before a save begins and before it is committed; raises LockLost where the folder is
         another run's now."""
-        self.parts, self.folder, self.tokenizer_digest, self._confirm = parts, folder, tokenizer_digest, confirm
+        self.run, self.folder, self.tokenizer_digest, self._confirm = parts, folder, tokenizer_digest, confirm
         self.base, self.reading = base, reading
-        self._world: Group = parts.mesh.own_world_group("checkpoint", PATIENCE * parts.mesh.timeout)
+        self._world: Group = run.mesh.own_world_group("checkpoint", PATIENCE * run.mesh.timeout)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._held = threading.Event()
@@ -84,7 +84,7 @@ class Saver:
         if kind is None:
             self.finish()
         elif self._thread is not None:
-            self._thread.join(self.parts.mesh.timeout)  # what ends the run is told, and not what became of this
+            self._thread.join(self.run.mesh.timeout)  # what ends the run is told, and not what became of this
 
     @property
     def failed(self) -> bool:
@@ -102,15 +102,15 @@ class Saver:
         where any could not write; nothing that was committed is touched.
         """
         self.finish()
-        settings, final = self.parts.settings.checkpoint, folder_of(self.folder, step)
-        info = describe(self.parts, step, self.tokenizer_digest) | self.reading(step)
+        settings, final = self.run.settings.checkpoint, folder_of(self.folder, step)
+        info = describe(self.run, step, self.tokenizer_digest) | self.reading(step)
         base = self.base
         if base is not None and (base.age + 1 >= settings.table_full_every or base.name == final.name):
             base = None
         if base is not None:
             base = replace(base, age=base.age + 1)
             info["base"] = {"name": base.name, "xxh3": base.xxh3, "age": base.age}
-        what = content(self.parts, base.updates if base is not None else None, later=settings.background)
+        what = content(self.run, base.updates if base is not None else None, later=settings.background)
         work = partial(self._save, final, step, what, info, base)
         if settings.background:
             self._held.clear()
@@ -142,12 +142,12 @@ class Saver:
             self._error = error
 
     def _save(self, final: Path, step: int, what: Content, info: dict[str, Any], base: Base | None) -> None:
-        world, settings, staging = self._world, self.parts.settings.checkpoint, staging_of(final)
+        world, settings, staging = self._world, self.run.settings.checkpoint, staging_of(final)
         try:
             if settings.background:
-                together(world, self._holding(what))
+                all_or_none(world, self._holding(what))
             on_first(world, partial(self._begin, staging))
-            records = together(world, partial(_write, what, staging, world))
+            records = all_or_none(world, partial(_write, what, staging, world))
             info |= {"files": {name: record for theirs in records for name, record in theirs.items()}}
             xxh3 = on_first(world, partial(self._commit, staging, final, info))
         except Failures as failures:
@@ -163,8 +163,8 @@ class Saver:
             raise CheckpointError(message) from None
         finally:
             self._held.set()
-            release(self.parts)
-        memory = self.parts.memory
+            release(self.run)
+        memory = self.run.table
         if memory is not None:
             self.base = base or Base(final.name, xxh3, info["memory_scalars"]["step_count"])
         if world.rank == 0:

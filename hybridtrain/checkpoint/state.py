@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hybridtrain.assemble import Parts
 from hybridtrain.checkpoint.blocks import Rows, own_part
 from hybridtrain.checkpoint.stored import CHANGED, MEMORY
-from hybridtrain.memory import TableMemory
-from hybridtrain.pieces import piece_name
-from hybridtrain.snapshot import Snapshot
+from hybridtrain.run.assemble import Run
+from hybridtrain.table.copy_on_write import CopyOnWrite
+from hybridtrain.table.lookup_table import LookupTable
+from hybridtrain.table.saved_rows import saved_rows_name
 
 
 @dataclass
@@ -34,20 +34,20 @@ class Content:
                 self.sources[name] = source.to("cpu", copy=True)
 
 
-def content(parts: Parts, since: int | None, later: bool) -> Content:
+def content(run: Run, since: int | None, later: bool) -> Content:
     """All that this rank saves. Of a parameter that two stages hold the first stage's is saved.
 
     With `since` of the table only the rows that were written to since it had so many updates. `later`: rows may be read while
     training goes on, until `release`; the rest after `hold`.
     """
     out = Content()
-    for stage in range(len(parts.stages)):
-        out.add(parts.engine.state(stage, with_copies=False))
-    memory = parts.memory
+    for stage in range(len(run.model_parts)):
+        out.add(run.engine.state(stage, with_copies=False))
+    memory = run.table
     if memory is not None:
         out.add({f"{MEMORY}{name}": value for name, value in memory.stale_state().items()})
-        rows = Snapshot(memory.row_tensors())
-        kept = later and memory.optimizer.watch(rows.keep)
+        rows = CopyOnWrite(memory.row_tensors())
+        kept = later and engram.optimizer.watch(rows.keep)
         if since is not None:
             _add_changed(out, memory, rows, since)
         else:
@@ -57,15 +57,15 @@ def content(parts: Parts, since: int | None, later: bool) -> Content:
     return out
 
 
-def release(parts: Parts) -> None:
+def release(run: Run) -> None:
     """The rows of `content` were read."""
-    if parts.memory is not None:
-        parts.memory.optimizer.watch(None)
+    if run.table is not None:
+        run.table.optimizer.watch(None)
 
 
-def _add_changed(out: Content, memory: TableMemory, rows: Snapshot, since: int) -> None:
-    changed_N = memory.optimizer.changed_since(since)
-    piece = piece_name(CHANGED, memory.low, memory.high)
+def _add_changed(out: Content, memory: LookupTable, rows: CopyOnWrite, since: int) -> None:
+    changed_N = engram.optimizer.changed_since(since)
+    piece = saved_rows_name(CHANGED, memory.low, memory.high)
     out.add({f"{piece}.numbers": (changed_N + memory.low).cpu()})
     for name, value in memory.row_tensors().items():
         shape = (len(changed_N), *value.shape[1:])
@@ -73,5 +73,5 @@ def _add_changed(out: Content, memory: TableMemory, rows: Snapshot, since: int) 
         out.sources[f"{piece}.{name}"] = partial(_gather, rows, name, changed_N)
 
 
-def _gather(rows: Snapshot, name: str, numbers_N: Tensor, low: int, high: int) -> Tensor:
+def _gather(rows: CopyOnWrite, name: str, numbers_N: Tensor, low: int, high: int) -> Tensor:
     return rows.gather(name, numbers_N[low:high])

@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
+from hybridtrain.checkpoint.chunk import Piece
 from hybridtrain.checkpoint.files import Records, Writer, quiet
 from hybridtrain.checkpoint.info import INFO, base_of, index_of, read_info
-from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint, UserError
-from hybridtrain.pieces import pieces_for
+from hybridtrain.table.saved_rows import saved_rows_for
 
 MEMORY = "memory."
 CHANGED = f"{MEMORY}changed"
@@ -103,7 +103,7 @@ class StoredTensors:
     def pieces(self, kind: str, low: int, high: int) -> list[str]:
         """The pieces of rows of a kind (pieces.py) that may have rows among `low` to `high-1`."""
         try:
-            return pieces_for(self._entries, kind, low, high)
+            return saved_rows_for(self._entries, kind, low, high)
         except ValueError as error:
             raise DamagedCheckpoint(f"{self.path}: damaged: {error}") from None
 

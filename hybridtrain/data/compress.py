@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, normalizers
 
 from hybridtrain.data.tokenizer import MAX_VOCAB_SIZE, library_errors, vocabulary_size
 from hybridtrain.errors import DataError
-from hybridtrain.untrusted import read_bytes
+from hybridtrain.files.untrusted import read_bytes
 
 _LONE_SPACE = "\ue000"  # keeps a token that is only white space from being stripped to nothing
 _UNDECODABLE = "\ufffd"

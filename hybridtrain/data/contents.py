@@ -9,7 +9,7 @@ from hybridtrain.data.manifest import Manifest, PrepareSettings
 from hybridtrain.data.progress import say
 from hybridtrain.data.sources import LeftOut, file_digest, list_files, summary
 from hybridtrain.errors import DataError
-from hybridtrain.settings import DataSettings
+from hybridtrain.settings.tree import DataSettings
 
 
 def report(manifest: Manifest, left_out: Sequence[LeftOut]) -> str:

@@ -16,7 +16,7 @@ from hybridtrain.data.manifest import Count, Manifest, PrepareSettings, SourceIn
 from hybridtrain.data.progress import say
 from hybridtrain.data.sources import LeftOut, SourceFile, file_digest
 from hybridtrain.data.writer import WriterState, split_files
-from hybridtrain.untrusted import UntrustedFileError, read_json
+from hybridtrain.files.untrusted import UntrustedFileError, read_json
 
 CUTS = 2  # raised when documents are cut into other pieces than before
 

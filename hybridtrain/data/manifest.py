@@ -20,7 +20,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hybridtrain.errors import DataError
-from hybridtrain.untrusted import UntrustedFileError, read_json
+from hybridtrain.files.untrusted import UntrustedFileError, read_json
 
 FORMAT = 1
 MANIFEST, JOURNAL, TOKENIZER, COMPRESSION = "manifest.json", "journal.json", "tokenizer.json", "compression.npy"

@@ -99,7 +99,7 @@ class Prefetcher(Generic[T]):
                 continue
 
 
-class Feed(Generic[T]):
+class StepPrefetcher(Generic[T]):
     """The results of `load` for the steps of a run up to `steps`, one step ahead; `begin` goes on elsewhere."""
 
     def __init__(self, load: Callable[[int], T], steps: int) -> None:
@@ -124,7 +124,7 @@ class Feed(Generic[T]):
         if self._source is not None:
             self._source.finish()
 
-    def __enter__(self) -> Feed[T]:
+    def __enter__(self) -> StepPrefetcher[T]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

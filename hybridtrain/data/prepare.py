@@ -26,8 +26,8 @@ from hybridtrain.data.tokenizer import MIN_VOCAB_SIZE, find_separator, for_texts
 from hybridtrain.data.unpack import unpacked_digest
 from hybridtrain.data.writer import SplitWriter, StaleStateError
 from hybridtrain.errors import DataError
-from hybridtrain.lock import locked
-from hybridtrain.settings import DataSettings
+from hybridtrain.files.lock import locked
+from hybridtrain.settings.tree import DataSettings
 
 
 def prepare(

@@ -22,7 +22,7 @@ import xxhash
 from hybridtrain.data.cuts import PART_CHARS, Cuts, Part
 from hybridtrain.data.unpack import COMPRESSIONS, READ_BYTES, unpack
 from hybridtrain.errors import DataError
-from hybridtrain.untrusted import open_regular
+from hybridtrain.files.untrusted import open_regular
 
 KINDS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 SHIPPED_PREFIX = "shipped:"

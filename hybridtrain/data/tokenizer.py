@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hybridtrain.errors import DataError
-from hybridtrain.untrusted import read_bytes
+from hybridtrain.files.untrusted import read_bytes
 
 SEPARATOR = "<|endoftext|>"
 KNOWN_SEPARATORS = (

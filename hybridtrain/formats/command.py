@@ -7,7 +7,7 @@ from pathlib import Path
 from hybridtrain.errors import UserError
 from hybridtrain.formats.folder import need_transformers, parse_size
 from hybridtrain.formats.torch_dist import is_torch_dist
-from hybridtrain.settings import Settings
+from hybridtrain.settings.tree import Settings
 
 
 def export_model(

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from hybridtrain.errors import UserError
-from hybridtrain.lock import NAME, locked
+from hybridtrain.files.lock import NAME, locked
 
 # of a foreign config: bounds that keep a tensor's size far from the end of 64 bits, and a list of layers short
 Size = Annotated[int, Field(ge=1, le=1 << 24)]

@@ -14,9 +14,9 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from hybridtrain.errors import FormatError, UserError
+from hybridtrain.files.untrusted import read_json, validated
 from hybridtrain.formats.families import FAMILIES, HARMLESS, LACKING, MAPPED, Family
 from hybridtrain.formats.folder import Count, Number, Size, among, is_off, need_transformers
-from hybridtrain.untrusted import read_json, validated
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")

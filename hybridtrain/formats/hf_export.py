@@ -19,12 +19,12 @@ from hybridtrain.formats import hybrid
 from hybridtrain.formats.families import FAMILIES, Family
 from hybridtrain.formats.folder import need_transformers, new_folder
 from hybridtrain.formats.hf_config import CONFIG, DTYPE_KEYS, GENERATION, TOKEN_IDS, Config, problems_of, resolve
+from hybridtrain.formats.native import AS_IMPORTED, ROUTER_STATE, Source, biased, open_source, output_dtype, setting
 from hybridtrain.formats.origin import Origin, read_origin
-from hybridtrain.formats.ours import AS_IMPORTED, ROUTER_STATE, Source, biased, open_source, output_dtype, setting
 from hybridtrain.formats.shards import write_safetensors
 from hybridtrain.formats.tensors import DTYPES, cast, their_shape
-from hybridtrain.settings import Settings, layer_specs, memory_layers
-from hybridtrain.weights import ORIGIN, copy_companions
+from hybridtrain.run.init_from import ORIGIN, copy_companions
+from hybridtrain.settings.tree import Settings, engram_layers, layer_specs
 
 AUTO = "auto"
 
@@ -83,7 +83,7 @@ def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
     model, specs, name = settings.model, layer_specs(settings), family.architecture
     kinds = [spec.feedforward for spec in specs]
     out = []
-    if layers := memory_layers(settings):
+    if layers := engram_layers(settings):
         out.append(f"layers {', '.join(map(str, layers))} have a lookup memory; {name} has none")
     for key, value in family.fixed.items():
         if (ours := setting(model, key)) != value and ("moe" in kinds or not key.startswith("moe.")):
@@ -91,7 +91,7 @@ def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
     if family.arrange(kinds) is None:
         out.append(f"model.layers={json.dumps(model.layers)}: {name} has {family.pattern}")
     if model.dim % model.attention.num_heads and family.name == "llama":
-        out.append(f"model.dim={model.dim} is no multiple of num_heads={model.attention.num_heads}, as {name} wants")
+        out.append(f"model.dim={model.dim} is not a multiple of num_heads={model.attention.num_heads}, as {name} wants")
     if "moe" in kinds and "feedforward.router.bias_E" not in family.layer and biased:
         out.append(f"the routers have selection biases (model.moe.bias_rate); {name} has none")
     if "moe" in kinds and "feedforward.shared.w_up.weight" in family.layer:

@@ -17,13 +17,13 @@ from hybridtrain.data.progress import say
 from hybridtrain.errors import FormatError, SettingsError
 from hybridtrain.formats.families import OUTSIDE, Family
 from hybridtrain.formats.hf_config import Config, generation_ids, problems_of, read_config
+from hybridtrain.formats.native import SEQ_LEN, Import, ImportedTokenizer, model_tree, settings_of_import, write_run
 from hybridtrain.formats.origin import Origin
-from hybridtrain.formats.ours import SEQ_LEN, Import, ImportedTokenizer, model_tree, settings_of_import, write_run
 from hybridtrain.formats.shards import SafetensorsFolder
 from hybridtrain.formats.tensors import new_router_state, their_shape, to_ours
 from hybridtrain.formats.values import Values, dtype_problems
-from hybridtrain.settings import Settings
-from hybridtrain.weights import model_tensors
+from hybridtrain.run.init_from import model_tensors
+from hybridtrain.settings.tree import Settings
 
 # computed from rope_theta, and stored by old versions only; transformers ignore it
 _FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")

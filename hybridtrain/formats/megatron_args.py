@@ -11,14 +11,14 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from hybridtrain.data.progress import say
 from hybridtrain.errors import FormatError
+from hybridtrain.files.untrusted import validated
 from hybridtrain.formats.folder import Count, Number, Size, among, is_off
 from hybridtrain.formats.megatron_fields import ALIASES, CARRIED, HARMLESS, LACKING, MAPPED
 from hybridtrain.formats.megatron_names import TRANSFORMER_ENGINE
+from hybridtrain.formats.native import model_tree, setting
 from hybridtrain.formats.origin import Origin
-from hybridtrain.formats.ours import model_tree, setting
 from hybridtrain.formats.torch_dist import COMMON
-from hybridtrain.settings import Settings, layer_specs, memory_layers
-from hybridtrain.untrusted import validated
+from hybridtrain.settings.tree import Settings, engram_layers, layer_specs
 
 NAME = "Megatron-core's GPT model"
 
@@ -241,7 +241,7 @@ def to_args(settings: Settings, rows: int, bias: bool, implementation: str, orig
 def misfits(settings: Settings, biased: bool) -> list[str]:
     """Why Megatron's model is another than that of the settings; `biased`: some router's selection bias is not zero."""
     moe, out = settings.model.moe, []
-    if layers := memory_layers(settings):
+    if layers := engram_layers(settings):
         out.append(f"layers {', '.join(map(str, layers))} have a lookup memory; {NAME} has none")
     if "moe" not in [spec.feedforward for spec in layer_specs(settings)]:
         return out

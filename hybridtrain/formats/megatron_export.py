@@ -27,12 +27,12 @@ from hybridtrain.formats.megatron_names import (
     outside,
     qkv_shape,
 )
+from hybridtrain.formats.native import AS_IMPORTED, ROUTER_STATE, Source, biased, open_source, output_dtype
 from hybridtrain.formats.origin import read_origin
-from hybridtrain.formats.ours import AS_IMPORTED, ROUTER_STATE, Source, biased, open_source, output_dtype
 from hybridtrain.formats.tensors import DTYPES, cast, their_shape
 from hybridtrain.formats.torch_dist import RELEASE, TRACKER, Region, write_torch_dist
-from hybridtrain.settings import layer_specs
-from hybridtrain.weights import ORIGIN, copy_companions
+from hybridtrain.run.init_from import ORIGIN, copy_companions
+from hybridtrain.settings.tree import layer_specs
 
 _FINAL_NORM = OUTSIDE["norm.weight"].removesuffix(".weight")
 _CONTENT = {"singleton_local_shards": False}  # what Megatron-LM keeps of how it cut the model, and asks a model for again

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from hybridtrain.checkpoint.stored import LazyTensor
-from hybridtrain.config import load_settings
 from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.data.progress import say
 from hybridtrain.errors import FormatError, SettingsError, UserError
 from hybridtrain.formats.megatron_args import NAME, carried, from_args, misfits
 from hybridtrain.formats.megatron_names import JOINED, LAYER, OUTSIDE, QKV, Layout, outside, qkv_shape, split_qkv
+from hybridtrain.formats.native import SEQ_LEN, Import, ImportedTokenizer, settings_of_import, write_run
 from hybridtrain.formats.origin import Origin
-from hybridtrain.formats.ours import SEQ_LEN, Import, ImportedTokenizer, settings_of_import, write_run
 from hybridtrain.formats.tensors import new_router_state, their_shape, to_ours
 from hybridtrain.formats.torch_dist import COMMON, Region, TorchDist, find_iteration, read_common
 from hybridtrain.formats.values import Values, dtype_problems
-from hybridtrain.settings import ModelSettings, Settings, layer_specs
-from hybridtrain.weights import model_tensors
+from hybridtrain.run.init_from import model_tensors
+from hybridtrain.settings.load import load_settings
+from hybridtrain.settings.tree import ModelSettings, Settings, layer_specs
 
 _TRAINING = ("optimizer.", "chained_", "rng_state", "rerun_state_machine")  # where the keys of what is not the model begin
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybridtrain.formats.tensors import is_stacked
 from hybridtrain.formats.torch_dist import Region
-from hybridtrain.settings import ModelSettings
+from hybridtrain.settings.tree import ModelSettings
 
 LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"  # what builds Megatron's layers: its --transformer-impl
 # ends of modules' names that keep an object beside their tensors, which is empty but for FP8

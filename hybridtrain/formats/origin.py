@@ -11,9 +11,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from hybridtrain.errors import UserError
+from hybridtrain.files.untrusted import read_json
 from hybridtrain.formats.hf_config import TOKEN_IDS, generation_ids
-from hybridtrain.untrusted import read_json
-from hybridtrain.weights import ORIGIN
+from hybridtrain.run.init_from import ORIGIN
 
 
 class Origin(BaseModel):

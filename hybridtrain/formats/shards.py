@@ -16,7 +16,7 @@ from torch import Tensor
 from hybridtrain.checkpoint.stored import LazyTensor
 from hybridtrain.data.progress import say
 from hybridtrain.errors import DataError, UserError
-from hybridtrain.untrusted import MAX_BYTES, UntrustedFileError, inside, parse_json, read_json
+from hybridtrain.files.untrusted import MAX_BYTES, UntrustedFileError, inside, parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}

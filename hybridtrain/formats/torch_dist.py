@@ -26,13 +26,13 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
 from hybridtrain.checkpoint.archive import DTYPES, PICKLE, Archive
+from hybridtrain.checkpoint.chunk import Piece
 from hybridtrain.checkpoint.files import METADATA
 from hybridtrain.checkpoint.index import MAX_INDEX, read_index
-from hybridtrain.checkpoint.piece import Piece
 from hybridtrain.checkpoint.stored import Chunks, LazyTensor
 from hybridtrain.errors import DataError, FormatError
-from hybridtrain.pickles import Made, Named, unpickle
-from hybridtrain.untrusted import UntrustedFileError, inside, open_regular, read_bytes, read_json
+from hybridtrain.files.pickles import Made, Named, unpickle
+from hybridtrain.files.untrusted import UntrustedFileError, inside, open_regular, read_bytes, read_json
 
 COMMON, FORMAT = "common.pt", "metadata.json"
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"  # "release": weights alone, nothing to resume

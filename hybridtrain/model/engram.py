@@ -5,17 +5,20 @@ B batch, T tokens, D model width, S slots (orders * heads), C row width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from hybridtrain.kernels.engram_gate.op import engram_gate
+from hybridtrain.kernels.row_gather.op import row_gather
 from hybridtrain.kernels.short_conv.op import short_conv
-from hybridtrain.model.counters import Counters
-from hybridtrain.model.norm import RMSNorm
-from hybridtrain.settings import Settings
+from hybridtrain.model.common import Counters, RMSNorm
+from hybridtrain.settings.tree import Settings
 
 
-class EngramMemory(nn.Module):
+class EngramLayer(nn.Module):
     """y = SiLU(conv(RMSNorm(u))) + u with u = g * W_V e, where g says how far the hidden state agrees with W_K e.
 
     g = sigmoid(sign(s) sqrt(max(|s|, floor))) of s = <h, W_K e> / sqrt(D), both RMS-normed. The square root is in every released
@@ -25,18 +28,18 @@ class EngramMemory(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        dim, eps, memory = settings.model.dim, settings.model.norm_eps, settings.memory
-        width = len(memory.orders) * memory.heads * memory.head_dim
+        dim, eps, memory = settings.model.dim, settings.model.norm_eps, settings.engram
+        width = len(engram.orders) * engram.heads * engram.head_dim
         self.counters = Counters()
-        self.eps, self.gate_floor = eps, memory.gate_floor
-        self.dilation = memory.orders[-1]
+        self.eps, self.gate_floor = eps, engram.gate_floor
+        self.dilation = engram.orders[-1]
         self.wk = nn.Linear(width, dim, bias=False)
         self.wv = nn.Linear(width, dim, bias=False)
         self.h_norm = RMSNorm(dim, eps)
         self.k_norm = RMSNorm(dim, eps)
-        self.conv_norm = RMSNorm(dim, eps) if memory.conv else None
+        self.conv_norm = RMSNorm(dim, eps) if engram.conv else None
         self.convolve = short_conv  # a parallel layout may hand in another
-        self.conv = nn.Parameter(torch.empty(memory.conv_kernel, dim)) if memory.conv else None
+        self.conv = nn.Parameter(torch.empty(engram.conv_kernel, dim)) if engram.conv else None
 
     def forward(self, h_BTD: Tensor, rows_BTSC: Tensor, documents_BT: Tensor | None) -> Tensor:
         """What the memory adds to the hidden state: [B, T, D]. `documents_BT` None: one document per sequence."""
@@ -49,3 +52,63 @@ class EngramMemory(nn.Module):
         if self.conv is None or self.conv_norm is None:
             return u_BTD
         return self.convolve(u_BTD, self.conv_norm.weight, self.conv, documents_BT, self.dilation, self.eps)
+
+
+class StepRows(nn.Module):
+    """The rows fetched for a step, one leaf [U_m, head_dim] per micro-batch m.
+
+    The leaves are registered parameters, made anew each step: a plain leaf tensor gets no gradient under the
+    zero-bubble pipeline schedules and a wrongly scaled one under the others. They are no model state and stay out of
+    the state dict; `clear` before anything walks the model's parameters.
+    """
+
+    def set(self, leaves: Sequence[Tensor]) -> None:
+        """Replace the leaves by these tensors (shared, not copied), one per micro-batch."""
+        self.clear()
+        for micro_batch, leaf in enumerate(leaves):
+            self.register_parameter(f"leaf{micro_batch}", nn.Parameter(leaf))
+
+    def gather(self, index: Tensor, micro_batch: int, beside: Tensor | None = None) -> Tensor:
+        """Rows `index` (int64, any shape) of the micro-batch's leaf: [*index.shape, head_dim].
+
+        `beside` is the hidden state that the rows are about to meet, whose dtype they get. Raises RuntimeError where
+        that micro-batch has no leaf.
+        """
+        leaf = self._parameters.get(f"leaf{micro_batch}")
+        if leaf is None:
+            raise RuntimeError(f"micro-batch {micro_batch} has no memory rows; the step set {len(self._parameters)} leaves")
+        rows = row_gather(leaf, index)
+        return rows if beside is None else _join(rows, beside).to(beside.dtype)
+
+    def grads(self) -> list[Tensor]:
+        """The leaves' gradients in micro-batch order; zeros where none arrived."""
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.parameters()]
+
+    def clear(self) -> None:
+        self._parameters.clear()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class _Join(torch.autograd.Function):
+    """The identity on `rows`, which in the graph comes from `beside` too, without a gradient to it.
+
+    Zero-bubble schedules first go back to a stage's input and then from every node on that way to the weights beside it.
+    Weights that rows alone run through would meet the way later, several at one node and the rows at several nodes, which
+    torch 2.13 goes through twice and fails (docs/log.md). So the rows join the way where they are looked up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, beside: Tensor) -> Tensor:
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+_join: Callable[[Tensor, Tensor], Tensor] = _Join.apply

@@ -10,8 +10,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from hybridtrain.model.router import Router
-from hybridtrain.settings import Settings, layer_specs
+from hybridtrain.model.feedforwards.moe import Router
+from hybridtrain.settings.tree import Settings, layer_specs
 
 TABLE_BLOCK = 65_536  # rows of the lookup table that share one generator
 ONE_GENERATOR = 1 << 20  # elements of the largest tensor, or expert's part of one, that is drawn in one go

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.model.counters import Counters
-from hybridtrain.model.router import Router
-from hybridtrain.settings import Settings, layer_specs
+from hybridtrain.model.common import Counters
+from hybridtrain.model.feedforwards.moe import Router
+from hybridtrain.settings.tree import Settings, layer_specs
 
 
 def collect(model: nn.Module) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ def no_statistics(settings: Settings, device: torch.device | None = None) -> dic
     zero, zeros = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), moe.num_experts))
     out: dict[str, Tensor] = {}
     for i, spec in enumerate(layer_specs(settings)):
-        if spec.memory:
+        if spec.engram:
             out |= {f"layers.{i}.gate_sum": zero, f"layers.{i}.gate_count": zero}
         if spec.feedforward == "moe":
             out[f"layers.{i}.expert_tokens"] = zeros

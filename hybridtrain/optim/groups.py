@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hybridtrain.optim.muon import Muon
-from hybridtrain.settings import OptimSettings
+from hybridtrain.settings.tree import OptimSettings
 
 _FUSED_DEVICES = ("cpu", "cuda")
 Group = dict[str, object]

@@ -16,7 +16,7 @@ from hybridtrain.errors import SettingsError
 from hybridtrain.kernels.row_gather.op import row_gather
 from hybridtrain.kernels.rowwise_adam.op import Step, fade, rounded, rounding_seed, rowwise_adam
 from hybridtrain.optim.decay import DecayLog
-from hybridtrain.settings import MemorySettings
+from hybridtrain.settings.tree import EngramSettings
 
 _ROWS_AT_ONCE = 1 << 18
 
@@ -56,21 +56,21 @@ class RowOptimizer(Protocol):
         """Take over what `scalars` gave."""
 
 
-def make_row_optimizer(memory: MemorySettings, table_RD: Tensor, seed: int = 0, first_row: int = 0) -> RowOptimizer:
-    """The optimizer that `memory.optimizer` names for the local rows; it changes `table_RD` in place.
+def make_row_optimizer(memory: EngramSettings, table_RD: Tensor, seed: int = 0, first_row: int = 0) -> RowOptimizer:
+    """The optimizer that `engram.optimizer` names for the local rows; it changes `table_RD` in place.
 
     The run's seed and the number of the table's first row in the whole table decide how bfloat16 rows are rounded.
 
     Raises SettingsError where the settings do not fit the optimizer.
     """
-    rule: dict[str, Any] = {"eps": memory.eps, "weight_decay": memory.weight_decay}
-    if memory.optimizer == "rowwise_adam":
-        return RowwiseAdam(table_RD, beta2=memory.beta2, **rule, seed=seed, first_row=first_row)
-    if memory.optimizer == "rowwise_adagrad":
+    rule: dict[str, Any] = {"eps": engram.eps, "weight_decay": engram.weight_decay}
+    if engram.optimizer == "rowwise_adam":
+        return RowwiseAdam(table_RD, beta2=engram.beta2, **rule, seed=seed, first_row=first_row)
+    if engram.optimizer == "rowwise_adagrad":
         return RowwiseAdagrad(table_RD, **rule, seed=seed, first_row=first_row)
-    if memory.beta2 >= 1.0:
-        raise SettingsError("settings", [f'memory.beta2={memory.beta2} must be below 1 for memory.optimizer="adam"'])
-    return DenseAdam(table_RD, beta2=memory.beta2, **rule)
+    if engram.beta2 >= 1.0:
+        raise SettingsError("settings", [f'engram.beta2={engram.beta2} must be below 1 for engram.optimizer="adam"'])
+    return DenseAdam(table_RD, beta2=engram.beta2, **rule)
 
 
 class _Rowwise:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from hybridtrain.settings import OptimSettings
+from hybridtrain.settings.tree import OptimSettings
 
 
 def lr_scale(step: int, optim: OptimSettings, total_steps: int) -> float:
-    """Share of the peak learning rate at `step`, counted from 0, of `total_steps`.
+    """PartialExchange of the peak learning rate at `step`, counted from 0, of `total_steps`.
 
     Step s of the warm-up gets (s + 1) / warmup_steps, so its last step and the one after it have the peak. The decay then reaches
     `final_lr_ratio` at step `total_steps`, one past the end: every step of the run is above 0 even where the ratio is 0.

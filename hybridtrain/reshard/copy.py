@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from hybridtrain.checkpoint.blocks import BLOCK_BYTES
+from hybridtrain.checkpoint.chunk import Piece, byte_view, frame
 from hybridtrain.checkpoint.files import Writer
-from hybridtrain.checkpoint.piece import Piece, byte_view, frame
 from hybridtrain.errors import DamagedCheckpoint, UserError
 from hybridtrain.reshard import digest
 from hybridtrain.reshard.journal import Journal, Segment, StoredPiece

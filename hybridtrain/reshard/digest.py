@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from hybridtrain.checkpoint.piece import byte_view
+from hybridtrain.checkpoint.chunk import byte_view
 from hybridtrain.checkpoint.stored import StoredTensors
 
 BLOCK = 1 << 22

@@ -15,8 +15,8 @@ from typing_extensions import TypedDict
 
 from hybridtrain.checkpoint.files import Records
 from hybridtrain.errors import UserError
-from hybridtrain.lock import NAME as LOCK
-from hybridtrain.untrusted import UntrustedFileError, parse_json
+from hybridtrain.files.lock import NAME as LOCK
+from hybridtrain.files.untrusted import UntrustedFileError, parse_json
 
 NAME = "reshard.jsonl"
 

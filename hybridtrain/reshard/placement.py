@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
-from hybridtrain.assemble import resolve_stages
-from hybridtrain.model.hybrid_lm import HybridLM, Part
+from hybridtrain.model.lm import HybridLM, Part
 from hybridtrain.parallel.apply import parallelize
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import Mesh, mesh_on_paper
-from hybridtrain.settings import Settings
+from hybridtrain.run.assemble import resolve_stages
+from hybridtrain.settings.tree import Settings
 
 Shape = tuple[int, ...]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain import checkpoint
-from hybridtrain.config import parse_settings
 from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.errors import UserError
 from hybridtrain.parallel.layout import Layout
-from hybridtrain.run_folder import ADDRESSING
-from hybridtrain.settings import DataSettings, Settings, memory_layers
-from hybridtrain.world import resolve_layout
+from hybridtrain.run.process_setup import resolve_layout
+from hybridtrain.run.run_folder import ADDRESSING
+from hybridtrain.settings.load import parse_settings
+from hybridtrain.settings.tree import DataSettings, Settings, engram_layers
 
 BESIDE_EXPERTS = ("top_k", "num_groups", "top_groups", "gate_scale")
 """Of model.moe: what may change with the number of experts, so that the copies are chosen together."""
@@ -68,7 +68,7 @@ def plan_target(info: dict[str, Any], out: Path, overrides: Sequence[str], nproc
 def _beside_tokenizer(before: Settings, out: Path) -> list[str]:
     """Settings of a run with a tokenizer of its own: data are made with it, and the memory is addressed as it was."""
     ours = [f"data.tokenizer={json.dumps(str(out / TOKENIZER))}", f"data.vocab_size={DataSettings().vocab_size}"]
-    return ours + ([f"memory.addressing={json.dumps(str(out / ADDRESSING))}"] if memory_layers(before) else [])
+    return ours + ([f"engram.addressing={json.dumps(str(out / ADDRESSING))}"] if engram_layers(before) else [])
 
 
 def _growth_problems(info: dict[str, Any], before: Settings, growth: Growth) -> list[str]:

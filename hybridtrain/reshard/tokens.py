@@ -23,7 +23,7 @@ from hybridtrain.data.tokenizer import load_tokenizer, vocabulary_size
 from hybridtrain.errors import CheckpointError, UserError
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.reshard.target import Target
-from hybridtrain.weights import read_compression_of
+from hybridtrain.run.init_from import read_compression_of
 
 SHOWN = 10  # tokens that are named where more differ
 

@@ -22,14 +22,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from hybridtrain import __version__, checkpoint
 from hybridtrain.checkpoint.files import Records, Writer
 from hybridtrain.checkpoint.history import LATEST, folder_of, staging_of
-from hybridtrain.checkpoint.place import flush_folder, free_space, make_folder, write_whole
+from hybridtrain.checkpoint.storage import flush_folder, free_space, make_folder, write_whole
 from hybridtrain.checkpoint.stored import StoredTensors
-from hybridtrain.config import dump_settings, parse_settings
 from hybridtrain.data.compress import to_npy
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
-from hybridtrain.lock import locked
-from hybridtrain.metrics import METRICS
+from hybridtrain.files.lock import locked
+from hybridtrain.monitor.metrics import METRICS
 from hybridtrain.parallel.collectives import Group
 from hybridtrain.reshard.copy import Copy, plan_segments, plan_threads
 from hybridtrain.reshard.digest import digest_of
@@ -39,8 +38,9 @@ from hybridtrain.reshard.progress import CopyProgress
 from hybridtrain.reshard.source import Source, grown_shapes
 from hybridtrain.reshard.target import Growth, Target, plan_target
 from hybridtrain.reshard.tokens import NewTokenizer, take_tokenizer
-from hybridtrain.run_folder import ADDRESSING, CHECKPOINTS, SETTINGS, find_checkpoint
-from hybridtrain.weights import ORIGIN, VOCABULARY, check_tensors, copy_companions, model_tensors
+from hybridtrain.run.init_from import ORIGIN, VOCABULARY, check_tensors, copy_companions, model_tensors
+from hybridtrain.run.run_folder import ADDRESSING, CHECKPOINTS, SETTINGS, find_checkpoint
+from hybridtrain.settings.load import dump_settings, parse_settings
 
 ALONE = Group("world", (0,), 0)
 MAX_MEMORY = 512 * 10**6

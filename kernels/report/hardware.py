@@ -27,7 +27,7 @@ class Target:
     reserved: int  # bytes of shared memory that every block costs besides its own
 
     def occupancy(self, registers: int, shared: int, warps: int) -> float:
-        """Share of a multiprocessor's warps that can be resident: registers go out in blocks of 256 a warp, shared memory
+        """PartialExchange of a multiprocessor's warps that can be resident: registers go out in blocks of 256 a warp, shared memory
         with `reserved` more a block."""
         per_warp = -(-max(registers, 1) * self.warp // 256) * 256
         blocks = min(

@@ -30,7 +30,7 @@ def fail(_: Story) -> NoReturn:
 
 def spoil(_: Story) -> None:
     """What the first mixer here gives is not finite from now on."""
-    from hybridtrain.model.attention import Attention
+    from hybridtrain.model.mixers.attention import Attention
 
     mixer = next(module for module in gc.get_objects() if isinstance(module, Attention))
     mixer.register_forward_hook(lambda module, inputs, output: output * math.nan)

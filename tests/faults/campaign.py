@@ -32,13 +32,13 @@ STEPS, EVERY, ATTEMPTS = 40, 2, 9
 CAMPAIGN = (
     *TINY,
     *f"train.steps={STEPS} checkpoint.every={EVERY} train.eval_every=5 train.seq_len=48 parallel.timeout=8".split(),
-    *["parallel.ep=2", "memory.weight_decay=0.1"],
+    *["parallel.ep=2", "engram.weight_decay=0.1"],
 )
 VARIANTS = {
-    "overlap": ["memory.fetch=overlap", "checkpoint.background=true"],
+    "overlap": ["engram.fetch=overlap", "checkpoint.background=true"],
     "pipeline": ["parallel.pp=2", "parallel.ep=1", "train.micro_batches=2"],
     "": [],
-    "stale": ["memory.fetch=stale"],
+    "stale": ["engram.fetch=stale"],
     "increments": ["checkpoint.table_full_every=3", "checkpoint.background=true", "checkpoint.keep_last=3"],
     "replicas": ["parallel.mem=1"],
 }

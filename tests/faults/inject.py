@@ -25,9 +25,9 @@ STORY = "HYBRIDTRAIN_TEST_STORY"  # for ranks that torchrun starts: the file tha
 
 def rank_of(story: Story, resume: bool | None) -> None:
     """On a rank of a launcher: `hybridtrain train` with this attempt's fault."""
-    from hybridtrain.run_folder import RunFolder
-    from hybridtrain.settings import Settings
-    from hybridtrain.train import train
+    from hybridtrain.run.loop import train
+    from hybridtrain.run.run_folder import RunFolder
+    from hybridtrain.settings.tree import Settings
 
     rank, attempt = int(os.environ["RANK"]), story.base + int(os.environ[RESTARTS])
     log = os.open(story.folder / "ranks.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -79,7 +79,7 @@ def arm(story: Story, fault: Fault, event: dict[str, Any]) -> None:
 
 def at_phase(name: str, number: int, act: Callable[[], Any]) -> None:
     """Call `act` when this phase is entered for the n-th time; a run from the start has no restore, but data."""
-    from hybridtrain.metrics import Clock
+    from hybridtrain.monitor.metrics import Clock
 
     real, left = Clock.phase, number
     names = (name, "data") if name == "restore" else (name,)

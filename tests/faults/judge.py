@@ -12,7 +12,7 @@ import torch
 
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint import StoredTensors
-from hybridtrain.metrics import read_metrics
+from hybridtrain.monitor.metrics import read_metrics
 from tests.faults.story import DAMAGE, Fault, Story
 
 NAMED = {

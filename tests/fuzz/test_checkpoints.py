@@ -21,16 +21,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybridtrain import checkpoint, weights
+from hybridtrain import checkpoint
 from hybridtrain.checkpoint.files import METADATA
 from hybridtrain.checkpoint.info import damage
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
-from hybridtrain.config import load_settings, parse_settings
 from hybridtrain.data.compress import read_compression, to_npy
+from hybridtrain.files.pickles import _ACTIONS, unpickle
 from hybridtrain.formats.torch_dist import COMMON, Region, TorchDist, read_common, write_torch_dist
 from hybridtrain.kernels.engram_hash.addressing import Addressing
-from hybridtrain.pickles import _ACTIONS, unpickle
-from hybridtrain.run_folder import SETTINGS, find_checkpoint
+from hybridtrain.run import init_from as weights
+from hybridtrain.run.run_folder import SETTINGS, find_checkpoint
+from hybridtrain.settings.load import load_settings, parse_settings
 from tests.fuzz.harness import Trap, examples, outcome
 from tests.hybridtrain.checkpoint.test_history import DESCRIPTION
 from tests.hybridtrain.formats.tiny import whole
@@ -50,7 +51,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = run / "checkpoints" / "step-00000003"
     path.mkdir(parents=True)
     files = write_tensors(path, {k: LazyTensor(tuple(v.shape), v.dtype, lambda v=v: v) for k, v in TENSORS.items()})
-    checkpoint.write_info(path, DESCRIPTION | {"step": 3, "files": files, "guard": {"losses": [1.0], "passed_over": 0}})
+    checkpoint.write_info(path, DESCRIPTION | {"step": 3, "files": files, "guard": {"losses": [1.0], "skipped_batches": 0}})
     (run / SETTINGS).write_text('[run]\ndir = "x"\n')
     return path
 
@@ -232,12 +233,12 @@ def test_settings_of_anything(lines: list[str], saved: Path) -> None:
 @examples(15)
 @given(data=st.data())
 def test_an_addressing_with_an_odd_part(data: st.DataObject) -> None:
-    settings = parse_settings({"model": {"layers": ["memory+attention+dense"]}, "memory": {"rows_per_head": 11, "heads": 2}})
+    settings = parse_settings({"model": {"layers": ["engram+attention+dense"]}, "memory": {"rows_per_head": 11, "heads": 2}})
     compression = np.arange(20)
-    good = Addressing.draw((0,), settings.memory.orders, 2, 11, compression, 3)
+    good = Addressing.draw((0,), settings.engram.orders, 2, 11, compression, 3)
     odd = changed(data, json.loads(good.to_json()), ODD)
     text = data.draw(st.sampled_from([json.dumps(odd), json.dumps(odd), good.to_json()[:-5], "[" * 100_000]))
-    stored = SimpleNamespace(path="it", shapes={"memory.table": (good.num_rows, settings.memory.head_dim)})
+    stored = SimpleNamespace(path="it", shapes={"memory.table": (good.num_rows, settings.engram.head_dim)})
     info = {"addressing": text}
     found = outcome(lambda: weights.read_addressing(info, settings, compression, cast(StoredTensors, stored)))
     assert found is None or (found.num_rows == good.num_rows and found.layers == (0,))

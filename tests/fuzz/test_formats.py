@@ -29,10 +29,10 @@ from hybridtrain.formats.hf_export import export_hf
 from hybridtrain.formats.hf_import import import_hf
 from hybridtrain.formats.megatron_args import from_args, misfits, to_args
 from hybridtrain.formats.megatron_fields import HARMLESS, LACKING, MAPPED
+from hybridtrain.formats.native import ImportedTokenizer, settings_of_import
 from hybridtrain.formats.origin import Origin
-from hybridtrain.formats.ours import ImportedTokenizer, settings_of_import
 from hybridtrain.formats.shards import INDEX, SINGLE, SafetensorsFolder
-from hybridtrain.run_folder import find_checkpoint
+from hybridtrain.run.run_folder import find_checkpoint
 from tests.fuzz.harness import examples, outcome
 from tests.hybridtrain.formats.tiny import small_folder
 from tests.training import make_data

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain.config import load_settings
-from hybridtrain.metrics import read_metrics
+from hybridtrain.monitor.metrics import read_metrics
+from hybridtrain.settings.load import load_settings
 from tests.console import hybridtrain, refused
 from tests.training import CI, ci_settings
 

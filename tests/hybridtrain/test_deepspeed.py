@@ -13,23 +13,23 @@ from typing import Any
 
 import pytest
 import torch
+from tests.hybridtrain.test_nonfinite import train_poisoned
+from tests.hybridtrain.test_resume import at_step_10
 from torch import Tensor
 
-from hybridtrain.config import parse_settings
 from hybridtrain.errors import SettingsError
-from hybridtrain.metrics import read_metrics
-from hybridtrain.settings import Settings
-from hybridtrain.use import open_checkpoint
-from hybridtrain.world import join_world
-from tests.hybridtrain.test_nonfinite import train_poisoned
+from hybridtrain.monitor.metrics import read_metrics
+from hybridtrain.run.generate import open_checkpoint
+from hybridtrain.run.process_setup import join_world
+from hybridtrain.settings.load import parse_settings
+from hybridtrain.settings.tree import Settings
 from tests.hybridtrain.test_parity import assert_same_curve, assert_same_state, state
-from tests.hybridtrain.test_resume import at_step_10
 from tests.ranks import run_on_ranks
 from tests.training import ci_settings, loss_curve, train_here, train_on
 
 ENGINE = "train.engine=deepspeed"
 CLIPPED = "optim.clip_norm=0.3"
-DENSE = (CLIPPED, 'model.layers=["attention+dense", "memory+attention+dense", "attention+dense"]')
+DENSE = (CLIPPED, 'model.layers=["attention+dense", "engram+attention+dense", "attention+dense"]')
 OFFLOAD = "deepspeed.offload_optimizer=true"
 
 
@@ -40,7 +40,7 @@ def zero(stage: int) -> str:
 def moments(run: Path) -> dict[str, Tensor]:
     """Every moment of the last checkpoint, on one process under the native engine."""
     parts, _, _ = open_checkpoint(run)
-    return {name: value for name, value in parts.engine.state(0).items() if name.startswith("optim.")}
+    return {name: value for name, value in run.engine.state(0).items() if name.startswith("optim.")}
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
@@ -65,7 +65,7 @@ def slow(*overrides: str) -> Any:
     "overrides",
     [
         (zero(1), "parallel.ep=2"),
-        slow(zero(2), "parallel.ep=2", "train.micro_batches=2", "memory.exchange_groups=2"),
+        slow(zero(2), "parallel.ep=2", "train.micro_batches=2", "engram.exchange_groups=2"),
         slow(zero(0), "parallel.ep=2"),
         slow(zero(1), "parallel.ep=1", "parallel.mem=1"),
         slow(zero(1), "parallel.cp=2", "parallel.ep=2", OFFLOAD),
@@ -119,7 +119,7 @@ def test_a_run_changes_engines(
 
 @pytest.mark.parity
 def test_a_resumed_run_is_bitwise_the_undisturbed_one(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:
-    layout = (CLIPPED, ENGINE, zero(2), "parallel.ep=2", "train.micro_batches=2", "memory.exchange_groups=2")
+    layout = (CLIPPED, ENGINE, zero(2), "parallel.ep=2", "train.micro_batches=2", "engram.exchange_groups=2")
     whole = trained(2, *layout)
     run = at_step_10(whole, tmp_path / "run")
     train_on(2, ci_settings(run, ci_data, *layout), resume=True)

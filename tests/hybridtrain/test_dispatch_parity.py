@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from hybridtrain.metrics import read_metrics
+from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel import collectives
-from hybridtrain.settings import Settings
+from hybridtrain.settings.tree import Settings
 from tests.hybridtrain.test_parity import assert_same_curve, assert_same_state
 from tests.ranks import RankFailure, run_on_ranks
 from tests.training import ci_settings, train_here

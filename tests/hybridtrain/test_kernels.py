@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import train as loop
 from hybridtrain.kernels import choose
-from hybridtrain.metrics import read_metrics
-from hybridtrain.settings import KernelSettings
+from hybridtrain.monitor.metrics import read_metrics
+from hybridtrain.run import loop
+from hybridtrain.settings.tree import KernelSettings
 from tests.training import ci_settings, make_data
 
 SMALL = [
@@ -20,7 +20,7 @@ SMALL = [
     "train.global_batch=2",
     "checkpoint.every=0",
     "data.vocab_size=1024",
-    'model.layers=["memory+attention+moe", "memory+attention+dense"]',
+    'model.layers=["engram+attention+moe", "engram+attention+dense"]',
     "model.moe.num_experts=4",
 ]
 RUNS = {
@@ -30,11 +30,11 @@ RUNS = {
         "model.moe.aux_weight=0.01",
         "model.moe.z_weight=0.001",
         "model.moe.num_shared=1",
-        "memory.weight_decay=0.1",
-        "memory.optimizer=rowwise_adagrad",
-        "memory.fetch=overlap",
+        "engram.weight_decay=0.1",
+        "engram.optimizer=rowwise_adagrad",
+        "engram.fetch=overlap",
     ],
-    "narrow rows": ["memory.dtype=bfloat16", "memory.wire=float8", "memory.wire_gradients=float8", "train.micro_batches=2"],
+    "narrow rows": ["engram.dtype=bfloat16", "engram.wire=float8", "engram.wire_gradients=float8", "train.micro_batches=2"],
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from hybridtrain.model import context
 from tests.training import assert_bitwise, ci_settings, make_data, traces
 
-SMALL = ("train.global_batch=4", "train.seq_len=40", "train.micro_batches=2", 'model.layers=["memory+attention+moe"]')
+SMALL = ("train.global_batch=4", "train.seq_len=40", "train.micro_batches=2", 'model.layers=["engram+attention+moe"]')
 
 
 def test_losses_and_gradients_are_those_with_a_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

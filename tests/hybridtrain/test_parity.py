@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridtrain.use import open_checkpoint
+from hybridtrain.run.generate import open_checkpoint
 from tests.training import ci_settings, loss_curve, train_on
 
 LAYOUTS = [
@@ -29,13 +29,13 @@ MORE = [
 ]
 SLOW = [pytest.param(layout, marks=pytest.mark.parity) for layout in MORE]
 LR = 0.001  # optim.lr: what one update moves a parameter by, at most
-STEP = LR * 5  # optim.lr * memory.lr_multiplier: what one update moves a row by, in each dim
+STEP = LR * 5  # optim.lr * engram.lr_multiplier: what one update moves a row by, in each dim
 
 
 def state(run: Path, step: int) -> dict[str, Tensor]:
     parts, _, _ = open_checkpoint(run / "checkpoints" / f"step-{step:08d}")
-    assert parts.memory is not None
-    return parts.model.state_dict() | {f"memory.{name}": value for name, value in parts.memory.state().items()}
+    assert run.table is not None
+    return run.model.state_dict() | {f"memory.{name}": value for name, value in run.table.state().items()}
 
 
 def assert_same_curve(run: Path, reference: Path) -> None:
@@ -71,7 +71,7 @@ def test_layouts_train_alike(trained: Callable[..., Path], layout: tuple[int, ..
 
 def test_micro_batches_and_exchange_groups_change_nothing(trained: Callable[..., Path]) -> None:
     one, two = (
-        trained(2, "parallel.ep=2", "train.micro_batches=2", f"memory.exchange_groups={groups}", "memory.checksum=true")
+        trained(2, "parallel.ep=2", "train.micro_batches=2", f"engram.exchange_groups={groups}", "engram.checksum=true")
         for groups in (1, 2)
     )
     for run in (one, two):

@@ -13,13 +13,13 @@ import torch.distributed as dist
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.launch.local import RENDEZVOUS
-from hybridtrain.metrics import read_metrics
+from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel.fsdp import RankOrderSum
 from hybridtrain.parallel.mesh import close_mesh
-from hybridtrain.settings import Settings
-from hybridtrain.train import train
-from hybridtrain.use import evaluate_checkpoint, generate_text, open_checkpoint
-from hybridtrain.world import compute_dtype
+from hybridtrain.run.generate import evaluate_checkpoint, generate_text, open_checkpoint
+from hybridtrain.run.loop import train
+from hybridtrain.run.process_setup import compute_dtype
+from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
 from tests.training import Trace, ci_settings, loss_curve, traces
 
@@ -39,7 +39,7 @@ def test_auto_is_float32_on_the_cpu_and_bfloat16_on_cuda() -> None:
     assert compute_dtype(settings, torch.device("cuda", 0)) == torch.bfloat16
     odd = Settings.model_validate({"model": {"moe": {"hidden": 12}}})
     assert compute_dtype(odd, torch.device("cpu")) == torch.float32
-    with pytest.raises(SettingsError, match=r"model.moe.hidden=12 is no multiple of 8.*; the next is 16"):
+    with pytest.raises(SettingsError, match=r"model.moe.hidden=12 is not a multiple of 8.*; the next is 16"):
         compute_dtype(odd, torch.device("cuda", 0))
 
 
@@ -103,7 +103,7 @@ def test_a_run_its_checkpoint_and_its_use(ci_data: Path, tmp_path: Path) -> None
     logged = [line for line in read_metrics(run) if "validation_loss" in line][-1]["validation_loss"]
     try:
         parts, _, _ = open_checkpoint(run)
-        assert {p.dtype for p in parts.model.parameters()} == {torch.float32}
+        assert {p.dtype for p in run.model.parameters()} == {torch.float32}
         assert evaluate_checkpoint(run, "validation", None, 0)["loss"] == pytest.approx(logged, rel=1e-6)
         assert len(generate_text(run, "The people", 3, 0.0, 0, 0)) > len("The people")
     finally:

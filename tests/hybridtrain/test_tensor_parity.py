@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hybridtrain.checkpoint import read_info
-from hybridtrain.config import parse_settings
-from hybridtrain.metrics import read_metrics
-from hybridtrain.use import open_checkpoint
+from hybridtrain.monitor.metrics import read_metrics
+from hybridtrain.run.generate import open_checkpoint
+from hybridtrain.settings.load import parse_settings
 from tests.hybridtrain.test_parity import assert_same_curve, assert_same_state
 from tests.training import loss_curve, train_on
 
@@ -34,8 +34,8 @@ SLOW = [pytest.param(layout, marks=pytest.mark.parity) for layout in MORE]
 def optimizer_state(run: Path) -> dict[str, Tensor]:
     """First moments after ten steps, by parameter."""
     parts, _, _ = open_checkpoint(run / "checkpoints" / "step-00000010")
-    names: dict[Tensor, str] = {parameter: name for name, parameter in parts.model.named_parameters()}
-    return {names[p]: state["exp_avg"] for optimizer in parts.engine.optimizers for p, state in optimizer.state.items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in run.model.named_parameters()}
+    return {names[p]: state["exp_avg"] for optimizer in run.engine.optimizers for p, state in optimizer.state.items()}
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *SLOW], ids=lambda layout: " ".join(map(str, layout)))

@@ -17,14 +17,14 @@ import torch
 
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint.files import METADATA, digest_file
-from hybridtrain.config import load_settings
 from hybridtrain.errors import UserError
 from hybridtrain.formats.command import export_model, import_model
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.reshard import reshard
-from hybridtrain.run_folder import SETTINGS, find_checkpoint
-from hybridtrain.train import train
-from hybridtrain.use import evaluate_checkpoint, generate_text
+from hybridtrain.run.generate import evaluate_checkpoint, generate_text
+from hybridtrain.run.loop import train
+from hybridtrain.run.run_folder import SETTINGS, find_checkpoint
+from hybridtrain.settings.load import load_settings
 from tests.fuzz.harness import Trap
 from tests.training import TINY, ci_settings
 
@@ -35,7 +35,7 @@ STEPS = ("train.steps=2", "checkpoint.every=1", "checkpoint.table_full_every=2",
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """No time is spent on what the machine could do."""
-    monkeypatch.setattr("hybridtrain.report.measure_matmul_peak", lambda _: 1e12)
+    monkeypatch.setattr("hybridtrain.run.report.measure_matmul_peak", lambda _: 1e12)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from hybridtrain.kernels.rms_norm import op as rms_norm_op
 from hybridtrain.kernels.rms_norm import reference as rms_norm
 from hybridtrain.kernels.swiglu import op as swiglu_op
 from hybridtrain.kernels.swiglu import reference as swiglu
-from hybridtrain.settings import KernelSettings
+from hybridtrain.settings.tree import KernelSettings
 from tests.training import ci_settings, make_data
 
 
@@ -113,7 +113,7 @@ def test_a_chosen_library_gets_the_call(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_run_refuses_what_is_missing(tmp_path: Path) -> None:
-    from hybridtrain.train import train
+    from hybridtrain.run.loop import train
 
     with pytest.raises(SettingsError, match=r"kernels\.rms_norm=apex needs the package apex"):
         train(ci_settings(tmp_path / "run", make_data(tmp_path / "data"), "kernels.rms_norm=apex"))

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridtrain import train as loop
-from hybridtrain.config import load_settings
 from hybridtrain.kernels import choose
 from hybridtrain.kernels.segment_sum.reference import segment_sum
-from hybridtrain.settings import KernelSettings
+from hybridtrain.run import loop
+from hybridtrain.settings.load import load_settings
+from hybridtrain.settings.tree import KernelSettings
 from tests.training import loss_curve, make_data
 
 CI_GPU = Path(__file__).parents[2] / "configs" / "ci_gpu.toml"
@@ -60,7 +60,7 @@ def within_noise(losses: list[float], half: list[float], single: list[float]) ->
 
 
 def stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybridtrain.world.choose_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("hybridtrain.run.process_setup.choose_device", lambda: torch.device("cpu"))
 
 
 @gpu
@@ -81,7 +81,7 @@ def test_the_same_on_the_cpu_with_what_a_gpu_would_choose(tmp_path: Path, monkey
     monkeypatch.setattr(loop, "evaluate", lambda parts, split, *_: evaluate(parts, split, 1))  # not all of it, interpreted
     stay_on_the_cpu(monkeypatch)
     small = ["train.steps=3", "train.seq_len=16", "train.global_batch=2"]
-    small += ['model.layers=["memory+attention+moe", "attention+dense"]']
+    small += ['model.layers=["engram+attention+moe", "attention+dense"]']
     single, _ = miniature(tmp_path / "single", data, *small, "train.precision=float32")
     half, _ = miniature(tmp_path / "half", data, *small)
     there = [f"kernels.{op}={choose.ON_GPU[op]}" for op in KernelSettings.model_fields]

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from hybridtrain.parallel.layout import Layout
-from hybridtrain.settings import Settings, layer_specs
+from hybridtrain.settings.tree import Settings, layer_specs
 
 FLOAT, INT = 4, 8
 
@@ -109,7 +109,7 @@ class Formulas:
         if n == 1:
             return 0
         moved = {"attention": 2, "feedforward": 2, "memory": 3}
-        moves = sum(moved["attention"] + moved["feedforward"] + (moved["memory"] if spec.memory else 0) for spec in self.specs)
+        moves = sum(moved["attention"] + moved["feedforward"] + (moved["memory"] if spec.engram else 0) for spec in self.specs)
         moves += ("first" in self.ends()) + ("last" in self.ends())
         routed = 0
         if self.layout.etp > 1:
@@ -127,11 +127,11 @@ class Formulas:
 
     def cp(self) -> int:
         """Keys and values of this rank's tokens to the n-1 others, and the edges of its two chunks; backward as much again."""
-        attention, memory = self.s.model.attention, self.s.memory
+        attention, memory = self.s.model.attention, self.s.engram
         heads = attention.num_kv_heads // self.layout.tp
         kv = len(self.specs) * 2 * self.B * self.T * heads * attention.head_dim
-        reach = (memory.conv_kernel - 1) * memory.orders[-1]
-        edges = sum(spec.memory for spec in self.specs) * 2 * self.B * reach * self.s.model.dim
+        reach = (engram.conv_kernel - 1) * engram.orders[-1]
+        edges = sum(spec.engram for spec in self.specs) * 2 * self.B * reach * self.s.model.dim
         return 2 * self.M * (self.layout.cp - 1) * (kv + edges) * FLOAT
 
     def pp(self) -> int:
@@ -160,7 +160,7 @@ class Formulas:
         """Asked rows to other ranks, and gradients of the rows had from others."""
         place = self.layout.coordinate(self.rank, "mem")
         given = sum(len(self.owned(rank, place)) for rank in self.group("mem") if rank != self.rank)
-        return (given + self.foreign(self.rank)) * self.s.memory.head_dim * FLOAT
+        return (given + self.foreign(self.rank)) * self.s.engram.head_dim * FLOAT
 
     def mem_plan(self) -> int:
         return (self.layout.mem - 1) * INT + self.foreign(self.rank) * INT
@@ -173,7 +173,7 @@ class Formulas:
     def mem_replicate(self) -> int:
         """One all-reduce of the gradients of the rows that anyone needs."""
         n, touched = self.layout.mem_replicate, set[int]().union(*self.wanted())
-        return 2 * (n - 1) * len(touched) * self.s.memory.head_dim * FLOAT // n
+        return 2 * (n - 1) * len(touched) * self.s.engram.head_dim * FLOAT // n
 
     def mem_replicate_plan(self) -> int:
         """The wanted rows to the other copies, filled up to the longest list; before that all lists' lengths."""
@@ -184,6 +184,6 @@ class Formulas:
         """float64: loss, the flags to stop and to save, and the layers' statistics; then two squared norms."""
         n, moe = self.layout.world, self.s.model.moe
         statistics = 3 + sum(
-            (moe.num_experts + 4 if spec.feedforward == "moe" else 0) + (2 if spec.memory else 0) for spec in layer_specs(self.s)
+            (moe.num_experts + 4 if spec.feedforward == "moe" else 0) + (2 if spec.engram else 0) for spec in layer_specs(self.s)
         )
         return 2 * (n - 1) * statistics * 8 // n + 2 * (n - 1) * 2 * 8 // n

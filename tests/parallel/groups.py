@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybridtrain.parallel.engine import clip_, global_squares, norms_of
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import Mesh, make_mesh
-from hybridtrain.parallel.norms import clip_, global_squares, norms_of
 
 
 def mesh_here(**degrees: Any) -> Mesh:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.parallel.apply import materialize, parallelize, sync_gradients, write_local
-from hybridtrain.parallel.dispatch import AllToAllDispatch
+from hybridtrain.parallel.experts import AllToAllDispatch
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import make_mesh
 from tests.parallel.groups import mesh_here

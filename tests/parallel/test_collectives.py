@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridtrain.parallel import collectives as c
-from hybridtrain.parallel.flights import all_to_all_autograd
+from hybridtrain.parallel.async_all_to_all import all_to_all_autograd
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hybridtrain.errors import SettingsError
-from hybridtrain.settings import Settings
-from hybridtrain.world import check_compiler
+from hybridtrain.run.process_setup import check_compiler
+from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
 from tests.training import Trace, assert_bitwise, ci_settings, make_data, trace, traces
 
@@ -78,11 +78,11 @@ def test_bfloat16_is_as_far_from_float32_compiled_as_not(data: Path) -> None:
 
 QUICK = {
     "ep": ["parallel.ep=2", "train.recompute=full", 'model.layers=["attention+dense", "attention+moe"]'],
-    "tp": ["parallel.tp=2", "train.recompute=full", 'model.layers=["memory+attention+dense"]'],
+    "tp": ["parallel.tp=2", "train.recompute=full", 'model.layers=["engram+attention+dense"]'],
 }
 TWO = {
-    "cp": ["parallel.cp=2", 'model.layers=["memory+attention+dense"]'],
-    "pp": ["parallel.pp=2", "parallel.schedule=gpipe", 'model.layers=["attention+dense", "memory+attention+moe"]'],
+    "cp": ["parallel.cp=2", 'model.layers=["engram+attention+dense"]'],
+    "pp": ["parallel.pp=2", "parallel.schedule=gpipe", 'model.layers=["attention+dense", "engram+attention+moe"]'],
 }
 FOUR = {
     "tp, cp": ["parallel.tp=2", "parallel.cp=2", "parallel.ep=4", "train.recompute=full"],
@@ -126,8 +126,8 @@ def test_layouts_over_four_ranks(data: Path, name: str) -> None:
     "layout",
     [
         ["parallel.ep=2", "parallel.reshard_after_forward=true"],
-        ["parallel.ep=2", "train.recompute=full", "memory.fetch=overlap"],
-        ["parallel.dp_replicate=2", "memory.fetch=stale"],
+        ["parallel.ep=2", "train.recompute=full", "engram.fetch=overlap"],
+        ["parallel.dp_replicate=2", "engram.fetch=stale"],
         ["parallel.tp=2", "parallel.ep=2"],
         ["parallel.tp=2", "parallel.etp=2", "train.recompute=full", "model.moe.capacity=1.1"],
         ["parallel.cp=2", "parallel.ep=2", "train.recompute=full"],

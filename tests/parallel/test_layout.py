@@ -80,9 +80,9 @@ def test_coordinates(degrees: dict[str, int], rank: int, expected: dict[str, int
         ({"world": 8, "tp": 2, "etp": 2, "ep": 4, "node_size": 4}, "ep_inter", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ({"world": 8, "tp": 2, "etp": 2, "ep": 4, "node_size": 4}, "ep_intra", [[0, 2], [1, 3], [4, 6], [5, 7]]),
         # far: spread evenly over the world, so over the stages too
-        ({"world": 8, "pp": 2, "mem": 4, "mem_placement": "far"}, "mem", [[0, 2, 4, 6], [1, 3, 5, 7]]),
-        ({"world": 8, "pp": 2, "mem": 4, "mem_placement": "far"}, "mem_replicate", [[0, 1], [2, 3], [4, 5], [6, 7]]),
-        ({"world": 4, "mem": 4, "mem_placement": "far"}, "mem", [[0, 1, 2, 3]]),
+        ({"world": 8, "pp": 2, "mem": 4, "mem_placement": "strided"}, "mem", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ({"world": 8, "pp": 2, "mem": 4, "mem_placement": "strided"}, "mem_replicate", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ({"world": 4, "mem": 4, "mem_placement": "strided"}, "mem", [[0, 1, 2, 3]]),
     ],
 )
 def test_groups(degrees: dict[str, int], axis: str, expected: list[list[int]]) -> None:
@@ -99,7 +99,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     ep = draw(st.sampled_from([d for d in range(1, folded + 1) if folded % d == 0]))
     mem = draw(st.sampled_from([d for d in range(1, world + 1) if world % d == 0]))
     node_size = draw(st.sampled_from([0, 2 * ep, *(d for d in range(1, ep + 1) if ep % d == 0)]))
-    placement = draw(st.sampled_from(["near", "far"]))
+    placement = draw(st.sampled_from(["contiguous", "strided"]))
     return Layout.resolve(world, **dense, ep=ep, mem=mem, node_size=node_size, mem_placement=placement)
 
 
@@ -161,7 +161,7 @@ def test_minus_one_takes_what_is_left() -> None:
     assert layout.describe() == "dp_shard 4 · tp 2 · ep 4 · edp 2 · mem 2 · mem_replicate 4"
     assert Layout.resolve(8, ep=4, node_size=2).describe() == "dp_shard 8 · ep 4 · ep_inter 2 · edp 2 · mem 8"
     assert Layout.resolve(1).describe() == "one rank"
-    far = {"mem_placement": "far"}
+    far = {"mem_placement": "strided"}
     assert Layout.resolve(4, mem=2, **far).describe() == "dp_shard 4 · edp 4 · mem 2 · mem_replicate 2 · mem far"
     assert Layout.resolve(4, **far).describe() == Layout.resolve(4).describe()  # all ranks: near and far are the same
 
@@ -261,13 +261,13 @@ def test_impossible_arithmetic_is_refused_with_every_violation(degrees: dict[str
             {"dim": 44},
             ["parallel: edp = dp_shard x cp x tp / ep = 3 does not divide model.dim=44; edp may be 1, 2, 4, 11, 22 or 44"],
         ),
-        ({"world": 4}, {"memory_rows": 3}, ["parallel.mem=4 exceeds the table's 3 rows; set memory.rows_per_head higher or mem=1"]),
+        ({"world": 4}, {"memory_rows": 3}, ["parallel.mem=4 exceeds the table's 3 rows; set engram.rows_per_head higher or mem=1"]),
         (
             {"world": 4, "cp": 4},
             {"conv_reach": 9},
             [
-                "parallel.cp=4 leaves chunks of 8 tokens, fewer than the 9 of memory.conv's reach; "
-                "set train.seq_len >= 72 or memory.conv=false"
+                "parallel.cp=4 leaves chunks of 8 tokens, fewer than the 9 of engram.conv's reach; "
+                "set train.seq_len >= 72 or engram.conv=false"
             ],
         ),
         (
@@ -277,7 +277,7 @@ def test_impossible_arithmetic_is_refused_with_every_violation(degrees: dict[str
                 "parallel.tp=3 does not divide model.attention.num_kv_heads=2; tp may be 1 or 2",
                 "parallel.tp=3 does not divide train.seq_len=64; tp may be 1, 2, 4, 8, 16, 32 or 64",
                 "parallel.tp=3 does not divide model.moe.num_shared x hidden=40; tp may be 1, 2, 4, 5, 8, 10, 20 or 40",
-                "parallel.tp=3 does not divide len(memory.orders) x memory.heads=8; tp may be 1, 2, 4 or 8",
+                "parallel.tp=3 does not divide len(engram.orders) x engram.heads=8; tp may be 1, 2, 4 or 8",
             ],
         ),
         (

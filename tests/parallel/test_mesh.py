@@ -67,7 +67,7 @@ def check_meshes(degrees: list[tuple[int, int]]) -> None:
     for ep, mem in degrees:
         check_mesh(ep, mem)
     check_levels()
-    far = mesh_here(mem=2, mem_placement="far")
+    far = mesh_here(mem=2, mem_placement="strided")
     assert gather_objects(far.rank, far.mem) == [far.rank % 2, far.rank % 2 + 2] == list(far.mem.ranks)
     assert far.memory_mesh is not None
     assert far.memory_mesh.mesh_dim_names == ("mem", "mem_replicate")

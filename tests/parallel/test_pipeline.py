@@ -13,22 +13,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError, TrainingError
 from hybridtrain.launch.local import RENDEZVOUS
-from hybridtrain.memory import by_exchange
-from hybridtrain.metrics import read_metrics
+from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel.collectives import gather_objects
+from hybridtrain.parallel.engine import sum_over_tp
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import make_mesh
-from hybridtrain.parallel.norms import sum_over_tp
 from hybridtrain.parallel.stages import SCHEDULES
-from hybridtrain.settings import Settings
-from hybridtrain.train import train
-from hybridtrain.use import evaluate_checkpoint, generate_text
-from hybridtrain.world import resolve_layout
+from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
+from hybridtrain.run.generate import evaluate_checkpoint, generate_text
+from hybridtrain.run.loop import train
+from hybridtrain.run.process_setup import resolve_layout
+from hybridtrain.settings.tree import Settings
+from hybridtrain.table.lookup_table import by_exchange
 from tests.hybridtrain.test_parity import assert_same_curve, assert_same_state, state
 from tests.ranks import run_on_ranks
 from tests.training import ci_settings, loss_curve, make_data, train_on
@@ -65,7 +65,7 @@ def settings_of(data: Path, *overrides: str) -> Settings:
     return ci_settings(Path("unused"), data, "train.micro_batches=4", *overrides)
 
 
-def build(settings: Settings) -> tuple[Parts, Batch]:
+def build(settings: Settings) -> tuple[Run, Batch]:
     """This rank's parts of the run, and its part of the first batch."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60)
@@ -82,10 +82,10 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def assert_sends_are_numbered_alike(parts: Parts) -> None:
+def assert_sends_are_numbered_alike(run: Run) -> None:
     """Who sends and who receives count the same, as the watchdog needs it."""
-    mine = {call.ranks: call.number for call in parts.mesh.traffic.last_calls() if call.group == "pp"}
-    counted = gather_objects(mine, parts.mesh.world)
+    mine = {call.ranks: call.number for call in run.mesh.traffic.last_calls() if call.group == "pp"}
+    counted = gather_objects(mine, run.mesh.world)
     for ranks in {ranks for numbers in counted for ranks in numbers}:
         first, second = (counted[rank][ranks] for rank in ranks)
         assert first == second > 0, ranks
@@ -94,21 +94,21 @@ def assert_sends_are_numbered_alike(parts: Parts) -> None:
 def first_step(settings: Settings) -> dict[str, Tensor]:
     """Loss, gradients by name, and the touched rows' numbers and gradients, as this rank has them."""
     parts, batch = build(settings)
-    memory = parts.memory
+    memory = run.table
     assert memory is not None
     plan = memory.plan(batch)
-    ((exchange, micro_batches),) = by_exchange(batch.at(parts.positions), plan, torch.device("cpu"))
+    ((exchange, micro_batches),) = by_exchange(batch.at(run.positions), plan, torch.device("cpu"))
     assert exchange is not None
-    memory.fetch(plan, exchange)
-    parts.set_mode(training=True)
-    loss = parts.schedule.step(micro_batches, True, lambda _: nullcontext())
+    engram.fetch(plan, exchange)
+    run.set_mode(training=True)
+    loss = run.schedule.step(micro_batches, True, lambda _: nullcontext())
     assert_sends_are_numbered_alike(parts)
     rows = memory.new_gradient(plan)
     memory.push(exchange, rows)
     memory.exchange.reduce_replicas(rows)
-    sum_over_tp([p for o in parts.engine.optimizers for g in o.param_groups for p in g["params"]], parts.mesh.tp)
-    out = {"loss": loss / parts.mesh.layout.tp}
-    for number, stage in enumerate(parts.stages):
+    sum_over_tp([p for o in run.engine.optimizers for g in o.param_groups for p in g["params"]], run.mesh.tp)
+    out = {"loss": loss / run.mesh.layout.tp}
+    for number, stage in enumerate(run.model_parts):
         for name, parameter in stage.named_parameters():
             assert parameter.grad is not None, name
             out[f"{name}@{number}" if name in out else name] = whole(parameter.grad)
@@ -270,8 +270,8 @@ def test_tied_embeddings_are_saved_once_and_stay_equal(runs: dict[str, Path], da
     ("overrides", "expected"),
     [
         (
-            ["memory.exchange_groups=2"],
-            "memory.exchange_groups=2: a pipeline needs the rows of all micro-batches at once; it may be 1",
+            ["engram.exchange_groups=2"],
+            "engram.exchange_groups=2: a pipeline needs the rows of all micro-batches at once; it may be 1",
         ),
         (["parallel.schedule=dualpipev", "train.micro_batches=3"], "train.micro_batches=3 is below the 4 stages"),
         (["parallel.stage_cuts=[3]"], "parallel.stage_cuts=\\[3\\] has 1 stages with 3 layers, not 2 with 4"),

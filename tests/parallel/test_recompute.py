@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from hybridtrain.errors import SettingsError
-from hybridtrain.metrics import Clock
-from hybridtrain.settings import Settings
-from hybridtrain.train import train_step
+from hybridtrain.monitor.metrics import Clock
+from hybridtrain.run.loop import train_step
+from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
 from tests.training import assert_bitwise, build_here, ci_settings, make_data, trace, traces
 from tools.bench_layers import PeakBytes
@@ -61,16 +61,16 @@ def test_layouts_are_bitwise_equal_and_send_the_same(data: Path, layouts: dict[s
 
 def test_less_is_kept(data: Path) -> None:
     """At most so many bytes of tensors at a time in a step, forward to optimizer."""
-    model = ("model.layers=['4*attention+dense','2*memory+attention+moe']", "train.micro_batches=1", "memory.rows_per_head=100")
+    model = ("model.layers=['4*attention+dense','2*memory+attention+moe']", "train.micro_batches=1", "engram.rows_per_head=100")
     peaks = []
     for mode in MODES:
         parts, loader = build_here(settings_of(data, *model, "train.global_batch=16", f"train.recompute={mode}"))
-        assert parts.memory is not None
+        assert run.table is not None
         for step in range(2):  # optimizers make their state in the first
             batch = loader.load(step)
-            plan = parts.memory.plan(batch)
+            plan = run.table.plan(batch)
             with PeakBytes() as peak:
-                train_step(parts, step, batch, plan, Clock(parts.mesh.device))
+                train_step(parts, step, batch, plan, Clock(run.mesh.device))
         peaks.append(peak.peak)
     none, selective, full = peaks
     assert none > 5e6

@@ -13,17 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
-from hybridtrain.config import load_settings
 from hybridtrain.data.batches import Batch
 from hybridtrain.kernels import choose
 from hybridtrain.kernels.short_conv.op import short_conv
-from hybridtrain.model.moe import places_in_line
+from hybridtrain.model.feedforwards.moe import position_in_expert
 from hybridtrain.parallel.apply import materialize, write_local
 from hybridtrain.parallel.collectives import Group
+from hybridtrain.parallel.engine import local_gradients, sum_over_tp, tp_copies
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import Mesh, make_mesh
-from hybridtrain.parallel.norms import local_gradients, sum_over_tp, tp_copies
 from hybridtrain.parallel.tensor import (
     SequenceConvolution,
     SequencePlaces,
@@ -34,6 +32,8 @@ from hybridtrain.parallel.tensor import (
     gather_sequence,
     scatter_sequence,
 )
+from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
+from hybridtrain.settings.load import load_settings
 from tests.parallel.groups import clip_by_global_norm, mesh_here
 from tests.ranks import run_on_ranks
 from tests.training import CI
@@ -136,8 +136,8 @@ def convolution(mesh: Mesh) -> None:
 
 def lines_before_experts(mesh: Mesh) -> None:
     experts_BTK = torch.randint(3, (B, T, 1), generator=torch.Generator().manual_seed(0))
-    places = SequencePlaces(places_in_line, mesh.tp)(part(experts_BTK, mesh))
-    assert torch.equal(places, part(places_in_line(experts_BTK), mesh))
+    places = SequencePlaces(position_in_expert, mesh.tp)(part(experts_BTK, mesh))
+    assert torch.equal(places, part(position_in_expert(experts_BTK), mesh))
 
 
 def pieces() -> None:
@@ -170,34 +170,34 @@ VOCABULARY = 1021  # a prime: no tp divides it
 OVERRIDES = ["model.moe.num_shared=1", "model.moe.aux_weight=0.1", "model.attention.num_kv_heads=2", "train.global_batch=4"]
 
 
-def build(mesh: Mesh, *overrides: str) -> Parts:
+def build(mesh: Mesh, *overrides: str) -> Run:
     settings = load_settings(CI, [*OVERRIDES, *overrides])
     vocabulary = Vocabulary(VOCABULARY, 0, np.arange(VOCABULARY))
     parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     with torch.no_grad():
-        for name, parameter in parts.model.named_parameters():
+        for name, parameter in run.model.named_parameters():
             if name.endswith(".conv"):  # zeros at the start, behind which there is no gradient
                 write_local(parameter, lambda rows, within=(), p=parameter: drawn(0, *p.shape)[(rows, *within)])  # type: ignore[misc]
     return parts
 
 
-def gradients(parts: Parts, batch: Batch) -> dict[str, Any]:
+def gradients(run: Run, batch: Batch) -> dict[str, Any]:
     """Loss, logits, norm and all gradients of one step, on every rank those of the whole."""
-    model, memory, mesh = parts.model, parts.memory, parts.mesh
+    model, memory, mesh = run.model, run.table, run.mesh
     assert memory is not None
     plan = memory.plan(batch)
-    memory.fetch(plan, plan.exchanges[0])
+    engram.fetch(plan, plan.exchanges[0])
     args = batch.tokens[0], batch.starts[0].cumsum(-1), plan.exchanges[0].index[0]
-    loss = model.train()(*args, targets_BT=batch.targets[0]) / parts.tokens_per_step
+    loss = model.train()(*args, targets_BT=batch.targets[0]) / run.tokens_per_step
     loss.backward()
     rows = memory.new_gradient(plan)
     memory.push(plan.exchanges[0], rows)
     memory.exchange.reduce_replicas(rows)
-    params = [p for o in parts.engine.optimizers for g in o.param_groups for p in g["params"]]
+    params = [p for o in run.engine.optimizers for g in o.param_groups for p in g["params"]]
     sum_over_tp(params, mesh.tp)
     norm, table_norm = clip_by_global_norm(local_gradients(params), rows, mesh, 0.0, tp_copies(params, mesh.tp))
     grads = {name: full(p.grad) for name, p in model.named_parameters()}
-    memory.fetch(plan, plan.exchanges[0])
+    engram.fetch(plan, plan.exchanges[0])
     logits = model.eval()(*args)
     memory.rows.clear()
     return {"loss": loss.detach(), "norm": norm, "table_norm": table_norm, "rows": rows, "logits": logits.detach(), "grads": grads}
@@ -211,7 +211,7 @@ def whole_model(degrees: dict[str, int], *overrides: str) -> None:
     dp, place = mesh.layout.dp, mesh.layout.coordinate(mesh.rank, "dp")
     mine = Batch(*(x.chunk(dp, 1)[place] for x in (batch.tokens, batch.targets, batch.starts)))
     parts = build(mesh, *overrides)
-    cut = parts.model.get_parameter("layers.0.mixer.wq.weight")
+    cut = run.model.get_parameter("layers.0.mixer.wq.weight")
     assert isinstance(cut, DTensor)
     assert cut.to_local().numel() * mesh.tp.size * mesh.layout.dp_shard == cut.numel()
     ours, theirs = gradients(parts, mine), gradients(build(alone, *overrides), batch)
@@ -241,7 +241,7 @@ def test_a_model_has_the_gradients_of_one_rank() -> None:
     cases = [
         ({"tp": 2}, ()),
         ({"tp": 2, "ep": 4}, ("model.tie_embeddings=true", "parallel.reshard_after_forward=true")),
-        ({"tp": 2, "dp_replicate": 2, "ep": 2}, ("memory.conv=false",)),
+        ({"tp": 2, "dp_replicate": 2, "ep": 2}, ("engram.conv=false",)),
         ({"tp": 2, "ep": 2, "etp": 2}, ()),
         ({"tp": 2, "etp": 2}, ("model.moe.score=sigmoid",)),
     ]

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.assemble import Parts
 from hybridtrain.data.batches import Batch
 from hybridtrain.kernels.engram_hash.op import row_ids
-from hybridtrain.model.hybrid_lm import HybridLM
-from hybridtrain.model.router import Router
+from hybridtrain.model.feedforwards.moe import Router
+from hybridtrain.model.lm import HybridLM
 from hybridtrain.parallel.layout import Layout
-from hybridtrain.settings import Settings
-from hybridtrain.world import resolve_layout
+from hybridtrain.run.assemble import Run
+from hybridtrain.run.process_setup import resolve_layout
+from hybridtrain.settings.tree import Settings
 from tests.parallel.formulas import FLOAT, Facts, Formulas
 from tests.parity.cases import settings_of
 from tests.parity.runs import new_world, start_run, train_steps
@@ -59,7 +59,7 @@ def second_step(data: str, overrides: list[str], store: str) -> Facts:
     """On a rank: two steps, and what the second sent."""
     settings = settings_of(data, "train.steps=2", *overrides)
     parts, load = start_run(settings, dist.get_world_size(), dist.get_rank(), new_world(store))
-    facts, layout, mesh = Facts(), parts.mesh.layout, parts.mesh
+    facts, layout, mesh = Facts(), run.mesh.layout, run.mesh
     train_steps(parts, load, 0, 1)
 
     def count(router: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
@@ -68,7 +68,7 @@ def second_step(data: str, overrides: list[str], store: str) -> Facts:
             facts.asked[rank] += int((owner_NK == rank).any(1).sum())
         facts.calls_of_experts += 1
 
-    for module in (m for stage in parts.stages for m in stage.modules() if isinstance(m, Router)):
+    for module in (m for stage in run.model_parts for m in stage.modules() if isinstance(m, Router)):
         module.register_forward_hook(count)
     before = mesh.traffic.entries()
     train_steps(parts, load, 1, 2)
@@ -77,15 +77,15 @@ def second_step(data: str, overrides: list[str], store: str) -> Facts:
         facts.calls[group, operation] = calls - old[0]
         facts.bytes[group] = facts.bytes.get(group, 0) + sent - old[1]
 
-    for stage in parts.stages:
+    for stage in run.model_parts:
         for name, parameter in stage.named_parameters():
             _add_parameter(facts, name, parameter, settings, layout)
         facts.columns += range(stage.part.low, stage.part.high)
         facts.modules += sum(isinstance(m, FSDPModule) for m in stage.modules())
-    here = getattr(parts.schedule, "stages", ())
+    here = getattr(run.schedule, "stages", ())
     facts.stages = [part.stage.number for part in here]
-    assert parts.memory is not None
-    facts.needed, facts.num_rows = _needed(parts, load(1)[2]), parts.memory.addressing.num_rows
+    assert run.table is not None
+    facts.needed, facts.num_rows = _needed(parts, load(1)[2]), run.table.addressing.num_rows
     return facts
 
 
@@ -97,18 +97,18 @@ def _add_parameter(facts: Facts, name: str, parameter: Tensor, settings: Setting
         facts.layers += size
     else:
         facts.root += size
-    facts.uncut += size if parameter.ndim == 1 or name.endswith(("router.weight", "memory.conv")) else 0
+    facts.uncut += size if parameter.ndim == 1 or name.endswith(("router.weight", "engram.conv")) else 0
     facts.embedding += size if name == "embed.weight" else 0
 
 
-def _needed(parts: Parts, batch: Batch) -> set[int]:
+def _needed(run: Run, batch: Batch) -> set[int]:
     """From the tokens alone: the distinct rows that this rank needs."""
-    memory, tp = parts.memory, parts.mesh.tp
+    memory, tp = run.table, run.mesh.tp
     assert memory is not None
-    ids = row_ids(memory.addressing, batch.tokens, batch.starts)
-    if parts.positions is not None:
-        ids = ids[:, :, parts.positions]
-    layers = [memory.addressing.layers.index(i) for stage in parts.stages for i in stage.memory_layers]
+    ids = row_ids(engram.addressing, batch.tokens, batch.starts)
+    if run.positions is not None:
+        ids = ids[:, :, run.positions]
+    layers = [engram.addressing.layers.index(i) for stage in run.model_parts for i in stage.engram_layers]
     slots = ids.shape[-1] // tp.size
     return set(ids[..., layers, tp.rank * slots : (tp.rank + 1) * slots].unique().tolist())
 

@@ -14,12 +14,12 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
-from hybridtrain.config import load_settings
 from hybridtrain.errors import SettingsError
 from hybridtrain.parallel.layout import Layout, LayoutError, divisors
 from hybridtrain.parallel.stages import SCHEDULES
-from hybridtrain.settings import Settings
-from hybridtrain.world import resolve_layout
+from hybridtrain.run.process_setup import resolve_layout
+from hybridtrain.settings.load import load_settings
+from hybridtrain.settings.tree import Settings
 
 CI = Path(__file__).parents[2] / "configs" / "ci.toml"
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp", "mem")
@@ -38,10 +38,10 @@ MODEL = (
     "model.moe.num_shared=1",
     "model.moe.aux_weight=0.01",
     "model.moe.z_weight=0.001",
-    "memory.head_dim=8",
-    "memory.rows_per_head=200",
-    "memory.conv_kernel=2",
-    "memory.weight_decay=0.1",
+    "engram.head_dim=8",
+    "engram.rows_per_head=200",
+    "engram.conv_kernel=2",
+    "engram.weight_decay=0.1",
     "optim.lr=0.003",
     "optim.clip_norm=0.3",  # below the norm, so that clipping takes part
     "optim.warmup_steps=2",
@@ -50,8 +50,8 @@ MODEL = (
     "train.global_batch=16",
 )
 DEEP = (  # two stages a rank at pp 4, one at pp 8
-    'model.layers=["memory+attention+moe", "attention+dense", "attention+moe", "memory+attention+dense", '
-    '"attention+moe", "attention+dense", "memory+attention+moe", "attention+dense"]',
+    'model.layers=["engram+attention+moe", "attention+dense", "attention+moe", "engram+attention+dense", '
+    '"attention+moe", "attention+dense", "engram+attention+moe", "attention+dense"]',
     # seed 0 draws a token whose gate's sign hangs on rounding: 12 times the noise of seeds 1 to 3, and over matrix.CEILING
     "run.seed=1",
 )
@@ -64,8 +64,8 @@ UNEVEN = (  # sizes that 2 divides and 4 does not, fewer heads of keys and value
     "model.dense.hidden=90",
     "model.moe.num_experts=6",
     "model.moe.hidden=40",
-    "memory.heads=3",
-    "memory.rows_per_head=101",
+    "engram.heads=3",
+    "engram.rows_per_head=101",
     "train.seq_len=52",
 )
 
@@ -90,8 +90,8 @@ VARIANTS = {
     "uneven": Variant(UNEVEN, other_numbers=True),
     "capacity": Variant(("model.moe.capacity=1.0",), other_numbers=True),
     "recompute": Variant(("train.recompute=full",)),
-    "far, overlap": Variant(("parallel.mem_placement=far", "memory.fetch=overlap")),
-    "stale": Variant(("memory.fetch=stale",), other_numbers=True),
+    "far, overlap": Variant(("parallel.mem_placement=strided", "engram.fetch=overlap")),
+    "stale": Variant(("engram.fetch=stale",), other_numbers=True),
     "hierarchical": Variant(
         ("parallel.dispatch=hierarchical", "parallel.node_size=2"), where=lambda case: case["ep"] == 4 and case["mem"] == 2
     ),

@@ -10,10 +10,10 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from hybridtrain import train
 from hybridtrain.data.batches import Batch
 from hybridtrain.parallel import engine
-from hybridtrain.parallel.rows import RowExchange
+from hybridtrain.parallel.row_exchange import RowExchange
+from hybridtrain.run import loop as train
 
 
 @contextmanager

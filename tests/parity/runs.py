@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.metrics import Clock, Totals
+from hybridtrain.monitor.metrics import Clock, Totals
 from hybridtrain.parallel.collectives import barrier
 from hybridtrain.parallel.mesh import close_mesh, make_mesh
-from hybridtrain.parallel.rows import StepPlan
-from hybridtrain.settings import Settings
-from hybridtrain.train import train_step
-from hybridtrain.world import resolve_layout
+from hybridtrain.parallel.row_exchange import StepPlan
+from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
+from hybridtrain.run.loop import train_step
+from hybridtrain.run.process_setup import resolve_layout
+from hybridtrain.settings.tree import Settings
 from tests.parity.cases import Case, settings_of
 from tests.parity.faults import FAULTS
 
@@ -45,7 +45,7 @@ class Run:
 
 def start_run(
     settings: Settings, world: int, rank: int, rendezvous: str = "", reorder: Callable[[Batch], Batch] = lambda batch: batch
-) -> tuple[Parts, Load]:
+) -> tuple[Run, Load]:
     """A run's parts on this rank, and its steps' batches; wired as `train` does it, without the background thread."""
     mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, rendezvous)
     dataset = TokenDataset.open(settings.data.path, verify=False)
@@ -59,16 +59,16 @@ def start_run(
 
     def load(step: int) -> tuple[Batch, StepPlan | None, Batch]:
         batch = reorder(loader.load(step))
-        return batch.at(parts.positions), parts.memory.plan(batch) if parts.memory is not None else None, batch
+        return batch.at(run.positions), run.table.plan(batch) if run.table is not None else None, batch
 
     return parts, load
 
 
-def train_steps(parts: Parts, load: Load, start: int, stop: int) -> list[Totals]:
+def train_steps(run: Run, load: Load, start: int, stop: int) -> list[Totals]:
     """Steps `start` to `stop-1`, each with the next one's plan at hand where there is one."""
-    totals, clock, (batch, plan, _) = [], Clock(parts.mesh.device), load(start)
-    if parts.memory is not None:
-        parts.memory.resume(plan)
+    totals, clock, (batch, plan, _) = [], Clock(run.mesh.device), load(start)
+    if run.table is not None:
+        run.table.resume(plan)
     for step in range(start, stop):
         upcoming, next_plan, _ = load(step + 1) if step + 1 < stop else (batch, None, batch)
         totals.append(train_step(parts, step, batch, plan, clock, next_plan))
@@ -83,15 +83,15 @@ def new_world(store: str) -> str:
     return f"file://{store}"
 
 
-def stage_states(parts: Parts) -> list[State]:
+def stage_states(run: Run) -> list[State]:
     """Every tensor of each of this rank's stages, whole; copies that other ranks hold too are among them."""
-    return [{name: whole(value) for name, value in _state(parts, stage).items()} for stage in range(len(parts.stages))]
+    return [{name: whole(value) for name, value in _state(parts, stage).items()} for stage in range(len(run.model_parts))]
 
 
-def _state(parts: Parts, stage: int) -> State:
+def _state(run: Run, stage: int) -> State:
     """By their names in checkpoints; the memory goes with the rank's first stage."""
-    memory = parts.memory.state() if parts.memory is not None and stage == 0 else {}
-    return {**parts.engine.state(stage), **{f"memory.{name}": value for name, value in memory.items()}}
+    memory = run.table.state() if run.table is not None and stage == 0 else {}
+    return {**run.engine.state(stage), **{f"memory.{name}": value for name, value in memory.items()}}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def run_cases(
                 parts, load = start_run(settings, world, rank, rendezvous)
                 totals = train_steps(parts, load, 0, settings.train.steps)
             out.append(distances(curves(totals), stage_states(parts), reference))
-            barrier(parts.mesh.world)  # none closes its groups while another still talks
+            barrier(run.mesh.world)  # none closes its groups while another still talks
         except Exception as error:
             raise AssertionError(f"{case}: {type(error).__name__}: {error}") from error
     return out

@@ -30,7 +30,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _train(name: str, data: Path, folder: Path) -> Path:
     ranks = LAYOUTS[name][0]
-    steps = ("train.steps=4", "checkpoint.every=4", "train.eval_every=0", "memory.weight_decay=0.1")
+    steps = ("train.steps=4", "checkpoint.every=4", "train.eval_every=0", "engram.weight_decay=0.1")
     train_on(ranks, ci_settings(folder, data, *overrides(name), *steps))
     return folder
 

@@ -10,7 +10,7 @@ import pytest
 from hybridtrain.data.prepare import prepare
 from tools.bench_exchange import Options, Way, main, render, summarise
 
-SMALL = ["model.dim=16", "train.seq_len=16", "train.global_batch=8", "train.micro_batches=2", "memory.rows_per_head=300"]
+SMALL = ["model.dim=16", "train.seq_len=16", "train.global_batch=8", "train.micro_batches=2", "engram.rows_per_head=300"]
 
 
 def test_ratios_are_taken_step_by_step() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hybridtrain.model.count import flops_per_token
+from hybridtrain.model.cost import flops_per_token
 from tools.bench_peers import main, render, summarise
 from tools.peers import MATMUL_FLOPS, Case
 

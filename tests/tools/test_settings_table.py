@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain.settings import Settings
+from hybridtrain.settings.tree import Settings
 from tools.settings_table import describe_type, main
 
 ROOT = Path(__file__).parents[2]

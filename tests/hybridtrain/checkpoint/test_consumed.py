@@ -9,7 +9,7 @@ import pytest
 from hybridtrain.checkpoint import Consumed
 from hybridtrain.data.position import Position
 from hybridtrain.errors import UserError
-from hybridtrain.settings import Settings
+from hybridtrain.settings.tree import Settings
 
 GOOD = {"sequences": 9, "tokens": 90, "seed": 0, "train": "a", "validation": "", "epoch": 2, "window": 10, "read": 30}
 OLD = {"step": 4, "sequences": 5 * 32, "settings": Settings().model_dump(mode="json")}

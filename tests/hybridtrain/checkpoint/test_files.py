@@ -40,7 +40,7 @@ def save(path: Path, tensors: dict[str, Tensor], sources: dict[str, Any] | None 
 
 @pytest.fixture(params=["folder", "url"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return tmp_path / "c" if request.param == "folder" else checkpoint.place(f"memory://{tmp_path.name}/c")
+    return tmp_path / "c" if request.param == "folder" else checkpoint.open_storage(f"memory://{tmp_path.name}/c")
 
 
 def test_what_is_written_in_blocks_is_read_whole_and_in_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

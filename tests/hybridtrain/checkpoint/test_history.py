@@ -10,7 +10,7 @@ import pytest
 
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint.history import begin_folder, folder_of, prune, staging_of
-from hybridtrain.checkpoint.place import remove_folder
+from hybridtrain.checkpoint.storage import remove_folder
 from hybridtrain.errors import DamagedCheckpoint
 
 DESCRIPTION: dict[str, Any] = {  # all that a checkpoint.json must say
@@ -43,7 +43,7 @@ def commit(folder: Path, step: int, base: int | None = None, content: str = "", 
 
 @pytest.fixture(params=["folder", "url"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return tmp_path / "c" if request.param == "folder" else checkpoint.place(f"memory://{tmp_path.name}/c")
+    return tmp_path / "c" if request.param == "folder" else checkpoint.open_storage(f"memory://{tmp_path.name}/c")
 
 
 def test_a_commit_makes_it_the_latest(folder: Path) -> None:

@@ -14,50 +14,50 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts
 from hybridtrain.checkpoint import blocks, files
 from hybridtrain.checkpoint.state import Content
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.errors import CheckpointError
-from hybridtrain.metrics import Clock
+from hybridtrain.monitor.metrics import Clock
 from hybridtrain.parallel.collectives import barrier
-from hybridtrain.settings import Settings
-from hybridtrain.train import train_step
+from hybridtrain.run.assemble import Run
+from hybridtrain.run.loop import train_step
+from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
 from tests.training import build_here, ci_settings
 
 # one layer of nine heads: an odd number of primes, so that owners have unequal parts; rows that owe decay change when read
 TABLE = (
-    'model.layers=["attention+dense", "memory+attention+moe"]',
-    "memory.orders=[2, 3, 4]",
-    "memory.heads=3",
-    "memory.rows_per_head=211",
-    "memory.weight_decay=0.1",
+    'model.layers=["attention+dense", "engram+attention+moe"]',
+    "engram.orders=[2, 3, 4]",
+    "engram.heads=3",
+    "engram.rows_per_head=211",
+    "engram.weight_decay=0.1",
     "train.global_batch=8",
     "optim.warmup_steps=2",
 )
 TWO = ("parallel.ep=2", "parallel.mem=2")
 
 
-def steps(run: tuple[Parts, BatchLoader], first: int, last: int, before_update: Callable[[], None] | None = None) -> list[float]:
+def steps(run: tuple[Run, BatchLoader], first: int, last: int, before_update: Callable[[], None] | None = None) -> list[float]:
     """The losses of steps `first` to `last-1`."""
     parts, loader = run
     out = []
     for step in range(first, last):
         batch = loader.load(step)
-        plan = parts.memory.plan(batch) if parts.memory is not None else None
-        clock = Clock(parts.mesh.device)
-        out.append(train_step(parts, step, batch.at(parts.positions), plan, clock, None, before_update).loss)
+        plan = run.table.plan(batch) if run.table is not None else None
+        clock = Clock(run.mesh.device)
+        out.append(train_step(parts, step, batch.at(run.positions), plan, clock, None, before_update).loss)
     return out
 
 
-def all_state(parts: Parts) -> dict[str, Tensor]:
-    assert parts.memory is not None
-    state = {**parts.engine.state(0), **parts.memory.row_tensors()}
+def all_state(run: Run) -> dict[str, Tensor]:
+    assert run.table is not None
+    state = {**run.engine.state(0), **run.table.row_tensors()}
     return {name: (v.to_local() if hasattr(v, "to_local") else v).detach().clone() for name, v in state.items()}
 
 
-def loaded(settings: Settings, path: Path) -> tuple[Parts, BatchLoader]:
+def loaded(settings: Settings, path: Path) -> tuple[Run, BatchLoader]:
     run = build_here(settings)
     checkpoint.verify(path, "full", run[0].mesh.world)
     checkpoint.load(run[0], path)
@@ -190,7 +190,7 @@ def at_urls(settings: dict[str, Settings], where: str) -> list[Any]:
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
     run = build_here(settings["incremental"])
-    folder = checkpoint.place(where)
+    folder = checkpoint.open_storage(where)
     saver = checkpoint.Saver(run[0], folder, "digest")
     for done in range(1, 6):
         steps(run, done - 1, done, saver.before_update)
@@ -229,7 +229,7 @@ def test_checkpoints_may_lie_at_any_url(ci_data: Path, tmp_path: Path, nproc: in
 
 
 def test_a_table_that_changes_as_a_whole_is_copied_before_it_does(ci_data: Path, tmp_path: Path) -> None:
-    settings = ci_settings(Path("unused"), ci_data, *TABLE, "memory.optimizer=adam", "checkpoint.background=true")
+    settings = ci_settings(Path("unused"), ci_data, *TABLE, "engram.optimizer=adam", "checkpoint.background=true")
     run = build_here(settings)
     with checkpoint.Saver(run[0], tmp_path, "digest") as saver, slow_writes(0.5):
         steps(run, 0, 2)

@@ -12,7 +12,7 @@ import torch
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
 from hybridtrain.errors import CheckpointError
-from hybridtrain.use import open_checkpoint
+from hybridtrain.run.generate import open_checkpoint
 from tests.hybridtrain.conftest import TWO_RANKS
 from tests.ranks import run_on_ranks
 
@@ -24,16 +24,16 @@ def test_reads_what_a_load_reads_whatever_layout_wrote_it(trained: Callable[...,
     assert last is not None
     stored = StoredTensors(last)
     parts, _, _ = open_checkpoint(run)
-    assert parts.memory is not None
-    expected = {f"model.{k}": v for k, v in parts.model.state_dict().items()}
-    expected |= {f"memory.{k}": v for k, v in parts.memory.state().items()}
+    assert run.table is not None
+    expected = {f"model.{k}": v for k, v in run.model.state_dict().items()}
+    expected |= {f"memory.{k}": v for k, v in run.table.state().items()}
     assert expected.keys() <= stored.shapes.keys()
     for name, value in expected.items():
         assert stored.shapes[name] == tuple(value.shape)
         assert torch.equal(stored.read(name), value), name
-    rows = len(parts.memory.table)
+    rows = len(run.table.table)
     for low, high in ((0, 1), (rows // 2 - 3, rows // 2 + 3), (rows - 1, rows), (5, 5)):
-        assert torch.equal(stored.read("memory.table", low, high), parts.memory.table[low:high])
+        assert torch.equal(stored.read("memory.table", low, high), run.table.table[low:high])
     step = next(name for name in stored.shapes if name.endswith(".step"))
     assert stored.read(step) == 20  # a tensor without dims
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hybridtrain.config import load_settings
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
+from hybridtrain.settings.load import load_settings
 from tests.parity.cases import MODEL
 from tests.training import CI
 

@@ -11,7 +11,7 @@ import pytest
 from hybridtrain.data.manifest import read_manifest
 from hybridtrain.data.prepare import ensure_prepared, prepare
 from hybridtrain.errors import DataError
-from hybridtrain.settings import DataSettings
+from hybridtrain.settings.tree import DataSettings
 from tests.hybridtrain.data import zoo
 
 LINES = "".join(json.dumps({"body": f"document {number} über"}) + "\n" for number in range(10))

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hybridtrain.data.prefetch import Feed, Prefetcher
+from hybridtrain.data.prefetch import Prefetcher, StepPrefetcher
 
 
 def wait_until(condition) -> None:  # type: ignore[no-untyped-def]
@@ -106,7 +106,7 @@ def test_a_feed_goes_on_elsewhere_and_ends_where_the_run_does() -> None:
         loaded.append(number)
         return number
 
-    with Feed(load, steps=6) as feed:
+    with StepPrefetcher(load, steps=6) as feed:
         assert [feed.begin(0, 0), feed.get(1), feed.get(2), feed.get(3)] == [0, 1, 2, 3]
         assert [feed.begin(2, 2), feed.get(3), feed.get(4), feed.get(5)] == [4, 5, 6, 7]  # back by two steps, and on in the data
         with pytest.raises(ValueError, match="not the next one"):
@@ -131,7 +131,7 @@ def test_a_feed_that_goes_on_elsewhere_waits_for_the_load_under_way_however_long
         under_way -= 1
         return number
 
-    with Feed(load, steps=6) as feed:
+    with StepPrefetcher(load, steps=6) as feed:
         assert feed.begin(0, 0) == 0
         assert slow.wait(10)
         hours = itertools.count(0.0, 3600.0)

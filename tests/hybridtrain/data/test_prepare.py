@@ -18,7 +18,7 @@ from hybridtrain.data.prepare import ensure_prepared, prepare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.data.tokenizer import load_tokenizer
 from hybridtrain.errors import DataError
-from hybridtrain.settings import DataSettings
+from hybridtrain.settings.tree import DataSettings
 from tests.console import hybridtrain, refused
 
 SETTINGS: dict[str, Any] = {"vocab_size": 320, "validation_fraction": 0.2, "shard_tokens": 1500, "progress": False}

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridtrain.config import load_settings
 from hybridtrain.errors import FormatError
 from hybridtrain.formats.families import FAMILIES
 from hybridtrain.formats.hf_export import export_hf
 from hybridtrain.formats.hf_import import import_hf
-from hybridtrain.use import evaluate_checkpoint, open_checkpoint
+from hybridtrain.run.generate import evaluate_checkpoint, open_checkpoint
+from hybridtrain.settings.load import load_settings
 from tests.hybridtrain.formats.tiny import (
     OURS,
     THEIRS,
@@ -66,7 +66,7 @@ def test_an_imported_model_has_their_logits_and_goes_back_bit_for_bit(case: str,
         assert float((back.eval()(tokens_BT).logits - theirs).abs().max()) < 4 * noise
 
 
-NO_MEMORY = "memory.enabled=false"
+NO_MEMORY = "engram.enabled=false"
 
 
 @pytest.mark.parametrize("family", OURS)
@@ -162,7 +162,7 @@ def test_a_family_that_is_another_model_is_refused_with_every_reason(ci_data: Pa
         f"model.attention.qk_norm=true: {name} has false",
         f'model.moe.score="sigmoid": {name} has "softmax"',
         f"model.moe.num_shared=1: {name} has 0",
-        f'model.layers=["attention+dense", "memory+attention+moe", "attention+moe", "memory+attention+dense"]: '
+        f'model.layers=["attention+dense", "engram+attention+moe", "attention+moe", "engram+attention+dense"]: '
         f"{name} has every layer moe",
         f"the routers have selection biases (model.moe.bias_rate); {name} has none",
     ]

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hybridtrain.errors import DataError, FormatError, UserError
+from hybridtrain.files.untrusted import UntrustedFileError
 from hybridtrain.formats.command import import_model
 from hybridtrain.formats.hf_export import export_hf
 from hybridtrain.formats.hf_import import import_hf
 from hybridtrain.formats.shards import INDEX, SINGLE, SafetensorsFolder
-from hybridtrain.untrusted import UntrustedFileError
-from hybridtrain.use import open_checkpoint
+from hybridtrain.run.generate import open_checkpoint
 from tests.hybridtrain.formats.tiny import edit_config, our_logits, random_tokens, small_folder
 
 import transformers  # isort: skip  (after tiny, which takes it off line)

@@ -22,7 +22,7 @@ from hybridtrain.formats.megatron_export import export_megatron
 from hybridtrain.formats.megatron_import import import_megatron
 from hybridtrain.formats.megatron_names import join_qkv, split_qkv
 from hybridtrain.formats.torch_dist import COMMON, RELEASE, TRACKER, Region, TorchDist, read_common, write_torch_dist
-from hybridtrain.run_folder import find_checkpoint
+from hybridtrain.run.run_folder import find_checkpoint
 from tests.hybridtrain.formats.tiny import MEGATRON_RUNS, equal_weights, megatron_refusal, random_run, whole, write_args
 
 

@@ -14,7 +14,7 @@ from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.formats.megatron_export import export_megatron
 from hybridtrain.formats.megatron_import import import_megatron
 from hybridtrain.formats.torch_dist import RELEASE, TorchDist
-from hybridtrain.use import open_checkpoint
+from hybridtrain.run.generate import open_checkpoint
 from tests.hybridtrain.formats import megatron_core
 from tests.hybridtrain.formats.megatron_core import Job
 from tests.hybridtrain.formats.tiny import MEGATRON_RUNS, equal_weights, our_logits, random_run, random_tokens, whole

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from hybridtrain.config import load_settings
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.errors import FormatError
 from hybridtrain.formats.hf_export import export_hf
@@ -19,8 +18,9 @@ from hybridtrain.formats.hf_import import import_hf
 from hybridtrain.formats.megatron_export import export_megatron
 from hybridtrain.formats.megatron_import import import_megatron
 from hybridtrain.formats.torch_dist import COMMON, RELEASE, TorchDist, read_common
-from hybridtrain.train import train
-from hybridtrain.weights import COMPANIONS, ORIGIN, TEMPLATES
+from hybridtrain.run.init_from import COMPANIONS, ORIGIN, TEMPLATES
+from hybridtrain.run.loop import train
+from hybridtrain.settings.load import load_settings
 from tests.hybridtrain.formats.tiny import MEGATRON_RUNS, OURS, THEIRS, edit_config, random_run, small_folder
 
 import transformers  # isort: skip  (after tiny, which takes it off line)
@@ -111,7 +111,7 @@ def test_of_a_trained_model_only_what_training_changed_is_another(ci_data: Path,
 def test_what_a_model_changed_is_written_and_nothing_else(ci_data: Path, tmp_path: Path) -> None:
     came = json.loads((their_folder("llama", tmp_path / "theirs", ci_data) / "config.json").read_text())
     came["torch_dtype"] = "bfloat16"
-    overrides = (*OURS["llama"], "memory.enabled=false", "model.attention.rope_theta=700", "train.seq_len=8192")
+    overrides = (*OURS["llama"], "engram.enabled=false", "model.attention.rope_theta=700", "train.seq_len=8192")
     run = random_run(tmp_path / "run", ci_data, *overrides, 'model.layers=["3*attention+dense"]')
     (run / ORIGIN).write_text(json.dumps({"config": came, "dtype": "bfloat16", "positions": 4096}))
     export_hf(run, tmp_path / "out", dtype="float32")
@@ -132,7 +132,7 @@ def test_what_a_model_changed_is_written_and_nothing_else(ci_data: Path, tmp_pat
 
 
 def test_without_an_origin_the_config_agrees_with_the_generation_config_of_the_folder(ci_data: Path, tmp_path: Path) -> None:
-    run = random_run(tmp_path / "run", ci_data, "memory.enabled=false", *OURS["qwen3"])
+    run = random_run(tmp_path / "run", ci_data, "engram.enabled=false", *OURS["qwen3"])
     (run / "generation_config.json").write_text('{"eos_token_id": [3, 4], "pad_token_id": 1}')
     export_hf(run, tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())

@@ -18,7 +18,6 @@ import transformers
 from torch import Tensor
 
 from hybridtrain import checkpoint
-from hybridtrain.assemble import Parts, Vocabulary, assemble, make_addressing
 from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
@@ -28,8 +27,9 @@ from hybridtrain.errors import FormatError
 from hybridtrain.formats.megatron_import import import_megatron
 from hybridtrain.formats.torch_dist import COMMON, RELEASE, Region, TorchDist
 from hybridtrain.parallel.mesh import make_mesh
-from hybridtrain.run_folder import find_checkpoint
-from hybridtrain.world import resolve_layout
+from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
+from hybridtrain.run.process_setup import resolve_layout
+from hybridtrain.run.run_folder import find_checkpoint
 from tests.training import ci_settings
 
 VOCABULARY = 1032  # more than the 1024 entries of the tokenizer, as many published models have
@@ -139,13 +139,13 @@ def random_run(folder: Path, data: Path, *overrides: str) -> Path:
     parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, value in parts.model.state_dict().items():
+        for name, value in run.model.state_dict().items():
             noise = torch.empty(value.shape).normal_(0, 0.15, generator=generator)
             if name.endswith("bias_E") and settings.model.moe.score == "softmax":
                 noise.zero_()
             value.copy_(1 + noise if name.endswith("norm.weight") else noise)
-        if parts.memory is not None:
-            parts.memory.table.normal_(0, 0.3, generator=generator)
+        if run.table is not None:
+            run.table.table.normal_(0, 0.3, generator=generator)
     folder.mkdir()
     for name in (TOKENIZER, COMPRESSION):
         shutil.copyfile(data / name, folder / name)
@@ -156,16 +156,16 @@ def random_run(folder: Path, data: Path, *overrides: str) -> Path:
     return folder
 
 
-def our_logits(parts: Parts, tokens_BT: Tensor, separator: int) -> Tensor:
+def our_logits(run: Run, tokens_BT: Tensor, separator: int) -> Tensor:
     """Logits of whole texts, as the training loop would compute them."""
     batch = Batch(tokens_BT[None], tokens_BT[None], tokens_BT[None] == separator)
     index = None
-    if parts.memory is not None:
-        plan = parts.memory.plan(batch, evaluate=True)
-        parts.memory.fetch(plan, plan.exchanges[0])
+    if run.table is not None:
+        plan = run.table.plan(batch, evaluate=True)
+        run.table.fetch(plan, plan.exchanges[0])
         index = plan.exchanges[0].index[0]
     with torch.no_grad():
-        logits: Tensor = parts.model.eval()(tokens_BT, batch.starts[0].cumsum(-1), index)
+        logits: Tensor = run.model.eval()(tokens_BT, batch.starts[0].cumsum(-1), index)
     return logits
 
 

@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.model.engram import EngramMemory
-from hybridtrain.settings import Settings
+from hybridtrain.model.engram import EngramLayer
+from hybridtrain.settings.tree import Settings
 
 B, T, DIM, SLOTS, WIDTH = 2, 20, 12, 6, 5
 
 
-def build(conv: bool) -> EngramMemory:
+def build(conv: bool) -> EngramLayer:
     settings = Settings.model_validate(
         {"model": {"dim": DIM}, "memory": {"orders": (2, 3), "heads": 3, "head_dim": WIDTH, "conv": conv, "conv_kernel": 4}}
     )
-    memory = EngramMemory(settings)
+    memory = EngramLayer(settings)
     generator = torch.Generator().manual_seed(0)
     for parameter in memory.parameters():
         torch.nn.init.normal_(parameter, std=0.5, generator=generator)
@@ -30,14 +30,14 @@ def norm64(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
-def formula(memory: EngramMemory, p: dict[str, Tensor], h: Tensor, rows: Tensor, documents: Tensor) -> Tensor:
+def formula(memory: EngramLayer, p: dict[str, Tensor], h: Tensor, rows: Tensor, documents: Tensor) -> Tensor:
     """engram.md's lines in float64, position by position where the convolution reads."""
     e = rows.reshape(B, T, SLOTS * WIDTH)
     k, v = e @ p["wk.weight"].t(), e @ p["wv.weight"].t()
     s = (norm64(h, p["h_norm.weight"]) * norm64(k, p["k_norm.weight"])).sum(-1) / math.sqrt(DIM)
     g = torch.sigmoid(torch.sign(s) * torch.sqrt(torch.clamp(s.abs(), min=1e-6)))
     u = g[..., None] * v
-    if memory.conv is None:
+    if engram.conv is None:
         return u
     x, out = norm64(u, p["conv_norm.weight"]), []
     for b in range(B):
@@ -73,7 +73,7 @@ def test_output_and_gradients_equal_the_formula(conv: bool, starts: tuple[int, .
 def test_a_zero_convolution_adds_nothing() -> None:
     memory, plain = build(conv=True), build(conv=False)
     plain.load_state_dict(memory.state_dict(), strict=False)
-    torch.nn.init.zeros_(memory.conv)
+    torch.nn.init.zeros_(engram.conv)
     h, rows = torch.randn(B, T, DIM), torch.randn(B, T, SLOTS, WIDTH)
     assert torch.equal(memory(h, rows, None), plain(h, rows, None))
 

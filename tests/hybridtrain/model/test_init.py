@@ -10,12 +10,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from hybridtrain.config import parse_settings
 from hybridtrain.model import init
-from hybridtrain.model.count import count_parameters, flops_per_token
-from hybridtrain.model.hybrid_lm import HybridLM
+from hybridtrain.model.cost import count_parameters, flops_per_token
 from hybridtrain.model.init import TABLE_BLOCK, Draw, draw, init_parameters, init_table
-from hybridtrain.settings import Settings
+from hybridtrain.model.lm import HybridLM
+from hybridtrain.settings.load import parse_settings
+from hybridtrain.settings.tree import Settings
 
 
 @pytest.mark.parametrize("name", ["layers.1.feedforward.experts.w_up", "layers.1.mixer.wq.weight", "norm.weight", "x.conv"])
@@ -105,8 +105,8 @@ def test_a_writer_can_take_slices() -> None:
     "overrides",
     [
         [],
-        ["model.tie_embeddings=true", "memory.conv=false", "model.moe.num_shared=2"],
-        ["memory.enabled=false", "model.attention.qk_norm=false", "model.attention.num_kv_heads=2", "model.attention.head_dim=48"],
+        ["model.tie_embeddings=true", "engram.conv=false", "model.moe.num_shared=2"],
+        ["engram.enabled=false", "model.attention.qk_norm=false", "model.attention.num_kv_heads=2", "model.attention.head_dim=48"],
     ],
 )
 def test_counts_agree_with_the_model(overrides: list[str]) -> None:
@@ -117,10 +117,10 @@ def test_counts_agree_with_the_model(overrides: list[str]) -> None:
     moe = settings.model.moe
     idle = 3 * (moe.num_experts - moe.top_k) * 3 * 128 * moe.hidden  # three layers of experts
     assert count.active == count.total - count.table - idle + count.table_active
-    assert count.table_active == (256 if settings.memory.enabled else 0)
+    assert count.table_active == (256 if settings.engram.enabled else 0)
 
 
 def test_flops_by_hand() -> None:
-    settings = parse_settings({}, ["model.layers=['memory+attention+moe']"])
+    settings = parse_settings({}, ["model.layers=['engram+attention+moe']"])
     matrices = 100 * 128 + 4 * 128 * 128 + 2 * 256 * 128 + 128 * 8 + 2 * 3 * 128 * 256
     assert flops_per_token(settings, 100) == 6 * matrices + 3 * 2 * 2 * 4 * 32 * 129 / 2

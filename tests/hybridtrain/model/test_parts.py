@@ -6,21 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridtrain.model.count import count_parameters, flops_per_token, stage_costs
-from hybridtrain.model.hybrid_lm import HybridLM, Part
+from hybridtrain.model.cost import count_parameters, flops_per_token, stage_costs
+from hybridtrain.model.engram import StepRows
 from hybridtrain.model.init import init_parameters
-from hybridtrain.model.rows import StepRows
+from hybridtrain.model.lm import HybridLM, Part
 from hybridtrain.model.statistics import collect, no_statistics
-from hybridtrain.settings import DenseSettings, MemorySettings, ModelSettings, MoESettings, Settings
+from hybridtrain.settings.tree import DenseSettings, EngramSettings, ModelSettings, MoESettings, Settings
 
 VOCABULARY = 64
 
 
 def settings(tied: bool = False) -> Settings:
-    layers = ("attention+dense", "memory+attention+moe", "attention+moe", "memory+attention+dense")
+    layers = ("attention+dense", "engram+attention+moe", "attention+moe", "engram+attention+dense")
     moe = MoESettings(num_experts=4, hidden=16, aux_weight=0.01, z_weight=0.01)
     model = ModelSettings(dim=32, layers=layers, tie_embeddings=tied, dense=DenseSettings(hidden=16), moe=moe)
-    return Settings(model=model, memory=MemorySettings(head_dim=8))
+    return Settings(model=model, memory=EngramSettings(head_dim=8))
 
 
 def build(s: Settings, part: Part | None = None, rows: StepRows | None = None) -> HybridLM:
@@ -51,9 +51,9 @@ def test_parts_in_a_row_are_the_whole_model(cuts: tuple[int, ...], tied: bool) -
     values: dict[str, Tensor] = {}
     for number, cut in enumerate(cuts):
         part = build(s, Part(low, low + cut, number == 0, number == len(cuts) - 1), rows)
-        own = index[:, :, column : column + len(part.memory_layers)]
+        own = index[:, :, column : column + len(part.engram_layers)]
         x = part(x, documents, own, 0, tokens if part.part.last else None)
-        low, column = low + cut, column + len(part.memory_layers)
+        low, column = low + cut, column + len(part.engram_layers)
         values |= part.state_dict()
     assert torch.equal(x, expected)
     assert values.keys() == whole.state_dict().keys()

@@ -6,7 +6,7 @@ from torch import nn
 
 from hybridtrain.optim.groups import build_optimizers, group_kind, set_learning_rates
 from hybridtrain.optim.muon import Muon
-from hybridtrain.settings import OptimSettings
+from hybridtrain.settings.tree import OptimSettings
 
 DECAY = [
     "head.weight",

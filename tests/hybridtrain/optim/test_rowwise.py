@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels import choose
 from hybridtrain.optim.rowwise import DenseAdam, RowwiseAdagrad, RowwiseAdam, make_row_optimizer
-from hybridtrain.settings import MemorySettings
+from hybridtrain.settings.tree import EngramSettings
 
 R, D = 40, 6
 
@@ -314,14 +314,14 @@ def test_dense_adam_is_torchs_adam():
     ],
 )
 def test_make_row_optimizer(name, kind, names):
-    optimizer = make_row_optimizer(MemorySettings(optimizer=name), torch.zeros(4, 2))
+    optimizer = make_row_optimizer(EngramSettings(optimizer=name), torch.zeros(4, 2))
     assert type(optimizer) is kind
     assert set(optimizer.state) == names
 
 
 def test_dense_adam_refuses_beta2_of_one():
-    with pytest.raises(SettingsError, match=r'memory.beta2=1.0 must be below 1 for memory.optimizer="adam"'):
-        make_row_optimizer(MemorySettings(optimizer="adam", beta2=1.0), torch.zeros(4, 2))
+    with pytest.raises(SettingsError, match=r'engram.beta2=1.0 must be below 1 for engram.optimizer="adam"'):
+        make_row_optimizer(EngramSettings(optimizer="adam", beta2=1.0), torch.zeros(4, 2))
 
 
 @pytest.mark.parametrize("make", [RowwiseAdam, RowwiseAdagrad])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hybridtrain.optim.schedule import lr_scale
-from hybridtrain.settings import OptimSettings
+from hybridtrain.settings.tree import OptimSettings
 
 
 def scales(total, **settings):

@@ -8,11 +8,11 @@ import torch
 
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint import StoredTensors
-from hybridtrain.config import load_settings
-from hybridtrain.metrics import Clock
+from hybridtrain.monitor.metrics import Clock
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.reshard import digest_stored
-from hybridtrain.train import train_step
+from hybridtrain.run.loop import train_step
+from hybridtrain.settings.load import load_settings
 from tests.training import build_here
 
 AXES = ("pp", "dp_replicate", "cp", "tp", "ep", "etp", "mem")
@@ -26,7 +26,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp 2 · ep 4": (4, ("tp=2", "ep=4")),
     "tp 2 · etp 2 · ep 2": (4, ("tp=2", "etp=2", "ep=2")),
     "pp 2 · interleaved": (4, ("pp=2", "schedule=interleaved", "ep=2", "mem=4")),
-    "replicas · mem 2 far": (4, ("dp_replicate=2", "ep=2", "mem=2", "mem_placement=far")),
+    "replicas · mem 2 far": (4, ("dp_replicate=2", "ep=2", "mem=2", "mem_placement=strided")),
     "pp 2 · replicas · ep 2 · mem 8": (8, ("pp=2", "dp_replicate=2", "ep=2", "mem=8")),
     "dp 8 · ep 4 · mem 8": (8, ("ep=4", "mem=8")),
     "pp 4 · tp 2 · mem 4": (8, ("pp=4", "tp=2", "mem=4")),
@@ -38,7 +38,7 @@ def overrides(name: str) -> list[str]:
     """All axes, so that none stays from the layout before."""
     chosen = LAYOUTS[name][1]
     defaults = [f"parallel.{axis}=1" for axis in AXES[:-1]]
-    rest = ["parallel.mem=-1", "parallel.schedule=1f1b", "parallel.stage_cuts=[]", "parallel.mem_placement=near"]
+    rest = ["parallel.mem=-1", "parallel.schedule=1f1b", "parallel.stage_cuts=[]", "parallel.mem_placement=contiguous"]
     stages = next((int(o.partition("=")[2]) for o in chosen if o.startswith("pp=")), 1)
     return [*defaults, *rest, *(f"parallel.{override}" for override in chosen), f"train.micro_batches={stages}"]
 
@@ -64,8 +64,8 @@ def next_losses(settings_file: Path, runs: list[Path], extra: tuple[str, ...] = 
         step = checkpoint.load(parts, latest(run))
         for number in (step, step + 1):
             batch = loader.load(number)
-            assert parts.memory is not None
-            plan = parts.memory.plan(batch)
-            losses.append(train_step(parts, number, batch.at(parts.positions), plan, Clock(torch.device("cpu"))).loss)
+            assert run.table is not None
+            plan = run.table.plan(batch)
+            losses.append(train_step(parts, number, batch.at(run.positions), plan, Clock(torch.device("cpu"))).loss)
     close_mesh()
     return losses

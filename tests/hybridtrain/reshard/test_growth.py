@@ -13,16 +13,16 @@ import torch
 
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint import StoredTensors
-from hybridtrain.config import load_settings
 from hybridtrain.data.prepare import prepare
 from hybridtrain.data.sources import file_digest
 from hybridtrain.data.tokenizer import load_tokenizer
 from hybridtrain.errors import UserError
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.kernels.engram_hash.op import row_ids
-from hybridtrain.metrics import read_metrics
+from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.reshard import Growth, reshard
-from hybridtrain.use import next_token_logits, open_checkpoint
+from hybridtrain.run.generate import next_token_logits, open_checkpoint
+from hybridtrain.settings.load import load_settings
 from tests.hybridtrain.conftest import TWO_RANKS
 from tests.hybridtrain.reshard.layouts import digests, latest, overrides
 from tests.training import train_on

@@ -12,8 +12,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from hybridtrain.parallel.mesh import mesh_on_paper
 from hybridtrain.reshard.placement import place_model
-from hybridtrain.settings import Settings
-from hybridtrain.world import resolve_layout
+from hybridtrain.run.process_setup import resolve_layout
+from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
 from tests.training import build_here, ci_settings
 
@@ -21,20 +21,20 @@ LAYOUT = (
     "parallel.pp=2",
     "parallel.tp=2",
     "parallel.mem=2",
-    "parallel.mem_placement=far",
+    "parallel.mem_placement=strided",
     "model.tie_embeddings=true",
     "train.micro_batches=2",
 )
-Parts = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+Run = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
-def parts_here(settings: Settings) -> Parts:
+def parts_here(settings: Settings) -> Run:
     """On a rank: sizes and offsets of its part of every parameter, buffer and the table."""
     parts, _ = build_here(settings)
-    memory = parts.memory
+    memory = run.table
     assert memory is not None
-    found: Parts = {"table": (tuple(memory.table.shape), (memory.low, 0))}
-    for stage in parts.stages:
+    found: Run = {"table": (tuple(memory.table.shape), (memory.low, 0))}
+    for stage in run.model_parts:
         for name, value in stage.state_dict().items():
             if isinstance(value, DTensor):
                 sizes, offsets = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
@@ -47,7 +47,7 @@ def parts_here(settings: Settings) -> Parts:
 def test_paper_and_ranks_agree(ci_data: Path, tmp_path: Path) -> None:
     settings = ci_settings(tmp_path / "run", ci_data, *LAYOUT)
     placement = place_model(settings, resolve_layout(settings, 4), 1024)
-    ranks: list[Parts] = run_on_ranks(parts_here, 4, settings)
+    ranks: list[Run] = run_on_ranks(parts_here, 4, settings)
     assert {name for parts in ranks for name in parts} - {"table"} == set(placement.parameters)
     for name, boxes in placement.parameters.items():
         assert sum(prod(box.sizes) for box in boxes) == prod(placement.shapes[name]), name

@@ -22,7 +22,7 @@ from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.reshard import Growth, copy, reshard
 from hybridtrain.reshard.journal import NAME
 from hybridtrain.reshard.tool import ALONE
-from hybridtrain.run_folder import find_checkpoint
+from hybridtrain.run.run_folder import find_checkpoint
 from tests.console import hybridtrain, refused
 from tests.hybridtrain.conftest import TWO_RANKS
 from tests.hybridtrain.reshard.layouts import LAYOUTS, digests, latest, next_losses, overrides
@@ -148,12 +148,12 @@ def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path:
     out = tmp_path / "out"
     with pytest.raises(LayoutError, match=r"parallel.tp=3 does not divide model.attention.num_kv_heads=4; tp may be 1, 2 or 4"):
         reshard(run, out, ["parallel.tp=3", "parallel.ep=1", "parallel.mem=-1"], nproc=3)
-    others = ["model.moe.num_experts=16", "memory.rows_per_head=2000", "model.moe.top_k=3", "optim.backbone=muon", "run.dir=x"]
+    others = ["model.moe.num_experts=16", "engram.rows_per_head=2000", "model.moe.top_k=3", "optim.backbone=muon", "run.dir=x"]
     with pytest.raises(UserError) as error:
         reshard(run, out, others, nproc=2, growth=Growth(vocab=7))
     for line in (
         "model.moe.num_experts=16: the checkpoint has 8; use --grow-experts",
-        "memory.rows_per_head=2000: the checkpoint has 1000; rows are found by their hash",
+        "engram.rows_per_head=2000: the checkpoint has 1000; rows are found by their hash",
         "model.moe.top_k=3: the checkpoint has 2; another choice of experts is another model",
         'optim.backbone="muon": the checkpoint has "adamw"; its state cannot be made',
         "--extend-vocab 7: the model has 1024 tokens, and none can be taken away",
@@ -174,7 +174,7 @@ def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path:
 
 
 def test_a_checkpoint_elsewhere_knows_its_run(run: Path, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "far" / "away"
+    elsewhere = tmp_path / "strided" / "away"
     shutil.copytree(latest(run), elsewhere)
     assert find_checkpoint(elsewhere) == (run, elsewhere)
     reshard(elsewhere, tmp_path / "out", overrides("tp 2"), nproc=2)

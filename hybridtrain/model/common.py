@@ -1,0 +1,117 @@
+"""The norm of every layer, and that of queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hybridtrain.kernels.document_attention.op import Spans, read_spans
+from hybridtrain.kernels.rms_norm.op import rms_norm
+from hybridtrain.kernels.rope.op import rope
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's module on this project's op."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        self.epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class HeadNorm(RMSNorm):
+    """The norm of each head of queries or keys, and their rotation by position after it."""
+
+    def forward(self, x_BTHC: Tensor, rotation_TR: Tensor) -> Tensor:  # type: ignore[override]
+        return rope(x_BTHC, rotation_TR, self.weight, self.epsilon)
+
+
+class Counters:
+    """Named sums since the last reset; detached, on the module's device, additive over micro-batches and ranks."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._paused = False
+
+    def add(self, name: str, value: Tensor) -> None:
+        if self._paused:
+            return
+        value = value.detach()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While what was counted before is computed a second time."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+
+MASKED_TOKENS = 2048
+"""The longest sequences that have a mask of all pairs: 4 MB of it each, which attention on the CPU makes 16 of."""
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """`mask_B1TT` is True where a query may read a key; of sequences too long for it there are `spans` instead. Neither: causal
+    and nothing else. `documents_BT` goes with both."""
+
+    rotation_TR: Tensor
+    documents_BT: Tensor | None
+    mask_B1TT: Tensor | None
+    spans: Spans | None = None
+
+
+def make_context(
+    documents_BT: Tensor | None,
+    seq_len: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    positions_T: Tensor | None = None,
+) -> SequenceContext:
+    """The context of sequences whose tokens carry the document numbers `documents_BT`; None: one document each.
+
+    `positions_T` says which tokens of the sequence are here (None: all); `documents_BT` is of the whole sequence all the
+    same, and the mask then has a row for each token here and a column for each of the sequence.
+
+    On the CPU, sequences without an inner document start are found here and take the plain causal path. On other
+    devices looking would stall the host, so a caller who knows passes None; the spans of long sequences are worth it.
+    """
+    whole = seq_len if documents_BT is None else documents_BT.size(1)
+    if documents_BT is not None and documents_BT.device.type == "cpu" and torch.equal(documents_BT[:, 0], documents_BT[:, -1]):
+        documents_BT = None
+    if positions_T is not None:
+        return _context_of_part(documents_BT, positions_T, whole, head_dim, theta)
+    mask, spans = None, None
+    if documents_BT is not None and whole > MASKED_TOKENS:
+        spans = read_spans(documents_BT, whole)
+    elif documents_BT is not None:
+        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+        mask = same_BTT.tril_()[:, None]
+    return SequenceContext(rope_rotations(seq_len, head_dim, theta, device), documents_BT, mask, spans)
+
+
+def _context_of_part(documents_BT: Tensor | None, positions_T: Tensor, whole: int, head_dim: int, theta: float) -> SequenceContext:
+    rotation_TR = rope_rotations(whole, head_dim, theta, positions_T.device)[positions_T]
+    if whole > MASKED_TOKENS:
+        return SequenceContext(rotation_TR, documents_BT, None, read_spans(documents_BT, whole))
+    mask = (positions_T[:, None] >= torch.arange(whole, device=positions_T.device))[None]
+    if documents_BT is not None:
+        mask = mask & (documents_BT[:, positions_T, None] == documents_BT[:, None, :])
+    return SequenceContext(rotation_TR, documents_BT, mask[:, None])
+
+
+def rope_rotations(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """exp(i * position * theta^(-2r/head_dim)), complex64 [T, R] (RoPE, arXiv 2104.09864)."""
+    rate_R = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angle_TR = torch.arange(seq_len, dtype=torch.float32, device=device)[:, None] * rate_R
+    return torch.polar(torch.ones_like(angle_TR), angle_TR)

@@ -1,0 +1,191 @@
+"""Mixture of experts: router, dispatch and grouped experts.
+
+B batch, T tokens, N = B*T, D model width, E experts, K experts per token, P = N*K pairs, F expert width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridtrain.kernels.moe_swiglu.op import moe_swiglu
+from hybridtrain.kernels.router_topk.op import Routing, Rule, router_topk
+from hybridtrain.model.common import Counters
+from hybridtrain.model.feedforwards.dense import SwiGLU
+from hybridtrain.settings.tree import MoESettings, Settings
+
+
+class Router(nn.Module):
+    """Top-k routing with a selection bias, group limits, a global load-balance loss and a z-loss.
+
+    `bias_E` shifts the selection and never the gates (arXiv 2408.15664). `load_E` is the share of each expert in the
+    last step's choices over all its tokens.
+    """
+
+    bias_E: Tensor
+    load_E: Tensor
+
+    def __init__(self, dim: int, moe: MoESettings, tokens_per_step: int) -> None:
+        super().__init__()
+        self.moe = moe
+        self.rule = Rule(moe.top_k, moe.score, moe.normalize_gates, moe.gate_scale, moe.num_groups, moe.top_groups)
+        self.tokens_per_step = tokens_per_step
+        self.counters = Counters()
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, dim))
+        self.register_buffer("bias_E", torch.empty(moe.num_experts, dtype=torch.float32))
+        self.register_buffer("load_E", torch.empty(moe.num_experts, dtype=torch.float32))
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Before the first step: no bias, uniform load."""
+        self.bias_E.zero_()
+        self.load_E.fill_(1 / self.moe.num_experts)
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """(experts_NK int64, gates_NK float32); the balance losses ride on the gates' gradient."""
+        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        routing = router_topk(logits_NE, self.bias_E, self.rule)
+        return routing.experts_NK, self._balance(routing) if self.training else routing.gates_NK
+
+    def update(self, counts_E: Tensor) -> None:
+        """Take in how many pairs each expert got in the step over all ranks; see statistics.py."""
+        counts_E = counts_E.to(self.load_E)
+        self.load_E.copy_(counts_E / counts_E.sum().clamp_min(1))
+        self.bias_E.add_(torch.sign(counts_E.mean() - counts_E), alpha=self.moe.bias_rate)
+
+    def _balance(self, routing: Routing) -> Tensor:
+        """The gates with the balance losses attached, after taking the statistics.
+
+        Both losses are sums over local tokens divided by the tokens of the whole step, so they add up over
+        micro-batches and ranks to the means over the step, as the main loss does.
+        """
+        moe, add, gates_NK = self.moe, self.counters.add, routing.gates_NK
+        add("expert_tokens", routing.counts_E)
+        add("router_entropy", routing.entropy)
+        add("router_tokens", torch.full((), float(len(gates_NK)), device=gates_NK.device))
+        if moe.aux_weight:
+            # f is last step's global load, a constant: a product of two sums over the step would not add up.
+            aux = moe.aux_weight * moe.num_experts / self.tokens_per_step * (routing.shares_E @ self.load_E)
+            add("aux_loss", aux)
+            gates_NK = _attach_loss(gates_NK, aux)
+        if moe.z_weight:
+            z = moe.z_weight / self.tokens_per_step * routing.z
+            add("z_loss", z)
+            gates_NK = _attach_loss(gates_NK, z)
+        return gates_NK
+
+
+class _AttachLoss(torch.autograd.Function):
+    """The identity on `x`, whose backward also starts `loss` with gradient one.
+
+    For losses that arise inside a pipeline stage, which hands on nothing but activations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.ones_like(loss))
+        return x.clone()  # a view would be refused as the output of a pipeline stage
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (one,) = ctx.saved_tensors
+        return grad, one
+
+
+_attach_loss: Callable[[Tensor, Tensor], Tensor] = _AttachLoss.apply
+
+
+class GroupedExperts(nn.Module):
+    """One SwiGLU per expert."""
+
+    def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w_gate = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.w_up = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.w_down = nn.Parameter(torch.empty(num_experts, hidden, dim))
+
+    def forward(
+        self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, absent: bool = False, present: int | None = None
+    ) -> Tensor:
+        """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 count nothing; `present` is how
+        many are inside, where that is known."""
+        w_gate, w_up, w_down = (_local(w) for w in (self.w_gate, self.w_up, self.w_down))
+        return moe_swiglu(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down, absent, present)
+
+
+def _local(weight: Tensor) -> Tensor:
+    """This rank's experts where the weight is a DTensor; the weight itself where it is not."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
+class Dispatch(Protocol):
+    """Begins to bring tokens to their experts; what it returns, called once, gives the gated sum over each token's experts [N, D].
+
+    What is computed in between runs while the tokens travel, if they do.
+    """
+
+    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts) -> Callable[[], Tensor]: ...
+
+
+class LocalDispatch:
+    """All experts are on this device. With `drops`, pairs may be absent: of experts outside 0..E-1."""
+
+    def __init__(self, drops: bool = False) -> None:
+        self.drops = drops
+
+    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts) -> Callable[[], Tensor]:
+        y_ND: Tensor = experts(x_ND, experts_NK, gates_NK, absent=self.drops)
+        return lambda: y_ND
+
+
+DROPPED = -1  # no expert's number
+
+
+def position_in_expert(experts_BTK: Tensor) -> Tensor:
+    """How many earlier tokens of the same sequence chose the same expert: [B, T, K] int64. A token's experts are distinct."""
+    sorted_BP, order_BP = experts_BTK.flatten(1).sort(stable=True)
+    first_BP = torch.searchsorted(sorted_BP, sorted_BP)  # where the expert's line begins
+    place_BP = torch.arange(order_BP.size(1), device=order_BP.device) - first_BP
+    return torch.empty_like(order_BP).scatter_(1, order_BP, place_BP).view(experts_BTK.shape)
+
+
+class MoE(nn.Module):
+    """Routed experts and, where asked for, shared experts that see every token.
+
+    With `moe.capacity` an expert takes the first `most` pairs of each sequence and drops the later ones: a drop depends on
+    earlier tokens of the sequence alone, so on no other sequence, no layout and no future. Gates stay as they are.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        dim, moe = settings.model.dim, settings.model.moe
+        self.router = Router(dim, moe, tokens_per_step=settings.train.global_batch * settings.train.seq_len)
+        self.experts = GroupedExperts(moe.num_experts, dim, moe.hidden)
+        self.shared = SwiGLU(dim, moe.num_shared * moe.hidden) if moe.num_shared else None
+        self.most = math.ceil(moe.capacity * settings.train.seq_len * moe.top_k / moe.num_experts) if moe.capacity else None
+        self.counters = Counters()
+        # A parallel layout may hand in others.
+        self.dispatch: Dispatch = LocalDispatch(drops=self.most is not None)
+        self.position_in_expert = position_in_expert
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, -2)
+        experts_NK, gates_NK = self.router(x_ND)
+        if self.most is not None:
+            experts_NK = self._drop(experts_NK.view(*x_BTD.shape[:-1], -1), self.most).flatten(0, -2)
+        finish = self.dispatch(x_ND, experts_NK, gates_NK, self.experts)
+        shared_BTD = self.shared(x_BTD) if self.shared is not None else None  # while tokens travel
+        y_BTD = finish().view_as(x_BTD)
+        return y_BTD if shared_BTD is None else y_BTD + shared_BTD
+
+    def _drop(self, experts_BTK: Tensor, most: int) -> Tensor:
+        """The experts, with DROPPED in the place of those that are full."""
+        dropped_BTK = self.position_in_expert(experts_BTK) >= most
+        if self.training:
+            self.counters.add("dropped_pairs", dropped_BTK.sum())
+        return experts_BTK.masked_fill(dropped_BTK, DROPPED)

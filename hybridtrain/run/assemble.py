@@ -1,0 +1,214 @@
+"""Puts a run together from its settings on the ranks that it has: model, memory, optimizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hybridtrain.data.shards import TokenDataset
+from hybridtrain.errors import SettingsError
+from hybridtrain.kernels import choose
+from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
+from hybridtrain.kernels.short_conv.op import short_conv
+from hybridtrain.model.cost import stage_costs
+from hybridtrain.model.engram import StepRows
+from hybridtrain.model.feedforwards.moe import position_in_expert
+from hybridtrain.model.init import init_parameters
+from hybridtrain.model.lm import HybridLM, Part
+from hybridtrain.monitor.loss_spikes import SpikeGuard
+from hybridtrain.optim.groups import build_optimizers
+from hybridtrain.parallel.apply import materialize, parallelize, write_local
+from hybridtrain.parallel.context import ContextParallel
+from hybridtrain.parallel.deepspeed import DeepSpeedEngine
+from hybridtrain.parallel.engine import Engine, NativeEngine
+from hybridtrain.parallel.mesh import Mesh
+from hybridtrain.parallel.pipeline import Pipeline, StageModule
+from hybridtrain.parallel.schedule import Accumulation, Schedule
+from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages
+from hybridtrain.run.process_setup import compute_dtype
+from hybridtrain.settings.tree import Settings, engram_layers, layer_specs
+from hybridtrain.table.lookup_table import LookupTable
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the model and its memory must know of the tokenizer."""
+
+    size: int
+    separator_id: int
+    compression: np.ndarray  # int64 [V], token id to compressed id
+
+    @classmethod
+    def of(cls, dataset: TokenDataset, rows: int = 0) -> Vocabulary:
+        """The dataset's, with an embedding of `rows` rows where they are given. Raises SettingsError where they are too few."""
+        size = dataset.manifest.vocab_size
+        if 0 < rows < size:
+            problem = f"model.vocab_size={rows} is less than the tokenizer's {size}; it may be 0, {size} or more"
+            raise SettingsError("settings", [problem])
+        return cls(rows or size, dataset.manifest.separator_id, dataset.compression)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's moving parts, as this rank holds them. `stages` is the whole model, or under pp this rank's parts of it in order."""
+
+    settings: Settings
+    mesh: Mesh
+    vocabulary: Vocabulary
+    stages: tuple[HybridLM, ...]
+    memory: LookupTable | None
+    engine: Engine
+    positions: torch.Tensor | None  # under cp: the places in the sequence of this rank's tokens
+    guard: SpikeGuard
+
+    @property
+    def model(self) -> HybridLM:
+        """The whole model, where this rank has it (pp 1)."""
+        (model,) = self.stages
+        return model
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.engine.schedule
+
+    def set_mode(self, training: bool) -> None:
+        for stage in self.stages:
+            stage.train(training)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.settings.train.global_batch * self.settings.train.seq_len
+
+
+def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | None:
+    """The addressing of the model's memory layers, drawn or read from `engram.addressing`; None without memory."""
+    layers, memory = engram_layers(settings), settings.engram
+    if not layers:
+        return None
+    pad_id = int(vocabulary.compression[vocabulary.separator_id])
+    try:
+        if not engram.addressing:
+            return Addressing.draw(
+                layers,
+                engram.orders,
+                engram.heads,
+                engram.rows_per_head,
+                vocabulary.compression,
+                pad_id,
+                engram.boundary,
+                engram.hash_seed,
+            )
+        addressing = Addressing.from_json(Path(engram.addressing).read_text(encoding="utf-8"), vocabulary.compression)
+    except OSError as error:
+        raise SettingsError(f"engram.addressing={engram.addressing}", [f"cannot be read: {error.strerror}"]) from None
+    except AddressingError as error:
+        raise SettingsError(f"engram.addressing={engram.addressing}", error.problems) from None
+    if problems := addressing_misfits(addressing, settings):
+        raise SettingsError(f"engram.addressing={engram.addressing}", problems)
+    return addressing
+
+
+def addressing_misfits(addressing: Addressing, settings: Settings) -> list[str]:
+    """What it has otherwise than the settings' memory layers."""
+    memory = settings.engram
+    wanted = {"layers": engram_layers(settings), "orders": engram.orders, "heads": engram.heads, "boundary": engram.boundary}
+    return [f"{k}={getattr(addressing, k)} but the settings say {v}" for k, v in wanted.items() if getattr(addressing, k) != v]
+
+
+def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing: Addressing | None) -> Run:
+    """Build the model on the meta device, shard it, and draw this rank's part of every parameter and of the table."""
+    try:
+        choose.use(choose.resolve(settings.kernels.model_dump(), mesh.device.type), mesh.device.type)
+    except choose.KernelChoiceError as error:
+        raise SettingsError("settings", error.problems) from None
+    context = ContextParallel(mesh.cp, settings.train.seq_len, short_conv, position_in_expert) if mesh.cp.size > 1 else None
+    positions = context.positions() if context is not None else None
+    dtype = compute_dtype(settings, mesh.device)
+    here = [stage for stage in resolve_stages(settings, vocabulary.size) if stage.pp_rank == mesh.pp.rank]
+    rows = StepRows()
+    stages: list[HybridLM] = []
+    for stage in here:
+        with torch.device("meta"):
+            model = HybridLM(settings, vocabulary.size, Part(stage.low, stage.high, stage.is_first, stage.is_last), rows)
+        parallelize(
+            model,
+            list(model.layers.values()),
+            mesh,
+            num_experts=settings.model.moe.num_experts,
+            reshard_after_forward=settings.parallel.reshard_after_forward,
+            context=context,
+            recompute=settings.train.recompute,
+            compiled=settings.train.compile,
+            dtype=dtype,
+            fsdp=settings.train.engine == "native",
+        )
+        materialize(model, mesh.device)
+        model.positions_T = positions.to(mesh.device) if positions is not None else None
+        init_parameters(model, settings, write_local)
+        stages.append(model)
+    layers = tuple(layer for model in stages for layer in model.engram_layers)
+    memory = LookupTable(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
+    engine = _engine(settings, mesh, here, stages, dtype)
+    return Run(settings, mesh, vocabulary, tuple(stages), memory, engine, positions, SpikeGuard(settings.train))
+
+
+def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
+    """All pipeline stages in order; one without pp."""
+    parallel, num_layers = settings.parallel, len(layer_specs(settings))
+    if parallel.pp == 1:
+        return plan_stages(parallel.schedule, 1, 0, [num_layers])
+    count = parallel.pp * (parallel.stages_per_rank or SCHEDULES[parallel.schedule].default)
+    first, layers, last = stage_costs(settings, vocab_size)
+    cuts = parallel.stage_cuts or balance(layers, first, last, count)
+    return plan_stages(parallel.schedule, parallel.pp, parallel.stages_per_rank, cuts)
+
+
+def _engine(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype) -> Engine:
+    """What trains this rank's stages."""
+    train = settings.train
+    if train.engine == "native":
+        optimizers = build_optimizers(nn.ModuleList(stages), settings.optim)
+        return NativeEngine(stages, _schedule(settings, mesh, here, stages, dtype), optimizers, mesh)
+    (model,) = stages
+    return DeepSpeedEngine(
+        model,
+        lambda m: build_optimizers(m, settings.optim)[0],
+        mesh,
+        model.rows,
+        zero_stage=settings.deepspeed.zero_stage,
+        offload_optimizer=settings.deepspeed.offload_optimizer,
+        micro_batch=train.global_batch // train.micro_batches // mesh.layout.dp,
+        micro_batches=train.micro_batches,
+        tokens_per_step=train.global_batch * train.seq_len,
+    )
+
+
+def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype) -> Schedule:
+    train = settings.train
+    tokens_per_step = train.global_batch * train.seq_len
+    if mesh.layout.pp == 1:
+        return Accumulation(stages[0], tokens_per_step, mesh.device)
+    parts, column = [], 0
+    for stage, model in zip(here, stages, strict=True):
+        parts.append(StageModule(stage, model, slice(column, column + len(model.engram_layers))))
+        column += len(model.engram_layers)
+    tokens = train.seq_len // mesh.layout.cp
+    tables: dict[bool, Any] = {model.part.first: model.embed.weight for model in stages if model.embed is not None}
+    tied = (tables.get(True), tables.get(False)) if settings.model.tie_embeddings else (None, None)
+    return Pipeline(
+        settings.parallel.schedule,
+        parts,
+        mesh.pp,
+        mesh.device,
+        (train.global_batch // train.micro_batches // mesh.layout.dp, tokens // mesh.layout.tp, settings.model.dim),
+        dtype,
+        tokens,
+        train.micro_batches,
+        tokens_per_step,
+        tied,
+    )

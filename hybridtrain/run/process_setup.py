@@ -1,0 +1,129 @@
+"""Where a run is: its layout, and this rank as it joins the others, with its device and what it computes in."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import torch
+
+from hybridtrain.errors import SettingsError
+from hybridtrain.launch.local import RENDEZVOUS
+from hybridtrain.parallel.compile import missing_compiler
+from hybridtrain.parallel.deepspeed import missing
+from hybridtrain.parallel.layout import Layout, ModelFacts
+from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, ranks_of_a_node, world_from_environment
+from hybridtrain.parallel.stages import stage_problems
+from hybridtrain.settings.rules import unfit_widths
+from hybridtrain.settings.tree import Settings, layer_specs
+
+_NET_SECONDS = 30  # torch ends a collective this much later than the watchdog, which can say more
+
+
+def resolve_layout(settings: Settings, world: int) -> Layout:
+    """The run's layout on `world` ranks; raises LayoutError listing everything that does not fit."""
+    parallel, model = settings.parallel, settings.model
+    layout = Layout.resolve(
+        world,
+        pp=parallel.pp,
+        dp_replicate=parallel.dp_replicate,
+        dp_shard=parallel.dp_shard,
+        cp=parallel.cp,
+        tp=parallel.tp,
+        ep=parallel.ep,
+        mem=parallel.mem,
+        etp=parallel.etp,
+        node_size=(parallel.node_size or ranks_of_a_node(world)) if parallel.dispatch == "hierarchical" else 0,
+        mem_placement=parallel.mem_placement,
+    )
+    specs = layer_specs(settings)
+    has_conv = settings.engram.conv and any(s.engram for s in specs)
+    slots = len(settings.engram.orders) * settings.engram.heads
+    layout.check(
+        ModelFacts(
+            global_batch=settings.train.global_batch,
+            micro_batches=settings.train.micro_batches,
+            seq_len=settings.train.seq_len,
+            num_layers=len(specs),
+            dim=model.dim,
+            num_heads=model.attention.num_heads,
+            num_kv_heads=model.attention.num_kv_heads,
+            num_experts=model.moe.num_experts if any(s.feedforward == "moe" for s in specs) else None,
+            conv_reach=(settings.engram.conv_kernel - 1) * max(settings.engram.orders) if has_conv else 0,
+            memory_rows=slots * settings.engram.rows_per_head if any(s.engram for s in specs) else None,
+            dense_hidden=model.dense.hidden if any(s.feedforward == "dense" for s in specs) else None,
+            shared_hidden=model.moe.num_shared * model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
+            memory_slots=slots if any(s.engram for s in specs) else None,
+            expert_multiple=8 if settings.train.precision == "bfloat16" else 4,
+            expert_hidden=model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
+        ),
+        stage_problems(
+            parallel.schedule,
+            parallel.pp,
+            parallel.stages_per_rank,
+            parallel.stage_cuts,
+            len(specs),
+            settings.train.micro_batches,
+        ),
+    )
+    return layout
+
+
+def join_world(settings: Settings) -> Mesh:
+    """Start this rank: threads, device, process groups. Raises LayoutError or SettingsError before anything is started."""
+    if settings.train.engine == "deepspeed" and (problem := missing()):
+        raise SettingsError("train.engine=deepspeed", [problem])
+    rank, world = world_from_environment()
+    layout = resolve_layout(settings, world)
+    check_compiler(settings)
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    device = choose_device()
+    if device.type == "cpu":
+        keep_freed_memory()
+        # Before torch's threads start, which inherit it: a moment that decays for a thousand steps without a gradient, or the
+        # softmax of a sure head, ends among the denormal numbers, with which x86 computes 20 to 150 times slower.
+        torch.set_flush_denormal(True)
+    rendezvous, mixed = os.environ.get(RENDEZVOUS, "env://"), compute_dtype(settings, device) != torch.float32
+    timeout = settings.parallel.timeout + _NET_SECONDS
+    return make_mesh(layout, rank, device, timeout, rendezvous, table_device(settings, device), always=mixed)
+
+
+def table_device(settings: Settings, device: torch.device) -> torch.device:
+    """Where this rank's part of the lookup table lies beside a model on `device`."""
+    return torch.device("cpu") if settings.engram.device == "host" else device
+
+
+def check_compiler(settings: Settings) -> None:
+    """Raise SettingsError where `train.compile` asks for a compiler that this machine has not."""
+    if settings.train.compile and (name := missing_compiler()) is not None:
+        problem = (
+            f"torch.compile needs a C++ compiler and there is no {name}; install one, name yours in CXX, or train.compile=false"
+        )
+        raise SettingsError("train.compile=true", [problem])
+
+
+def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """What the layers compute in on `device`; parameters, their gradients, router, losses and table are float32 always.
+
+    Raises SettingsError where `auto` means bfloat16 and the experts' widths do not go with it.
+    """
+    precision = settings.train.precision
+    by_name = device.type != "cuda" or settings.train.engine == "deepspeed"
+    if precision == "float32" or (precision == "auto" and by_name):
+        return torch.float32
+    if problems := unfit_widths(settings, 2):
+        raise SettingsError(f"train.precision={precision} is bfloat16 on {device.type}", problems)
+    return torch.bfloat16
+
+
+def keep_freed_memory() -> None:
+    """Let the C allocator keep what a step frees for the next one: giving it back costs a page fault per 4 KiB and step.
+
+    glibc only (`mallopt`); elsewhere nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)

@@ -1,0 +1,165 @@
+"""Expert parallelism's token exchange: a token travels once to each rank that has one of its experts, and one sum comes back.
+
+With two groups it does so in two hops: once to each node that has one of its experts, from there to the ranks inside, and
+the sums are added up on the node before one comes back.
+
+Shape legend: N tokens here, K experts per token, R ranks of the group, P (token, rank) pairs sent, Q pairs received,
+D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridtrain.kernels.permute.op import collect, sort_by_destination, spread
+from hybridtrain.parallel.async_all_to_all import all_to_all_autograd, start_all_to_all
+from hybridtrain.parallel.collectives import (
+    Group,
+    all_gather_autograd,
+    all_to_all,
+    exchange_counts,
+    reduce_scatter_autograd,
+)
+from hybridtrain.parallel.replay import replayed
+
+# (x_QD, experts_QK, gates_QK, absent=True, present=pairs) -> each token's gated sum over the experts here
+Experts = Callable[..., Tensor]
+
+Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Callable[[], Tensor]]  # (x_ND, experts_NK, gates_NK, experts) -> finish
+
+
+class DispatchMemoryError(MemoryError):
+    """A rank could not hold the tokens that were sent to its experts; the message says how many and what bounds them."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one exchange brings to this rank, for the message where memory does not hold it."""
+
+    layer: str
+    group: Group
+    tokens: int
+    pairs: int
+    even: int
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Raises DispatchMemoryError where an allocation fails inside."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, DispatchMemoryError) or not _is_allocation_failure(error):
+                raise
+            times = f"{self.pairs / self.even:.1f} times " if self.even else ""
+            raise DispatchMemoryError(
+                f"{self.layer}: rank {self.group.ranks[self.group.rank]} ran out of memory in the exchange over {self.group.name}: "
+                f"it received {self.tokens:,} tokens for {self.pairs:,} token-expert pairs, {times}the even share of "
+                f"{self.even:,}; bound it by model.moe.capacity (a multiple of the even share; 0 is no bound), or raise "
+                f"train.micro_batches or parallel.ep ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            ) from error
+
+
+class AllToAllDispatch:
+    """Dispatch by one all-to-all per group, from the outermost group to the innermost; a MoE layer takes it in place of its
+    local default.
+
+    Experts are numbered along the groups, the first slowest: over (`ep`), or over (`ep_inter`, `ep_intra`). Pairs whose
+    expert is outside 0..num_experts-1 are absent: they go nowhere.
+    """
+
+    def __init__(self, groups: Sequence[Group], num_experts: int, layer: str = "MoE") -> None:
+        self.groups, self.num_experts, self.layer = groups, num_experts, layer
+
+    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts) -> Callable[[], Tensor]:
+        """Send the tokens off; what is returned ends it: the gate-weighted sum `[N, D]` of the chosen experts' outputs.
+
+        `experts` are this rank's own. What is computed between the two runs while the tokens of the first group travel.
+        """
+        even = experts_NK.numel()  # where every rank has as many tokens, and every expert gets as many of them
+        first = ExpertExchange.dispatch(self.groups[0], self.num_experts, x_ND, experts_NK, gates_NK, self.layer, even)
+
+        def finish() -> Tensor:
+            trips, arrived = [first], first.arrive()
+            for group in self.groups[1:]:
+                trips.append(ExpertExchange.dispatch(group, trips[-1].here, *arrived, self.layer, even))
+                arrived = trips[-1].arrive()
+            x_QD, experts_QK, gates_QK = arrived
+            with trips[-1].load.guard():
+                y_QD = experts(x_QD, experts_QK, gates_QK, absent=True, present=trips[-1].load.pairs)
+            for trip in reversed(trips):
+                y_QD = trip.combine(y_QD)
+            return y_QD
+
+        return finish
+
+
+@dataclass(frozen=True)
+class ExpertExchange:
+    """Tokens under way over one group: each once to every rank that has one of its experts."""
+
+    load: Load
+    here: int  # experts behind each rank of the group
+    order_P: Tensor  # the pair n*K+k that stands for its token at its rank
+    inverse_NK: Tensor
+    send: list[int]
+    receive: list[int]
+    arrive: Callable[[], tuple[Tensor, Tensor, Tensor]]  # x_QD, experts_QK from 0 here, gates_QK; to be called once
+
+    @classmethod
+    def dispatch(
+        cls, group: Group, num_experts: int, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, layer: str, even: int
+    ) -> ExpertExchange:
+        """Collective; `num_experts` are those of the whole group."""
+        here = num_experts // group.size
+        order_Q, inverse_NK, asked_R2 = sort_by_destination(experts_NK, num_experts, group.size)
+        both = read_numbers(torch.stack([asked_R2, exchange_counts(asked_R2, group)]))  # where the host waits for the device
+        send, receive = ([tokens for tokens, _ in side] for side in both)
+        load = Load(layer, group, sum(receive), sum(pairs for _, pairs in both[1]), even)
+
+        with load.guard():
+            order_P = order_Q[: sum(send)]
+            rank_P = torch.repeat_interleave(torch.arange(group.size, device=x_ND.device), asked_R2[:, 0], output_size=len(order_P))
+            local_PK = experts_NK[order_P // experts_NK.size(1)] - rank_P[:, None] * here  # outside 0..here-1: lives elsewhere
+            local_QK = all_to_all(local_PK, send, receive, group)
+            start = partial(start_all_to_all, send=send, receive=receive, group=group, guard=load.guard)
+            finish_gates, finish_x = (start(spread(rows, order_P, inverse_NK)) for rows in (gates_NK, x_ND))
+        return cls(load, here, order_P, inverse_NK, send, receive, lambda: (finish_x(), local_QK, finish_gates()))
+
+    def combine(self, y_QD: Tensor) -> Tensor:
+        """Send each received token's result back, and add up those of each token here: [N, D]."""
+        with self.load.guard():
+            y_PD = all_to_all_autograd(y_QD, self.receive, self.send, self.load.group, self.load.guard)
+            return collect(y_PD, self.order_P, self.inverse_NK)
+
+
+@replayed
+def read_numbers(x: Tensor) -> list[Any]:
+    """A tensor's elements as lists; a recomputed layer, whose numbers are the same, does not wait for the device again."""
+    out: list[Any] = x.tolist()
+    return out
+
+
+class SharedWidthDispatch:
+    """Around another dispatch, for experts whose hidden width is cut over a group: its ranks gather their tokens, each makes
+    a part of every output, and the parts are summed back to the ranks that the tokens came from."""
+
+    def __init__(self, inner: Dispatch, group: Group) -> None:
+        self.inner, self.group = inner, group
+
+    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts) -> Callable[[], Tensor]:
+        """As the inner dispatch's, for as many tokens on every rank of the group."""
+        x, chosen, gates = (all_gather_autograd(part, self.group).flatten(0, 1) for part in (x_ND, experts_NK, gates_NK))
+        finish = self.inner(x, chosen, gates, experts)
+        return lambda: reduce_scatter_autograd(finish().unflatten(0, (self.group.size, -1)), self.group)
+
+
+def _is_allocation_failure(error: BaseException) -> bool:
+    """CUDA and Python say so by type, the CPU allocator of torch in words alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
