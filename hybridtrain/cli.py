@@ -163,10 +163,10 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint."""
-    from hybridtrain.checkpoint import place
+    from hybridtrain.checkpoint import open_storage
     from hybridtrain.run.generate import evaluate_checkpoint
 
-    values = evaluate_checkpoint(place(run, "RUN"), split, data_path, batches)
+    values = evaluate_checkpoint(open_storage(run, "RUN"), split, data_path, batches)
     _print_values(values, as_json)
 
 
@@ -180,10 +180,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
 ) -> None:
     """Continue a text with a checkpoint."""
-    from hybridtrain.checkpoint import place
+    from hybridtrain.checkpoint import open_storage
     from hybridtrain.run.generate import generate_text
 
-    print(generate_text(place(run, "RUN"), prompt, tokens, temperature, top_k, seed))
+    print(generate_text(open_storage(run, "RUN"), prompt, tokens, temperature, top_k, seed))
 
 
 @kernels_app.command(name="report")
@@ -232,10 +232,10 @@ def export(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: that of the import, else float32")] = "auto",
 ) -> None:
     """Write a checkpoint in another format."""
-    from hybridtrain.checkpoint import place
+    from hybridtrain.checkpoint import open_storage
     from hybridtrain.formats.command import export_model
 
-    print(f"{out}: {export_model(place(run, 'RUN'), out, to, family, transformer_impl, max_shard_size, dtype)}")
+    print(f"{out}: {export_model(open_storage(run, 'RUN'), out, to, family, transformer_impl, max_shard_size, dtype)}")
 
 
 @app.command(name="import")
@@ -267,7 +267,7 @@ def reshard(
     tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json with more tokens behind those of the run's")] = None,
 ) -> None:
     """Lay a checkpoint out for another layout, without its ranks; every tensor's checksum stays what it was."""
-    from hybridtrain.checkpoint import place
+    from hybridtrain.checkpoint import open_storage
     from hybridtrain.formats.folder import parse_size
     from hybridtrain.reshard import Growth
     from hybridtrain.reshard import reshard as lay_out
@@ -277,7 +277,7 @@ def reshard(
         raise UserError(f"{out}: OUT is a folder of this machine; its checkpoints may be copied to where checkpoint.dir will be")
     keep_freed_memory()  # blocks of the same sizes follow one another
     done = lay_out(
-        place(run, "RUN"),
+        open_storage(run, "RUN"),
         Path(out),
         overrides or [],
         nproc=nproc,

@@ -53,8 +53,8 @@ TENSOR_PLAN: dict[str, Style] = {
     "layers.*.mixer.wk": ColumnLinear,
     "layers.*.mixer.wv": ColumnLinear,
     "layers.*.mixer.wo": RowLinear,
-    "layers.*.memory.wk": RowLinear,  # over the slots: each rank fetched the rows of its own
-    "layers.*.memory.wv": RowLinear,
+    "layers.*.engram.wk": RowLinear,  # over the slots: each rank fetched the rows of its own
+    "layers.*.engram.wv": RowLinear,
     **{f"layers.*.feedforward{name}": style for name, style in SWIGLU.items()},
     **{f"layers.*.feedforward.shared{name}": style for name, style in SWIGLU.items()},
 }

@@ -93,10 +93,10 @@ def train_and_kill(settings: Settings, resume: bool, rank: int, step: int, durin
 
     real_step, real_save = module.train_step, Saver.save
 
-    def train_step(parts: Any, number: int, *rest: Any, **named: Any) -> Any:
+    def train_step(run: Any, number: int, *rest: Any, **named: Any) -> Any:
         if number + 1 == step and run.mesh.rank == rank and during != "save":
             os.kill(os.getpid(), signal.SIGKILL if during == "step" else signal.SIGTERM)
-        return real_step(parts, number, *rest, **named)
+        return real_step(run, number, *rest, **named)
 
     def save(saver: Any, done: int, wait: bool) -> Any:
         if done == step and saver.run.mesh.rank == rank and during == "save":
@@ -142,17 +142,17 @@ def build_here(settings: Settings) -> tuple[Run, BatchLoader]:
     mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, always=mixed)
     dataset = TokenDataset.open(settings.data.path, verify=False)
     vocabulary = Vocabulary.of(dataset)
-    parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
+    run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train, layout = settings.train, mesh.layout
     place = layout.coordinate(rank, "dp")
     loader = BatchLoader(dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, layout.dp, 0)
-    return parts, loader
+    return run, loader
 
 
 def trace(settings: Settings, steps: int = 3) -> Trace:
     alone = not dist.is_initialized()
-    parts, loader = build_here(settings)
-    memory = run.table
+    run, loader = build_here(settings)
+    table = run.table
     out = Trace([], [], [], {}, {})
     named = {f"{i}.{name}": p for i, stage in enumerate(run.model_parts) for name, p in stage.named_parameters()}
 
@@ -163,14 +163,14 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
         optimizer.register_step_pre_hook(note)
     for number in range(steps):
         batch = loader.load(number)
-        plan = memory.plan(batch) if memory is not None else None
+        plan = table.plan(batch) if table is not None else None
         out.gradients.append({})
-        totals = train_step(parts, number, batch.at(run.positions), plan, Clock(run.mesh.device))
+        totals = train_step(run, number, batch.at(run.positions), plan, Clock(run.mesh.device))
         out.losses.append(totals.loss)
         out.statistics.append({name: torch.tensor(value, dtype=torch.float64) for name, value in totals.statistics.items()})
     out.state.update({name: _whole(p) for name, p in named.items()})
-    if memory is not None:
-        out.state["table"] = memory.table.clone()
+    if table is not None:
+        out.state["table"] = table.table.clone()
     out.traffic.update({key: value for key, value in run.mesh.traffic.entries().items() if "plan" not in key[0]})
     if alone:
         close_mesh()

@@ -82,8 +82,8 @@ def measure(options: Options) -> None:
     try:
         dataset = TokenDataset.open(settings.data.path, verify=False)
         vocabulary = Vocabulary.of(dataset)
-        parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
-        trainer = _Trainer(parts, dataset)
+        run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
+        trainer = _Trainer(run, dataset)
         trainer.step()  # optimizers make their state
         rounds = [_round(trainer, options, number) for number in range(options.rounds + 1)][1:]  # the first warms up
         if mesh.rank == 0:
@@ -94,7 +94,7 @@ def measure(options: Options) -> None:
 
 def _round(trainer: _Trainer, options: Options, number: int) -> dict[str, float]:
     """Seconds of each of STEPS, `blocked` ones of the last, bytes, and training steps beside it."""
-    parts, folder = trainer.parts, Path(options.folder) / "checkpoints"
+    run, folder = trainer.parts, Path(options.folder) / "checkpoints"
     world = run.mesh.world
     seconds: dict[str, float] = {}
     path = folder
@@ -126,7 +126,7 @@ def _round(trainer: _Trainer, options: Options, number: int) -> dict[str, float]
         timed("reshard", lambda: reshard(path, Path(options.folder) / "resharded", ["parallel.tp=2", "parallel.mem=4"], nproc=4))
         shutil.rmtree(Path(options.folder) / "resharded")
     timed("verify", lambda: checkpoint.verify(path, "full", world))
-    timed("load", lambda: checkpoint.load(parts, path))
+    timed("load", lambda: checkpoint.load(run, path))
     saver = trainer.saver(folder, background=True)
     steps, blocked = timed("background save", lambda: trainer.steps_beside(saver, 2 * number + 2))
     return {**seconds, "blocked": blocked, "bytes": float(size), "steps": float(steps)}
@@ -138,7 +138,7 @@ class _Trainer:
     def __init__(self, run: Run, dataset: TokenDataset) -> None:
         train, mesh = run.settings.train, run.mesh
         place = mesh.layout.coordinate(mesh.rank, "dp")
-        self.run, self.done = parts, 0
+        self.run, self.done = run, 0
         self.clock = Clock(mesh.device)
         self._loader = BatchLoader(
             dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, mesh.layout.dp, 0
@@ -217,7 +217,7 @@ def render(result: dict[str, Any]) -> str:
 
 def _settings(options: Options) -> Settings:
     base = load_settings(CONFIG)
-    slots = len(base.memory.orders) * base.memory.heads
+    slots = len(base.engram.orders) * base.engram.heads
     layout = ["parallel.ep=1"] if options.nproc == 1 else []
     size = [f"engram.rows_per_head={-(-options.rows // slots)}", "parallel.mem=-1"]
     return load_settings(CONFIG, [*size, *layout, *options.overrides])

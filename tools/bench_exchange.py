@@ -41,8 +41,9 @@ from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import Mesh, close_mesh
 from hybridtrain.run.assemble import Vocabulary, make_addressing
 from hybridtrain.run.process_setup import join_world
+from hybridtrain.settings.layers import engram_layers
 from hybridtrain.settings.load import load_settings
-from hybridtrain.settings.tree import Settings, engram_layers
+from hybridtrain.settings.tree import Settings
 from hybridtrain.table.lookup_table import LookupTable
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
@@ -70,30 +71,30 @@ class Way:
     traffic: dict[str, list[int]] = field(default_factory=dict)  # by group: calls and bytes sent, of the last step
 
 
-def planned(memory: LookupTable, batches: Callable[[int], Batch]) -> Way:
+def planned(table: LookupTable, batches: Callable[[int], Batch]) -> Way:
     """The project's own: plan, fetch, push, update."""
 
     def step(number: int) -> dict[str, float]:
         begin = time.perf_counter()
-        plan = memory.plan(batches(number))
+        plan = table.plan(batches(number))
         made = time.perf_counter()
-        total_ND = memory.new_gradient(plan)
+        total_ND = table.new_gradient(plan)
         for exchange in plan.exchanges:
-            engram.fetch(plan, exchange)
-            for leaf, index in zip(memory.rows.parameters(), exchange.index, strict=True):
+            table.fetch(plan, exchange)
+            for leaf, index in zip(table.rows.parameters(), exchange.index, strict=True):
                 places = index.flatten()  # the model's lookup and its gradient
                 rows = leaf.detach().index_select(0, places)
                 leaf.grad = torch.zeros_like(leaf).index_add_(0, places, torch.full_like(rows, GRADIENT))
-            memory.push(exchange, total_ND)
-        memory.update(plan, total_ND, LEARNING_RATE)
+            table.push(exchange, total_ND)
+        table.update(plan, total_ND, LEARNING_RATE)
         return {"all": time.perf_counter() - begin, "without plan": time.perf_counter() - made}
 
     return Way("planned", step)
 
 
-def in_the_layer(memory: LookupTable, mesh: Mesh, batches: Callable[[int], Batch]) -> Way:
+def in_the_layer(table: LookupTable, mesh: Mesh, batches: Callable[[int], Batch]) -> Way:
     """A lookup in every layer of every micro-batch: ids out, rows back, gradients out."""
-    mem, bounds = mesh.mem, torch.tensor(mesh.layout.row_bounds(engram.addressing.num_rows))
+    mem, bounds = mesh.mem, torch.tensor(mesh.layout.row_bounds(table.addressing.num_rows))
 
     def look_up(ids_X: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
         """The rows [X, D], and what takes their gradients to the owners: (their local rows, gradients)."""
@@ -101,8 +102,8 @@ def in_the_layer(memory: LookupTable, mesh: Mesh, batches: Callable[[int], Batch
         order_X = torch.argsort(owner_X, stable=True)
         asked = torch.bincount(owner_X, minlength=mem.size)
         send, receive = asked.tolist(), exchange_counts(asked, mem).tolist()
-        wanted_Q = all_to_all(ids_X[order_X], send, receive, mem) - memory.low
-        sorted_XD = all_to_all(memory.table.index_select(0, wanted_Q), receive, send, mem)
+        wanted_Q = all_to_all(ids_X[order_X], send, receive, mem) - table.low
+        sorted_XD = all_to_all(table.table.index_select(0, wanted_Q), receive, send, mem)
         rows_XD = torch.empty_like(sorted_XD).index_copy_(0, order_X, sorted_XD)
         return rows_XD, lambda grad_XD: (wanted_Q, all_to_all(grad_XD.index_select(0, order_X), send, receive, mem))
 
@@ -112,14 +113,14 @@ def in_the_layer(memory: LookupTable, mesh: Mesh, batches: Callable[[int], Batch
         wanted: list[Tensor] = []
         grads: list[Tensor] = []
         for tokens, starts in zip(batch.tokens, batch.starts, strict=True):
-            ids = row_ids(engram.addressing, tokens[None], starts[None])[0]
+            ids = row_ids(table.addressing, tokens[None], starts[None])[0]
             looked_up = [look_up(ids[:, :, layer].flatten()) for layer in range(ids.size(2))]  # forward
             for rows_XD, give_back in looked_up[::-1]:  # backward
                 wanted_Q, grad_QD = give_back(torch.full_like(rows_XD, GRADIENT))
                 wanted.append(wanted_Q)
                 grads.append(grad_QD)
         touched_N, slot_Q = torch.unique(torch.cat(wanted), return_inverse=True)
-        engram.optimizer.step(touched_N, segment_sum(torch.cat(grads), slot_Q, len(touched_N)), LEARNING_RATE)
+        table.optimizer.step(touched_N, segment_sum(torch.cat(grads), slot_Q, len(touched_N)), LEARNING_RATE)
         seconds = time.perf_counter() - begin
         return {"all": seconds, "without plan": seconds}
 

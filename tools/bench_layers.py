@@ -120,7 +120,7 @@ def _case(config: Path, overrides: list[str]) -> Callable[[int], None]:
     def step(number: int) -> None:
         batch = loader.load(number)
         plan = run.table.plan(batch) if run.table is not None else None
-        train_step(parts, number, batch, plan, clock)
+        train_step(run, number, batch, plan, clock)
 
     return step
 

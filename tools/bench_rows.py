@@ -177,7 +177,7 @@ def render(result: dict[str, Any]) -> str:
 def _cases(options: Options, vocabulary: Vocabulary, batches: Callable[[int], Batch], mesh: Any) -> Iterator[Case]:
     for rows, fetch in product(options.rows, options.fetch):
         settings = _settings(options, rows, f"engram.fetch={fetch}")
-        parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
+        run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
         assert run.table is not None
         first, second = (run.table.plan(batches(options.warmup + i)) for i in range(2))
         facts = {
@@ -188,40 +188,40 @@ def _cases(options: Options, vocabulary: Vocabulary, batches: Callable[[int], Ba
             "row_state_bytes_here": sum(value.nbytes for value in run.table.optimizer.state.values()),
         }
         name = f"{run.table.addressing.num_rows:,} rows" + (f", {fetch}" if len(options.fetch) > 1 else "")
-        yield Case(f"{name}, row path" if options.dense else name, _row_step(parts, batches, options), facts)
+        yield Case(f"{name}, row path" if options.dense else name, _row_step(run, batches, options), facts)
         if options.dense:
-            yield Case(f"{name}, nn.Embedding + Adam", _dense_step(parts, batches), facts)
+            yield Case(f"{name}, nn.Embedding + Adam", _dense_step(run, batches), facts)
 
 
 def _row_step(run: Run, batches: Callable[[int], Batch], options: Options) -> Callable[[int, Clock], dict[str, float]]:
-    memory = run.table
-    assert memory is not None
+    table = run.table
+    assert table is not None
     planned: dict[int, tuple[Batch, StepPlan]] = {}
 
     def plan_once(number: int, clock: Clock) -> tuple[Batch, StepPlan]:
         if number not in planned:
             batch = batches(number)
             with clock.phase("plan"):
-                planned[number] = batch, memory.plan(batch)
+                planned[number] = batch, table.plan(batch)
         return planned[number]
 
     def step(number: int, clock: Clock) -> dict[str, float]:
         batch, plan = plan_once(number, clock)
         if not (options.model_free or options.dense):
             _, next_plan = plan_once(number + 1, clock)
-            train_step(parts, number, batch, plan, clock, next_plan)
+            train_step(run, number, batch, plan, clock, next_plan)
             del planned[number]
-            return {"hidden": memory.hidden_seconds()}
+            return {"hidden": table.hidden_seconds()}
         exchange = plan.exchanges[0]
         with clock.phase("fetch"):
-            engram.fetch(plan, exchange)
-        for leaf in memory.rows.parameters():
+            table.fetch(plan, exchange)
+        for leaf in table.rows.parameters():
             leaf.grad = torch.full_like(leaf, 1e-3)
         with clock.phase("push"):
-            total_ND = memory.new_gradient(plan)
-            memory.push(exchange, total_ND)
+            total_ND = table.new_gradient(plan)
+            table.push(exchange, total_ND)
         with clock.phase("optimizer"):
-            memory.update(plan, total_ND, 1e-3)
+            table.update(plan, total_ND, 1e-3)
         del planned[number]
         return {}
 
@@ -229,15 +229,15 @@ def _row_step(run: Run, batches: Callable[[int], Batch], options: Options) -> Ca
 
 
 def _dense_step(run: Run, batches: Callable[[int], Batch]) -> Callable[[int, Clock], dict[str, float]]:
-    memory = run.table
-    assert memory is not None
-    table = nn.Embedding(engram.addressing.num_rows, memory.table.shape[1])
+    table = run.table
+    assert table is not None
+    table = nn.Embedding(table.addressing.num_rows, table.table.shape[1])
     optimizer = torch.optim.Adam(table.parameters(), lr=1e-3)
 
     def step(number: int, clock: Clock) -> dict[str, float]:
         batch = batches(number)
         with clock.phase("plan"):
-            ids = row_ids(engram.addressing, batch.tokens, batch.starts)
+            ids = row_ids(table.addressing, batch.tokens, batch.starts)
         with clock.phase("fetch"):
             rows = table(ids)
         with clock.phase("push"):
@@ -267,7 +267,7 @@ def _batches(settings: Settings, dataset: TokenDataset, dp_rank: int, dp: int, o
 
 def _settings(options: Options, rows: int, *others: str) -> Settings:
     base = load_settings(CONFIG)
-    slots = len(base.memory.orders) * base.memory.heads
+    slots = len(base.engram.orders) * base.engram.heads
     layout = ["parallel.ep=1"] if options.nproc == 1 else []
     size = [f"engram.rows_per_head={-(-rows // slots)}", "parallel.mem=-1"]
     return load_settings(CONFIG, [*size, *layout, *options.overrides, *others])

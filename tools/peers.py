@@ -61,7 +61,7 @@ class Case:
         return Settings.model_validate(
             {
                 "model": model,
-                "memory": {"enabled": False},
+                "engram": {"enabled": False},
                 "train": {"seq_len": self.seq_len, "global_batch": self.batch},
                 "parallel": parallel[experts],
                 "optim": {"backbone": "adamw", "lr": LEARNING_RATE, "clip_norm": CLIP_NORM},
@@ -78,10 +78,10 @@ class Case:
 def hybridtrain(case: Case, experts: str = "sharded") -> Made:
     """The project's own step, as its loop runs it; `experts` as in `Case.settings`."""
     settings = case.settings(experts)
-    parts = assemble(settings, join_world(settings), Vocabulary(case.vocab, 0, torch.zeros(case.vocab).numpy()), None)
+    run = assemble(settings, join_world(settings), Vocabulary(case.vocab, 0, torch.zeros(case.vocab).numpy()), None)
     tokens, clock = case.tokens()[None], Clock(torch.device("cpu"))
     batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), torch.zeros_like(tokens[..., 1:], dtype=torch.bool))
-    return lambda: train_step(parts, 100, batch, None, clock), sum(p.numel() for p in run.model.parameters())
+    return lambda: train_step(run, 100, batch, None, clock), sum(p.numel() for p in run.model.parameters())
 
 
 def transformers(case: Case, experts: str = "grouped_mm") -> Made:

@@ -1,13 +1,13 @@
 """Checkpoints: torch's distributed format under a commit protocol. A folder without `checkpoint.json` was never finished.
 
-place.py    a folder or URL as a path                 saver.py    saves them, also beside the training
+storage.py  a folder or URL as a path                 saver.py    saves them, also beside the training
 index.py    torch's index of the tensors, read and checked; archive.py the archives that the pieces lie in
 files.py    files with checksums                      load.py     checks them and fills a run from one
-piece.py    a stored piece of a tensor
+chunk.py    a stored chunk of a tensor
 blocks.py   large tensors in blocks of rows           history.py  those of a run: latest, older ones, what may go
 state.py    what of a run is saved                    consumed.py  what of the data it has read
 info.py     checkpoint.json                           stored.py   tensors one by one, without a process group
-together.py ranks that succeed or fail together
+all_or_none.py ranks that succeed or fail together
 """
 
 from hybridtrain.checkpoint.consumed import Consumed
@@ -15,7 +15,7 @@ from hybridtrain.checkpoint.history import candidates, commit_folder, latest
 from hybridtrain.checkpoint.info import FORMAT, INFO, changed_settings, check_fits, identity, read_info, row_scalars, write_info
 from hybridtrain.checkpoint.load import load, read_into, verify
 from hybridtrain.checkpoint.saver import Base, Saver
-from hybridtrain.checkpoint.storage import place
+from hybridtrain.checkpoint.storage import open_storage
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "identity",
     "latest",
     "load",
-    "place",
+    "open_storage",
     "read_info",
     "read_into",
     "row_scalars",

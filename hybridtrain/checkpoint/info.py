@@ -71,7 +71,7 @@ class _Description(BaseModel):
     separator_id: Count
     tokenizer_digest: str
     addressing: str | None
-    memory_scalars: _Scalars | None
+    table_scalars: _Scalars | None
     settings: dict[str, Any]
     guard: _Guard | None = None
     base: _Base | None = None
@@ -202,7 +202,7 @@ def describe(run: Run, step: int, tokenizer_digest: str) -> dict[str, Any]:
 
     What the run has read of the data, its files and its base are added when they are known.
     """
-    memory = run.table
+    table = run.table
     return {
         "format": FORMAT,
         "step": step,
@@ -215,18 +215,18 @@ def describe(run: Run, step: int, tokenizer_digest: str) -> dict[str, Any]:
         "vocab_size": run.vocabulary.size,
         "separator_id": run.vocabulary.separator_id,
         "tokenizer_digest": tokenizer_digest,
-        "addressing": engram.addressing.to_json() if memory is not None else None,
-        "memory_scalars": memory.scalars() if memory is not None else None,
+        "addressing": table.addressing.to_json() if table is not None else None,
+        "table_scalars": table.scalars() if table is not None else None,
         "settings": run.settings.model_dump(mode="json"),
     }
 
 
 def row_scalars(info: dict[str, Any]) -> dict[str, Any] | None:
     """The row optimizer's numbers, if any. Older checkpoints leave it to the settings which beta2 their moments have."""
-    scalars: dict[str, Any] | None = info["memory_scalars"]
+    scalars: dict[str, Any] | None = info["table_scalars"]
     if scalars is None or "beta2" in scalars:
         return scalars
-    return {"beta2": parse_settings(info["settings"], source="the checkpoint's settings").memory.beta2} | scalars
+    return {"beta2": parse_settings(info["settings"], source="the checkpoint's settings").engram.beta2} | scalars
 
 
 def check_fits(path: Path, settings: Settings, vocabulary: Vocabulary, tokenizer_digest: str, addressing: str | None) -> None:
@@ -255,7 +255,7 @@ def check_fits(path: Path, settings: Settings, vocabulary: Vocabulary, tokenizer
 
 def identity(settings: Settings) -> dict[str, Any]:
     """The settings that say what the model and its optimizer state are, flat; a checkpoint fits where they are equal."""
-    memory = {
+    kept = {
         "enabled",
         "orders",
         "heads",
@@ -270,7 +270,7 @@ def identity(settings: Settings) -> dict[str, Any]:
     rates = ("bias_rate", "aux_weight", "z_weight")
     tree = {
         "model": settings.model.model_dump(mode="json", exclude={"init_std": True, "vocab_size": True, "moe": set(rates)}),
-        "memory": settings.engram.model_dump(mode="json", include=memory),
+        "engram": settings.engram.model_dump(mode="json", include=kept),
         "optim": {"backbone": settings.optim.backbone},
     }
     return dict(_flatten(tree))

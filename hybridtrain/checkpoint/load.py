@@ -14,7 +14,7 @@ from hybridtrain.checkpoint.blocks import BLOCK_BYTES
 from hybridtrain.checkpoint.files import Reader, quiet
 from hybridtrain.checkpoint.index import Index
 from hybridtrain.checkpoint.info import damage, index_of, read_info, row_scalars
-from hybridtrain.checkpoint.stored import MEMORY, StoredTensors
+from hybridtrain.checkpoint.stored import TABLE, StoredTensors
 from hybridtrain.errors import DamagedCheckpoint
 from hybridtrain.parallel.collectives import Group
 from hybridtrain.run.assemble import Run
@@ -41,24 +41,24 @@ def load(run: Run, path: Path) -> int:
             state = {name: value for name, value in state.items() if name.startswith("model.")}
         read_into(state, path, world)
         run.engine.load_state(stage, state)
-    memory = run.table
-    if memory is not None:
+    table = run.table
+    if table is not None:
         try:
-            all_or_none(world, lambda: _load_rows(memory, StoredTensors(path), weights_only, world.traffic.alive))
+            all_or_none(world, lambda: _load_rows(table, StoredTensors(path), weights_only, world.traffic.alive))
         except Failures as failures:
             raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be read", *_lines(failures.problems)])) from None
         if not weights_only:
-            _load_scalars(memory, row_scalars(info), path, world)
+            _load_scalars(table, row_scalars(info), path, world)
     if "guard" in info:  # imported weights have none
         run.guard.load_state(info["guard"])
     return int(info["step"])
 
 
-def _load_scalars(memory: LookupTable, scalars: dict[str, Any] | None, path: Path, world: Group) -> None:
+def _load_scalars(table: LookupTable, scalars: dict[str, Any] | None, path: Path, world: Group) -> None:
     if scalars is None:
-        raise DamagedCheckpoint(f"{path}: damaged: it has no memory_scalars, and its table is trained")
+        raise DamagedCheckpoint(f"{path}: damaged: it has no table_scalars, and its table is trained")
     try:
-        all_or_none(world, lambda: memory.load_scalars(scalars))
+        all_or_none(world, lambda: table.load_scalars(scalars))
     except Failures as failures:
         raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be gone on with", *_lines(failures.problems)])) from None
 
@@ -94,17 +94,17 @@ def read_into(state: dict[str, Any], path: Path, world: Group) -> None:
         raise DamagedCheckpoint("\n".join([f"{path}: damaged or not of this model", *_lines(problems)])) from None
 
 
-def _load_rows(memory: LookupTable, stored: StoredTensors, weights_only: bool, alive: Callable[[], None]) -> None:
+def _load_rows(table: LookupTable, stored: StoredTensors, weights_only: bool, alive: Callable[[], None]) -> None:
     """This owner's rows, out of whatever pieces they lie in; `alive` is called for every part of them."""
-    for name, value in memory.row_tensors().items():
-        if name == "table" or not weights_only:
+    for name, value in table.row_tensors().items():
+        if name == "rows" or not weights_only:
             count = max(1, _PART_BYTES * len(value) // max(1, value.nbytes))
             for low in range(0, len(value), count):
-                stored.read_into(value[low : low + count], f"{MEMORY}{name}", memory.low + low)
+                stored.read_into(value[low : low + count], f"{TABLE}{name}", table.low + low)
                 alive()
-    if memory.mode == "stale" and not weights_only:
-        pieces = stored.pieces(f"{MEMORY}{KIND}", memory.low, memory.high)
-        memory.load_stale([SavedRows(stored.read(f"{piece}.numbers"), stored.read(f"{piece}.values")) for piece in pieces])
+    if table.mode == "stale" and not weights_only:
+        pieces = stored.pieces(f"{TABLE}{KIND}", table.low, table.high)
+        table.load_stale([SavedRows(stored.read(f"{piece}.numbers"), stored.read(f"{piece}.values")) for piece in pieces])
 
 
 def _lines(problems: list[str]) -> list[str]:

@@ -48,7 +48,7 @@ class Base:
         age = info["base"]["age"] if info.get("base") else 0
         base = base_of(path, info) or path
         info = read_info(base)
-        scalars = info["memory_scalars"]
+        scalars = info["table_scalars"]
         return cls(base.name, info["xxh3"], scalars["step_count"], age) if scalars else None
 
 
@@ -69,7 +69,7 @@ class Saver:
     ) -> None:
         """`confirm` is called by rank 0 before a save begins and before it is committed; raises LockLost where the folder is
         another run's now."""
-        self.run, self.folder, self.tokenizer_digest, self._confirm = parts, folder, tokenizer_digest, confirm
+        self.run, self.folder, self.tokenizer_digest, self._confirm = run, folder, tokenizer_digest, confirm
         self.base, self.reading = base, reading
         self._world: Group = run.mesh.own_world_group("checkpoint", PATIENCE * run.mesh.timeout)
         self._thread: threading.Thread | None = None
@@ -164,9 +164,9 @@ class Saver:
         finally:
             self._held.set()
             release(self.run)
-        memory = self.run.table
-        if memory is not None:
-            self.base = base or Base(final.name, xxh3, info["memory_scalars"]["step_count"])
+        table = self.run.table
+        if table is not None:
+            self.base = base or Base(final.name, xxh3, info["table_scalars"]["step_count"])
         if world.rank == 0:
             with suppress(OSError):  # what cannot be removed now is removed after another save
                 prune(self.folder, step, settings.keep_last, settings.keep_every)

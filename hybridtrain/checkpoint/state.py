@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain.checkpoint.blocks import Rows, own_part
-from hybridtrain.checkpoint.stored import CHANGED, MEMORY
+from hybridtrain.checkpoint.stored import CHANGED, TABLE
 from hybridtrain.run.assemble import Run
 from hybridtrain.table.copy_on_write import CopyOnWrite
 from hybridtrain.table.lookup_table import LookupTable
@@ -43,17 +43,17 @@ def content(run: Run, since: int | None, later: bool) -> Content:
     out = Content()
     for stage in range(len(run.model_parts)):
         out.add(run.engine.state(stage, with_copies=False))
-    memory = run.table
-    if memory is not None:
-        out.add({f"{MEMORY}{name}": value for name, value in memory.stale_state().items()})
-        rows = CopyOnWrite(memory.row_tensors())
-        kept = later and engram.optimizer.watch(rows.keep)
+    table = run.table
+    if table is not None:
+        out.add({f"{TABLE}{name}": value for name, value in table.stale_state().items()})
+        rows = CopyOnWrite(table.row_tensors())
+        kept = later and table.optimizer.watch(rows.keep)
         if since is not None:
-            _add_changed(out, memory, rows, since)
+            _add_changed(out, table, rows, since)
         else:
-            out.add({f"{MEMORY}{name}": value for name, value in memory.logical_rows().items()})
+            out.add({f"{TABLE}{name}": value for name, value in table.logical_rows().items()})
             if kept:
-                out.sources |= {f"{MEMORY}{name}": partial(rows.read, name) for name in memory.row_tensors()}
+                out.sources |= {f"{TABLE}{name}": partial(rows.read, name) for name in table.row_tensors()}
     return out
 
 
@@ -63,11 +63,11 @@ def release(run: Run) -> None:
         run.table.optimizer.watch(None)
 
 
-def _add_changed(out: Content, memory: LookupTable, rows: CopyOnWrite, since: int) -> None:
-    changed_N = engram.optimizer.changed_since(since)
-    piece = saved_rows_name(CHANGED, memory.low, memory.high)
-    out.add({f"{piece}.numbers": (changed_N + memory.low).cpu()})
-    for name, value in memory.row_tensors().items():
+def _add_changed(out: Content, table: LookupTable, rows: CopyOnWrite, since: int) -> None:
+    changed_N = table.optimizer.changed_since(since)
+    piece = saved_rows_name(CHANGED, table.low, table.high)
+    out.add({f"{piece}.numbers": (changed_N + table.low).cpu()})
+    for name, value in table.row_tensors().items():
         shape = (len(changed_N), *value.shape[1:])
         out.state[f"{piece}.{name}"] = torch.empty(shape, dtype=value.dtype, device="meta")
         out.sources[f"{piece}.{name}"] = partial(_gather, rows, name, changed_N)

@@ -12,7 +12,7 @@ from hybridtrain.data.manifest import sync_folder, write_atomically
 from hybridtrain.errors import SettingsError
 
 
-def place(where: str, key: str = "checkpoint.dir") -> Path:
+def open_storage(where: str, key: str = "checkpoint.dir") -> Path:
     """The folder that `where` names; of a URL a UPath, which has the methods of Path and is none.
 
     Raises SettingsError naming the setting `key` where nothing here can open such a URL.

@@ -25,8 +25,8 @@ from hybridtrain.checkpoint.info import INFO, base_of, index_of, read_info
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint, UserError
 from hybridtrain.table.saved_rows import saved_rows_for
 
-MEMORY = "memory."
-CHANGED = f"{MEMORY}changed"
+TABLE = "table."
+CHANGED = f"{TABLE}changed"
 """Kind of the pieces (pieces.py) of an incremental checkpoint: its rows that changed since its base was saved."""
 
 
@@ -44,7 +44,7 @@ class LazyTensor:
 
 
 class StoredTensors:
-    """The tensors of the checkpoint folder `path` by their names ("model.…", "memory.…"); an incremental one's with its base.
+    """The tensors of the checkpoint folder `path` by their names ("model.…", "table.…"); an incremental one's with its base.
 
     Raises DamagedCheckpoint where the folder's index or one of its files cannot be read.
     """
@@ -57,7 +57,7 @@ class StoredTensors:
             raise DamagedCheckpoint(f"{path}: damaged: its base {base} is based on another one")
         self._base = StoredTensors(base) if base is not None else None
         here = {k.removeprefix(f"{CHANGED}.").partition(".")[2] for k in self._entries if k.startswith(CHANGED)} - {"numbers"}
-        self._merged = {f"{MEMORY}{k}" for k in here}  # tensors whose changed rows are here and whose others are in the base
+        self._merged = {f"{TABLE}{k}" for k in here}  # tensors whose changed rows are here and whose others are in the base
         self._numbers: dict[str, Tensor] = {}  # of changed rows, by piece
         self._chunks: dict[str, Chunks] = {}
         self._found: dict[MetadataIndex, Piece] = {}
@@ -114,7 +114,7 @@ class StoredTensors:
             numbers = self._numbers_of(piece)
             start, end = torch.searchsorted(numbers, torch.tensor([low, high])).tolist()
             if start < end:
-                theirs = f"{piece}.{name.removeprefix(MEMORY)}"
+                theirs = f"{piece}.{name.removeprefix(TABLE)}"
                 if theirs not in self._entries or tuple(self._entries[theirs].size) != (len(numbers), *out.shape[1:]):
                     raise DamagedCheckpoint(f"{self.path}: damaged: {theirs} is not there, or not of {len(numbers)} such rows")
                 values = torch.empty((end - start, *out.shape[1:]), dtype=self.dtype(name))

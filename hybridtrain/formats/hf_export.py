@@ -15,7 +15,7 @@ from hybridtrain.checkpoint.stored import LazyTensor
 from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.data.tokenizer import load_tokenizer
 from hybridtrain.errors import FormatError, UserError
-from hybridtrain.formats import hybrid
+from hybridtrain.formats import hf_hybrid
 from hybridtrain.formats.families import FAMILIES, Family
 from hybridtrain.formats.folder import need_transformers, new_folder
 from hybridtrain.formats.hf_config import CONFIG, DTYPE_KEYS, GENERATION, TOKEN_IDS, Config, problems_of, resolve
@@ -24,7 +24,8 @@ from hybridtrain.formats.origin import Origin, read_origin
 from hybridtrain.formats.shards import write_safetensors
 from hybridtrain.formats.tensors import DTYPES, cast, their_shape
 from hybridtrain.run.init_from import ORIGIN, copy_companions
-from hybridtrain.settings.tree import Settings, engram_layers, layer_specs
+from hybridtrain.settings.layers import engram_layers, layer_specs
+from hybridtrain.settings.tree import Settings
 
 AUTO = "auto"
 
@@ -50,10 +51,10 @@ def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int
         **origin.token_ids(run, info["separator_id"]),
     }
     with new_folder(out) as made:
-        if chosen == hybrid.NAME:
-            tensors = hybrid.tensors(stored, info, settings, run)
-            config = {**hybrid.config(settings, info), **described}
-            shutil.copyfile(hybrid.MODELLING_FILE, made / hybrid.MODELLING_FILE.name)
+        if chosen == hf_hybrid.NAME:
+            tensors = hf_hybrid.tensors(stored, info, settings, run)
+            config = {**hf_hybrid.config(settings, info), **described}
+            shutil.copyfile(hf_hybrid.MODELLING_FILE, made / hf_hybrid.MODELLING_FILE.name)
         else:
             config = _config(FAMILIES[chosen], settings, described, origin, run / ORIGIN)
             tensors = _tensors(source, FAMILIES[chosen])
@@ -66,14 +67,14 @@ def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int
 
 
 def _choose(path: Path, family: str, settings: Settings, biased: bool, origin: Origin) -> str:
-    names = (*FAMILIES, hybrid.NAME)
+    names = (*FAMILIES, hf_hybrid.NAME)
     if family not in (AUTO, *names):
         raise UserError(f'--family "{family}": it may be {AUTO}, {", ".join(names)}')
     if family == AUTO:
         came = (origin.config or {}).get("model_type")
         candidates = sorted(FAMILIES, key=lambda name: name != came)  # that of an import first
-        return next((name for name in candidates if not misfits(FAMILIES[name], settings, biased)), hybrid.NAME)
-    if family != hybrid.NAME and (problems := misfits(FAMILIES[family], settings, biased)):
+        return next((name for name in candidates if not misfits(FAMILIES[name], settings, biased)), hf_hybrid.NAME)
+    if family != hf_hybrid.NAME and (problems := misfits(FAMILIES[family], settings, biased)):
         raise FormatError(f"{path} is no {FAMILIES[family].architecture}", problems)
     return family
 

@@ -15,7 +15,8 @@ import torch
 
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors
 from hybridtrain.run.init_from import read_addressing, read_compression_of, read_rows
-from hybridtrain.settings.tree import Settings, engram_layers, layer_specs
+from hybridtrain.settings.layers import engram_layers, layer_specs
+from hybridtrain.settings.tree import Settings
 
 NAME = "hybridtrain"
 MODELLING_FILE = Path(__file__).with_name("modeling_hybridtrain.py")
@@ -53,7 +54,7 @@ def config(settings: Settings, info: dict[str, Any]) -> dict[str, Any]:
         "use_cache": False,
     }
     if engram_layers(settings):
-        memory = settings.engram
+        engram = settings.engram
         out["memory"] = {key: json.loads(info["addressing"])[key] for key in _ADDRESSING}
         out["memory"] |= {
             "head_dim": engram.head_dim,
@@ -87,6 +88,6 @@ def tensors(stored: StoredTensors, info: dict[str, Any], settings: Settings, run
     for layer, primes_OK in zip(addressing.layers, addressing.primes, strict=True):
         for slot, rows in enumerate(primes_OK.reshape(-1).tolist()):
             make = partial(read_rows, stored, info, settings.engram, low, low + rows)
-            out[f"layers.{layer}.memory.tables.{slot}"] = LazyTensor((rows, settings.engram.head_dim), torch.float32, make)
+            out[f"layers.{layer}.engram.tables.{slot}"] = LazyTensor((rows, settings.engram.head_dim), torch.float32, make)
             low += rows
     return out

@@ -18,7 +18,8 @@ from hybridtrain.formats.megatron_names import TRANSFORMER_ENGINE
 from hybridtrain.formats.native import model_tree, setting
 from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.torch_dist import COMMON
-from hybridtrain.settings.tree import Settings, engram_layers, layer_specs
+from hybridtrain.settings.layers import engram_layers, layer_specs
+from hybridtrain.settings.tree import Settings
 
 NAME = "Megatron-core's GPT model"
 

@@ -32,7 +32,7 @@ from hybridtrain.formats.origin import read_origin
 from hybridtrain.formats.tensors import DTYPES, cast, their_shape
 from hybridtrain.formats.torch_dist import RELEASE, TRACKER, Region, write_torch_dist
 from hybridtrain.run.init_from import ORIGIN, copy_companions
-from hybridtrain.settings.tree import layer_specs
+from hybridtrain.settings.layers import layer_specs
 
 _FINAL_NORM = OUTSIDE["norm.weight"].removesuffix(".weight")
 _CONTENT = {"singleton_local_shards": False}  # what Megatron-LM keeps of how it cut the model, and asks a model for again

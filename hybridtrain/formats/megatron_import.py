@@ -22,8 +22,9 @@ from hybridtrain.formats.tensors import new_router_state, their_shape, to_ours
 from hybridtrain.formats.torch_dist import COMMON, Region, TorchDist, find_iteration, read_common
 from hybridtrain.formats.values import Values, dtype_problems
 from hybridtrain.run.init_from import model_tensors
+from hybridtrain.settings.layers import layer_specs
 from hybridtrain.settings.load import load_settings
-from hybridtrain.settings.tree import ModelSettings, Settings, layer_specs
+from hybridtrain.settings.tree import ModelSettings, Settings
 
 _TRAINING = ("optimizer.", "chained_", "rng_state", "rerun_state_machine")  # where the keys of what is not the model begin
 

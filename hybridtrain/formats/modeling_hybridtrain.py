@@ -330,8 +330,8 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
         compressed_BT, reach_BT = self.grams(input_ids, starts_BT, real_BT)
         h_BTD = self.embed(input_ids)
         for layer in self.layers:
-            if layer.memory is not None:
-                h_BTD = h_BTD + layer.memory(h_BTD, compressed_BT, reach_BT, documents_BT)
+            if layer.engram is not None:
+                h_BTD = h_BTD + layer.engram(h_BTD, compressed_BT, reach_BT, documents_BT)
             h_BTD = h_BTD + layer.mixer(layer.mixer_norm(h_BTD), rotation_TR, documents_BT, mask_B1TT)
             x_BTD = layer.feedforward_norm(h_BTD)
             h_BTD = h_BTD + (layer.feedforward(x_BTD, real_BT) if layer.is_moe else layer.feedforward(x_BTD))

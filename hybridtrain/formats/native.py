@@ -170,7 +170,7 @@ def write_run(out: Path, settings: Settings, imported: Import, tokenizer: Import
             "separator_id": tokenizer.separator_id,
             "tokenizer_digest": file_digest(made / TOKENIZER),
             "addressing": None,
-            "memory_scalars": None,
+            "table_scalars": None,
             "settings": settings.model_dump(mode="json"),
             "files": write_tensors(staging, imported.tensors),
         }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hybridtrain.settings.tree import Settings, layer_specs
+from hybridtrain.settings.layers import layer_specs
+from hybridtrain.settings.tree import Settings
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class ParameterCount:
 
 def count_parameters(settings: Settings, vocab_size: int, table_rows: int) -> ParameterCount:
     """Counts of the whole model with a packed table of `table_rows` rows (all memory layers together)."""
-    model, memory = settings.model, settings.engram
+    model, engram = settings.model, settings.engram
     specs = layer_specs(settings)
     outside = vocab_size * model.dim * (1 if model.tie_embeddings else 2) + model.dim
     slots_width = len(engram.orders) * engram.heads * engram.head_dim
@@ -43,7 +44,7 @@ def flops_per_token(settings: Settings, vocab_size: int) -> float:
     + 6 * num_heads * head_dim * (seq_len + 1) per attention layer: scores and values, 2 products * 2 operations * 3
     passes over the (seq_len + 1) / 2 keys that a token sees on average. Norms, gates and the convolution are left out.
     """
-    model, memory = settings.model, settings.engram
+    model, engram = settings.model, settings.engram
     weights, attention = vocab_size * model.dim, 0
     for spec in layer_specs(settings):
         weights += _mixer(settings) + _feedforward(settings, spec.feedforward)[1]
@@ -57,7 +58,7 @@ def stage_costs(settings: Settings, vocab_size: int) -> tuple[float, list[float]
 
     Parameters stand for memory, operations for time; the sum of all costs is 2. The lookup table is on no stage.
     """
-    model, memory, specs = settings.model, settings.engram, layer_specs(settings)
+    model, engram, specs = settings.model, settings.engram, layer_specs(settings)
     slots_width = len(engram.orders) * engram.heads * engram.head_dim
     keys = model.attention.num_heads * model.attention.head_dim * (settings.train.seq_len + 1)
     sizes, products = [], []

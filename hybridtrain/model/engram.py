@@ -28,7 +28,7 @@ class EngramLayer(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        dim, eps, memory = settings.model.dim, settings.model.norm_eps, settings.engram
+        dim, eps, engram = settings.model.dim, settings.model.norm_eps, settings.engram
         width = len(engram.orders) * engram.heads * engram.head_dim
         self.counters = Counters()
         self.eps, self.gate_floor = eps, engram.gate_floor

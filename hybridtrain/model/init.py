@@ -11,7 +11,8 @@ import xxhash
 from torch import Tensor, nn
 
 from hybridtrain.model.feedforwards.moe import Router
-from hybridtrain.settings.tree import Settings, layer_specs
+from hybridtrain.settings.layers import layer_specs
+from hybridtrain.settings.tree import Settings
 
 TABLE_BLOCK = 65_536  # rows of the lookup table that share one generator
 ONE_GENERATOR = 1 << 20  # elements of the largest tensor, or expert's part of one, that is drawn in one go
@@ -31,12 +32,20 @@ def init_parameters(model: nn.Module, settings: Settings, write: Callable[[Tenso
     write = write or _copy
     for name, parameter in model.named_parameters():
         if not name.startswith("rows."):
-            draw_this = partial(draw, name, tuple(parameter.shape), settings.run.seed, parameter_std(name, settings))
+            draw_this = partial(draw, _key(name), tuple(parameter.shape), settings.run.seed, parameter_std(name, settings))
             with torch.no_grad():
                 write(parameter, draw_this)
     for module in model.modules():
         if isinstance(module, Router):
             module.reset_buffers()
+
+
+def _key(name: str) -> str:
+    """What the draw of a parameter is keyed by: its name, in which an Engram layer is "memory", as in the first versions.
+
+    So runs of every version begin with the same values.
+    """
+    return name.replace(".engram.", ".memory.")
 
 
 def parameter_std(name: str, settings: Settings) -> float | None:
@@ -45,7 +54,7 @@ def parameter_std(name: str, settings: Settings) -> float | None:
         return None
     if name.endswith(".conv"):
         return 0.0
-    writes_residual = name.endswith(("wo.weight", "w_down.weight", "w_down", "memory.wv.weight"))
+    writes_residual = name.endswith(("wo.weight", "w_down.weight", "w_down", "engram.wv.weight"))
     return settings.model.init_std / (math.sqrt(2 * len(layer_specs(settings))) if writes_residual else 1)
 
 

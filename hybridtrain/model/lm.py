@@ -19,7 +19,8 @@ from hybridtrain.model.feedforwards.dense import make_dense
 from hybridtrain.model.feedforwards.moe import MoE
 from hybridtrain.model.mixers.attention import Attention
 from hybridtrain.model.residuals.add import RESIDUALS, Stream
-from hybridtrain.settings.tree import LayerSpec, Settings, engram_layers, layer_specs
+from hybridtrain.settings.layers import LayerSpec, engram_layers, layer_specs
+from hybridtrain.settings.tree import Settings
 
 MIXERS: dict[str, Callable[[Settings], nn.Module]] = {"attention": Attention}
 FEEDFORWARDS: dict[str, Callable[[Settings], nn.Module]] = {"dense": make_dense, "moe": MoE}
@@ -30,7 +31,7 @@ class Layer(nn.Module):
         super().__init__()
         model = settings.model
         self.residual = RESIDUALS[model.residual]()
-        self.memory = EngramLayer(settings) if spec.engram else None
+        self.engram = EngramLayer(settings) if spec.engram else None
         self.mixer_norm = RMSNorm(model.dim, model.norm_eps)
         self.mixer = MIXERS[spec.mixer](settings)
         self.feedforward_norm = RMSNorm(model.dim, model.norm_eps)
@@ -38,8 +39,8 @@ class Layer(nn.Module):
 
     def forward(self, stream: Stream, context: SequenceContext, rows_BTSC: Tensor | None) -> Stream:
         """The stream behind this layer; `rows_BTSC` are its looked-up rows, None for a layer without memory."""
-        if self.memory is not None:
-            memory = self.memory
+        if self.engram is not None:
+            memory = self.engram
             stream = self.residual(stream, lambda h: memory(h, rows_BTSC, context.documents_BT))
         stream = self.residual(stream, lambda h: self.mixer(self.mixer_norm(h), context))
         out: Stream = self.residual(stream, lambda h: self.feedforward(self.feedforward_norm(h)))

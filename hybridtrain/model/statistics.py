@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hybridtrain.model.common import Counters
 from hybridtrain.model.feedforwards.moe import Router
-from hybridtrain.settings.tree import Settings, layer_specs
+from hybridtrain.settings.layers import layer_specs
+from hybridtrain.settings.tree import Settings
 
 
 def collect(model: nn.Module) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class RowOptimizer(Protocol):
         """Take over what `scalars` gave."""
 
 
-def make_row_optimizer(memory: EngramSettings, table_RD: Tensor, seed: int = 0, first_row: int = 0) -> RowOptimizer:
+def make_row_optimizer(engram: EngramSettings, table_RD: Tensor, seed: int = 0, first_row: int = 0) -> RowOptimizer:
     """The optimizer that `engram.optimizer` names for the local rows; it changes `table_RD` in place.
 
     The run's seed and the number of the table's first row in the whole table decide how bfloat16 rows are rounded.

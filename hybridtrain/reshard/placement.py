@@ -61,7 +61,7 @@ class Placement:
         if kind in ("model", "optim") and rest in self.parameters:
             boxes = self.parameters[rest]
             return boxes if shape == self.shapes[rest] else [_whole(boxes[0].rank, shape)]
-        if kind == "memory" and shape and (rest == "table" or rest.startswith("rows.")):
+        if kind == "table" and shape and (rest == "rows" or rest.startswith("state.")):
             bounds = itertools.pairwise(self.layout.row_bounds(shape[0]))
             return [
                 Box(self._owner(number), (low, *[0] * (len(shape) - 1)), (high - low, *shape[1:]))

@@ -14,8 +14,9 @@ from hybridtrain.errors import UserError
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.run.process_setup import resolve_layout
 from hybridtrain.run.run_folder import ADDRESSING
+from hybridtrain.settings.layers import engram_layers
 from hybridtrain.settings.load import parse_settings
-from hybridtrain.settings.tree import DataSettings, Settings, engram_layers
+from hybridtrain.settings.tree import DataSettings, Settings
 
 BESIDE_EXPERTS = ("top_k", "num_groups", "top_groups", "gate_scale")
 """Of model.moe: what may change with the number of experts, so that the copies are chosen together."""
@@ -105,7 +106,7 @@ def _reason(key: str) -> str:
         return "use --grow-experts to add copies of experts"
     if key.startswith("model.moe.") and key.rpartition(".")[2] in BESIDE_EXPERTS:
         return "another choice of experts is another model; it may change with --grow-experts only"
-    if key.startswith("memory."):
+    if key.startswith("engram."):
         return "rows are found by their hash under these numbers, and would be other n-grams' rows"
     if key == "optim.backbone":
         return "its state cannot be made of the other optimizer's; start a new run with train.init_from"

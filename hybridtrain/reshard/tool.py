@@ -206,8 +206,8 @@ def _describe(info: dict[str, Any], target: Target, tokenizer: NewTokenizer | No
     kept = {key: value for key, value in info.items() if key not in gone}
     if not info.get("weights_only"):  # what older checkpoints leave to settings that may change here
         kept["data"] = checkpoint.Consumed.of(info).model_dump()
-    if info["memory_scalars"]:
-        kept["memory_scalars"] = checkpoint.row_scalars(info)
+    if info["table_scalars"]:
+        kept["table_scalars"] = checkpoint.row_scalars(info)
     return (
         kept
         | tokens

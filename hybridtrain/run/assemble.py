@@ -31,7 +31,8 @@ from hybridtrain.parallel.pipeline import Pipeline, StageModule
 from hybridtrain.parallel.schedule import Accumulation, Schedule
 from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages
 from hybridtrain.run.process_setup import compute_dtype
-from hybridtrain.settings.tree import Settings, engram_layers, layer_specs
+from hybridtrain.settings.layers import engram_layers, layer_specs
+from hybridtrain.settings.tree import Settings
 from hybridtrain.table.lookup_table import LookupTable
 
 
@@ -55,13 +56,13 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's moving parts, as this rank holds them. `stages` is the whole model, or under pp this rank's parts of it in order."""
+    """What a run is made of, as this rank holds it. `model_parts` is the whole model, or under pp the stages of this rank."""
 
     settings: Settings
     mesh: Mesh
     vocabulary: Vocabulary
-    stages: tuple[HybridLM, ...]
-    memory: LookupTable | None
+    model_parts: tuple[HybridLM, ...]
+    table: LookupTable | None
     engine: Engine
     positions: torch.Tensor | None  # under cp: the places in the sequence of this rank's tokens
     guard: SpikeGuard
@@ -69,7 +70,7 @@ class Run:
     @property
     def model(self) -> HybridLM:
         """The whole model, where this rank has it (pp 1)."""
-        (model,) = self.stages
+        (model,) = self.model_parts
         return model
 
     @property
@@ -77,7 +78,7 @@ class Run:
         return self.engine.schedule
 
     def set_mode(self, training: bool) -> None:
-        for stage in self.stages:
+        for stage in self.model_parts:
             stage.train(training)
 
     @property
@@ -87,7 +88,7 @@ class Run:
 
 def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | None:
     """The addressing of the model's memory layers, drawn or read from `engram.addressing`; None without memory."""
-    layers, memory = engram_layers(settings), settings.engram
+    layers, engram = engram_layers(settings), settings.engram
     if not layers:
         return None
     pad_id = int(vocabulary.compression[vocabulary.separator_id])
@@ -115,7 +116,7 @@ def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | 
 
 def addressing_misfits(addressing: Addressing, settings: Settings) -> list[str]:
     """What it has otherwise than the settings' memory layers."""
-    memory = settings.engram
+    engram = settings.engram
     wanted = {"layers": engram_layers(settings), "orders": engram.orders, "heads": engram.heads, "boundary": engram.boundary}
     return [f"{k}={getattr(addressing, k)} but the settings say {v}" for k, v in wanted.items() if getattr(addressing, k) != v]
 
@@ -152,9 +153,9 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
         init_parameters(model, settings, write_local)
         stages.append(model)
     layers = tuple(layer for model in stages for layer in model.engram_layers)
-    memory = LookupTable(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
+    table = LookupTable(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
     engine = _engine(settings, mesh, here, stages, dtype)
-    return Run(settings, mesh, vocabulary, tuple(stages), memory, engine, positions, SpikeGuard(settings.train))
+    return Run(settings, mesh, vocabulary, tuple(stages), table, engine, positions, SpikeGuard(settings.train))
 
 
 def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:

@@ -29,20 +29,20 @@ ONE_RANK = [*(f"parallel.{axis}=1" for axis in (*DENSE_AXES, "ep", "etp", "mem")
 
 
 def open_checkpoint(path: Path) -> tuple[Run, Path, int]:
-    """The parts of a checkpoint's run on this one process, its run folder, and the separator's token id.
+    """A checkpoint's run on this one process, the run's folder, and the separator's token id.
 
     Raises CheckpointError where `path` holds none, or the run folder lacks its tokenizer.
     """
-    run, saved = find_checkpoint(path)
+    source, saved = find_checkpoint(path)
     info = checkpoint.read_info(saved)
     settings = parse_settings(info["settings"], ONE_RANK, source=str(saved))
-    missing = [name for name in (TOKENIZER, COMPRESSION) if not (run / name).is_file()]
+    missing = [name for name in (TOKENIZER, COMPRESSION) if not (source / name).is_file()]
     if missing:
-        raise CheckpointError(f"{run} lacks {' and '.join(missing)}, which belong to its checkpoints")
-    if file_digest(run / TOKENIZER) != info["tokenizer_digest"]:
-        raise CheckpointError(f"{run / TOKENIZER} is another tokenizer than the one that {saved} was trained with")
+        raise CheckpointError(f"{source} lacks {' and '.join(missing)}, which belong to its checkpoints")
+    if file_digest(source / TOKENIZER) != info["tokenizer_digest"]:
+        raise CheckpointError(f"{source / TOKENIZER} is another tokenizer than the one that {saved} was trained with")
     checkpoint.verify(saved, settings.checkpoint.verify)
-    compression, stored = read_compression_of(run, info), StoredTensors(saved)
+    compression, stored = read_compression_of(source, info), StoredTensors(saved)
     check_tensors(stored, settings, info)  # before memory is taken for a model of these settings
     at_once = settings.train.global_batch // settings.train.micro_batches * settings.train.seq_len
     if at_once > MAX_TOKENS:
@@ -54,9 +54,9 @@ def open_checkpoint(path: Path) -> tuple[Run, Path, int]:
     device = choose_device()
     mixed, table = compute_dtype(settings, device) != torch.float32, table_device(settings, device)
     mesh = make_mesh(resolve_layout(settings, 1), 0, device, settings.parallel.timeout, table_device=table, always=mixed)
-    parts = assemble(settings, mesh, vocabulary, addressing)
-    checkpoint.load(parts, saved)
-    return parts, run, vocabulary.separator_id
+    run = assemble(settings, mesh, vocabulary, addressing)
+    checkpoint.load(run, saved)
+    return run, source, vocabulary.separator_id
 
 
 def evaluate_checkpoint(path: Path, split: str, data: Path | None, batches: int) -> dict[str, float]:
@@ -66,16 +66,16 @@ def evaluate_checkpoint(path: Path, split: str, data: Path | None, batches: int)
     """
     if split not in ("train", "validation"):
         raise UserError(f'--split "{split}": it may be train or validation')
-    parts, run, separator = open_checkpoint(path)
+    run, source, separator = open_checkpoint(path)
     dataset = TokenDataset.open(data or run.settings.data.path, verify=run.settings.data.verify)
-    if dataset.manifest.tokenizer_xxh3 != file_digest(run / TOKENIZER):
-        raise DataError(f"{dataset.folder} was made with another tokenizer than the checkpoint's, {run / TOKENIZER}")
+    if dataset.manifest.tokenizer_xxh3 != file_digest(source / TOKENIZER):
+        raise DataError(f"{dataset.folder} was made with another tokenizer than the checkpoint's, {source / TOKENIZER}")
     if dataset.manifest.separator_id != separator:
         raise DataError(
             f"{dataset.folder} has token {dataset.manifest.separator_id} ({dataset.manifest.separator!r}) before each document, "
             f"the checkpoint was trained with {separator}; make the data with that one (--separator)"
         )
-    return evaluate(parts, dataset.split("train" if split == "train" else "validation"), batches)
+    return evaluate(run, dataset.split("train" if split == "train" else "validation"), batches)
 
 
 @torch.no_grad()
@@ -84,24 +84,26 @@ def generate_text(path: Path, prompt: str, tokens: int, temperature: float, top_
 
     The window is the training length: of longer texts the model sees the last `train.seq_len` tokens.
     """
-    parts, run, separator = open_checkpoint(path)
-    tokenizer = load_tokenizer(run / TOKENIZER)
+    run, source, separator = open_checkpoint(path)
+    tokenizer = load_tokenizer(source / TOKENIZER)
     name = tokenizer.id_to_token(separator)
     if name is None:
-        raise CheckpointError(f"{run / TOKENIZER}: has no token {separator}, which stands before each document of the checkpoint")
-    words = for_texts(load_tokenizer(run / TOKENIZER), name)
-    with library_errors(f"{run / TOKENIZER}: cannot encode the prompt"):
+        raise CheckpointError(
+            f"{source / TOKENIZER}: has no token {separator}, which stands before each document of the checkpoint"
+        )
+    words = for_texts(load_tokenizer(source / TOKENIZER), name)
+    with library_errors(f"{source / TOKENIZER}: cannot encode the prompt"):
         ids = [separator, *words.encode(prompt, add_special_tokens=False).ids]
     generator = torch.Generator().manual_seed(seed)
     entries = vocabulary_size(tokenizer)  # rows of the embedding beyond them stand for nothing
     if entries > len(run.vocabulary.compression):
-        raise CheckpointError(f"{run / TOKENIZER} has {entries} tokens, {COMPRESSION} {len(run.vocabulary.compression)}")
+        raise CheckpointError(f"{source / TOKENIZER} has {entries} tokens, {COMPRESSION} {len(run.vocabulary.compression)}")
     for _ in range(tokens):
-        logits = next_token_logits(parts, ids[-run.settings.train.seq_len :], separator)[:entries]
+        logits = next_token_logits(run, ids[-run.settings.train.seq_len :], separator)[:entries]
         ids.append(_sample(logits, temperature, top_k, generator))
         if ids[-1] == separator:
             break
-    with library_errors(f"{run / TOKENIZER}: cannot decode what was generated"):
+    with library_errors(f"{source / TOKENIZER}: cannot decode what was generated"):
         text: str = tokenizer.decode(ids[1:], skip_special_tokens=True)
     return text
 

@@ -25,8 +25,9 @@ from hybridtrain.model.lm import HybridLM
 from hybridtrain.optim.rowwise import make_row_optimizer
 from hybridtrain.run.assemble import Run, addressing_misfits
 from hybridtrain.run.run_folder import find_checkpoint
+from hybridtrain.settings.layers import engram_layers, layer_specs
 from hybridtrain.settings.load import parse_settings
-from hybridtrain.settings.tree import EngramSettings, Settings, engram_layers, layer_specs
+from hybridtrain.settings.tree import EngramSettings, Settings
 
 ROWS_AT_ONCE = 1 << 18
 ORIGIN = "origin.json"  # what an import found in the model's own description, for exports to give back (formats/origin.py)
@@ -102,7 +103,7 @@ def read_addressing(
     except AddressingError as error:
         raise CheckpointError(f"{stored.path}: {error}") from None
     problems = addressing_misfits(addressing, settings)
-    table = stored.shapes.get("memory.table", ())
+    table = stored.shapes.get("table.rows", ())
     if table != (addressing.num_rows, settings.engram.head_dim):
         problems.append(f"it has {addressing.num_rows} rows of {settings.engram.head_dim}, the table is {list(table)}")
     if problems:
@@ -119,17 +120,17 @@ def copy_companions(source: Path, target: Path, *names: str) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def read_rows(stored: StoredTensors, info: dict[str, Any], memory: EngramSettings, low: int, high: int) -> Tensor:
+def read_rows(stored: StoredTensors, info: dict[str, Any], engram: EngramSettings, low: int, high: int) -> Tensor:
     """Rows `low` to `high-1` of a checkpoint's table as a reader would see them: with the weight decay that they owe.
 
     `info` is the checkpoint's own description.
     """
-    table_RD = stored.read("memory.table", low, high).float()
-    scalars = info["memory_scalars"]
+    table_RD = stored.read("table.rows", low, high).float()
+    scalars = info["table_scalars"]
     if scalars and "decay_log" in scalars:
-        optimizer = make_row_optimizer(memory, table_RD)
+        optimizer = make_row_optimizer(engram, table_RD)
         for name, value in optimizer.state.items():
-            value.copy_(stored.read(f"memory.rows.{name}", low, high))
+            value.copy_(stored.read(f"table.state.{name}", low, high))
         try:
             optimizer.load_scalars(scalars)
         except ValueError as error:
@@ -144,7 +145,7 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
     Optimizers start afresh. Memories that the checkpoint has not stay as they were drawn. Raises CheckpointError listing every
     other tensor that one side lacks or has in another shape, another tokenizer, separator or addressing.
     """
-    run, saved = find_checkpoint(path)
+    source, saved = find_checkpoint(path)
     checkpoint.verify(saved, run.settings.checkpoint.verify, run.mesh.world)
     info = checkpoint.read_info(saved)
     stored = StoredTensors(saved)
@@ -162,9 +163,9 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
     if info["addressing"] and addressing and info["addressing"] != addressing:
         problems.append("memory: its table cannot be taken over: layers, orders, multipliers, primes or compression map are others")
     elif info["addressing"] and run.table is not None:
-        there, here = stored.shapes.get("memory.table", ()), (run.table.addressing.num_rows, run.settings.engram.head_dim)
+        there, here = stored.shapes.get("table.rows", ()), (run.table.addressing.num_rows, run.settings.engram.head_dim)
         if there != here:
-            problems.append(f"memory.table: the checkpoint has {list(there)}, this model {list(here)}")
+            problems.append(f"table.rows: the checkpoint has {list(there)}, this model {list(here)}")
     if problems:
         raise CheckpointError("\n".join([f"train.init_from={path}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
     taken = expected.keys() & stored.shapes.keys()
@@ -172,13 +173,13 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
         state = {f"model.{k}": v for k, v in stage.state_dict().items() if f"model.{k}" in taken}
         checkpoint.read_into(state, saved, run.mesh.world)
     if run.table is not None and info["addressing"]:
-        memory = parse_settings(info["settings"], source=str(saved)).memory
+        theirs_engram = parse_settings(info["settings"], source=str(saved)).engram
         for low in range(run.table.low, run.table.high, ROWS_AT_ONCE):
             high = min(low + ROWS_AT_ONCE, run.table.high)
-            rows_RD = read_rows(stored, info, memory, low, high)
+            rows_RD = read_rows(stored, info, theirs_engram, low, high)
             run.table.table[low - run.table.low : high - run.table.low] = rows_RD.to(run.table.table)
     if run.mesh.rank == 0:
-        copy_companions(run, folder, ORIGIN)
+        copy_companions(source, folder, ORIGIN)
         _tell(run.settings, saved, info, len(taken), len(expected) - len(taken))
         if not info.get("weights_only"):
             _tell_of_data(run.settings, checkpoint.Consumed.of(info), data)
@@ -190,7 +191,7 @@ def _misfits(ours: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, ...]
         for name, shape in ours.items()
         if name in theirs and theirs[name] != shape
     ]
-    lacking = [name for name in ours if name not in theirs and ".memory." not in name]
+    lacking = [name for name in ours if name not in theirs and ".engram." not in name]
     problems += [f"{name}: the checkpoint lacks it; only a memory may be new" for name in lacking]
     problems += [f"{name}: this model lacks it" for name in theirs if name not in ours]
     return problems

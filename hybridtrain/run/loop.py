@@ -70,16 +70,16 @@ def train(settings: Settings, resume: bool | None = False, allow: Collection[str
         folder.confirm = locks.confirm
         vocabulary, dataset = folder.prepare_data(settings)
         addressing = make_addressing(settings, vocabulary)
-        parts = assemble(settings, mesh, vocabulary, addressing)
+        run = assemble(settings, mesh, vocabulary, addressing)
         if settings.train.init_from and not resume:
             source_run = checkpoint.open_storage(settings.train.init_from, "train.init_from")
-            start_from(parts, source_run, folder.path, dataset.manifest)
+            start_from(run, source_run, folder.path, dataset.manifest)
         clock = Clock(mesh.device)
         stalls = folder.path / "stalls" / gather_objects(time.strftime("%Y%m%d-%H%M%S"), mesh.world)[0]
         with Watchdog(mesh.world, clock, stalls, settings.parallel.timeout):
             data = Continuation(settings, dataset, allow)
-            before = _restore(folder, parts, addressing, clock, data.check) if resume else None
-            return _run(parts, folder, dataset, data, lambda: _restore(folder, parts, addressing, clock), clock, before)
+            before = _restore(folder, run, addressing, clock, data.check) if resume else None
+            return _run(run, folder, dataset, data, lambda: _restore(folder, run, addressing, clock), clock, before)
     except DispatchMemoryError as error:
         raise TrainingError(str(error)) from error
     except OSError as error:
@@ -121,7 +121,7 @@ def _run(
     )
     reading = Reading(loader, run.guard, settings.run.seed, data.digests, Consumed.of(before) if before else None)
     log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps, folder.confirm)
-    report = Report(parts, log, folder.path, clock, start, reading)
+    report = Report(run, log, folder.path, clock, start, reading)
 
     def load(step: int) -> Step:
         batch = loader.load(step)
@@ -129,11 +129,11 @@ def _run(
         return batch.at(run.positions), plan
 
     def validate(batches: int, go_on: Callable[[], bool]) -> dict[str, float]:
-        return evaluate(parts, dataset.split("validation"), batches, go_on)
+        return evaluate(run, dataset.split("validation"), batches, go_on)
 
     try:
         with (
-            folder.saver(parts, reading.describe) as saver,
+            folder.saver(run, reading.describe) as saver,
             StepPrefetcher(load, settings.train.steps) as feed,
             StopSignal() as signal,
         ):
@@ -144,7 +144,7 @@ def _run(
                 reading.tokens = Consumed.of(info).tokens
                 return int(info["step"])
 
-            return _loop(parts, saver, go_back, feed, signal, report, validate, start)
+            return _loop(run, saver, go_back, feed, signal, report, validate, start)
     finally:
         log.close()
 
@@ -158,7 +158,7 @@ def _restore(
 ) -> Info:
     """Load the latest good checkpoint; what it says of itself. No phase of a step, but one in which ranks may stand still."""
     with clock.phase("restore"):
-        info = folder.restore(parts, addressing, check)
+        info = folder.restore(run, addressing, check)
     clock.take()
     return info
 
@@ -177,18 +177,18 @@ def _loop(
     if start > steps or (start == steps and gather_objects(report.ended(), run.mesh.world)[0]):
         return report.nothing_left(start)
     report.header()
-    pause, done = Pause(parts, saver, signal, report, validate), start
+    pause, done = Pause(run, saver, signal, report, validate), start
     if start == steps:  # it was cut off in its last validation
         report.recall()
     stop = pause.validates(start) and pause.validation(start, again=True)
-    upcoming = _begin(parts, feed, clock, start) if start < steps and not stop else None
+    upcoming = _begin(run, feed, clock, start) if start < steps and not stop else None
     while upcoming is not None:
         step, (batch, plan) = done, upcoming
         done, clock.step = step + 1, step + 1
         with clock.phase("data"):
             upcoming = feed.get(done) if done < steps else None
         totals = train_step(
-            parts,
+            run,
             step,
             batch,
             plan,
@@ -202,12 +202,12 @@ def _loop(
             guard.took(done, totals.loss)
             report.reading.took(step)
             report.step(done, totals, plan)
-        elif _refuse(parts, saver, report, done, batch, plan, totals) == "rollback":
+        elif _refuse(run, saver, report, done, batch, plan, totals) == "rollback":
             data, done = done + guard.skipped_batches, restore()
             guard.skipped_batches = data - done  # the refused batch and those before it are not read again
             report.rolled_back(done)
             stop = pause.validates(done) and pause.validation(done, again=True)
-            upcoming = _begin(parts, feed, clock, done) if not stop else None
+            upcoming = _begin(run, feed, clock, done) if not stop else None
             continue
         if stop := pause.after(done, totals.stop, totals.save):
             break
@@ -238,7 +238,7 @@ def _refuse(
     allowed = run.guard.refuse(done)
     if action == "stop" or not allowed or (action == "rollback" and last is None):
         if not all_finite(totals.loss, totals.grad_norm):
-            what += f"; {name_source_of_nonfinite(parts, batch, plan)}"
+            what += f"; {name_source_of_nonfinite(run, batch, plan)}"
         if not allowed:
             what += f"; that is more than train.spike_limit={train.spike_limit} in a row"
         raise TrainingError(f"step {done}: {what}. The last good checkpoint is {last or 'none'}; nothing of this step was kept")
@@ -267,29 +267,29 @@ def train_step(
     does not wait for another step; the totals say whether any rank was. `before_update` is called before parameters and optimizer
     state change.
     """
-    stages, memory, settings = run.model_parts, run.table, run.settings
+    stages, table, settings = run.model_parts, run.table, run.settings
     scale = lr_scale(step, settings.optim, settings.train.steps)
     table_lr = scale * settings.optim.lr * settings.engram.lr_multiplier
     run.set_mode(training=True)
     loss = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
-    rows_grad = memory.new_gradient(plan) if memory is not None and plan is not None else None
+    rows_grad = table.new_gradient(plan) if table is not None and plan is not None else None
     groups = by_exchange(batch, plan, run.mesh.device)
 
     for number, (exchange, micro_batches) in enumerate(groups, 1):
-        if memory is not None and plan is not None and exchange is not None:
+        if table is not None and plan is not None and exchange is not None:
             with clock.phase("fetch"):
-                engram.fetch(plan, exchange)
-                memory.fetch_ahead(plan, number, next_plan, table_lr)
+                table.fetch(plan, exchange)
+                table.fetch_ahead(plan, number, next_plan, table_lr)
         loss += run.schedule.step(micro_batches, number == len(groups), clock.phase)  # forward and backward
-        if memory is not None and exchange is not None and rows_grad is not None:
+        if table is not None and exchange is not None and rows_grad is not None:
             with clock.phase("push"):
-                memory.push(exchange, rows_grad)
+                table.push(exchange, rows_grad)
 
     with clock.phase("reduce"):
-        if memory is not None and rows_grad is not None:
-            memory.exchange.reduce_replicas(rows_grad)
+        if table is not None and rows_grad is not None:
+            table.exchange.reduce_replicas(rows_grad)
         loss /= run.mesh.layout.tp  # its ranks have the same losses
-        sums = _sum_up(parts, loss, *asked())
+        sums = _sum_up(run, loss, *asked())
         read = read_at_once({**sums, "squares": run.engine.squares(rows_grad)})
         norm, table_norm = norms_of(read.pop("squares"))
         (total,), (stopping,), (saving,) = (read.pop(name) for name in ("loss", "stop", "save"))
@@ -302,8 +302,8 @@ def train_step(
                 before_update()
             set_learning_rates(run.engine.optimizers, scale)
             run.engine.step()
-            if memory is not None and plan is not None and rows_grad is not None:
-                memory.update(plan, rows_grad, table_lr)
+            if table is not None and plan is not None and rows_grad is not None:
+                table.update(plan, rows_grad, table_lr)
             for stage in stages:
                 apply_router_statistics(stage, sums)
     run.engine.clear_gradients()

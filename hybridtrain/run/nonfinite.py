@@ -11,7 +11,7 @@ from hybridtrain.data.batches import Batch
 from hybridtrain.parallel.collectives import gather_objects
 from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run.assemble import Run
-from hybridtrain.settings.tree import layer_specs
+from hybridtrain.settings.layers import layer_specs
 from hybridtrain.table.lookup_table import by_exchange
 
 
@@ -32,7 +32,7 @@ def name_source_of_nonfinite(run: Run, batch: Batch, plan: StepPlan | None) -> s
         return hook
 
     run.set_mode(training=False)
-    memory, num_layers = run.table, len(layer_specs(run.settings))
+    table, num_layers = run.table, len(layer_specs(run.settings))
     blocks = {"embed": 0, "norm": num_layers + 1, "": num_layers + 2}
     handles = []
     for stage in run.model_parts:
@@ -41,15 +41,15 @@ def name_source_of_nonfinite(run: Run, batch: Batch, plan: StepPlan | None) -> s
                 block = blocks[name] if name in blocks else 1 + int(name.split(".")[1])
                 handles.append(module.register_forward_hook(watch((block, number, name or "the head"))))
     for exchange, micro_batches in by_exchange(batch, plan, run.mesh.device):
-        if memory is not None and plan is not None and exchange is not None:
-            engram.fetch(plan, exchange)
-            if not all(leaf.isfinite().all() for leaf in memory.rows.parameters()) and not found:
+        if table is not None and plan is not None and exchange is not None:
+            table.fetch(plan, exchange)
+            if not all(leaf.isfinite().all() for leaf in table.rows.parameters()) and not found:
                 found.append((-1, 0, "the fetched memory rows"))
         run.schedule.losses(micro_batches)
     for handle in handles:
         handle.remove()
-    if memory is not None:
-        memory.rows.clear()
+    if table is not None:
+        table.rows.clear()
 
     firsts = gather_objects(found[0] if found else None, run.mesh.world)
     everywhere = [(first, rank) for rank, first in enumerate(firsts) if first]

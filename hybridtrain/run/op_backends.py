@@ -8,7 +8,7 @@ from hybridtrain.kernels import choose
 from hybridtrain.model.common import MASKED_TOKENS
 from hybridtrain.run.assemble import Run
 from hybridtrain.run.process_setup import compute_dtype
-from hybridtrain.settings.tree import layer_specs
+from hybridtrain.settings.layers import layer_specs
 
 
 def implementations(run: Run) -> dict[str, str]:
@@ -19,7 +19,7 @@ def implementations(run: Run) -> dict[str, str]:
     compiled = " · compiled between exchanges" if train.compile else ""
     ops = {
         "layers": f"{str(dtype).removeprefix('torch.')} · recompute {train.recompute}{compiled}",
-        "attention": f"torch scaled_dot_product_attention{_long_attention(parts, cuda and dtype != torch.float32)}",
+        "attention": f"torch scaled_dot_product_attention{_long_attention(run, cuda and dtype != torch.float32)}",
         "rope": "torch complex product",
         "swiglu": "torch, two passes",
         "rms_norm": "torch, own backward" if blocked else "torch rms_norm",
@@ -50,7 +50,7 @@ def implementations(run: Run) -> dict[str, str]:
         row = "head and loss" if op == "cross_entropy" else op
         if how != "torch" and row in ops and not (op == "cross_entropy" and run.mesh.tp.size > 1):
             ops[row] = how
-    ops["dispatch"] = _dispatch(parts)
+    ops["dispatch"] = _dispatch(run)
     return ops
 
 

@@ -17,7 +17,7 @@ class Pause:
     """Between steps of a run; every method is called by all ranks at the same step."""
 
     def __init__(self, run: Run, saver: checkpoint.Saver, signal: StopSignal, report: Report, validate: Validate) -> None:
-        self.run, self.saver, self.signal, self.report, self._validate = parts, saver, signal, report, validate
+        self.run, self.saver, self.signal, self.report, self._validate = run, saver, signal, report, validate
 
     def after(self, done: int, stop: bool, save: bool) -> bool:
         """Save and then validate, where that is due after `done` steps; whether the run stops here, with a checkpoint of them.

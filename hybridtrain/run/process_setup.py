@@ -14,8 +14,9 @@ from hybridtrain.parallel.deepspeed import missing
 from hybridtrain.parallel.layout import Layout, ModelFacts
 from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, ranks_of_a_node, world_from_environment
 from hybridtrain.parallel.stages import stage_problems
+from hybridtrain.settings.layers import layer_specs
 from hybridtrain.settings.rules import unfit_widths
-from hybridtrain.settings.tree import Settings, layer_specs
+from hybridtrain.settings.tree import Settings
 
 _NET_SECONDS = 30  # torch ends a collective this much later than the watchdog, which can say more
 

@@ -39,7 +39,7 @@ class Report:
     """Collects what `train_step` returns and writes it out every `train.log_every` steps."""
 
     def __init__(self, run: Run, log: MetricsLog, folder: Path, clock: Clock, start: int, reading: Reading) -> None:
-        self.run, self.log, self.folder, self.reading = parts, log, folder, reading
+        self.run, self.log, self.folder, self.reading = run, log, folder, reading
         self.clock = clock
         table_rows = run.table.addressing.num_rows if run.table is not None else 0
         self.counts = asdict(count_parameters(run.settings, run.vocabulary.size, table_rows))
@@ -58,8 +58,8 @@ class Report:
     def header(self) -> None:
         """The layout, the parameters, what carries each operation and what is odd about the settings, before the first step."""
         s, mesh = self.run.settings, self.run.mesh
-        table = Table(title=f"hybridtrain {__version__}", show_header=False, title_justify="left")
-        memory = self.run.table
+        grid = Table(title=f"hybridtrain {__version__}", show_header=False, title_justify="left")
+        table = self.run.table
         rows = [
             ("layout", f"{mesh.layout.describe()} on {mesh.device.type}, {torch.get_num_threads()} thread(s) a rank"),
             ("parameters", " · ".join(f"{name} {_short(n)}" for name, n in self.counts.items())),
@@ -69,17 +69,17 @@ class Report:
         ]
         if mesh.layout.pp > 1:
             rows.append(("pipeline", self._pipeline()))
-        if memory is not None:
-            here = f"rows {memory.low:,} to {memory.high - 1:,} here"
-            where = f"in {s.engram.device} memory ({memory.table.device.type})"
-            size = f"{engram.addressing.num_rows:,} rows x {s.engram.head_dim} {s.engram.dtype}"
+        if table is not None:
+            here = f"rows {table.low:,} to {table.high - 1:,} here"
+            where = f"in {s.engram.device} memory ({table.table.device.type})"
+            size = f"{table.addressing.num_rows:,} rows x {s.engram.head_dim} {s.engram.dtype}"
             rows.append(("table", f"{size}, {here} {where}"))
             rows.append(("fetch", f"{s.engram.fetch}: {FETCH[s.engram.fetch]}"))
             rows.append(("wire", f"rows {s.engram.wire}, gradients {s.engram.wire_gradients}"))
         rows += [(f"op {name}", how) for name, how in implementations(self.run).items()]
         for row in rows:
-            table.add_row(*row)
-        self.log.say(table)
+            grid.add_row(*row)
+        self.log.say(grid)
         for notice in notices(s):
             self.log.say(f"note: {notice}")
         self._pace.skip()
@@ -146,15 +146,15 @@ class Report:
         seconds = exposed + self.run.table.hidden_seconds()
         self._fetch_seconds += seconds
         self._exposed_seconds += exposed
-        values = {"memory/fetch_seconds": seconds / steps, "memory/fetch_exposed_seconds": exposed / steps}
+        values = {"table/fetch_seconds": seconds / steps, "table/fetch_exposed_seconds": exposed / steps}
         if plan.lookups:  # without a memory layer in its stages there are none
             values |= {
-                "memory/lookups": plan.lookups,
-                "memory/unique_rows": plan.unique,
-                "memory/unique_share": plan.unique / plan.lookups,
+                "table/lookups": plan.lookups,
+                "table/unique_rows": plan.unique,
+                "table/unique_share": plan.unique / plan.lookups,
             }
         if plan.late_rows is not None:
-            values["memory/late_rows"] = plan.late_rows
+            values["table/late_rows"] = plan.late_rows
         return values
 
     @contextmanager
@@ -215,8 +215,8 @@ class Report:
         summary = self._summarise(done, stopped=False)
         if self.run.table is not None:
             self.log.say(
-                f"memory rows: {1000 * summary['memory_fetch_seconds']:.1f} ms a step to fetch, of which the step waited "
-                f"{1000 * summary['memory_fetch_exposed_seconds']:.1f} ms (engram.fetch={self.run.settings.engram.fetch})"
+                f"memory rows: {1000 * summary['table_fetch_seconds']:.1f} ms a step to fetch, of which the step waited "
+                f"{1000 * summary['table_fetch_exposed_seconds']:.1f} ms (engram.fetch={self.run.settings.engram.fetch})"
             )
         self.log.say(f"run files: {self.folder}    curves: tensorboard --logdir {self.folder / 'tensorboard'}")
         return summary
@@ -253,8 +253,8 @@ class Report:
             return {}
         steps = max(steps, 1)
         return {
-            "memory_fetch_seconds": self._fetch_seconds / steps,
-            "memory_fetch_exposed_seconds": self._exposed_seconds / steps,
+            "table_fetch_seconds": self._fetch_seconds / steps,
+            "table_fetch_exposed_seconds": self._exposed_seconds / steps,
         }
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:

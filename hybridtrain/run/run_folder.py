@@ -179,7 +179,7 @@ class RunFolder:
                 checkpoint.check_fits(path, run.settings, run.vocabulary, tokenizer, hashes)
                 info = checkpoint.read_info(path)
                 check(path, info)
-                checkpoint.load(parts, path)
+                checkpoint.load(run, path)
             except DamagedCheckpoint as error:
                 problems.append(str(error))
                 continue
@@ -195,7 +195,7 @@ class RunFolder:
         """What saves the run's checkpoints, once it was restored or begun; collective. `reading` as of `Saver`."""
         if self.world.rank == 0 and run.table is not None:
             write_atomically(self.path / ADDRESSING, run.table.addressing.to_json().encode())
-        return checkpoint.Saver(parts, self.checkpoints, file_digest(self.path / TOKENIZER), self.base, reading, self.confirm)
+        return checkpoint.Saver(run, self.checkpoints, file_digest(self.path / TOKENIZER), self.base, reading, self.confirm)
 
     def _write_settings(self, settings: Settings) -> None:
         write_atomically(self.path / SETTINGS, dump_settings(settings).encode())

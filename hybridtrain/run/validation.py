@@ -32,7 +32,7 @@ def evaluate(run: Run, split: Split, batches: int = 0, go_on: Callable[[], bool]
     if split.num_tokens == 0:
         return {}
     run.set_mode(training=False)
-    memory, mesh, settings = run.table, run.mesh, run.settings
+    table, mesh, settings = run.table, run.mesh, run.settings
     batch_size = settings.train.global_batch // settings.train.micro_batches
     dp_rank = mesh.layout.coordinate(mesh.rank, "dp")
     holds_head = any(stage.part.last for stage in run.model_parts)  # what it counts is counted once along pp
@@ -44,17 +44,17 @@ def evaluate(run: Run, split: Split, batches: int = 0, go_on: Callable[[], bool]
         if stopped := not go_on():
             break
         plan = None
-        if memory is not None:
-            plan = memory.plan(batch, evaluate=True)
-            engram.fetch(plan, plan.exchanges[0])
+        if table is not None:
+            plan = table.plan(batch, evaluate=True)
+            table.fetch(plan, plan.exchanges[0])
         ((_, micro_batches),) = by_exchange(batch.at(run.positions), plan, mesh.device)
         nats = run.schedule.losses(micro_batches)
         counted = (micro_batches.targets_MBT != IGNORED).sum() * holds_head
         for part in nats:
             sums[0] += part
         sums[1] += counted
-    if memory is not None:
-        memory.rows.clear()
+    if table is not None:
+        table.rows.clear()
     if stopped:
         return {}
     total, tokens = (all_reduce_(sums, mesh.world) / mesh.layout.tp).tolist()  # tp ranks have the same losses

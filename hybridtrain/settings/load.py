@@ -13,7 +13,11 @@ from pydantic import BaseModel, ValidationError
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.files.untrusted import UntrustedFileError, read_toml
+from hybridtrain.settings.rules import contradictions
 from hybridtrain.settings.tree import Settings
+
+RENAMED = {"memory": "engram"}
+"""Sections that had other names before version 0.1."""
 
 
 def load_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
@@ -35,13 +39,14 @@ def parse_settings(tree: dict[str, Any], overrides: Sequence[str] = (), source: 
     problems = [p for override in overrides if (p := _apply_override(tree, override))]
     known = set(_leaf_keys(Settings)) | set(_section_keys(Settings))
     unknown = [key for key in _dict_keys(tree) if key not in known]
-    problems += [f"{key}: unknown key{_suggest(key, known)}" for key in unknown]
+    problems += [f"{key}: {_renamed(key, known) or f'unknown key{_suggest(key, known)}'}" for key in unknown]
     for key in unknown:
         _remove(tree, key)
     try:
         settings = Settings.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise SettingsError(source, problems + _messages(error)) from None
+    problems += contradictions(settings)
     if problems:
         raise SettingsError(source, problems)
     return settings
@@ -97,6 +102,13 @@ def _messages(error: ValidationError) -> list[str]:
         else:
             lines.append(f"{key}={json.dumps(item['input'], default=str)}: {what[0].lower()}{what[1:]}")
     return lines
+
+
+def _renamed(key: str, known: set[str]) -> str:
+    """What a key of earlier versions is called now; empty where it never was one."""
+    section, _, leaf = key.partition(".")
+    new = ".".join(filter(None, (RENAMED.get(section, ""), leaf)))
+    return f"is called {new} now" if section in RENAMED and new in known else ""
 
 
 def _suggest(key: str, known: set[str]) -> str:

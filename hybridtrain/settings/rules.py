@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from hybridtrain.settings.tree import DataSettings, Settings, layer_specs
+from hybridtrain.settings.layers import layer_specs
+from hybridtrain.settings.tree import DataSettings, Settings
 
 WHOLE_BACKWARD = ("gpipe", "1f1b", "interleaved")
 """Schedules that take a micro-batch back through a stage at once, inputs and weights together."""
@@ -19,7 +20,7 @@ def contradictions(s: Settings) -> list[str]:
         out.append(str(error))
     if not s.model.layers:
         out.append("model.layers is empty; a model needs at least one layer")
-    attention, moe, memory = s.model.attention, s.model.moe, s.engram
+    attention, moe, engram = s.model.attention, s.model.moe, s.engram
     if attention.num_heads % attention.num_kv_heads:
         out.append(
             f"model.attention.num_kv_heads={attention.num_kv_heads} does not divide num_heads={attention.num_heads}; "
@@ -157,13 +158,13 @@ def notices(s: Settings) -> list[str]:
 
 def _useless_steps(s: Settings) -> list[str]:
     """Running means that never move, and decays: decoupled, they multiply weights by 1 - rate * decay, which must stay above 0."""
-    optim, memory = s.optim, s.engram
+    optim, engram = s.optim, s.engram
     means = ("beta1", "beta2", "muon_momentum") if optim.backbone == "muon" else ("beta1", "beta2")
     out = [f"optim.{key}=1.0 would never take in a gradient; it may be below 1" for key in means if getattr(optim, key) == 1.0]
     rules = [("optim.lr", optim.lr, "optim.weight_decay", optim.weight_decay)]
     if optim.backbone == "muon":
         rules.append(("optim.muon_lr", optim.muon_lr, "optim.weight_decay", optim.weight_decay))
-    if engram.enabled and any("memory" in entry for entry in s.model.layers):
+    if engram.enabled and any("engram" in entry for entry in s.model.layers):
         table = optim.lr * engram.lr_multiplier
         rules.append(("optim.lr * engram.lr_multiplier", table, "engram.weight_decay", engram.weight_decay))
     return out + [

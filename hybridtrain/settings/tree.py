@@ -6,10 +6,9 @@ contradictions raise one `SettingsError` that lists all of them.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -17,12 +16,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Axis = Annotated[int, Field(ge=-1)]
 
-MIXERS = ("attention",)
-FEEDFORWARDS = ("dense", "moe")
-MEMORY = "memory"
 
-
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
     @field_validator("*")
@@ -36,7 +31,7 @@ class _Section(BaseModel):
         return value
 
 
-class RunSettings(_Section):
+class RunSettings(Section):
     dir: str = Field("runs/default", min_length=1, description="folder that receives metrics, checkpoints and the summary")
     seed: Natural = Field(0, description="draws the parameters and the sample order")
     threads: Natural = Field(0, description="CPU threads per rank; 0 leaves torch's choice")
@@ -45,7 +40,7 @@ class RunSettings(_Section):
     )
 
 
-class DataSettings(_Section):
+class DataSettings(Section):
     path: str = Field("runs/data/sotu-4096", min_length=1, description="folder of token shards written by `hybridtrain data`")
     source: tuple[str, ...] = Field(
         (), description="texts to make `path` from when it does not exist; `shipped:sotu` needs no download"
@@ -62,7 +57,7 @@ class DataSettings(_Section):
     verify: bool = Field(True, description="check the shards' checksums before training")
 
 
-class AttentionSettings(_Section):
+class AttentionSettings(Section):
     num_heads: Positive = Field(4, description="heads of queries")
     num_kv_heads: Positive = Field(4, description="heads of keys and values; divides num_heads")
     head_dim: Positive = Field(32, description="even; num_heads * head_dim need not equal model.dim")
@@ -70,11 +65,11 @@ class AttentionSettings(_Section):
     qk_norm: bool = Field(True, description="RMS-normalise queries and keys per head")
 
 
-class DenseSettings(_Section):
+class DenseSettings(Section):
     hidden: Positive = Field(512, description="width of the dense SwiGLU")
 
 
-class MoESettings(_Section):
+class MoESettings(Section):
     num_experts: Positive = Field(8, description="routed experts")
     top_k: Positive = Field(2, description="experts per token")
     hidden: Positive = Field(256, description="width of one expert's SwiGLU")
@@ -94,7 +89,7 @@ class MoESettings(_Section):
     )
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     dim: Positive = Field(128, description="width of the residual stream")
     layers: tuple[str, ...] = Field(
         ("attention+dense", "engram+attention+moe", "2*attention+moe"),
@@ -110,7 +105,7 @@ class ModelSettings(_Section):
     moe: MoESettings = MoESettings()
 
 
-class EngramSettings(_Section):
+class EngramSettings(Section):
     enabled: bool = Field(True, description="false removes the memory from every layer of the pattern")
     orders: tuple[Positive, ...] = Field((2, 3), description="n-gram lengths")
     heads: Positive = Field(4, description="hash heads per order")
@@ -153,7 +148,7 @@ class EngramSettings(_Section):
     weight_decay: NonNegative = Field(0.0, description="of the table; decoupled, replayed when a row is next read")
 
 
-class OptimSettings(_Section):
+class OptimSettings(Section):
     backbone: Literal["adamw", "muon"] = Field("adamw", description="muon takes the 2-D matrices, AdamW the rest")
     lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
     muon_lr: float = Field(2e-2, gt=0, description="peak learning rate of Muon")
@@ -169,7 +164,7 @@ class OptimSettings(_Section):
     final_lr_ratio: Fraction = Field(0.1, description="learning rate at the end as a share of the peak")
 
 
-class TrainSettings(_Section):
+class TrainSettings(Section):
     steps: Positive = Field(500, description="optimizer steps of the whole run")
     init_from: str = Field("", description="run folder or checkpoint that a new run takes its weights from; a memory may be new")
     seq_len: Positive = Field(128, description="tokens per sequence")
@@ -204,7 +199,7 @@ class TrainSettings(_Section):
     )
 
 
-class ParallelSettings(_Section):
+class ParallelSettings(Section):
     """Degrees of the axes; -1 takes what the world leaves. See docs/parallelism.md."""
 
     pp: Positive = Field(1, description="ranks that the layers are cut over; each has one or several stages")
@@ -235,7 +230,7 @@ class ParallelSettings(_Section):
     timeout: Positive = Field(300, description="seconds without progress of a rank before the run is ended with who waits for whom")
 
 
-class DeepSpeedSettings(_Section):
+class DeepSpeedSettings(Section):
     """Of `train.engine=deepspeed` alone. See docs/deepspeed.md."""
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
@@ -244,7 +239,7 @@ class DeepSpeedSettings(_Section):
     offload_optimizer: bool = Field(False, description="optimizer state and update on the CPU")
 
 
-class CheckpointSettings(_Section):
+class CheckpointSettings(Section):
     every: Natural = Field(100, description="steps between checkpoints; 0: only at the end and on a signal")
     dir: str = Field("", description="folder or fsspec URL that receives them; empty: `checkpoints` in run.dir")
     keep_last: Positive = Field(2, description="latest checkpoints kept")
@@ -256,7 +251,7 @@ class CheckpointSettings(_Section):
     verify: Literal["full", "sizes"] = Field("full", description="what is compared before a load: checksums of all files, or sizes")
 
 
-class KernelSettings(_Section):
+class KernelSettings(Section):
     """One key per op of `kernels/choose.py` that a run has."""
 
     rms_norm: Literal["auto", "torch", "triton", "liger", "apex"] = Field("auto", description="RMS norms")
@@ -277,59 +272,14 @@ class KernelSettings(_Section):
     rowwise_adam: Literal["auto", "torch", "triton"] = Field("auto", description="the update of touched rows")
 
 
-class Settings(_Section):
+class Settings(Section):
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
-    memory: EngramSettings = EngramSettings()
+    engram: EngramSettings = EngramSettings()
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
     parallel: ParallelSettings = ParallelSettings()
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     kernels: KernelSettings = KernelSettings()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Settings:
-        from hybridtrain.settings.rules import contradictions  # here: it imports this module
-
-        problems = contradictions(self)
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
-
-class LayerSpec(_Section):
-    """What one layer is made of; `memory` says whether an Engram memory stands before the mixer."""
-
-    memory: bool
-    mixer: str
-    feedforward: str
-
-
-MAX_LAYERS = 10_000
-
-
-def layer_specs(settings: Settings) -> tuple[LayerSpec, ...]:
-    """The layers of the model in order; `engram.enabled=false` removes every memory.
-
-    Raises ValueError naming the entry that is not `[N*][engram+]MIXER+FEEDFORWARD`.
-    """
-    specs: list[LayerSpec] = []
-    for entry in settings.model.layers:
-        match = re.fullmatch(r"(?:(\d+)\*)?(memory\+)?(\w+)\+(\w+)", entry.replace(" ", ""))
-        if match is None or match[3] not in MIXERS or match[4] not in FEEDFORWARDS or match[1] == "0":
-            raise ValueError(
-                f'model.layers: "{entry}" is no layer; write "[N*][engram+]MIXER+FEEDFORWARD" '
-                f"with MIXER one of {', '.join(MIXERS)} and FEEDFORWARD one of {', '.join(FEEDFORWARDS)}"
-            )
-        if len(specs) + (more := int(match[1] or 1)) > MAX_LAYERS:
-            raise ValueError(f"model.layers: more than {MAX_LAYERS:,} layers")
-        spec = LayerSpec(memory=bool(match[2]) and settings.engram.enabled, mixer=match[3], feedforward=match[4])
-        specs += [spec] * more
-    return tuple(specs)
-
-
-def engram_layers(settings: Settings) -> tuple[int, ...]:
-    """0-based ids, in the whole model, of the layers that have a memory."""
-    return tuple(i for i, spec in enumerate(layer_specs(settings)) if spec.engram)

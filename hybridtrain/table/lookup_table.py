@@ -52,14 +52,14 @@ class LookupTable:
         positions: Tensor | None = None,
     ) -> None:
         """`layers` are the memory layers of this rank's part of the model, which alone it plans for; there may be none."""
-        memory = settings.engram
+        engram = settings.engram
         self._columns = [addressing.layers.index(layer) for layer in layers]
         self.addressing, self.mesh, self.rows, self.positions = addressing, mesh, rows, positions
         bounds = mesh.layout.row_bounds(addressing.num_rows)
         self.low, self.high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
         rows_here = init_table(settings.run.seed, self.low, self.high, engram.head_dim, engram.init_std)
         self.table = rows_here.to(mesh.table_device, getattr(torch, engram.dtype))
-        self.optimizer = make_row_optimizer(memory, self.table, settings.run.seed, self.low)
+        self.optimizer = make_row_optimizer(engram, self.table, settings.run.seed, self.low)
         self.mode = engram.fetch
         ahead = mesh.own_mem_group("ahead") if self.mode != "step" else None
         wires = CommDtypes(engram.wire, engram.wire_gradients)
@@ -180,7 +180,7 @@ class LookupTable:
 
     def row_tensors(self) -> dict[str, Tensor]:
         """The local rows and their state, each with the rows as dim 0, by their names in `state`."""
-        return {"table": self.table, **{f"rows.{name}": value for name, value in self.optimizer.state.items()}}
+        return {"rows": self.table, **{f"state.{name}": value for name, value in self.optimizer.state.items()}}
 
     def stale_state(self) -> dict[str, Tensor]:
         """In stale mode the rows read ahead, which nothing writes to any more."""

@@ -233,12 +233,12 @@ def test_settings_of_anything(lines: list[str], saved: Path) -> None:
 @examples(15)
 @given(data=st.data())
 def test_an_addressing_with_an_odd_part(data: st.DataObject) -> None:
-    settings = parse_settings({"model": {"layers": ["engram+attention+dense"]}, "memory": {"rows_per_head": 11, "heads": 2}})
+    settings = parse_settings({"model": {"layers": ["engram+attention+dense"]}, "engram": {"rows_per_head": 11, "heads": 2}})
     compression = np.arange(20)
     good = Addressing.draw((0,), settings.engram.orders, 2, 11, compression, 3)
     odd = changed(data, json.loads(good.to_json()), ODD)
     text = data.draw(st.sampled_from([json.dumps(odd), json.dumps(odd), good.to_json()[:-5], "[" * 100_000]))
-    stored = SimpleNamespace(path="it", shapes={"memory.table": (good.num_rows, settings.engram.head_dim)})
+    stored = SimpleNamespace(path="it", shapes={"table.rows": (good.num_rows, settings.engram.head_dim)})
     info = {"addressing": text}
     found = outcome(lambda: weights.read_addressing(info, settings, compression, cast(StoredTensors, stored)))
     assert found is None or (found.num_rows == good.num_rows and found.layers == (0,))

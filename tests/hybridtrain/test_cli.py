@@ -137,8 +137,8 @@ def test_the_run_folder_is_complete(trained: Callable[..., Path], ci_data: Path)
     assert len(first["layers.1/expert_load"]) == 8
     assert 1 <= first["layers.1/expert_load_max_over_mean"] <= 8
     assert 0 < first["layers.1/gate_mean"] < 1
-    assert 0 < first["memory/unique_share"] < 1
-    assert first["memory/lookups"] == 12 * 80 * 2 * 8  # this rank's tokens, memory layers, slots
+    assert 0 < first["table/unique_share"] < 1
+    assert first["table/lookups"] == 12 * 80 * 2 * 8  # this rank's tokens, memory layers, slots
     assert first["bytes/mem"] > 0
     assert first["bytes/ep"] > 0
     assert {f"seconds/{p}" for p in ("data", "fetch", "forward", "backward", "push", "reduce", "optimizer")} <= first.keys()

@@ -39,7 +39,7 @@ def zero(stage: int) -> str:
 
 def moments(run: Path) -> dict[str, Tensor]:
     """Every moment of the last checkpoint, on one process under the native engine."""
-    parts, _, _ = open_checkpoint(run)
+    run, _, _ = open_checkpoint(run)
     return {name: value for name, value in run.engine.state(0).items() if name.startswith("optim.")}
 
 

@@ -33,7 +33,7 @@ STEP = LR * 5  # optim.lr * engram.lr_multiplier: what one update moves a row by
 
 
 def state(run: Path, step: int) -> dict[str, Tensor]:
-    parts, _, _ = open_checkpoint(run / "checkpoints" / f"step-{step:08d}")
+    run, _, _ = open_checkpoint(run / "checkpoints" / f"step-{step:08d}")
     assert run.table is not None
     return run.model.state_dict() | {f"memory.{name}": value for name, value in run.table.state().items()}
 
@@ -49,11 +49,11 @@ def assert_same_state(run: Path, reference: Path) -> None:
     for step in (10, 20):
         ours, theirs = state(run, step), state(reference, step)
         assert ours.keys() == theirs.keys()
-        assert torch.equal(ours["memory.rows.last"], theirs["memory.rows.last"])  # the same rows were touched at the same steps
-        rows = (ours["memory.table"] - theirs["memory.table"]).abs().amax(1)
+        assert torch.equal(ours["table.state.last"], theirs["table.state.last"])  # the same rows were touched at the same steps
+        rows = (ours["table.rows"] - theirs["table.rows"]).abs().amax(1)
         assert float(rows.max()) < STEP / 100  # 1 % of what one update moves a row by
         # a wrong factor in the gradient, which Adam hides from the table, is bare here
-        v, v_reference = ours["memory.rows.v"], theirs["memory.rows.v"]
+        v, v_reference = ours["table.state.v"], theirs["table.state.v"]
         torch.testing.assert_close(v, v_reference, rtol=1e-2, atol=1e-14)
         for name, value in ours.items():
             if not name.startswith("memory.") and "router." not in name.replace("router.weight", ""):

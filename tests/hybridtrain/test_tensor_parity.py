@@ -33,7 +33,7 @@ SLOW = [pytest.param(layout, marks=pytest.mark.parity) for layout in MORE]
 
 def optimizer_state(run: Path) -> dict[str, Tensor]:
     """First moments after ten steps, by parameter."""
-    parts, _, _ = open_checkpoint(run / "checkpoints" / "step-00000010")
+    run, _, _ = open_checkpoint(run / "checkpoints" / "step-00000010")
     names: dict[Tensor, str] = {parameter: name for name, parameter in run.model.named_parameters()}
     return {names[p]: state["exp_avg"] for optimizer in run.engine.optimizers for p, state in optimizer.state.items()}
 

@@ -10,7 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from hybridtrain.parallel.layout import Layout
-from hybridtrain.settings.tree import Settings, layer_specs
+from hybridtrain.settings.layers import layer_specs
+from hybridtrain.settings.tree import Settings
 
 FLOAT, INT = 4, 8
 
@@ -127,7 +128,7 @@ class Formulas:
 
     def cp(self) -> int:
         """Keys and values of this rank's tokens to the n-1 others, and the edges of its two chunks; backward as much again."""
-        attention, memory = self.s.model.attention, self.s.engram
+        attention, engram = self.s.model.attention, self.s.engram
         heads = attention.num_kv_heads // self.layout.tp
         kv = len(self.specs) * 2 * self.B * self.T * heads * attention.head_dim
         reach = (engram.conv_kernel - 1) * engram.orders[-1]

@@ -71,11 +71,11 @@ def build(settings: Settings) -> tuple[Run, Batch]:
     mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60)
     dataset = TokenDataset.open(settings.data.path, verify=False)
     vocabulary = Vocabulary.of(dataset)
-    parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
+    run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train, layout = settings.train, mesh.layout
     place = layout.coordinate(rank, "dp")
     loader = BatchLoader(dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, layout.dp, 0)
-    return parts, loader.load(0)
+    return run, loader.load(0)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -93,26 +93,26 @@ def assert_sends_are_numbered_alike(run: Run) -> None:
 
 def first_step(settings: Settings) -> dict[str, Tensor]:
     """Loss, gradients by name, and the touched rows' numbers and gradients, as this rank has them."""
-    parts, batch = build(settings)
-    memory = run.table
-    assert memory is not None
-    plan = memory.plan(batch)
+    run, batch = build(settings)
+    table = run.table
+    assert table is not None
+    plan = table.plan(batch)
     ((exchange, micro_batches),) = by_exchange(batch.at(run.positions), plan, torch.device("cpu"))
     assert exchange is not None
-    engram.fetch(plan, exchange)
+    table.fetch(plan, exchange)
     run.set_mode(training=True)
     loss = run.schedule.step(micro_batches, True, lambda _: nullcontext())
-    assert_sends_are_numbered_alike(parts)
-    rows = memory.new_gradient(plan)
-    memory.push(exchange, rows)
-    memory.exchange.reduce_replicas(rows)
+    assert_sends_are_numbered_alike(run)
+    rows = table.new_gradient(plan)
+    table.push(exchange, rows)
+    table.exchange.reduce_replicas(rows)
     sum_over_tp([p for o in run.engine.optimizers for g in o.param_groups for p in g["params"]], run.mesh.tp)
     out = {"loss": loss / run.mesh.layout.tp}
     for number, stage in enumerate(run.model_parts):
         for name, parameter in stage.named_parameters():
             assert parameter.grad is not None, name
             out[f"{name}@{number}" if name in out else name] = whole(parameter.grad)
-    return out | {"touched": plan.touched_N + memory.low, "rows": rows}
+    return out | {"touched": plan.touched_N + table.low, "rows": rows}
 
 
 def first_steps(settings: list[Settings]) -> list[dict[str, Tensor]]:

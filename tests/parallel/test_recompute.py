@@ -64,13 +64,13 @@ def test_less_is_kept(data: Path) -> None:
     model = ("model.layers=['4*attention+dense','2*memory+attention+moe']", "train.micro_batches=1", "engram.rows_per_head=100")
     peaks = []
     for mode in MODES:
-        parts, loader = build_here(settings_of(data, *model, "train.global_batch=16", f"train.recompute={mode}"))
+        run, loader = build_here(settings_of(data, *model, "train.global_batch=16", f"train.recompute={mode}"))
         assert run.table is not None
         for step in range(2):  # optimizers make their state in the first
             batch = loader.load(step)
             plan = run.table.plan(batch)
             with PeakBytes() as peak:
-                train_step(parts, step, batch, plan, Clock(run.mesh.device))
+                train_step(run, step, batch, plan, Clock(run.mesh.device))
         peaks.append(peak.peak)
     none, selective, full = peaks
     assert none > 5e6

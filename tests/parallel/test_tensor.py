@@ -173,33 +173,33 @@ OVERRIDES = ["model.moe.num_shared=1", "model.moe.aux_weight=0.1", "model.attent
 def build(mesh: Mesh, *overrides: str) -> Run:
     settings = load_settings(CI, [*OVERRIDES, *overrides])
     vocabulary = Vocabulary(VOCABULARY, 0, np.arange(VOCABULARY))
-    parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
+    run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
             if name.endswith(".conv"):  # zeros at the start, behind which there is no gradient
                 write_local(parameter, lambda rows, within=(), p=parameter: drawn(0, *p.shape)[(rows, *within)])  # type: ignore[misc]
-    return parts
+    return run
 
 
 def gradients(run: Run, batch: Batch) -> dict[str, Any]:
     """Loss, logits, norm and all gradients of one step, on every rank those of the whole."""
-    model, memory, mesh = run.model, run.table, run.mesh
-    assert memory is not None
-    plan = memory.plan(batch)
-    engram.fetch(plan, plan.exchanges[0])
+    model, table, mesh = run.model, run.table, run.mesh
+    assert table is not None
+    plan = table.plan(batch)
+    table.fetch(plan, plan.exchanges[0])
     args = batch.tokens[0], batch.starts[0].cumsum(-1), plan.exchanges[0].index[0]
     loss = model.train()(*args, targets_BT=batch.targets[0]) / run.tokens_per_step
     loss.backward()
-    rows = memory.new_gradient(plan)
-    memory.push(plan.exchanges[0], rows)
-    memory.exchange.reduce_replicas(rows)
+    rows = table.new_gradient(plan)
+    table.push(plan.exchanges[0], rows)
+    table.exchange.reduce_replicas(rows)
     params = [p for o in run.engine.optimizers for g in o.param_groups for p in g["params"]]
     sum_over_tp(params, mesh.tp)
     norm, table_norm = clip_by_global_norm(local_gradients(params), rows, mesh, 0.0, tp_copies(params, mesh.tp))
     grads = {name: full(p.grad) for name, p in model.named_parameters()}
-    engram.fetch(plan, plan.exchanges[0])
+    table.fetch(plan, plan.exchanges[0])
     logits = model.eval()(*args)
-    memory.rows.clear()
+    table.rows.clear()
     return {"loss": loss.detach(), "norm": norm, "table_norm": table_norm, "rows": rows, "logits": logits.detach(), "grads": grads}
 
 
@@ -210,11 +210,11 @@ def whole_model(degrees: dict[str, int], *overrides: str) -> None:
     batch = Batch(tokens, tokens.roll(-1, -1), tokens == 0)
     dp, place = mesh.layout.dp, mesh.layout.coordinate(mesh.rank, "dp")
     mine = Batch(*(x.chunk(dp, 1)[place] for x in (batch.tokens, batch.targets, batch.starts)))
-    parts = build(mesh, *overrides)
+    run = build(mesh, *overrides)
     cut = run.model.get_parameter("layers.0.mixer.wq.weight")
     assert isinstance(cut, DTensor)
     assert cut.to_local().numel() * mesh.tp.size * mesh.layout.dp_shard == cut.numel()
-    ours, theirs = gradients(parts, mine), gradients(build(alone, *overrides), batch)
+    ours, theirs = gradients(run, mine), gradients(build(alone, *overrides), batch)
 
     loss = ours["loss"].clone()
     torch.distributed.all_reduce(loss)

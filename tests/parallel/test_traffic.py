@@ -58,9 +58,9 @@ CASES = {
 def second_step(data: str, overrides: list[str], store: str) -> Facts:
     """On a rank: two steps, and what the second sent."""
     settings = settings_of(data, "train.steps=2", *overrides)
-    parts, load = start_run(settings, dist.get_world_size(), dist.get_rank(), new_world(store))
+    run, load = start_run(settings, dist.get_world_size(), dist.get_rank(), new_world(store))
     facts, layout, mesh = Facts(), run.mesh.layout, run.mesh
-    train_steps(parts, load, 0, 1)
+    train_steps(run, load, 0, 1)
 
     def count(router: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
         owner_NK = output[0] // (settings.model.moe.num_experts // layout.ep)
@@ -71,7 +71,7 @@ def second_step(data: str, overrides: list[str], store: str) -> Facts:
     for module in (m for stage in run.model_parts for m in stage.modules() if isinstance(m, Router)):
         module.register_forward_hook(count)
     before = mesh.traffic.entries()
-    train_steps(parts, load, 1, 2)
+    train_steps(run, load, 1, 2)
     for (group, operation), (calls, sent) in mesh.traffic.entries().items():
         old = before.get((group, operation), (0, 0))
         facts.calls[group, operation] = calls - old[0]
@@ -85,7 +85,7 @@ def second_step(data: str, overrides: list[str], store: str) -> Facts:
     here = getattr(run.schedule, "stages", ())
     facts.stages = [part.stage.number for part in here]
     assert run.table is not None
-    facts.needed, facts.num_rows = _needed(parts, load(1)[2]), run.table.addressing.num_rows
+    facts.needed, facts.num_rows = _needed(run, load(1)[2]), run.table.addressing.num_rows
     return facts
 
 
@@ -103,12 +103,12 @@ def _add_parameter(facts: Facts, name: str, parameter: Tensor, settings: Setting
 
 def _needed(run: Run, batch: Batch) -> set[int]:
     """From the tokens alone: the distinct rows that this rank needs."""
-    memory, tp = run.table, run.mesh.tp
-    assert memory is not None
-    ids = row_ids(engram.addressing, batch.tokens, batch.starts)
+    table, tp = run.table, run.mesh.tp
+    assert table is not None
+    ids = row_ids(table.addressing, batch.tokens, batch.starts)
     if run.positions is not None:
         ids = ids[:, :, run.positions]
-    layers = [engram.addressing.layers.index(i) for stage in run.model_parts for i in stage.engram_layers]
+    layers = [table.addressing.layers.index(i) for stage in run.model_parts for i in stage.engram_layers]
     slots = ids.shape[-1] // tp.size
     return set(ids[..., layers, tp.rank * slots : (tp.rank + 1) * slots].unique().tolist())
 

@@ -51,9 +51,9 @@ class Outcome:
 
 def kind_of(name: str) -> str:
     """Which of KINDS a number is."""
-    if name == "memory.table":
+    if name == "table.rows":
         return "rows"
-    return {"curve": "losses", "model": "parameters", "optim": "moments", "memory": "row state"}[name.split(".")[0]]
+    return {"curve": "losses", "model": "parameters", "optim": "moments", "table": "row state"}[name.split(".")[0]]
 
 
 def assert_meaningful(references: References) -> None:
@@ -63,7 +63,7 @@ def assert_meaningful(references: References) -> None:
         assert curve[-1] < curve[0] - 0.05
         assert max(reference.noise.values()) * BOUND < CEILING
         exact = {name for name, value in reference.noise.items() if value == 0}
-        assert exact == {"memory.rows.last"}  # all else is compared as real numbers
+        assert exact == {"table.state.last"}  # all else is compared as real numbers
 
 
 def make_references(data: Path, cases: Sequence[Case]) -> References:

@@ -17,7 +17,7 @@ from hybridtrain.data.batches import Batch
 from hybridtrain.model import moe
 from hybridtrain.parallel import engine
 from tests.parity.cases import settings_of
-from tests.parity.runs import Run, curves, distances, scale_of, stage_states, start_run, train_steps
+from tests.parity.runs import Record, curves, distances, scale_of, stage_states, start_run, train_steps
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ ORDERS = (Order(), Order(2), Order(4), Order(8), Order(1, 1), Order(4, 2), Order
 class Reference:
     """The one-rank run, and by name how far the other orders were from it at most."""
 
-    run: Run
+    run: Record
     noise: dict[str, float]
 
 
-def run_alone(data: str, runs: Sequence[tuple[tuple[str, ...], Order]]) -> list[Run]:
+def run_alone(data: str, runs: Sequence[tuple[tuple[str, ...], Order]]) -> list[Record]:
     """On one of several ranks, each of which works alone: every so-many-th run, given by settings and order."""
     return [_one_rank(data, overrides, order) for overrides, order in runs[dist.get_rank() :: dist.get_world_size()]]
 
 
-def _one_rank(data: str, overrides: tuple[str, ...], order: Order) -> Run:
+def _one_rank(data: str, overrides: tuple[str, ...], order: Order) -> Record:
     settings = settings_of(data, *overrides, f"train.micro_batches={order.micro_batches}")
     generator = torch.Generator().manual_seed(order.permutation)
 
@@ -60,7 +60,7 @@ def _one_rank(data: str, overrides: tuple[str, ...], order: Order) -> Run:
     with _in_parts(order.parts):
         totals = train_steps(parts, load, 0, settings.train.steps)
     (end,) = stage_states(parts)
-    return Run(curves(totals), start, end)
+    return Record(curves(totals), start, end)
 
 
 @contextmanager
@@ -100,14 +100,14 @@ def _in_parts(parts: int) -> Iterator[None]:
         yield
 
 
-def make_reference(runs: Sequence[Run]) -> Reference:
+def make_reference(runs: Sequence[Record]) -> Reference:
     """The first run; the noise of every number is the farthest of the others from it, and no less than its own rounding."""
     first = runs[0]
     others = [distances(run.curve, [run.end], first) for run in runs[1:]]
     return Reference(first, {name: max(_rounding(name, first), *(other[name] for other in others)) for name in others[0]})
 
 
-def _rounding(name: str, run: Run) -> float:
+def _rounding(name: str, run: Record) -> float:
     """What storing it in float32 makes: half a unit of every element's last place (weights near 1 move by few such units a
     step), of what is a single number one."""
     unit = torch.finfo(torch.float32).eps

@@ -35,7 +35,7 @@ Load = Callable[[int], tuple[Batch, StepPlan | None, Batch]]
 
 
 @dataclass(frozen=True)
-class Run:
+class Record:
     """What a run came to: `curve` has numbers of every step, `start` and `end` all tensors by their names in checkpoints."""
 
     curve: dict[str, list[float]]
@@ -50,7 +50,7 @@ def start_run(
     mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, rendezvous)
     dataset = TokenDataset.open(settings.data.path, verify=False)
     vocabulary = Vocabulary.of(dataset)
-    parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
+    run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train, layout = settings.train, mesh.layout
     place = layout.coordinate(rank, "dp")
     loader = BatchLoader(
@@ -61,7 +61,7 @@ def start_run(
         batch = reorder(loader.load(step))
         return batch.at(run.positions), run.table.plan(batch) if run.table is not None else None, batch
 
-    return parts, load
+    return run, load
 
 
 def train_steps(run: Run, load: Load, start: int, stop: int) -> list[Totals]:
@@ -71,7 +71,7 @@ def train_steps(run: Run, load: Load, start: int, stop: int) -> list[Totals]:
         run.table.resume(plan)
     for step in range(start, stop):
         upcoming, next_plan, _ = load(step + 1) if step + 1 < stop else (batch, None, batch)
-        totals.append(train_step(parts, step, batch, plan, clock, next_plan))
+        totals.append(train_step(run, step, batch, plan, clock, next_plan))
         batch, plan = upcoming, next_plan
     return totals
 
@@ -85,13 +85,13 @@ def new_world(store: str) -> str:
 
 def stage_states(run: Run) -> list[State]:
     """Every tensor of each of this rank's stages, whole; copies that other ranks hold too are among them."""
-    return [{name: whole(value) for name, value in _state(parts, stage).items()} for stage in range(len(run.model_parts))]
+    return [{name: whole(value) for name, value in _state(run, stage).items()} for stage in range(len(run.model_parts))]
 
 
 def _state(run: Run, stage: int) -> State:
     """By their names in checkpoints; the memory goes with the rank's first stage."""
-    memory = run.table.state() if run.table is not None and stage == 0 else {}
-    return {**run.engine.state(stage), **{f"memory.{name}": value for name, value in memory.items()}}
+    table = run.table.state() if run.table is not None and stage == 0 else {}
+    return {**run.engine.state(stage), **{f"memory.{name}": value for name, value in table.items()}}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def curves(totals: Sequence[Totals]) -> dict[str, list[float]]:
     return {name: [getattr(t, name) for t in totals] for name in ("loss", "grad_norm", "table_grad_norm")}
 
 
-def distances(curve: dict[str, list[float]], states: Sequence[State], reference: Run) -> dict[str, float]:
+def distances(curve: dict[str, list[float]], states: Sequence[State], reference: Record) -> dict[str, float]:
     """How far a rank's numbers are from the reference's, by name; of what it holds twice the farther."""
     out = {
         f"curve.{name}": max(abs(a - b) / abs(b) for a, b in zip(values, reference.curve[name], strict=True))
@@ -114,7 +114,7 @@ def distances(curve: dict[str, list[float]], states: Sequence[State], reference:
     return out
 
 
-def _distance(name: str, value: Tensor, reference: Run) -> float:
+def _distance(name: str, value: Tensor, reference: Record) -> float:
     wanted = reference.end[name]
     assert value.shape == wanted.shape, f"{name}: {list(value.shape)}, not {list(wanted.shape)}"
     if not wanted.is_floating_point():
@@ -125,8 +125,8 @@ def _distance(name: str, value: Tensor, reference: Run) -> float:
     return difference / scale if scale else (0.0 if difference == 0 else float("inf"))
 
 
-def scale_of(name: str, run: Run) -> float:
-    moved = name.startswith("model.") or name == "memory.table"
+def scale_of(name: str, run: Record) -> float:
+    moved = name.startswith("model.") or name == "table.rows"
     return float(torch.linalg.vector_norm((run.end[name] - run.start[name] if moved else run.end[name]).double()))
 
 
@@ -139,14 +139,14 @@ def run_cases(
     """
     rank, world, out = dist.get_rank(), dist.get_world_size(), []
     for number, (case, fault) in enumerate(cases):
-        reference: Run = torch.load(references[case.numbers], weights_only=False, mmap=True)
+        reference: Record = torch.load(references[case.numbers], weights_only=False, mmap=True)
         rendezvous = new_world(f"{store}-{number}")
         try:
             with FAULTS[fault]() if fault else nullcontext():
                 settings = settings_of(data, *case.overrides)
-                parts, load = start_run(settings, world, rank, rendezvous)
-                totals = train_steps(parts, load, 0, settings.train.steps)
-            out.append(distances(curves(totals), stage_states(parts), reference))
+                run, load = start_run(settings, world, rank, rendezvous)
+                totals = train_steps(run, load, 0, settings.train.steps)
+            out.append(distances(curves(totals), stage_states(run), reference))
             barrier(run.mesh.world)  # none closes its groups while another still talks
         except Exception as error:
             raise AssertionError(f"{case}: {type(error).__name__}: {error}") from error

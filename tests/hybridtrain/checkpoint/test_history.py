@@ -22,7 +22,7 @@ DESCRIPTION: dict[str, Any] = {  # all that a checkpoint.json must say
     "separator_id": 0,
     "tokenizer_digest": "",
     "addressing": None,
-    "memory_scalars": None,
+    "table_scalars": None,
     "settings": {},
     "files": {},
 }

@@ -41,13 +41,13 @@ TWO = ("parallel.ep=2", "parallel.mem=2")
 
 def steps(run: tuple[Run, BatchLoader], first: int, last: int, before_update: Callable[[], None] | None = None) -> list[float]:
     """The losses of steps `first` to `last-1`."""
-    parts, loader = run
+    run, loader = run
     out = []
     for step in range(first, last):
         batch = loader.load(step)
         plan = run.table.plan(batch) if run.table is not None else None
         clock = Clock(run.mesh.device)
-        out.append(train_step(parts, step, batch.at(run.positions), plan, clock, None, before_update).loss)
+        out.append(train_step(run, step, batch.at(run.positions), plan, clock, None, before_update).loss)
     return out
 
 
@@ -86,7 +86,7 @@ def slow_writes(seconds: float) -> Iterator[None]:
 
 def saved_bytes(path: Path) -> dict[str, Any]:
     info = checkpoint.read_info(path)
-    return {"files": info["files"], "memory_scalars": info["memory_scalars"]}
+    return {"files": info["files"], "table_scalars": info["table_scalars"]}
 
 
 def save_in_every_way(settings: dict[str, Settings], folder: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def load_both(settings: Settings, folder: Path) -> tuple[list[str], list[int]]:
         dist.destroy_process_group()
     plain, incremental = (loaded(settings, folder / name / "step-00000006")[0] for name in ("plain", "incremental"))
     assert plain.memory is not None
-    return equal(all_state(plain), all_state(incremental)), [plain.memory.low, plain.memory.high]
+    return equal(all_state(plain), all_state(incremental)), [plain.table.low, plain.table.high]
 
 
 @pytest.mark.parametrize("mem", [2, pytest.param(1, marks=pytest.mark.parity)], ids=["owners of unequal parts", "copies"])
@@ -175,10 +175,10 @@ def test_every_way_to_save_gives_the_same_bits_at_every_layout(ci_data: Path, tm
     assert set(incremental.shapes) == names
     for name in names:
         assert torch.equal(plain.read(name), incremental.read(name)), name
-    rows = plain.shapes["memory.table"][0]
+    rows = plain.shapes["table.rows"][0]
     assert rows % 2 == 1
     for low, high in ((0, 1), (rows // 2 - 5, rows // 2 + 5), (rows - 1, rows), (3, 3)):
-        assert torch.equal(incremental.read("memory.table", low, high), plain.read("memory.table", low, high))
+        assert torch.equal(incremental.read("table.rows", low, high), plain.read("table.rows", low, high))
     others = {1: (), 2: ("parallel.ep=1", f"parallel.mem={3 - mem}")}
     found = {n: run_on_ranks(load_both, n, settings_of(ci_data, *more)["plain"], tmp_path) for n, more in others.items()}
     half = -(-rows // 2)
@@ -204,8 +204,8 @@ def at_urls(settings: dict[str, Settings], where: str) -> list[Any]:
     differ = equal(all_state(run[0]), all_state(again[0]))
     stored = checkpoint.StoredTensors(path)
     assert again[0].memory is not None
-    low, high = again[0].memory.low, again[0].memory.high
-    same = torch.equal(stored.read("memory.table", low, high), again[0].memory.table)
+    low, high = again[0].table.low, again[0].table.high
+    same = torch.equal(stored.read("table.rows", low, high), again[0].table.table)
     world = run[0].mesh.world
     barrier(world)
     if world.rank == 0:

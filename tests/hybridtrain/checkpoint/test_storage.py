@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain.checkpoint.storage import free_space, is_local, names_in, place, remove_folder, write_whole
+from hybridtrain.checkpoint.storage import free_space, is_local, names_in, open_storage, remove_folder, write_whole
 from hybridtrain.errors import SettingsError
 
 
 def test_folders_are_paths_also_as_urls(tmp_path: Path) -> None:
-    assert place("runs/one") == Path("runs/one")
-    assert place(f"file://{tmp_path}/one") == tmp_path / "one"
-    assert is_local(place(f"file://{tmp_path}"))
+    assert open_storage("runs/one") == Path("runs/one")
+    assert open_storage(f"file://{tmp_path}/one") == tmp_path / "one"
+    assert is_local(open_storage(f"file://{tmp_path}"))
     assert "MiB free" in free_space(tmp_path / "not/there")
 
 
 @pytest.mark.parametrize("where", ["memory://place", "local://{}/place"])
 def test_a_url_has_the_methods_of_a_path(tmp_path: Path, where: str) -> None:
-    folder = place(where.format(tmp_path))
+    folder = open_storage(where.format(tmp_path))
     assert not is_local(folder)
     assert free_space(folder) == ""
     assert list(names_in(folder)) == []
@@ -35,7 +35,7 @@ def test_a_url_has_the_methods_of_a_path(tmp_path: Path, where: str) -> None:
 
 def test_what_cannot_be_opened_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match=r"checkpoint.dir=nowhere://x: 1 problem\(s\)\n  cannot be opened: .*nowhere"):
-        place("nowhere://x")
+        open_storage("nowhere://x")
     monkeypatch.setitem(sys.modules, "upath", None)
     with pytest.raises(SettingsError, match=r"URLs need the extra hybridtrain\[url\]"):
-        place("memory://x")
+        open_storage("memory://x")

@@ -23,7 +23,7 @@ def test_reads_what_a_load_reads_whatever_layout_wrote_it(trained: Callable[...,
     last = checkpoint.latest(run / "checkpoints")
     assert last is not None
     stored = StoredTensors(last)
-    parts, _, _ = open_checkpoint(run)
+    run, _, _ = open_checkpoint(run)
     assert run.table is not None
     expected = {f"model.{k}": v for k, v in run.model.state_dict().items()}
     expected |= {f"memory.{k}": v for k, v in run.table.state().items()}
@@ -33,7 +33,7 @@ def test_reads_what_a_load_reads_whatever_layout_wrote_it(trained: Callable[...,
         assert torch.equal(stored.read(name), value), name
     rows = len(run.table.table)
     for low, high in ((0, 1), (rows // 2 - 3, rows // 2 + 3), (rows - 1, rows), (5, 5)):
-        assert torch.equal(stored.read("memory.table", low, high), run.table.table[low:high])
+        assert torch.equal(stored.read("table.rows", low, high), run.table.table[low:high])
     step = next(name for name in stored.shapes if name.endswith(".step"))
     assert stored.read(step) == 20  # a tensor without dims
 

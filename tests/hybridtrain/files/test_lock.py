@@ -321,12 +321,12 @@ def taken_over(settings: Settings, step: int) -> str:
     """On a rank: train; before step `step`, nothing being saved, another host's run takes the folder. Returns how the run ends."""
     real = module_of_train.train_step
 
-    def train_step(parts: Any, number: int, *rest: Any, **named: Any) -> Any:
+    def train_step(run: Any, number: int, *rest: Any, **named: Any) -> Any:
         if number + 1 == step and run.mesh.rank == 0:
             while not (Path(settings.run.dir) / "checkpoints/latest").exists():
                 time.sleep(0.01)
             lie_there(Path(settings.run.dir), **OTHER_HOST)
-        return real(parts, number, *rest, **named)
+        return real(run, number, *rest, **named)
 
     module_of_train.train_step = train_step  # type: ignore[assignment]
     try:

@@ -49,11 +49,11 @@ def test_an_imported_model_has_their_logits_and_goes_back_bit_for_bit(case: str,
     assert len(list(folder.glob("*.safetensors"))) > 1
     import_hf(folder, tmp_path / "ours")
     tokens_BT = random_tokens()
-    parts, _, _ = open_checkpoint(tmp_path / "ours")
+    run, _, _ = open_checkpoint(tmp_path / "ours")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     theirs, noise = own_error(model, tokens_BT)
     # the other order of sums, and nothing else: a permuted head or a wrong expert changes logits by their own size
-    assert float((our_logits(parts, tokens_BT, NO_SEPARATOR) - theirs).abs().max()) < 4 * noise
+    assert float((our_logits(run, tokens_BT, NO_SEPARATOR) - theirs).abs().max()) < 4 * noise
 
     family = case.partition(",")[0]
     assert export_hf(tmp_path / "ours", tmp_path / "back", max_shard_bytes=200_000) == family
@@ -75,9 +75,9 @@ def test_an_exported_model_has_our_logits(family: str, ci_data: Path, tmp_path: 
     assert export_hf(run, tmp_path / "out") == family
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     tokens_BT = random_tokens()
-    parts, _, separator = open_checkpoint(run)
+    run, _, separator = open_checkpoint(run)
     theirs, noise = own_error(model, tokens_BT)
-    assert float((our_logits(parts, tokens_BT, NO_SEPARATOR) - theirs).abs().max()) < 4 * noise
+    assert float((our_logits(run, tokens_BT, NO_SEPARATOR) - theirs).abs().max()) < 4 * noise
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "The people of the United States, in 1862."
     assert tokenizer.decode(tokenizer(text).input_ids) == text

@@ -104,8 +104,8 @@ def used(tmp_path_factory: pytest.TempPathFactory, ci_data: Path) -> tuple[Path,
 def test_the_exported_folder_alone_gives_our_logits(name: str, used: tuple[Path, Tensor], ci_data: Path) -> None:
     home, tokens_BT = used
     theirs = torch.load(home / name / "outputs.pt")
-    parts, _, separator = open_checkpoint(home / f"{name} run")
-    ours = our_logits(parts, tokens_BT, separator)
+    run, _, separator = open_checkpoint(home / f"{name} run")
+    ours = our_logits(run, tokens_BT, separator)
     # float32 noise: the order of sums differs in experts and norms; a wrong row, gate or boundary changes logits by 1e-2 and more
     noise = 2e-5 * float(ours.abs().max())
     assert float((theirs["logits"] - ours).abs().max()) < noise
@@ -118,7 +118,7 @@ def test_the_exported_folder_alone_gives_our_logits(name: str, used: tuple[Path,
 
     grown = tokens_BT[:1, :5]
     for _ in range(6):
-        grown = torch.cat([grown, our_logits(parts, grown, separator)[:, -1:, :1024].argmax(-1)], 1)
+        grown = torch.cat([grown, our_logits(run, grown, separator)[:, -1:, :1024].argmax(-1)], 1)
         if int(grown[0, -1]) == separator:
             break
     assert torch.equal(theirs["grown"], grown)
@@ -142,15 +142,15 @@ def test_a_stored_head_beside_tied_embeddings_counts(ci_data: Path, tmp_path: Pa
 def test_rows_are_exported_with_the_decay_that_they_owe(trained: Callable[..., Path], tmp_path: Path) -> None:
     run = trained(1, "engram.weight_decay=0.5", "train.steps=10", "train.eval_every=0")
     export_hf(run, tmp_path / "out")
-    parts, _, separator = open_checkpoint(run)
+    run, _, separator = open_checkpoint(run)
     assert run.table is not None
     before = run.table.table.clone()
     run.table.optimizer.catch_up(torch.arange(len(before)))
     assert not torch.equal(before, run.table.table)
     tensors = load_file(tmp_path / "out/model.safetensors")
-    names = [f"layers.{layer}.memory.tables.{slot}" for layer in run.table.addressing.layers for slot in range(8)]
+    names = [f"layers.{layer}.engram.tables.{slot}" for layer in run.table.addressing.layers for slot in range(8)]
     assert torch.equal(torch.cat([tensors[name] for name in names]), run.table.table)
-    assert torch.equal(tensors["layers.1.memory.conv"], run.model.state_dict()["layers.1.memory.conv"])
+    assert torch.equal(tensors["layers.1.engram.conv"], run.model.state_dict()["layers.1.engram.conv"])
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["memory"]["primes"] == json.loads((run / "addressing.json").read_text())["primes"]
     assert config["eos_token_id"] == separator

@@ -98,10 +98,10 @@ def test_an_imported_model_has_their_logits_and_goes_back_bit_for_bit(
     root, results = given
     saved = root / "theirs" / name / "saved"
     settings = import_megatron(saved, tmp_path / "ours", tokenizer=ci_data / TOKENIZER)
-    parts, _, _ = open_checkpoint(tmp_path / "ours")
+    run, _, _ = open_checkpoint(tmp_path / "ours")
     theirs, noise = results[name]["logits"], results[name]["noise"]
     # the other order of sums, and nothing else: a permuted head or a wrong expert changes logits by their own size
-    assert float((our_logits(parts, random_tokens(), NO_SEPARATOR) - theirs).abs().max()) < 4 * noise
+    assert float((our_logits(run, random_tokens(), NO_SEPARATOR) - theirs).abs().max()) < 4 * noise
     assert float(theirs.std()) > 1000 * noise
 
     implementation = {**BASE, **THEIRS[name]}["transformer_impl"]
@@ -124,6 +124,6 @@ def test_megatron_core_loads_every_key_of_an_export_and_has_our_logits(
 ) -> None:
     root, results = given
     assert len(list((root / "exported" / name / RELEASE).glob("*.distcp"))) > 1
-    parts, _, _ = open_checkpoint(root / f"our {name}")
+    run, _, _ = open_checkpoint(root / f"our {name}")
     result = results[f"our {name}"]
-    assert float((our_logits(parts, random_tokens(), NO_SEPARATOR) - result["logits"]).abs().max()) < 4 * result["noise"]
+    assert float((our_logits(run, random_tokens(), NO_SEPARATOR) - result["logits"]).abs().max()) < 4 * result["noise"]

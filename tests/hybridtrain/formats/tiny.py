@@ -136,7 +136,7 @@ def random_run(folder: Path, data: Path, *overrides: str) -> Path:
     settings = ci_settings(folder, data, *overrides)
     vocabulary = Vocabulary.of(TokenDataset.open(data), settings.model.vocab_size)
     mesh = make_mesh(resolve_layout(settings, 1), 0, torch.device("cpu"), 60)
-    parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
+    run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, value in run.model.state_dict().items():
@@ -149,7 +149,7 @@ def random_run(folder: Path, data: Path, *overrides: str) -> Path:
     folder.mkdir()
     for name in (TOKENIZER, COMPRESSION):
         shutil.copyfile(data / name, folder / name)
-    saved = checkpoint.Saver(parts, folder / "checkpoints", file_digest(folder / TOKENIZER)).save(0)
+    saved = checkpoint.Saver(run, folder / "checkpoints", file_digest(folder / TOKENIZER)).save(0)
     checkpoint.write_info(
         saved, checkpoint.read_info(saved) | {"weights_only": True}
     )  # optimizers make their state at a first step

@@ -17,7 +17,7 @@ B, T, DIM, SLOTS, WIDTH = 2, 20, 12, 6, 5
 
 def build(conv: bool) -> EngramLayer:
     settings = Settings.model_validate(
-        {"model": {"dim": DIM}, "memory": {"orders": (2, 3), "heads": 3, "head_dim": WIDTH, "conv": conv, "conv_kernel": 4}}
+        {"model": {"dim": DIM}, "engram": {"orders": (2, 3), "heads": 3, "head_dim": WIDTH, "conv": conv, "conv_kernel": 4}}
     )
     memory = EngramLayer(settings)
     generator = torch.Generator().manual_seed(0)
@@ -31,13 +31,13 @@ def norm64(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def formula(memory: EngramLayer, p: dict[str, Tensor], h: Tensor, rows: Tensor, documents: Tensor) -> Tensor:
-    """engram.md's lines in float64, position by position where the convolution reads."""
+    """memory.md's lines in float64, position by position where the convolution reads."""
     e = rows.reshape(B, T, SLOTS * WIDTH)
     k, v = e @ p["wk.weight"].t(), e @ p["wv.weight"].t()
     s = (norm64(h, p["h_norm.weight"]) * norm64(k, p["k_norm.weight"])).sum(-1) / math.sqrt(DIM)
     g = torch.sigmoid(torch.sign(s) * torch.sqrt(torch.clamp(s.abs(), min=1e-6)))
     u = g[..., None] * v
-    if engram.conv is None:
+    if memory.conv is None:
         return u
     x, out = norm64(u, p["conv_norm.weight"]), []
     for b in range(B):
@@ -73,7 +73,7 @@ def test_output_and_gradients_equal_the_formula(conv: bool, starts: tuple[int, .
 def test_a_zero_convolution_adds_nothing() -> None:
     memory, plain = build(conv=True), build(conv=False)
     plain.load_state_dict(memory.state_dict(), strict=False)
-    torch.nn.init.zeros_(engram.conv)
+    torch.nn.init.zeros_(memory.conv)
     h, rows = torch.randn(B, T, DIM), torch.randn(B, T, SLOTS, WIDTH)
     assert torch.equal(memory(h, rows, None), plain(h, rows, None))
 

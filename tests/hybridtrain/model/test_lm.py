@@ -26,7 +26,7 @@ SMALL = {
         "dense": {"hidden": 48},
         "moe": {"num_experts": 4, "hidden": 16, "num_shared": 1},
     },
-    "memory": {"heads": 2, "head_dim": 8},
+    "engram": {"heads": 2, "head_dim": 8},
     "train": {"seq_len": 24, "global_batch": 4},
 }
 
@@ -39,8 +39,8 @@ def build(settings: Settings) -> HybridLM:
     model = HybridLM(settings, VOCAB)
     init_parameters(model, settings)
     for layer in model.layers.values():
-        if layer.memory is not None and layer.memory.conv is not None:
-            torch.nn.init.normal_(layer.memory.conv, std=0.3, generator=torch.Generator().manual_seed(1))
+        if layer.engram is not None and layer.engram.conv is not None:
+            torch.nn.init.normal_(layer.engram.conv, std=0.3, generator=torch.Generator().manual_seed(1))
     model.rows.set([torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(2))])
     return model
 
@@ -74,7 +74,7 @@ def test_parameter_names_are_the_contract() -> None:
     layer1 |= {f"layers.1.feedforward.experts.{n}" for n in ("w_gate", "w_up", "w_down")}
     layer1 |= {f"layers.1.feedforward.shared.{n}.weight" for n in ("w_gate", "w_up", "w_down")}
     layer1 |= {
-        f"layers.1.memory.{n}" for n in ("wk.weight", "wv.weight", "h_norm.weight", "k_norm.weight", "conv_norm.weight", "conv")
+        f"layers.1.engram.{n}" for n in ("wk.weight", "wv.weight", "h_norm.weight", "k_norm.weight", "conv_norm.weight", "conv")
     }
     assert names == {"embed.weight", "head.weight", "norm.weight"} | layer0 | layer1
 

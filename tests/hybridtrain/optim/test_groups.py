@@ -13,9 +13,9 @@ DECAY = [
     "layers.0.mixer.wq.weight",
     "layers.1.feedforward.router.weight",
     "layers.0.feedforward.w_up.weight",
-    "layers.1.memory.wk.weight",
+    "layers.1.engram.wk.weight",
 ]
-NO_DECAY = ["embed.weight", "layers.0.mixer_norm.weight", "layers.1.memory.conv", "layers.0.mixer.q_norm.weight"]
+NO_DECAY = ["embed.weight", "layers.0.mixer_norm.weight", "layers.1.engram.conv", "layers.0.mixer.q_norm.weight"]
 EXPERTS = ["layers.1.feedforward.experts.w_gate", "layers.1.feedforward.experts.w_down"]
 
 
@@ -107,7 +107,7 @@ def test_meshes_do_not_share_groups():
     optimizers = build_optimizers(model, OptimSettings())
     assert groups_of(model, optimizers) == {
         "decay@dp_shardxtp": ["head.weight", "layers.0.mixer.wq.weight"],
-        "decay": ["layers.0.feedforward.w_up.weight", "layers.1.feedforward.router.weight", "layers.1.memory.wk.weight"],
+        "decay": ["layers.0.feedforward.w_up.weight", "layers.1.feedforward.router.weight", "layers.1.engram.wk.weight"],
         "decay@edp": ["layers.1.feedforward.experts.w_gate"],
         "decay@edp#2": ["layers.1.feedforward.experts.w_down"],
     }

@@ -60,12 +60,12 @@ def next_losses(settings_file: Path, runs: list[Path], extra: tuple[str, ...] = 
     losses = []
     for run in runs:
         settings = load_settings(settings_file, extra)
-        parts, loader = build_here(settings)
-        step = checkpoint.load(parts, latest(run))
+        run, loader = build_here(settings)
+        step = checkpoint.load(run, latest(run))
         for number in (step, step + 1):
             batch = loader.load(number)
             assert run.table is not None
             plan = run.table.plan(batch)
-            losses.append(train_step(parts, number, batch.at(run.positions), plan, Clock(torch.device("cpu"))).loss)
+            losses.append(train_step(run, number, batch.at(run.positions), plan, Clock(torch.device("cpu"))).loss)
     close_mesh()
     return losses

@@ -38,8 +38,8 @@ def run(trained: Callable[..., Path]) -> Path:
 
 
 def logits(folder: Path) -> torch.Tensor:
-    parts, _, separator = open_checkpoint(folder)
-    return next_token_logits(parts, TOKENS, separator)
+    run, _, separator = open_checkpoint(folder)
+    return next_token_logits(run, TOKENS, separator)
 
 
 def test_with_all_copies_chosen_the_model_computes_what_it_did(run: Path, tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ Run = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 def parts_here(settings: Settings) -> Run:
     """On a rank: sizes and offsets of its part of every parameter, buffer and the table."""
-    parts, _ = build_here(settings)
-    memory = run.table
-    assert memory is not None
-    found: Run = {"table": (tuple(memory.table.shape), (memory.low, 0))}
+    run, _ = build_here(settings)
+    table = run.table
+    assert table is not None
+    found: Run = {"table": (tuple(table.table.shape), (table.low, 0))}
     for stage in run.model_parts:
         for name, value in stage.state_dict().items():
             if isinstance(value, DTensor):
@@ -55,7 +55,7 @@ def test_paper_and_ranks_agree(ci_data: Path, tmp_path: Path) -> None:
             assert ranks[box.rank][name] == (box.sizes, box.offsets), name
     assert {box.rank for box in placement.parameters["embed.weight"]} == {0, 1}  # tied: the first stage's
     num_rows = sum(ranks[rank]["table"][0][0] for rank in (0, 2))  # far: the copies of rows are neighbours
-    boxes = placement.boxes("memory.table", (num_rows, 12))
+    boxes = placement.boxes("table.rows", (num_rows, 12))
     assert [(box.rank, box.sizes, box.offsets) for box in boxes] == [(rank, *ranks[rank]["table"]) for rank in (0, 2)]
     assert [box.rank for box in placement.boxes("optim.norm.weight.step", ())] == [placement.parameters["norm.weight"][0].rank]
 

@@ -63,7 +63,7 @@ def _assert_files_are_the_ranks_own(path: Path, ranks: int, mem: int) -> None:
     """There are files of these ranks alone, and the table's rows lie in as many of them as it has owners, in order."""
     places = pickle.loads((path / ".metadata").read_bytes()).storage_data
     assert {int(place.relative_path.split("_")[2]) for place in places.values()} <= set(range(ranks))
-    rows = sorted((index.offset[0], place.relative_path) for index, place in places.items() if index.fqn == "memory.table")
+    rows = sorted((index.offset[0], place.relative_path) for index, place in places.items() if index.fqn == "table.rows")
     assert len(list(itertools.groupby(rows, lambda row: row[1]))) == len({file for _, file in rows}) == mem
 
 
@@ -134,12 +134,12 @@ def test_damage_is_noticed_before_and_behind(run: Path, tmp_path: Path, monkeypa
 
     def flip(self: copy.Copy, name: str, *rest: object) -> torch.Tensor:
         rows = real(self, name, *rest)  # type: ignore[arg-type]
-        if name == "memory.table":
+        if name == "table.rows":
             rows[7, 3] += 1
         return rows
 
     monkeypatch.setattr(copy.Copy, "_read_back", flip)
-    with pytest.raises(DamagedCheckpoint, match=r"memory.table, rows 0 to \d+, was read back from __0_0.distcp"):
+    with pytest.raises(DamagedCheckpoint, match=r"table.rows, rows 0 to \d+, was read back from __0_0.distcp"):
         reshard(run, tmp_path / "b", nproc=2)
     assert checkpoint.latest(tmp_path / "b" / "checkpoints") is None
 
@@ -214,4 +214,4 @@ def test_memory_is_bounded_for_a_table_larger_than_the_bound(run: Path, tmp_path
     ((before, after),) = run_on_ranks(peak_of_a_large_table, 1, run, tmp_path, bound)
     assert sum(file.stat().st_size for file in latest(tmp_path / "out").iterdir()) > 3 * bound
     assert after - before < bound
-    assert digests(tmp_path / "out")["memory.table"] == digests(large)["memory.table"]
+    assert digests(tmp_path / "out")["table.rows"] == digests(large)["table.rows"]

@@ -49,30 +49,30 @@ def build(tmp_path: Path, data: Path, *overrides: str) -> tuple[Run, BatchLoader
     dataset = TokenDataset.open(data)
     vocabulary = Vocabulary.of(dataset)
     mesh = make_mesh(resolve_layout(settings, 1), 0, torch.device("cpu"), 60)
-    parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
+    run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train = settings.train
-    return parts, BatchLoader(dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, 0, 1, 0)
+    return run, BatchLoader(dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, 0, 1, 0)
 
 
 def largest_of_steps(run: Run, loader: BatchLoader, steps: int = 2) -> LargestStorage:
     """The largest allocation of `steps` steps with their plans, and of one validation batch's exchange."""
-    memory = run.table
-    assert memory is not None
+    table = run.table
+    assert table is not None
     clock = Clock(torch.device("cpu"))
 
     def step(number: int) -> None:
         batch: Batch = loader.load(number)
-        train_step(parts, number, batch, memory.plan(batch), clock)
+        train_step(run, number, batch, table.plan(batch), clock)
 
     step(0)  # optimizers make their state in the first step
     watch = LargestStorage()
-    watch.know(iter([memory.table, *engram.optimizer.state.values()]))
+    watch.know(iter([table.table, *table.optimizer.state.values()]))
     with watch:
         for number in range(1, 1 + steps):
             step(number)
-        plan = memory.plan(loader.load(9), evaluate=True)
-        engram.fetch(plan, plan.exchanges[0])
-        memory.rows.clear()
+        plan = table.plan(loader.load(9), evaluate=True)
+        table.fetch(plan, plan.exchanges[0])
+        table.rows.clear()
     return watch
 
 
@@ -82,23 +82,23 @@ def largest_of_steps(run: Run, loader: BatchLoader, steps: int = 2) -> LargestSt
     ids=["adam", "decay", "adagrad, two exchanges"],
 )
 def test_no_tensor_of_the_tables_size_is_made(tmp_path: Path, ci_data: Path, overrides: tuple[str, ...]) -> None:
-    parts, loader = build(tmp_path, ci_data, *overrides)
+    run, loader = build(tmp_path, ci_data, *overrides)
     assert run.table is not None
     table = run.table.table
     assert len(table) > 400_000
-    watch = largest_of_steps(parts, loader)
+    watch = largest_of_steps(run, loader)
     assert watch.largest > 10_000  # it does see allocations
     assert watch.largest < table.nbytes / 2, watch.operation
 
 
 def test_the_watch_finds_an_optimizer_that_does(tmp_path: Path, ci_data: Path) -> None:
-    parts, loader = build(tmp_path, ci_data, "engram.optimizer=adam")
+    run, loader = build(tmp_path, ci_data, "engram.optimizer=adam")
     assert run.table is not None
-    assert largest_of_steps(parts, loader).largest >= run.table.table.nbytes
+    assert largest_of_steps(run, loader).largest >= run.table.table.nbytes
 
 
 def test_numpy_makes_none_either(tmp_path: Path, ci_data: Path) -> None:
-    parts, loader = build(tmp_path, ci_data)
+    run, loader = build(tmp_path, ci_data)
     assert run.table is not None
     batch = loader.load(0)
     run.table.plan(batch)

@@ -40,17 +40,17 @@ def waits_of(runs: list[Settings]) -> list[Waits]:
     # the experts on the CPU read their counts, which lie there; other devices' grouped products do not
     with patch.object(op, "_fused_here", lambda x, w: False):
         for settings in runs:
-            parts, loader = build_here(settings)
+            run, loader = build_here(settings)
             folder = Path(settings.run.dir)
             folder.mkdir(exist_ok=True)
             clock, log = Clock(run.mesh.device), MetricsLog(folder, run.mesh.rank, 0, settings.train.steps)
             reading = Reading(loader, run.guard, settings.run.seed, {"train": "", "validation": ""})
-            report, seen = Report(parts, log, folder, clock, 0, reading), []
+            report, seen = Report(run, log, folder, clock, 0, reading), []
             for step in range(3):
                 batch = loader.load(step)
                 plan = run.table.plan(batch) if run.table is not None else None
                 with HostWaits() as waits:
-                    report.step(step + 1, train_step(parts, step, batch.at(run.positions), plan, clock), plan)
+                    report.step(step + 1, train_step(run, step, batch.at(run.positions), plan, clock), plan)
                 seen.append(waits.counts)
             log.close()
             out.append(seen[1:])  # the first step makes what later ones find

@@ -53,17 +53,17 @@ def start(settings: Settings, folder: Path) -> Run:
     dataset = TokenDataset.open(settings.data.path)
     vocabulary = Vocabulary.of(dataset, settings.model.vocab_size)
     mesh = make_mesh(resolve_layout(settings, 1), 0, torch.device("cpu"), 60)
-    parts = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
+    run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     folder.mkdir(exist_ok=True)
-    start_from(parts, Path(settings.train.init_from), folder, dataset.manifest)
-    return parts
+    start_from(run, Path(settings.train.init_from), folder, dataset.manifest)
+    return run
 
 
 def test_all_that_is_there_is_taken_and_a_new_memory_drawn(
     imported: Path, ci_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     overrides = (*WITH_MEMORY, "model.attention.rope_theta=1000")
-    parts = start(new_settings(imported, tmp_path, ci_data, *overrides), tmp_path)
+    run = start(new_settings(imported, tmp_path, ci_data, *overrides), tmp_path)
     old, _, _ = open_checkpoint(imported)
     new = run.model.state_dict()
     for name, value in old.model.state_dict().items():
@@ -91,13 +91,13 @@ def test_training_goes_on_from_the_weights_at_any_layout(imported: Path, ci_data
 def test_a_trained_table_is_taken_with_the_decay_that_it_owes(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:
     decayed = ("engram.weight_decay=0.5", "train.steps=10", "train.eval_every=0")
     run = trained(1, *decayed)
-    parts = start(ci_settings(tmp_path, ci_data, *decayed, f"train.init_from={run}"), tmp_path)
+    run = start(ci_settings(tmp_path, ci_data, *decayed, f"train.init_from={run}"), tmp_path)
     old, _, _ = open_checkpoint(run)
     assert run.table is not None
     assert old.memory is not None
-    assert not torch.equal(run.table.table, old.memory.table)
-    old.memory.optimizer.catch_up(torch.arange(len(old.memory.table)))
-    assert torch.equal(run.table.table, old.memory.table)
+    assert not torch.equal(run.table.table, old.table.table)
+    old.table.optimizer.catch_up(torch.arange(len(old.table.table)))
+    assert torch.equal(run.table.table, old.table.table)
     assert run.table.optimizer.step_count == 0
     with pytest.raises(CheckpointError, match="memory: its table cannot be taken over: layers, orders, multipliers, primes"):
         start(ci_settings(tmp_path, ci_data, f"train.init_from={run}", "engram.hash_seed=3"), tmp_path)

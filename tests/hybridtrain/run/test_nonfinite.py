@@ -48,12 +48,12 @@ def train_poisoned(settings: Settings, where: str) -> str:
 
     def train_step(run: Run, step: int, batch: Any, plan: Any, *rest: Any, **named: Any) -> Any:
         if step + 1 != STEP:
-            return real(parts, step, batch, plan, *rest, **named)
+            return real(run, step, batch, plan, *rest, **named)
         with torch.no_grad():
-            poison(parts, plan, where)
-        before = snapshot(parts)
-        totals = real(parts, step, batch, plan, *rest, **named)
-        after = snapshot(parts)
+            poison(run, plan, where)
+        before = snapshot(run)
+        totals = real(run, step, batch, plan, *rest, **named)
+        after = snapshot(run)
         assert after.keys() == before.keys()
         for name, value in after.items():
             torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=name)

@@ -33,7 +33,7 @@ def assert_same_end(run: Path, reference: Path) -> None:
     assert loss_curve(run) == loss_curve(reference)
     states = []
     for folder in (run, reference):
-        parts, _, _ = open_checkpoint(folder)
+        run, _, _ = open_checkpoint(folder)
         assert run.table is not None
         states.append(run.model.state_dict() | {f"memory.{k}": v for k, v in run.table.state().items()})
     for name, value in states[0].items():

@@ -198,15 +198,15 @@ def test_an_unchanged_resume_says_nothing(begun: tuple[Path, list[int]], data: P
 def test_a_change_of_beta2_at_a_resume_counts_from_there_on(begun: tuple[Path, list[int]], data: Path, tmp_path: Path) -> None:
     """Rows that are not touched any more keep, in the checkpoint, the moments that their own steps gave them."""
     run = shutil.copytree(begun[0], tmp_path / "run")
-    scalars = checkpoint.read_info(run / "checkpoints/step-00000002")["memory_scalars"]
+    scalars = checkpoint.read_info(run / "checkpoints/step-00000002")["table_scalars"]
     assert (scalars["beta2"], scalars["beta2_since"]) == (0.95, 0)
     before = checkpoint.StoredTensors(run / "checkpoints/step-00000002")
     module.train(words_settings(run, data, "train.steps=3", "engram.beta2=0.5"), True)
     saved = run / "checkpoints/step-00000003"
-    scalars, after = checkpoint.read_info(saved)["memory_scalars"], checkpoint.StoredTensors(saved)
+    scalars, after = checkpoint.read_info(saved)["table_scalars"], checkpoint.StoredTensors(saved)
     assert (scalars["beta2"], scalars["beta2_since"]) == (0.5, 2)
     assert scalars["weight_before"] == pytest.approx(1 - 0.95**2)
-    v, last, rows = ("memory.rows.v", "memory.rows.last", after.shapes["memory.rows.v"][0])
+    v, last, rows = ("table.state.v", "table.state.last", after.shapes["table.state.v"][0])
     untouched = after.read(last, 0, rows) == 2
     assert untouched.any()
     aged = before.read(v, 0, rows) * 0.95 ** (2 - before.read(last, 0, rows)).double()
@@ -245,6 +245,6 @@ def test_a_reshard_with_other_settings_hides_nothing_of_what_was_read(begun: tup
     info = checkpoint.read_info(run / "checkpoints/step-00000002")
     reshard(run, tmp_path / "out", ["run.seed=5", "train.seq_len=20", "engram.beta2=0.5"], nproc=1)
     moved = checkpoint.read_info(tmp_path / "out/checkpoints/step-00000002")
-    assert (moved["data"], moved["memory_scalars"]["beta2"]) == (info["data"], 0.95)
+    assert (moved["data"], moved["table_scalars"]["beta2"]) == (info["data"], 0.95)
     with pytest.raises(CheckpointError, match=r"run\.seed=5: the samples come in another order than with the checkpoint's 0"):
         module.train(load_settings(tmp_path / "out/settings.toml", ["train.steps=3"]), True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from hybridtrain.errors import SettingsError
+from hybridtrain.settings.layers import LayerSpec, engram_layers, layer_specs
 from hybridtrain.settings.load import parse_settings
 from hybridtrain.settings.rules import notices
-from hybridtrain.settings.tree import LayerSpec, Settings, engram_layers, layer_specs
+from hybridtrain.settings.tree import Settings
 
 LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and FEEDFORWARD one of dense, moe'
 
@@ -202,12 +203,12 @@ def test_what_is_legal_and_hardly_wanted_is_told(overrides: list[str], told: lis
 
 def test_layers_are_read_in_order_and_repeated() -> None:
     settings = parse_settings({}, ['model.layers=["attention+dense", "2 * engram+attention+moe", "attention+moe"]'])
-    memory = LayerSpec(memory=True, mixer="attention", feedforward="moe")
+    memory = LayerSpec(engram=True, mixer="attention", feedforward="moe")
     assert layer_specs(settings) == (
-        LayerSpec(memory=False, mixer="attention", feedforward="dense"),
+        LayerSpec(engram=False, mixer="attention", feedforward="dense"),
         memory,
         memory,
-        LayerSpec(memory=False, mixer="attention", feedforward="moe"),
+        LayerSpec(engram=False, mixer="attention", feedforward="moe"),
     )
     assert engram_layers(settings) == (1, 2)
 

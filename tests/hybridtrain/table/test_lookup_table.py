@@ -20,7 +20,7 @@ from hybridtrain.kernels.row_gather.reference import packed_width
 from hybridtrain.monitor.metrics import Clock, read_metrics
 from hybridtrain.parallel.mesh import Mesh, make_mesh
 from hybridtrain.parallel.row_exchange import AllToAllSplits, StepPlan
-from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
+from hybridtrain.run.assemble import Vocabulary, assemble, make_addressing
 from hybridtrain.run.generate import evaluate_checkpoint
 from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import resolve_layout, table_device
@@ -55,7 +55,7 @@ STEPS, SAVED = 4, 2
 
 
 @dataclass
-class Run:
+class Seen:
     """What a rank saw of some steps."""
 
     losses: list[float] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Rig:
         own = self.run.mesh.mem.rank
         rows = sum(sum(route.receive) - route.receive[own] for route in routes[mode] if route is not None)
         grads = sum(sum(part.send) - part.send[own] for part in plan.exchanges)
-        memory, width = self.settings.engram, self.settings.engram.head_dim
+        engram, width = self.settings.engram, self.settings.engram.head_dim
         bytes_of_row = {"exact": 4 * width, "bfloat16": 2 * width, "float8": packed_width(width)}
         return rows * bytes_of_row[engram.wire] + grads * bytes_of_row[engram.wire_gradients]
 
@@ -108,11 +108,11 @@ class Rig:
 
     def plan(self, step: int) -> tuple[Batch, StepPlan]:
         batch = self.loader.load(step)
-        return batch.at(self.run.positions), self.memory.plan(batch)
+        return batch.at(self.run.positions), self.table.plan(batch)
 
-    def steps(self, first: int, last: int, validate_after: int = -1) -> Run:
+    def steps(self, first: int, last: int, validate_after: int = -1) -> Seen:
         """Steps `first` to `last-1`, each with the plan of the one after it, as the training loop does them."""
-        run = Run(low=self.memory.low)
+        run = Seen(low=self.table.low)
         self.upcoming = self.upcoming or self.plan(first)
         for step in range(first, last):
             (batch, plan), self.upcoming = self.upcoming, self.plan(step + 1)
@@ -127,7 +127,7 @@ class Rig:
         return run
 
 
-def own_state(run: Run) -> dict[str, Tensor]:
+def own_state(run: Seen) -> dict[str, Tensor]:
     assert run.table is not None
     tensors: dict[str, Any] = {"table": run.table.table, **run.table.optimizer.state}
     for number, stage in enumerate(run.model_parts):
@@ -139,14 +139,14 @@ def run_modes(cases: dict[str, list[Settings]], resumed: dict[str, Settings], fo
     """On a rank: every case in all its modes, and what the `resumed` do after a checkpoint of the first of them."""
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
-    modes: dict[str, list[Run]] = {}
+    modes: dict[str, list[Seen]] = {}
     for name, kinds in cases.items():
         mesh = Rig(kinds[0]).parts.mesh
         modes[name] = [Rig(settings, mesh).steps(0, STEPS, validate_after=1) for settings in kinds]
     return modes, save_and_resume(resumed, folder) if resumed else {}
 
 
-def save_and_resume(resumed: dict[str, Settings], folder: str) -> dict[str, Run]:
+def save_and_resume(resumed: dict[str, Settings], folder: str) -> dict[str, Seen]:
     """What the first run does after step SAVED, and what every one does that goes on from its checkpoint there."""
     undisturbed = Rig(next(iter(resumed.values())))
     undisturbed.steps(0, SAVED)
@@ -156,7 +156,7 @@ def save_and_resume(resumed: dict[str, Settings], folder: str) -> dict[str, Run]
         rig = Rig(settings)
         assert checkpoint.load(rig.parts, path) == SAVED
         rig.upcoming = rig.plan(SAVED)
-        rig.memory.resume(rig.upcoming[1])
+        rig.table.resume(rig.upcoming[1])
         runs[name] = rig.steps(SAVED, STEPS)
     return runs
 
@@ -189,7 +189,7 @@ def runs(ci_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     return Worlds(ci_data, tmp_path_factory.mktemp("saved"))
 
 
-def assert_equal_bits(ours: list[Run], theirs: list[Run]) -> None:
+def assert_equal_bits(ours: list[Seen], theirs: list[Seen]) -> None:
     """Rank by rank."""
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.losses == other.losses
@@ -273,10 +273,10 @@ def test_a_stale_run_resumes_with_other_owners(runs: Worlds, name: str) -> None:
 
 def test_stale_rows_are_those_of_one_update_ago(ci_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(settings_of(ci_data, DECAY, "engram.fetch=stale"))
-    optimizer, everything = rig.memory.optimizer, torch.arange(len(rig.memory.table))
+    optimizer, everything = rig.table.optimizer, torch.arange(len(rig.table.table))
     seen: list[list[Tensor]] = []
-    real = rig.memory.rows.set
-    monkeypatch.setattr(rig.memory.rows, "set", lambda leaves: (seen.append(list(leaves)), real(leaves)))
+    real = rig.table.rows.set
+    monkeypatch.setattr(rig.table.rows, "set", lambda leaves: (seen.append(list(leaves)), real(leaves)))
     before: list[Tensor] = []
     for step in range(4):
         before.append(optimizer.values(everything))
@@ -296,12 +296,12 @@ def test_a_run_reports_its_fetches_and_resumes_stale_bitwise(ci_data: Path, tmp_
     assert outcome.status == 0, outcome.err
     written = [line for line in read_metrics(run) if "loss" in line]
     for line in written:
-        assert 0 < line["memory/fetch_exposed_seconds"] <= line["memory/fetch_seconds"] < line["seconds_per_step"]
-        assert line["memory/fetch_exposed_seconds"] == line["seconds/fetch"]
-    mean = sum(line["memory/fetch_seconds"] for line in written) / len(written)
+        assert 0 < line["table/fetch_exposed_seconds"] <= line["table/fetch_seconds"] < line["seconds_per_step"]
+        assert line["table/fetch_exposed_seconds"] == line["seconds/fetch"]
+    mean = sum(line["table/fetch_seconds"] for line in written) / len(written)
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["memory_fetch_seconds"] == pytest.approx(mean)
-    assert 0 < summary["memory_fetch_exposed_seconds"] <= summary["memory_fetch_seconds"]
+    assert summary["table_fetch_seconds"] == pytest.approx(mean)
+    assert 0 < summary["table_fetch_exposed_seconds"] <= summary["table_fetch_seconds"]
     said = " ".join(outcome.out.split())
     assert "stale: all rows come during the step before, one update old" in said
     assert "here in host memory (cpu)" in said
