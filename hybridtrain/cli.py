@@ -21,16 +21,21 @@ app = typer.Typer(
     add_completion=False,
 )
 
-kernels_app = typer.Typer(help="What the fused kernels compile to, and how fast they are.", no_args_is_help=True)
+kernels_app = typer.Typer(
+    help="What the fused kernels compile to, and how fast they are.", no_args_is_help=True
+)
 app.add_typer(kernels_app, name="kernels")
 
 Config = Annotated[Path, typer.Argument(help="TOML file of settings, e.g. configs/quickstart.toml")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. train.steps=50 parallel.ep=2")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, e.g. train.steps=50 parallel.ep=2")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the run folder's latest checkpoint")]
 AutoResume = Annotated[
     bool,
     typer.Option(
-        "--auto-resume", help="go on from the latest checkpoint where there is one, else start: for torchrun --max-restarts"
+        "--auto-resume",
+        help="go on from the latest checkpoint where there is one, else start: for torchrun --max-restarts",
     ),
 ]
 RUN = "run folder, one of its checkpoints, or the URL of its checkpoints"
@@ -47,7 +52,11 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables
 
 @app.command()
 def train(
-    config: Config, overrides: Overrides = None, resume: Resume = False, auto_resume: AutoResume = False, allow: Allow = ""
+    config: Config,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    auto_resume: AutoResume = False,
+    allow: Allow = "",
 ) -> None:
     """Train on this process, or as one rank of a torchrun launch."""
     from hybridtrain.run.loop import train as run
@@ -66,9 +75,15 @@ def launch(
     auto_resume: AutoResume = False,
     allow: Allow = "",
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="times that ranks which died are all started again, from the latest checkpoint")
+        int,
+        typer.Option(
+            min=0, help="times that ranks which died are all started again, from the latest checkpoint"
+        ),
     ] = 0,
-    bind: Annotated[bool, typer.Option(help="keep each rank to its share of the cores, where there is one for each thread")] = True,
+    bind: Annotated[
+        bool,
+        typer.Option(help="keep each rank to its share of the cores, where there is one for each thread"),
+    ] = True,
 ) -> None:
     """Start N training ranks on this machine."""
     from hybridtrain.data.prepare import ensure_prepared
@@ -86,29 +101,45 @@ def launch(
     arguments = (settings, resume or (None if auto_resume else False), allowed)
     target, threads = "hybridtrain.run.loop:train", settings.run.threads
     again = settings, None, allowed
-    raise typer.Exit(run_ranks(target, arguments, nproc, threads=threads, bind=bind, restarts=max_restarts, again=again))
+    raise typer.Exit(
+        run_ranks(target, arguments, nproc, threads=threads, bind=bind, restarts=max_restarts, again=again)
+    )
 
 
 @app.command()
 def data(
-    sources: Annotated[list[str], typer.Argument(help="text files, JSON lines or folders (also .gz, .xz, .bz2), or shipped:sotu")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="text files, JSON lines or folders (also .gz, .xz, .bz2), or shipped:sotu"),
+    ],
     out: Annotated[str, typer.Option("--out", help="folder that receives the shards")],
-    vocab_size: Annotated[int | None, typer.Option(help="entries of the byte-level BPE to train; 4096 where not given")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json to use instead of training one")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="entries of the byte-level BPE to train; 4096 where not given")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="a tokenizer.json to use instead of training one")
+    ] = None,
     separator: Annotated[str | None, typer.Option(help="token that stands before each document")] = None,
     validation_fraction: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="share of whole documents held out; 0.05 where not given")
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="share of whole documents held out; 0.05 where not given"),
     ] = None,
-    validation: Annotated[list[str] | None, typer.Option(help="a source that is all held out; may be repeated")] = None,
+    validation: Annotated[
+        list[str] | None, typer.Option(help="a source that is all held out; may be repeated")
+    ] = None,
     text_field: Annotated[str, typer.Option(help="field of a JSON line that holds the text")] = "text",
     shard_tokens: Annotated[int, typer.Option(min=1, help="tokens per shard")] = 50_000_000,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what another preparation left in --out")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace what another preparation left in --out")
+    ] = False,
 ) -> None:
     """Turn text into memory-mapped token shards."""
     from hybridtrain.data.prepare import prepare
 
     problems = [
-        f"{name} is empty; name a folder or file" for name, values in (("--out", [out]), ("SOURCE", sources)) if "" in values
+        f"{name} is empty; name a folder or file"
+        for name, values in (("--out", [out]), ("SOURCE", sources))
+        if "" in values
     ]
     if vocab_size is not None and tokenizer is not None:
         problems.append(
@@ -158,7 +189,9 @@ def engram(
 def evaluate(
     run: Run,
     split: Annotated[str, typer.Option(help="train or validation")] = "validation",
-    data_path: Annotated[Path | None, typer.Option("--data", help="another data folder made with the same tokenizer")] = None,
+    data_path: Annotated[
+        Path | None, typer.Option("--data", help="another data folder made with the same tokenizer")
+    ] = None,
     batches: Annotated[int, typer.Option(min=0, help="global batches; 0: the whole split")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -189,8 +222,12 @@ def generate(
 @kernels_app.command(name="report")
 def kernels_report(
     ops: Annotated[str, typer.Option(help="ops to compile, e.g. rms_norm,rope; all where not given")] = "",
-    targets: Annotated[str, typer.Option(help="targets to compile for, e.g. sm_90; all where not given")] = "",
-    page: Annotated[Path | None, typer.Option(help="a checkout: write its docs/kernels.md and .json instead of printing")] = None,
+    targets: Annotated[
+        str, typer.Option(help="targets to compile for, e.g. sm_90; all where not given")
+    ] = "",
+    page: Annotated[
+        Path | None, typer.Option(help="a checkout: write its docs/kernels.md and .json instead of printing")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile every kernel for real GPUs, with none here: registers, spills, memory accesses, tensor cores, roofline."""
@@ -225,27 +262,45 @@ def kernels_bench(as_json: Json = False) -> None:
 def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="folder that receives the model")],
-    to: Annotated[str, typer.Option("--format", help="hf: a Hugging Face folder; megatron: a torch_dist checkpoint")] = "hf",
-    family: Annotated[str | None, typer.Option(help="architecture of hf; auto: the first that is the same model")] = None,
-    transformer_impl: Annotated[str | None, typer.Option(help="of megatron: transformer_engine or local")] = None,
+    to: Annotated[
+        str, typer.Option("--format", help="hf: a Hugging Face folder; megatron: a torch_dist checkpoint")
+    ] = "hf",
+    family: Annotated[
+        str | None, typer.Option(help="architecture of hf; auto: the first that is the same model")
+    ] = None,
+    transformer_impl: Annotated[
+        str | None, typer.Option(help="of megatron: transformer_engine or local")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="of a file of weights, e.g. 5GB")] = "5GB",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: that of the import, else float32")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16; auto: that of the import, else float32")
+    ] = "auto",
 ) -> None:
     """Write a checkpoint in another format."""
     from hybridtrain.checkpoint import open_storage
     from hybridtrain.formats.command import export_model
 
-    print(f"{out}: {export_model(open_storage(run, 'RUN'), out, to, family, transformer_impl, max_shard_size, dtype)}")
+    print(
+        f"{out}: {export_model(open_storage(run, 'RUN'), out, to, family, transformer_impl, max_shard_size, dtype)}"
+    )
 
 
 @app.command(name="import")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="Hugging Face folder, or a torch_dist checkpoint of Megatron-LM")],
+    folder: Annotated[
+        Path, typer.Argument(help="Hugging Face folder, or a torch_dist checkpoint of Megatron-LM")
+    ],
     out: Annotated[Path, typer.Argument(help="folder that receives the weights; runs start from it")],
     separator: Annotated[str | None, typer.Option(help="token that stands before each document")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="train.seq_len to write; at most 1024 if not given")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="of Megatron: a tokenizer.json; else the folder's")] = None,
-    settings: Annotated[Path | None, typer.Option(help="of Megatron: TOML with its [model]; else its args")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="train.seq_len to write; at most 1024 if not given")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="of Megatron: a tokenizer.json; else the folder's")
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="of Megatron: TOML with its [model]; else its args")
+    ] = None,
 ) -> None:
     """Take the weights of a published model."""
     from hybridtrain.formats.command import import_model
@@ -259,12 +314,24 @@ def reshard(
     run: Annotated[str, typer.Argument(metavar="IN", help=RUN)],
     out: Annotated[str, typer.Argument(help="run folder to write; one that was begun is gone on with")],
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="ranks to lay it out for; as few as the axes need if not given")] = None,
-    max_memory: Annotated[str, typer.Option(help="of the tensors' bytes, what may be in memory, e.g. 512M or 2G")] = "512M",
-    grow_experts: Annotated[int | None, typer.Option(min=1, help="number of experts to grow to; new ones are copies")] = None,
-    router_noise: Annotated[float, typer.Option(min=0.0, help="on the new experts' router rows, relative to their size")] = 0.0,
-    extend_vocab: Annotated[int | None, typer.Option(min=1, help="rows of embedding and head to extend to")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json with more tokens behind those of the run's")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="ranks to lay it out for; as few as the axes need if not given")
+    ] = None,
+    max_memory: Annotated[
+        str, typer.Option(help="of the tensors' bytes, what may be in memory, e.g. 512M or 2G")
+    ] = "512M",
+    grow_experts: Annotated[
+        int | None, typer.Option(min=1, help="number of experts to grow to; new ones are copies")
+    ] = None,
+    router_noise: Annotated[
+        float, typer.Option(min=0.0, help="on the new experts' router rows, relative to their size")
+    ] = 0.0,
+    extend_vocab: Annotated[
+        int | None, typer.Option(min=1, help="rows of embedding and head to extend to")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="a tokenizer.json with more tokens behind those of the run's")
+    ] = None,
 ) -> None:
     """Lay a checkpoint out for another layout, without its ranks; every tensor's checksum stays what it was."""
     from hybridtrain.checkpoint import open_storage
@@ -274,7 +341,9 @@ def reshard(
     from hybridtrain.run.process_setup import keep_freed_memory
 
     if "://" in out:
-        raise UserError(f"{out}: OUT is a folder of this machine; its checkpoints may be copied to where checkpoint.dir will be")
+        raise UserError(
+            f"{out}: OUT is a folder of this machine; its checkpoints may be copied to where checkpoint.dir will be"
+        )
     keep_freed_memory()  # blocks of the same sizes follow one another
     done = lay_out(
         open_storage(run, "RUN"),
@@ -285,7 +354,9 @@ def reshard(
         growth=Growth(grow_experts, extend_vocab, router_noise, tokenizer),
         show=sys.stderr.isatty(),
     )
-    print(f"{out}: {done.tensors} tensors, {done.bytes:,} bytes for {done.layout}; every tensor's xxh3 is what it was")
+    print(
+        f"{out}: {done.tensors} tensors, {done.bytes:,} bytes for {done.layout}; every tensor's xxh3 is what it was"
+    )
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:

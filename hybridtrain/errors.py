@@ -14,7 +14,9 @@ class SettingsError(UserError):
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.problems = list(problems)
-        super().__init__("\n".join([f"{source}: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)]))
+        super().__init__(
+            "\n".join([f"{source}: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)])
+        )
 
 
 class DataError(UserError):
@@ -34,7 +36,9 @@ class FormatError(UserError):
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.problems = list(problems)
-        super().__init__("\n".join([f"{source}: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)]))
+        super().__init__(
+            "\n".join([f"{source}: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)])
+        )
 
 
 class TrainingError(UserError):

@@ -27,7 +27,10 @@ OPS: dict[str, tuple[str, ...]] = {
     "short_conv": ("torch", "triton"),
     "row_gather": ("torch", "triton"),
     "rowwise_adam": ("torch", "triton"),
-    "depth_attention": ("torch", "triton"),  # no part of a model asks for it yet, so settings have no key for it
+    "depth_attention": (
+        "torch",
+        "triton",
+    ),  # no part of a model asks for it yet, so settings have no key for it
 }
 # torch has a fused RMSNorm and cuBLAS' grouped products, both at full speed; the other ops it composes of several passes
 ON_GPU = dict.fromkeys(OPS, "triton") | {"rms_norm": "torch", "grouped_mlp": "torch"}
@@ -57,7 +60,9 @@ def resolve(wanted: Mapping[str, str], device_type: str) -> dict[str, str]:
     for op, known in OPS.items():
         choice = wanted.get(op, "auto")
         if choice == "auto":
-            choice = ON_GPU[op] if device_type == "cuda" and _missing(ON_GPU[op], device_type) is None else "torch"
+            choice = (
+                ON_GPU[op] if device_type == "cuda" and _missing(ON_GPU[op], device_type) is None else "torch"
+            )
         elif choice not in known:
             problems.append(f"kernels.{op}={choice} does not exist; it may be auto, {', '.join(known)}")
         elif (missing := _missing(choice, device_type)) is not None:
@@ -95,7 +100,13 @@ def _missing(implementation: str, device_type: str) -> str | None:
         return f"the package {module.replace('_', '-')}"
     interpreted = module == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not interpreted:
-        return "a CUDA device" + (" (or TRITON_INTERPRET=1, which is for tests)" if module == "triton" else "")
-    if implementation == "fp8" and not interpreted and (torch.version.hip or torch.cuda.get_device_capability() < (8, 9)):
+        return "a CUDA device" + (
+            " (or TRITON_INTERPRET=1, which is for tests)" if module == "triton" else ""
+        )
+    if (
+        implementation == "fp8"
+        and not interpreted
+        and (torch.version.hip or torch.cuda.get_device_capability() < (8, 9))
+    ):
         return "an NVIDIA GPU of compute capability 8.9 or higher"
     return None

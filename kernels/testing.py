@@ -36,7 +36,11 @@ def poisoned() -> Iterator[None]:
 
 
 def check(
-    fast: Callable[..., Any], definition: Callable[..., Any], inputs: Sequence[Tensor], *others: Any, times: float = 4.0
+    fast: Callable[..., Any],
+    definition: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    *others: Any,
+    times: float = 4.0,
 ) -> None:
     """Outputs and every gradient of `fast(*inputs, *others)`, run twice, against the definition in float64.
 
@@ -50,12 +54,16 @@ def check(
         mine, again = _run(fast, inputs, others, cotangents), _run(fast, inputs, others, cotangents)
     for name, wanted in exact.items():
         assert torch.equal(mine[name], again[name]), f"{name}: two runs differ"
-        assert mine[name].shape == wanted.shape, f"{name}: shape {list(mine[name].shape)}, must be {list(wanted.shape)}"
+        assert mine[name].shape == wanted.shape, (
+            f"{name}: shape {list(mine[name].shape)}, must be {list(wanted.shape)}"
+        )
         if wanted.numel() == 0:
             continue
         error, own = ((a[name].double() - wanted).abs().max().item() for a in (mine, plain))
         bound = times * own + torch.finfo(mine[name].dtype).eps * wanted.abs().max().item()
-        assert error <= bound, f"{name}: error {error:.3g}, must be at most {bound:.3g} (plain torch: {own:.3g})"
+        assert error <= bound, (
+            f"{name}: error {error:.3g}, must be at most {bound:.3g} (plain torch: {own:.3g})"
+        )
 
 
 def _run(
@@ -67,7 +75,12 @@ def _run(
     outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
     if not cotangents:
         generator = torch.Generator().manual_seed(1)
-        cotangents += [torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu").to(inputs[0]) for o in outputs]
-    gradients = torch.autograd.grad(outputs, leaves, [c.to(o) for c, o in zip(cotangents, outputs, strict=True)])
+        cotangents += [
+            torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu").to(inputs[0])
+            for o in outputs
+        ]
+    gradients = torch.autograd.grad(
+        outputs, leaves, [c.to(o) for c, o in zip(cotangents, outputs, strict=True)]
+    )
     named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     return named | {f"gradient of input {i}": g for i, g in enumerate(gradients)}

@@ -62,7 +62,9 @@ def run_ranks(
             status = _run_once(context, target, arguments, shares, threads, attempt, signals)
             if status in (0, USER_ERROR) or signals.ending or attempt == restarts:
                 break
-            print(f"status {status}: restart {attempt + 1} of at most {restarts}", file=sys.stderr, flush=True)
+            print(
+                f"status {status}: restart {attempt + 1} of at most {restarts}", file=sys.stderr, flush=True
+            )
             arguments = arguments if again is None else again
     return status
 
@@ -99,7 +101,9 @@ def _run_once(
             rank.start()
         status = _wait(signals.ranks)
         told = _print_errors(errors)
-        return told if told and status in (1, told) else status  # which of several failed ranks was seen first is chance
+        return (
+            told if told and status in (1, told) else status
+        )  # which of several failed ranks was seen first is chance
 
 
 def end_rank(text: str, status: int) -> NoReturn:
@@ -120,7 +124,9 @@ def _rank(target: str, arguments: tuple[Any, ...], environment: dict[str, str], 
     gc.freeze()  # what the server had imported: collecting it would copy every page of it into this rank
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to save that comes before there is anything to save
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_IGN
+    )  # a request to save that comes before there is anything to save
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     import torch
 
@@ -177,7 +183,9 @@ def _wait(ranks: Sequence[BaseProcess]) -> int:
     running = True
     while running:
         time.sleep(_POLL_SECONDS)
-        running = any(rank.is_alive() for rank in ranks)  # before the codes are read: the last time they are all there
+        running = any(
+            rank.is_alive() for rank in ranks
+        )  # before the codes are read: the last time they are all there
         codes = [rank.exitcode or 0 for rank in ranks]
         for rank, code in zip(ranks, codes, strict=True):
             if code < 0 and -code not in sent and not killed:

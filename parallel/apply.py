@@ -46,7 +46,9 @@ def parallelize(
         raise ValueError(f"computing in {dtype} needs a mesh, also of one rank: make_mesh(…, always=True)")
     shared = mesh.dense_mesh is not None and mesh.dense_mesh.size() > 1
     shard = partial(_shard, reshard_after_forward=reshard_after_forward, dtype=dtype)
-    if context is not None:  # no parameter changes, but tp's convolution goes around this one, so it stands first
+    if (
+        context is not None
+    ):  # no parameter changes, but tp's convolution goes around this one, so it stands first
         for module in model.modules():
             for name in ("attend", "convolve", "position_in_expert"):
                 if hasattr(module, name):
@@ -56,27 +58,41 @@ def parallelize(
         _split_tensors(model, TensorAxis(mesh.tp, mesh.dense_mesh["tp"]), TENSOR_PLAN)
     if (mesh.ep.size > 1 or mesh.tp.size > 1) and mesh.expert_mesh is not None:
         # ranks of tp see different tokens: to experts they are data-parallel
-        for name, moe in [(n, m) for n, m in model.named_modules() if hasattr(m, "experts") and hasattr(m, "dispatch")]:
+        for name, moe in [
+            (n, m) for n, m in model.named_modules() if hasattr(m, "experts") and hasattr(m, "dispatch")
+        ]:
             experts = moe.get_submodule("experts")
-            _split_experts(experts, mesh.expert_mesh, mesh.layout.etp)  # first: everything after must see the local experts only
+            _split_experts(
+                experts, mesh.expert_mesh, mesh.layout.etp
+            )  # first: everything after must see the local experts only
             if mesh.ep.size > 1:
                 dispatch = AllToAllDispatch(mesh.ep_levels, num_experts, name)
                 setattr(moe, "dispatch", dispatch)  # noqa: B010  (a plain attribute of nn.Module to mypy)
-            if mesh.layout.etp > 1:  # around the dispatch over ep: that takes each token to all parts of its experts' width
+            if (
+                mesh.layout.etp > 1
+            ):  # around the dispatch over ep: that takes each token to all parts of its experts' width
                 setattr(moe, "dispatch", SharedWidthDispatch(getattr(moe, "dispatch"), mesh.tp))  # noqa: B009, B010
             # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,
             # since ep already cuts dim 0 and two cuts of one dim would interleave in checkpoints
-            copies = mesh.expert_mesh["dp_replicate", "edp"] if mesh.layout.dp_replicate > 1 else mesh.expert_mesh["edp"]
+            copies = (
+                mesh.expert_mesh["dp_replicate", "edp"]
+                if mesh.layout.dp_replicate > 1
+                else mesh.expert_mesh["edp"]
+            )
             if fsdp:
                 shard(experts, copies, (mesh.edp, mesh.dp_replicate), dim=1)
     groups = (mesh.fsdp, mesh.dp_replicate)
     for layer in layers:
         if compiled:  # behind all that changes what a layer computes, and inside recomputation, which runs what was compiled again
             compile_layer(layer)
-        recompute_layer(layer, recompute)  # before FSDP: its hooks stay outside, so that gathering and reducing are not run again
+        recompute_layer(
+            layer, recompute
+        )  # before FSDP: its hooks stay outside, so that gathering and reducing are not run again
     if fsdp and mesh.data_mesh is not None and (shared or dtype != torch.float32):
         for layer in layers:
-            shard(layer, mesh.data_mesh, groups)  # layer by layer: one gather per layer, overlapping the one before
+            shard(
+                layer, mesh.data_mesh, groups
+            )  # layer by layer: one gather per layer, overlapping the one before
         # last: the root takes what no layer holds (embedding, final norm, head)
         _shard(model, mesh.data_mesh, groups, reshard_after_forward=False, dtype=dtype)
 
@@ -133,12 +149,20 @@ def _shard(
 
     def place(param: nn.Parameter) -> Shard:
         """The first dim from `dim` on that is not cut already."""
-        cut = {p.dim for p in param.placements if isinstance(p, Shard)} if isinstance(param, DTensor) else set()
+        cut = (
+            {p.dim for p in param.placements if isinstance(p, Shard)} if isinstance(param, DTensor) else set()
+        )
         return Shard(next(d for d in range(dim, param.ndim) if d not in cut))
 
     # parameters are cast once, before they are gathered, and their gradients before they are reduced; inputs cast themselves
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, shard_placement_fn=place, mp_policy=policy)
+    fully_shard(
+        module,
+        mesh=mesh,
+        reshard_after_forward=reshard_after_forward,
+        shard_placement_fn=place,
+        mp_policy=policy,
+    )
     assert isinstance(module, FSDPModule)  # for the type checker: fully_shard changes the module's class
     # every loss is already divided by the tokens of the whole step, so gradients are summed over ranks, never averaged
     module.set_gradient_divide_factor(1.0)

@@ -22,7 +22,9 @@ Guard = Callable[[], AbstractContextManager[None]]
 class Handle:
     """An all-to-all under way beside the computation; it holds what is sent until `wait` has given the result."""
 
-    def __init__(self, out: Tensor, sent: Tensor, work: dist.Work | None, traffic: Traffic | None = None) -> None:
+    def __init__(
+        self, out: Tensor, sent: Tensor, work: dist.Work | None, traffic: Traffic | None = None
+    ) -> None:
         self._out, self._sent, self._work, self._traffic = out, sent, work, traffic
         self._times: list[float] = []  # begun, waited for and ended, in any order of the last two
         self._events: list[torch.cuda.Event] = []
@@ -68,7 +70,9 @@ def begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], gro
     return Handle(*collectives.post_all_to_all(x, send, receive, group), group.traffic)
 
 
-def all_to_all_autograd(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, guard: Guard = nullcontext) -> Tensor:
+def all_to_all_autograd(
+    x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, guard: Guard = nullcontext
+) -> Tensor:
     """`all_to_all` whose gradient goes back the way its rows came."""
     return start_all_to_all(x, send, receive, group, guard)()
 

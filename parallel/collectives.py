@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable would import the compiler here, for seconds
+from torch._compile import (
+    _disable_dynamo as uncompiled,  # torch.compiler.disable would import the compiler here, for seconds
+)
 
 from hybridtrain.parallel.replay import refuse_again, replayed, replayed_start
 
@@ -118,7 +120,9 @@ def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Gr
 
 
 @replayed_start
-def launch_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Callable[[], Tensor]:
+def launch_all_to_all(
+    x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group
+) -> Callable[[], Tensor]:
     """Begin an all-to-all; what is returned waits for it and gives the rows of every rank, in rank order."""
     out, _, work = post_all_to_all(x, send, receive, group)
 
@@ -130,7 +134,9 @@ def launch_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], gr
     return finish
 
 
-def post_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> tuple[Tensor, Tensor, dist.Work]:
+def post_all_to_all(
+    x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group
+) -> tuple[Tensor, Tensor, dist.Work]:
     """What will be received, what is sent and must live as long, and the work to wait for."""
     x = x.contiguous()
     out = x.new_empty((sum(receive), *x.shape[1:]))
@@ -226,7 +232,10 @@ def all_gather_uneven(x: Tensor, group: Group) -> list[Tensor]:
     with group.traffic.waiting():
         dist.all_gather_single(out, padded, group=group.process_group)
     return [
-        part[:length] for part, length in zip(out.chunk(group.size) if max(lengths) else [x] * group.size, lengths, strict=True)
+        part[:length]
+        for part, length in zip(
+            out.chunk(group.size) if max(lengths) else [x] * group.size, lengths, strict=True
+        )
     ]
 
 

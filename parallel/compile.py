@@ -23,7 +23,9 @@ def compile_layer(layer: nn.Module) -> None:
     # tried first, and a layer that is run again would be given another than the first time. So they are tried in order of age.
     torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]  # torch's stubs lack it
     for module in layer.modules():
-        if hasattr(module, "dispatch"):  # shapes that only the data know, and products that inductor does not take in float32
+        if hasattr(
+            module, "dispatch"
+        ):  # shapes that only the data know, and products that inductor does not take in float32
             _leave_out(module, "forward")
         if hasattr(module, "counters"):
             _leave_out(module.counters, "add")

@@ -26,12 +26,20 @@ class ContextParallel:
     """This rank's chunks, and the exchanges that a layer needs: keys and values, the convolution's left edge, and under a
     capacity who chose which expert."""
 
-    def __init__(self, group: Group, seq_len: int, convolve: Convolution, position_in_expert: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        group: Group,
+        seq_len: int,
+        convolve: Convolution,
+        position_in_expert: Callable[[Tensor], Tensor],
+    ) -> None:
         self.group, self._convolve, self._places_in_line = group, convolve, position_in_expert
         self.chunk = seq_len // (2 * group.size)
         self.chunks = (group.rank, 2 * group.size - 1 - group.rank)
         every = [chunk for rank in range(group.size) for chunk in (rank, 2 * group.size - 1 - rank)]
-        self._order = [every.index(chunk) for chunk in range(len(every))]  # where chunk i lies among the gathered ones
+        self._order = [
+            every.index(chunk) for chunk in range(len(every))
+        ]  # where chunk i lies among the gathered ones
 
     def positions(self) -> Tensor:
         """int64 [t]: the places in the sequence of the tokens that this rank holds, in its order."""
@@ -47,7 +55,9 @@ class ContextParallel:
             here, seen = slice(place * self.chunk, (place + 1) * self.chunk), (chunk + 1) * self.chunk
             if context.spans is not None:
                 q, k, v = q_BtHX[:, here], k_BTHX[:, :seen], v_BTHX[:, :seen]
-                out.append(document_attention(q, k, v, context.documents_BT, context.spans, chunk * self.chunk))
+                out.append(
+                    document_attention(q, k, v, context.documents_BT, context.spans, chunk * self.chunk)
+                )
                 continue
             out_BHCX = F.scaled_dot_product_attention(
                 q_BtHX[:, here].transpose(1, 2),
@@ -60,19 +70,31 @@ class ContextParallel:
         return torch.cat(out, dim=1)
 
     def convolve(
-        self, x_BtD: Tensor, weight_D: Tensor, kernel_JD: Tensor, documents_BT: Tensor | None, dilation: int, eps: float
+        self,
+        x_BtD: Tensor,
+        weight_D: Tensor,
+        kernel_JD: Tensor,
+        documents_BT: Tensor | None,
+        dilation: int,
+        eps: float,
     ) -> Tensor:
         """The short convolution with its norm, each chunk with the tokens left of it from the rank that has them."""
         halo = (kernel_JD.size(0) - 1) * dilation
         tails = torch.stack([chunk[:, self.chunk - halo :] for chunk in x_BtD.chunk(2, dim=1)])
-        gathered = all_gather_autograd(tails, self.group).flatten(0, 1)  # [2 cp, B, halo, D], by rank and place
+        gathered = all_gather_autograd(tails, self.group).flatten(
+            0, 1
+        )  # [2 cp, B, halo, D], by rank and place
         out = []
         for x_BCD, chunk in zip(x_BtD.chunk(2, dim=1), self.chunks, strict=True):
             left = gathered[self._order[chunk - 1]] if chunk else torch.zeros_like(gathered[0])
             documents = None
             if documents_BT is not None:
                 start = chunk * self.chunk
-                before = documents_BT[:, start - halo : start] if chunk else documents_BT.new_full((len(x_BCD), halo), -1)
+                before = (
+                    documents_BT[:, start - halo : start]
+                    if chunk
+                    else documents_BT.new_full((len(x_BCD), halo), -1)
+                )
                 documents = torch.cat([before, documents_BT[:, start : start + self.chunk]], dim=1)
             wide = torch.cat([left, x_BCD], dim=1)
             out.append(self._convolve(wide, weight_D, kernel_JD, documents, dilation, eps)[:, halo:])

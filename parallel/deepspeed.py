@@ -33,7 +33,9 @@ _BUCKET = 500_000_000  # elements: DeepSpeed's default, an upper bound here
 def missing() -> str | None:
     """What to install where DeepSpeed is missing or another than this file was written for; None where it is there."""
     low, below = (".".join(map(str, version)) for version in REQUIRED)
-    wanted = f"deepspeed >= {low}, < {below}; pip install 'hybridtrain[deepspeed]', or set train.engine=native"
+    wanted = (
+        f"deepspeed >= {low}, < {below}; pip install 'hybridtrain[deepspeed]', or set train.engine=native"
+    )
     try:
         found = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
@@ -66,7 +68,9 @@ class DeepSpeedEngine:
         deepspeed = _import(mesh.device)
         if not dist.is_initialized():  # a single rank, for which mesh.py starts nothing
             os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group("nccl" if mesh.device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
+            dist.init_process_group(
+                "nccl" if mesh.device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1
+            )
         self.name = f"deepspeed {deepspeed.__version__}, ZeRO-{zero_stage}" + (
             ", optimizer on the CPU" if offload_optimizer else ""
         )
@@ -82,7 +86,9 @@ class DeepSpeedEngine:
             root = as_moe(deepspeed, model)
         elements = sum(p.numel() for p in self.params.values())
         config = _config(zero_stage, offload_optimizer, elements, micro_batch, micro_batches, mesh.device)
-        self.engine, *_ = deepspeed.initialize(model=root, optimizer=self.optimizer, config=config, mpu=Groups(mesh))
+        self.engine, *_ = deepspeed.initialize(
+            model=root, optimizer=self.optimizer, config=config, mpu=Groups(mesh)
+        )
         self.allocate_state()
         self.optimizers: Sequence[torch.optim.Optimizer] = [self.optimizer]
         self.schedule: Schedule = _EngineAccumulation(self.engine, tokens_per_step, mesh.device)
@@ -120,12 +126,16 @@ class DeepSpeedEngine:
         slots = self.optimizer.state
         for name, param in self.params.items():
             if self.zero_stage == 0:
-                state |= {f"optim.{name}.{key}": self._held(name, value) for key, value in slots[param].items()}
+                state |= {
+                    f"optim.{name}.{key}": self._held(name, value) for key, value in slots[param].items()
+                }
             else:
                 state[f"optim.{name}.step"] = slots[self._parts()[0]]["step"].clone()
                 state |= {f"optim.{name}.{key}": self._cut(name, _gather(param, key)) for key in MOMENTS}
             weight = param.detach() if self.zero_stage < 3 else _gather(param)
-            state[f"model.{name}"] = self._held(name, weight) if self.zero_stage < 3 else self._cut(name, weight)
+            state[f"model.{name}"] = (
+                self._held(name, weight) if self.zero_stage < 3 else self._cut(name, weight)
+            )
         return state
 
     def load_state(self, stage: int, state: dict[str, Tensor]) -> None:
@@ -143,7 +153,9 @@ class DeepSpeedEngine:
         if self.zero_stage == 0:
             return list(self.params.values())
         zero = self.engine.optimizer
-        parts: list[Tensor] = zero.single_partition_of_fp32_groups if self.zero_stage < 3 else zero.fp32_partitioned_groups_flat
+        parts: list[Tensor] = (
+            zero.single_partition_of_fp32_groups if self.zero_stage < 3 else zero.fp32_partitioned_groups_flat
+        )
         return parts
 
     def _gradients(self) -> list[Tensor]:
@@ -157,22 +169,38 @@ class DeepSpeedEngine:
     def _places(self, name: str) -> tuple[DeviceMesh | None, list[Placement], list[Placement]]:
         """Over which ranks a parameter lies, as they hold it and as they save it."""
         if name in self.experts:
-            return self.mesh.expert_mesh, [Replicate(), Shard(0)], [Shard(1), Shard(0)]  # (edp, ep), as apply.py cuts them
+            return (
+                self.mesh.expert_mesh,
+                [Replicate(), Shard(0)],
+                [Shard(1), Shard(0)],
+            )  # (edp, ep), as apply.py cuts them
         return self.mesh.dense_mesh, [Replicate()], [Shard(0)]
 
     def _held(self, name: str, value: Tensor) -> Tensor:
         """The same memory; experts as DTensors that know their place. What all ranks hold is saved once as it is."""
         mesh, held, _ = self._places(name)
-        return DTensor.from_local(value, mesh, held, run_check=False) if name in self.experts and value.ndim else value
+        return (
+            DTensor.from_local(value, mesh, held, run_check=False)
+            if name in self.experts and value.ndim
+            else value
+        )
 
     def _cut(self, name: str, value: Tensor) -> Tensor:
         """A part of what ranks hold together; the rest of `value` may go."""
         mesh, held, saved = self._places(name)
-        return DTensor.from_local(value, mesh, held, run_check=False).redistribute(placements=saved) if mesh is not None else value
+        return (
+            DTensor.from_local(value, mesh, held, run_check=False).redistribute(placements=saved)
+            if mesh is not None
+            else value
+        )
 
     def _uncut(self, name: str, value: Tensor) -> Tensor:
         """What `_cut` took."""
-        return value.redistribute(placements=self._places(name)[1]).to_local() if isinstance(value, DTensor) else value
+        return (
+            value.redistribute(placements=self._places(name)[1]).to_local()
+            if isinstance(value, DTensor)
+            else value
+        )
 
 
 class _EngineAccumulation(Accumulation):
@@ -187,18 +215,27 @@ class _EngineAccumulation(Accumulation):
 
 def _import(device: torch.device) -> Any:
     """The package, for this device; what it would compile or warn of without need is turned off."""
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # it calls them by old names
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning
+    )  # it calls them by old names
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
     import deepspeed.moe.layer
     import deepspeed.moe.utils
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled on first use, for minutes; gloo does
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # compiled on first use, for minutes; gloo does
+    )
     return deepspeed
 
 
 def _config(
-    zero_stage: int, offload_optimizer: bool, elements: int, micro_batch: int, micro_batches: int, device: torch.device
+    zero_stage: int,
+    offload_optimizer: bool,
+    elements: int,
+    micro_batch: int,
+    micro_batches: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     bucket = min(_BUCKET, elements)  # allocated whole, however small the model
     zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": bucket}
@@ -219,7 +256,9 @@ def _gather(param: nn.Parameter, key: str | None = None) -> Tensor:
     """A parameter's fp32 weights or one of its moments, whole (of experts: this rank's), from the ranks that ZeRO cut it over."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    value: Tensor = safe_get_full_fp32_param(param) if key is None else safe_get_full_optimizer_state(param, key)
+    value: Tensor = (
+        safe_get_full_fp32_param(param) if key is None else safe_get_full_optimizer_state(param, key)
+    )
     return value
 
 

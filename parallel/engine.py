@@ -60,7 +60,11 @@ class NativeEngine:
     name = "native"
 
     def __init__(
-        self, stages: Sequence[nn.Module], schedule: Schedule, optimizers: Sequence[torch.optim.Optimizer], mesh: Mesh
+        self,
+        stages: Sequence[nn.Module],
+        schedule: Schedule,
+        optimizers: Sequence[torch.optim.Optimizer],
+        mesh: Mesh,
     ) -> None:
         self.stages, self.schedule, self.optimizers, self.mesh = stages, schedule, optimizers, mesh
 
@@ -75,7 +79,9 @@ class NativeEngine:
         clip_([*local_gradients(self._params()), *([] if rows_ND is None else [rows_ND])], norm, bound)
 
     def _params(self) -> list[Tensor]:
-        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        return [
+            p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
+        ]
 
     def step(self) -> None:
         for optimizer in self.optimizers:
@@ -97,15 +103,23 @@ class NativeEngine:
 
     def state(self, stage: int, with_copies: bool = True) -> dict[str, Tensor]:
         model = self.stages[stage]
-        values = model.state_dict()  # first: it puts FSDP's sharded parameters back, which a forward pass may have left gathered
+        values = (
+            model.state_dict()
+        )  # first: it puts FSDP's sharded parameters back, which a forward pass may have left gathered
         copies = set() if with_copies else set(self.schedule.copies)
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         left_out = {names[parameter] for parameter in copies if parameter in names}
-        state: dict[str, Tensor] = {f"model.{name}": value for name, value in values.items() if name not in left_out}
+        state: dict[str, Tensor] = {
+            f"model.{name}": value for name, value in values.items() if name not in left_out
+        }
         for optimizer in self.optimizers:
             for parameter, slots in optimizer.state.items():
                 if (name := names.get(parameter)) is not None and name not in left_out:
-                    state |= {f"optim.{name}.{key}": value for key, value in slots.items() if isinstance(value, Tensor)}
+                    state |= {
+                        f"optim.{name}.{key}": value
+                        for key, value in slots.items()
+                        if isinstance(value, Tensor)
+                    }
         return state
 
     def load_state(self, stage: int, state: dict[str, Tensor]) -> None:
@@ -141,7 +155,9 @@ def _is_copied(param: Tensor) -> bool:
     return not {"tp", "edp"} & set(names)
 
 
-def global_squares(grads: list[Tensor], rows_ND: Tensor | None, mesh: Mesh, held_by: Sequence[int] | None = None) -> Tensor:
+def global_squares(
+    grads: list[Tensor], rows_ND: Tensor | None, mesh: Mesh, held_by: Sequence[int] | None = None
+) -> Tensor:
     """The squared L2 norms of all gradients over all ranks: of the backbone and of the table's rows, `[2]` float64 on the device.
 
     `grads` are this rank's parts of the backbone, which its dp_replicate copies hold too, and of each as many ranks of tp as

@@ -32,7 +32,9 @@ from hybridtrain.parallel.replay import replayed
 # (x_QD, experts_QK, gates_QK, absent=True, present=pairs) -> each token's gated sum over the experts here
 Experts = Callable[..., Tensor]
 
-Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Callable[[], Tensor]]  # (x_ND, experts_NK, gates_NK, experts) -> finish
+Dispatch = Callable[
+    [Tensor, Tensor, Tensor, Experts], Callable[[], Tensor]
+]  # (x_ND, experts_NK, gates_NK, experts) -> finish
 
 
 class DispatchMemoryError(MemoryError):
@@ -77,13 +79,19 @@ class AllToAllDispatch:
     def __init__(self, groups: Sequence[Group], num_experts: int, layer: str = "MoE") -> None:
         self.groups, self.num_experts, self.layer = groups, num_experts, layer
 
-    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts) -> Callable[[], Tensor]:
+    def __call__(
+        self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts
+    ) -> Callable[[], Tensor]:
         """Send the tokens off; what is returned ends it: the gate-weighted sum `[N, D]` of the chosen experts' outputs.
 
         `experts` are this rank's own. What is computed between the two runs while the tokens of the first group travel.
         """
-        even = experts_NK.numel()  # where every rank has as many tokens, and every expert gets as many of them
-        first = ExpertExchange.dispatch(self.groups[0], self.num_experts, x_ND, experts_NK, gates_NK, self.layer, even)
+        even = (
+            experts_NK.numel()
+        )  # where every rank has as many tokens, and every expert gets as many of them
+        first = ExpertExchange.dispatch(
+            self.groups[0], self.num_experts, x_ND, experts_NK, gates_NK, self.layer, even
+        )
 
         def finish() -> Tensor:
             trips, arrived = [first], first.arrive()
@@ -110,27 +118,44 @@ class ExpertExchange:
     inverse_NK: Tensor
     send: list[int]
     receive: list[int]
-    arrive: Callable[[], tuple[Tensor, Tensor, Tensor]]  # x_QD, experts_QK from 0 here, gates_QK; to be called once
+    arrive: Callable[
+        [], tuple[Tensor, Tensor, Tensor]
+    ]  # x_QD, experts_QK from 0 here, gates_QK; to be called once
 
     @classmethod
     def dispatch(
-        cls, group: Group, num_experts: int, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, layer: str, even: int
+        cls,
+        group: Group,
+        num_experts: int,
+        x_ND: Tensor,
+        experts_NK: Tensor,
+        gates_NK: Tensor,
+        layer: str,
+        even: int,
     ) -> ExpertExchange:
         """Collective; `num_experts` are those of the whole group."""
         here = num_experts // group.size
         order_Q, inverse_NK, asked_R2 = sort_by_destination(experts_NK, num_experts, group.size)
-        both = read_numbers(torch.stack([asked_R2, exchange_counts(asked_R2, group)]))  # where the host waits for the device
+        both = read_numbers(
+            torch.stack([asked_R2, exchange_counts(asked_R2, group)])
+        )  # where the host waits for the device
         send, receive = ([tokens for tokens, _ in side] for side in both)
         load = Load(layer, group, sum(receive), sum(pairs for _, pairs in both[1]), even)
 
         with load.guard():
             order_P = order_Q[: sum(send)]
-            rank_P = torch.repeat_interleave(torch.arange(group.size, device=x_ND.device), asked_R2[:, 0], output_size=len(order_P))
-            local_PK = experts_NK[order_P // experts_NK.size(1)] - rank_P[:, None] * here  # outside 0..here-1: lives elsewhere
+            rank_P = torch.repeat_interleave(
+                torch.arange(group.size, device=x_ND.device), asked_R2[:, 0], output_size=len(order_P)
+            )
+            local_PK = (
+                experts_NK[order_P // experts_NK.size(1)] - rank_P[:, None] * here
+            )  # outside 0..here-1: lives elsewhere
             local_QK = all_to_all(local_PK, send, receive, group)
             start = partial(start_all_to_all, send=send, receive=receive, group=group, guard=load.guard)
             finish_gates, finish_x = (start(spread(rows, order_P, inverse_NK)) for rows in (gates_NK, x_ND))
-        return cls(load, here, order_P, inverse_NK, send, receive, lambda: (finish_x(), local_QK, finish_gates()))
+        return cls(
+            load, here, order_P, inverse_NK, send, receive, lambda: (finish_x(), local_QK, finish_gates())
+        )
 
     def combine(self, y_QD: Tensor) -> Tensor:
         """Send each received token's result back, and add up those of each token here: [N, D]."""
@@ -153,9 +178,13 @@ class SharedWidthDispatch:
     def __init__(self, inner: Dispatch, group: Group) -> None:
         self.inner, self.group = inner, group
 
-    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts) -> Callable[[], Tensor]:
+    def __call__(
+        self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts
+    ) -> Callable[[], Tensor]:
         """As the inner dispatch's, for as many tokens on every rank of the group."""
-        x, chosen, gates = (all_gather_autograd(part, self.group).flatten(0, 1) for part in (x_ND, experts_NK, gates_NK))
+        x, chosen, gates = (
+            all_gather_autograd(part, self.group).flatten(0, 1) for part in (x_ND, experts_NK, gates_NK)
+        )
         finish = self.inner(x, chosen, gates, experts)
         return lambda: reduce_scatter_autograd(finish().unflatten(0, (self.group.size, -1)), self.group)
 

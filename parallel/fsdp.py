@@ -19,9 +19,13 @@ from hybridtrain.parallel.collectives import Group, count_all_gather, count_all_
 def set_collectives(module: FSDPModule, shard: Group, replicate: Group, device: torch.device) -> None:
     """Enter the gathers and reductions of this module's own parameters under the names of the two groups."""
     module.set_custom_all_gather(_CountedAllGather(shard))
-    module.set_custom_reduce_scatter(RankOrderSum(shard) if device.type == "cpu" else _CountedReduceScatter(shard))
+    module.set_custom_reduce_scatter(
+        RankOrderSum(shard) if device.type == "cpu" else _CountedReduceScatter(shard)
+    )
     if replicate.size > 1:
-        module.set_all_reduce_hook(lambda reduced: count_all_reduce(reduced, replicate))  # called behind torch's own all-reduce
+        module.set_all_reduce_hook(
+            lambda reduced: count_all_reduce(reduced, replicate)
+        )  # called behind torch's own all-reduce
 
 
 class _CountedAllGather(DefaultAllGather):
@@ -63,11 +67,18 @@ class RankOrderSum(ReduceScatter):
     def __init__(self, counted: Group) -> None:
         self._counted = counted
 
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
     ) -> None:
         if op != dist.ReduceOp.SUM or async_op:
             raise ValueError(f"gradients are summed, at once; got {op}, async_op={async_op}")

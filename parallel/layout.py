@@ -87,12 +87,20 @@ class Layout:
         others = pp * dp_replicate * cp * tp
         shard = dp_shard if dp_shard != -1 else max(1, world // others)
         nodes = max(1, ep * etp // node_size) if node_size else 1
-        layout = cls(world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem, etp, nodes, mem_placement)
+        layout = cls(
+            world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem, etp, nodes, mem_placement
+        )
         out: list[str] = []
         if others * shard != world:
             named = [f"{a} {getattr(layout, a)}" for a in DENSE_AXES if getattr(layout, a) > 1]
-            mend = f"set dp_shard={world // others} or dp_shard=-1" if world % others == 0 else _mend_world(layout, others)
-            out.append(f"parallel: {' x '.join(named) or 'all axes 1'} = {others * shard} ranks, not {world}; {mend}")
+            mend = (
+                f"set dp_shard={world // others} or dp_shard=-1"
+                if world % others == 0
+                else _mend_world(layout, others)
+            )
+            out.append(
+                f"parallel: {' x '.join(named) or 'all axes 1'} = {others * shard} ranks, not {world}; {mend}"
+            )
         if etp not in (1, tp):
             out.append(f"parallel.etp={etp} is neither 1 nor tp; etp may be {choices(sorted({1, tp}))}")
         elif layout.ep < 1 or layout.expert_ranks % layout.ep:
@@ -107,7 +115,9 @@ class Layout:
                 f"set of experts; node_size may be {legal} or a multiple of {ep * etp}, or set parallel.dispatch=flat"
             )
         if layout.mem < 1 or world % layout.mem:
-            out.append(f"parallel.mem={mem} does not divide the {world} ranks; mem may be -1, {choices(divisors(world))}")
+            out.append(
+                f"parallel.mem={mem} does not divide the {world} ranks; mem may be -1, {choices(divisors(world))}"
+            )
         if out:
             raise LayoutError(world, out)
         return layout
@@ -212,29 +222,41 @@ class Layout:
         ):
             degree = getattr(self, axis)
             if number is not None and number % degree:
-                out.append(f"parallel.{axis}={degree} does not divide {key}={number}; {axis} may be {choices(divisors(number))}")
+                out.append(
+                    f"parallel.{axis}={degree} does not divide {key}={number}; {axis} may be {choices(divisors(number))}"
+                )
         chunk = facts.seq_len // (2 * self.cp)
         if self.cp > 1 and facts.seq_len % (2 * self.cp):
             legal = [d // 2 for d in divisors(facts.seq_len) if d % 2 == 0] or [1]
-            out.append(f"parallel.cp={self.cp}: 2 x cp does not divide train.seq_len={facts.seq_len}; cp may be {choices(legal)}")
+            out.append(
+                f"parallel.cp={self.cp}: 2 x cp does not divide train.seq_len={facts.seq_len}; cp may be {choices(legal)}"
+            )
         elif self.cp > 1 and facts.conv_reach > chunk:
             out.append(
                 f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {facts.conv_reach} of engram.conv's reach; "
                 f"set train.seq_len >= {2 * self.cp * facts.conv_reach} or engram.conv=false"
             )
-        if self.etp > 1 and facts.expert_hidden is not None and facts.expert_hidden % (facts.expert_multiple * self.etp):
+        if (
+            self.etp > 1
+            and facts.expert_hidden is not None
+            and facts.expert_hidden % (facts.expert_multiple * self.etp)
+        ):
             out.append(
                 f"parallel.etp={self.etp} cuts model.moe.hidden={facts.expert_hidden} into no multiples of "
                 f"{facts.expert_multiple}, as grouped products need; set model.moe.hidden="
                 f"{_next_multiple(facts.expert_hidden, facts.expert_multiple * self.etp)} or etp=1"
             )
-        if self.tp > 1 and facts.dim % self.fsdp:  # tp cuts one dim of a matrix, so FSDP cuts the other, evenly
+        if (
+            self.tp > 1 and facts.dim % self.fsdp
+        ):  # tp cuts one dim of a matrix, so FSDP cuts the other, evenly
             out.append(
                 f"parallel: dp_shard x cp = {self.fsdp} does not divide model.dim={facts.dim}, as it must under tp; "
                 f"it may be {choices(divisors(facts.dim))}"
             )
         if self.pp > facts.num_layers:
-            out.append(f"parallel.pp={self.pp} exceeds the model's {facts.num_layers} layers; pp may be 1 to {facts.num_layers}")
+            out.append(
+                f"parallel.pp={self.pp} exceeds the model's {facts.num_layers} layers; pp may be 1 to {facts.num_layers}"
+            )
         if facts.memory_rows is not None and facts.memory_rows < self.mem:
             out.append(
                 f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set engram.rows_per_head higher or mem=1"

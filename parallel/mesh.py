@@ -34,7 +34,9 @@ class Mesh:
     cp: Group
     tp: Group
     ep: Group
-    ep_levels: tuple[Group, ...]  # what tokens are dispatched over, one after the other: (ep,) or (ep_inter, ep_intra)
+    ep_levels: tuple[
+        Group, ...
+    ]  # what tokens are dispatched over, one after the other: (ep,) or (ep_inter, ep_intra)
     mem: Group
     mem_replicate: Group
     # the groups of the meshes below, over which FSDP communicates:
@@ -44,7 +46,9 @@ class Mesh:
     timeout: float
 
     # of this rank's pipeline stage:
-    dense_mesh: DeviceMesh | None  # ([dp_replicate,] fsdp[, tp]): what dense parameters are cut over; see `data_mesh`
+    dense_mesh: (
+        DeviceMesh | None
+    )  # ([dp_replicate,] fsdp[, tp]): what dense parameters are cut over; see `data_mesh`
     expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep[, etp])
     # of all ranks:
     memory_mesh: DeviceMesh | None  # layout.memory_axes
@@ -64,13 +68,19 @@ class Mesh:
         """
         groups = []
         for axis in MEMORY_AXES[::-1]:
-            groups.append(_group(self.layout, self.rank, axis, f"{axis}_{name}", self.traffic, self.timeout, backend="gloo"))
+            groups.append(
+                _group(
+                    self.layout, self.rank, axis, f"{axis}_{name}", self.traffic, self.timeout, backend="gloo"
+                )
+            )
         return groups[0], groups[1]
 
     def own_mem_group(self, name: str) -> Group:
         """A copy of `mem` for exchanges that neither wait for the step's other collectives nor hold them up. Collective."""
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        return _group(self.layout, self.rank, "mem", f"mem_{name}", self.traffic, self.timeout, backend=backend)
+        return _group(
+            self.layout, self.rank, "mem", f"mem_{name}", self.traffic, self.timeout, backend=backend
+        )
 
     def own_world_group(self, name: str, timeout: float) -> Group:
         """A gloo copy of `world` for a thread of its own, whose collectives may take `timeout` seconds. Collective."""
@@ -119,14 +129,27 @@ def make_mesh(
         atexit.register(close_mesh)  # evaluation and generation, unlike training, have no end of their own
     elif layout.world > 1 and not dist.is_initialized():
         dist.init_process_group(
-            backend, init_method=rendezvous, rank=rank, world_size=layout.world, timeout=timedelta(seconds=timeout)
+            backend,
+            init_method=rendezvous,
+            rank=rank,
+            world_size=layout.world,
+            timeout=timedelta(seconds=timeout),
         )
 
     meshes = layout.world > 1 or always
-    layouts = gather_objects(layout, _group(layout, rank, "world", "world", Traffic(), timeout))  # not of the run
-    if any(other != layout for other in layouts):  # LOCAL_WORLD_SIZE may differ; ranks would wait for each other in other groups
-        said = "; ".join(f"rank {i} has {other.describe()}" for i, other in enumerate(layouts) if other != layouts[i - 1])
-        raise LayoutError(layout.world, [f"ranks have resolved different layouts: {said}; set parallel.node_size to one number"])
+    layouts = gather_objects(
+        layout, _group(layout, rank, "world", "world", Traffic(), timeout)
+    )  # not of the run
+    if any(
+        other != layout for other in layouts
+    ):  # LOCAL_WORLD_SIZE may differ; ranks would wait for each other in other groups
+        said = "; ".join(
+            f"rank {i} has {other.describe()}" for i, other in enumerate(layouts) if other != layouts[i - 1]
+        )
+        raise LayoutError(
+            layout.world,
+            [f"ranks have resolved different layouts: {said}; set parallel.node_size to one number"],
+        )
 
     def group(axis: str) -> Group:
         return _group(layout, rank, axis, axis, traffic, timeout)
@@ -161,18 +184,30 @@ def make_mesh(
         timeout=timeout,
         dense_mesh=dense_mesh,
         expert_mesh=expert_mesh,
-        memory_mesh=_device_mesh(layout, table_device or device, layout.memory_axes) if layout.world > 1 else None,
+        memory_mesh=_device_mesh(layout, table_device or device, layout.memory_axes)
+        if layout.world > 1
+        else None,
     )
 
 
-def _group(layout: Layout, rank: int, axis: str, name: str, traffic: Traffic, timeout: float, backend: str | None = None) -> Group:
+def _group(
+    layout: Layout,
+    rank: int,
+    axis: str,
+    name: str,
+    traffic: Traffic,
+    timeout: float,
+    backend: str | None = None,
+) -> Group:
     partition = [list(range(layout.world))] if axis == "world" else layout.groups(axis)
     ranks = next(ranks for ranks in partition if rank in ranks)
     process_group = None
     if len(ranks) == layout.world > 1 and backend is None:
         process_group = dist.group.WORLD
     elif len(ranks) > 1:
-        process_group, _ = dist.new_subgroups_by_enumeration(partition, backend=backend, timeout=timedelta(seconds=timeout))
+        process_group, _ = dist.new_subgroups_by_enumeration(
+            partition, backend=backend, timeout=timedelta(seconds=timeout)
+        )
     return Group(name, tuple(ranks), ranks.index(rank), process_group, traffic)
 
 
@@ -223,7 +258,9 @@ def close_mesh() -> None:
 
 def _parameter_meshes(layout: Layout, device: torch.device) -> tuple[DeviceMesh, DeviceMesh]:
     """`dense_mesh` and `expert_mesh`."""
-    replicate = ("dp_replicate",) if layout.dp_replicate > 1 else ()  # a replicate dim of one would still cost an all-reduce
+    replicate = (
+        ("dp_replicate",) if layout.dp_replicate > 1 else ()
+    )  # a replicate dim of one would still cost an all-reduce
     tensor = ("tp",) if layout.tp > 1 else ()
     etp = ("etp",) if layout.etp > 1 else ()
     dense = _device_mesh(layout, device, (*replicate, "fsdp", *tensor))

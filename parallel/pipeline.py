@@ -149,7 +149,9 @@ class Pipeline:
 class _TorchStage(PipelineStage):
     """Torch's stage, whose inputs are looked up by micro-batch number instead of cut out of one large batch."""
 
-    def __init__(self, part: StageModule, pp: Group, device: torch.device, h_BTD: Tensor, tokens: int) -> None:
+    def __init__(
+        self, part: StageModule, pp: Group, device: torch.device, h_BTD: Tensor, tokens: int
+    ) -> None:
         stage = part.stage
         # with all shapes known torch exchanges none
         tokens_BT = torch.empty((len(h_BTD), tokens), dtype=torch.int64, device="meta")
@@ -171,11 +173,17 @@ class _TorchStage(PipelineStage):
         return int(self.stage_index_to_group_rank[stage])
 
     def forward_one_chunk(
-        self, fwd_chunk_id: int, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, save_forward_output: bool = True
+        self,
+        fwd_chunk_id: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        save_forward_output: bool = True,
     ) -> Any:
         assert self.batch is not None
         first, *others = _inputs(self.part, self.batch, fwd_chunk_id, None)
-        named = dict(zip(("documents_BT", "row_index_BTLS", "micro_batch", "targets_BT"), others, strict=True))
+        named = dict(
+            zip(("documents_BT", "row_index_BTLS", "micro_batch", "targets_BT"), others, strict=True)
+        )
         return super().forward_one_chunk(fwd_chunk_id, (first,), named, save_forward_output)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:

@@ -43,7 +43,12 @@ TENSOR_PARTS: dict[str, Callable[[Any, Group], Any]] = {
 EXPERT_WIDTH = {"w_gate": 2, "w_up": 2, "w_down": 1}
 """The dim of the hidden width in each parameter of a module of experts; cut under etp."""
 
-SWIGLU: dict[str, Style] = {"": gather_unless_routed, ".w_gate": ColumnLinear, ".w_up": ColumnLinear, ".w_down": RowLinear}
+SWIGLU: dict[str, Style] = {
+    "": gather_unless_routed,
+    ".w_gate": ColumnLinear,
+    ".w_up": ColumnLinear,
+    ".w_down": RowLinear,
+}
 
 TENSOR_PLAN: dict[str, Style] = {
     "embed": VocabularyEmbedding,

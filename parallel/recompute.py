@@ -68,7 +68,9 @@ class _KeepProducts(TorchDispatchMode):
         def run() -> Any:
             return operation(*args, **(kwargs or {}))
 
-        packed = operation.namespace == "torch_attn"  # attention of packed documents, which torch has once it is imported
+        packed = (
+            operation.namespace == "torch_attn"
+        )  # attention of packed documents, which torch has once it is imported
         return self._replay.result(run) if operation in PRODUCTS or packed else run()
 
 

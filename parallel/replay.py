@@ -30,7 +30,9 @@ class Replay:
     def __enter__(self) -> None:
         self._token = _active.set(self)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         _active.reset(self._token)
         if self.again:
             self._kept.clear()  # recomputation ends with the last tensor that the backward pass needs; the rest is not asked for
@@ -43,7 +45,9 @@ class Replay:
             self._kept.append(tree_map_only(Tensor, _Kept, out))
             return out
         if not self._kept:
-            raise RuntimeError("a recomputed layer asks for more results than its forward pass had, or for the third time")
+            raise RuntimeError(
+                "a recomputed layer asks for more results than its forward pass had, or for the third time"
+            )
         kept: T = tree_map_only(_Kept, _Kept.tensor, self._kept.popleft())
         return kept
 
@@ -68,7 +72,11 @@ def replayed(collective: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(collective)
     def once(*args: P.args, **kwargs: P.kwargs) -> T:
         replay = _active.get()
-        return collective(*args, **kwargs) if replay is None else replay.result(lambda: collective(*args, **kwargs))
+        return (
+            collective(*args, **kwargs)
+            if replay is None
+            else replay.result(lambda: collective(*args, **kwargs))
+        )
 
     return once
 

@@ -22,7 +22,13 @@ from torch import Tensor
 from hybridtrain.kernels.row_gather.op import pack, unpack
 from hybridtrain.kernels.segment_sum import segment_sum
 from hybridtrain.parallel.async_all_to_all import begin_all_to_all
-from hybridtrain.parallel.collectives import Group, all_gather_uneven, all_reduce_, all_to_all, exchange_counts
+from hybridtrain.parallel.collectives import (
+    Group,
+    all_gather_uneven,
+    all_reduce_,
+    all_to_all,
+    exchange_counts,
+)
 
 
 class ExchangeError(RuntimeError):
@@ -35,7 +41,9 @@ class AllToAllSplits:
 
     send: list[int]  # rows asked of each owner
     receive: list[int]  # rows each rank asks of this owner
-    wanted_Q: Tensor  # local row numbers asked of this owner, in the order of the asking ranks; where the table is
+    wanted_Q: (
+        Tensor  # local row numbers asked of this owner, in the order of the asking ranks; where the table is
+    )
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,9 @@ class RowPlan(AllToAllSplits):
     """One exchange: all rows that a group of micro-batches needs. Everything was computed from tokens alone."""
 
     index: list[Tensor]  # per micro-batch [B, T, L, S]: place of each lookup among that micro-batch's rows
-    select: list[Tensor]  # per micro-batch [U_m]: place of the micro-batch's rows among the U rows of the plan
+    select: list[
+        Tensor
+    ]  # per micro-batch [U_m]: place of the micro-batch's rows among the U rows of the plan
     num_rows: int  # U
     slot_Q: Tensor  # place of each wanted row among the step's touched rows
     # with `ahead`, of a step's first exchange: the rows that the update before it leaves alone, and those that it changes
@@ -109,7 +119,9 @@ class RowPlanner:
         """
         parts = [self._exchange(ids) for ids in ids_MBTLS.chunk(self.exchange_groups)]
         wanted = [part.wanted_Q for part in parts]
-        touched = torch.unique(torch.cat(all_gather_uneven(torch.unique(torch.cat(wanted)), self.mem_replicate)))
+        touched = torch.unique(
+            torch.cat(all_gather_uneven(torch.unique(torch.cat(wanted)), self.mem_replicate))
+        )
         if self.ahead:
             if self._touched_before is not None:
                 parts[0] = self._split(parts[0], self._touched_before)
@@ -223,11 +235,15 @@ class RowExchange:
     def fetch(self, route: AllToAllSplits) -> Tensor:
         """The route's rows as they are now, `[U, D]` where it is a whole plan, in ascending order of their ids: one all-to-all."""
         sent = self.upload(pack(self.table, route.wanted_Q, self.wires.rows))
-        return self._unpack(checked_all_to_all(sent, route.receive, route.send, self.mem, "rows", self.checksum))
+        return self._unpack(
+            checked_all_to_all(sent, route.receive, route.send, self.mem, "rows", self.checksum)
+        )
 
     def begin(self, route: AllToAllSplits, rows_QD: Tensor) -> RowsInFlight:
         """Send the rows that this owner is asked for, beside what follows."""
-        return RowsInFlight(self.upload(pack(rows_QD, None, self.wires.rows)), route, self.ahead, self.checksum)
+        return RowsInFlight(
+            self.upload(pack(rows_QD, None, self.wires.rows)), route, self.ahead, self.checksum
+        )
 
     def complete(self, plan: RowPlan, arrival: RowsInFlight) -> Tensor:
         """The plan's unique rows `[U, D]`, of which the early ones, or all, were begun: the late ones are fetched now."""
@@ -242,7 +258,9 @@ class RowExchange:
         """Add the gradients of the plan's rows, from all ranks of `mem`, to the step's touched rows: one all-to-all."""
         sent = pack(grad_UD, None, self.wires.gradients)
         received = checked_all_to_all(sent, plan.send, plan.receive, self.mem, "row gradients", self.checksum)
-        total_ND += segment_sum(unpack(received, grad_UD.shape[1], self.wires.gradients), plan.slot_Q, len(total_ND))
+        total_ND += segment_sum(
+            unpack(received, grad_UD.shape[1], self.wires.gradients), plan.slot_Q, len(total_ND)
+        )
 
     def _unpack(self, payload: Tensor) -> Tensor:
         return unpack(payload, self.table.shape[1], self.wires.rows)
@@ -274,7 +292,9 @@ class RowsInFlight:
         return rows
 
 
-def checked_all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group, what: str, checksum: bool) -> Tensor:
+def checked_all_to_all(
+    x: Tensor, send: list[int], receive: list[int], group: Group, what: str, checksum: bool
+) -> Tensor:
     """`all_to_all`, and with `checksum` a second small one that proves every part arrived as it was sent."""
     out = all_to_all(x, send, receive, group)
     if checksum:
@@ -289,11 +309,15 @@ def _verify(sums: Tensor, out: Tensor, receive: list[int], group: Group, what: s
     wrong = (exchange_counts(sums, group) != _checksums(out, receive)).nonzero().flatten().tolist()
     if wrong:
         senders = ", ".join(str(group.ranks[i]) for i in wrong)
-        raise ExchangeError(f"{what} from rank {senders} arrived damaged at rank {group.ranks[group.rank]} (group {group.name})")
+        raise ExchangeError(
+            f"{what} from rank {senders} arrived damaged at rank {group.ranks[group.rank]} (group {group.name})"
+        )
 
 
 def _checksums(x: Tensor, splits: list[int]) -> Tensor:
     """One int64 per split: its bytes, each times an odd number that depends on its place, summed modulo 2^64."""
     words = x.reshape(len(x), prod(x.shape[1:])).contiguous().view(torch.uint8).to(torch.int64) + 1
     per_row = (words * (torch.arange(words.shape[1], device=x.device) * 2 + 1)).sum(1)
-    return torch.stack([(part * (torch.arange(len(part), device=x.device) * 2 + 1)).sum() for part in per_row.split(splits)])
+    return torch.stack(
+        [(part * (torch.arange(len(part), device=x.device) * 2 + 1)).sum() for part in per_row.split(splits)]
+    )

@@ -60,7 +60,9 @@ class Accumulation:
     def step(self, batch: MicroBatches, last: bool, phase: Phase) -> Tensor:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for m in range(len(batch)):
-            self._sync_gradients(last and m == len(batch) - 1)  # one reduction per step, whatever the number of micro-batches
+            self._sync_gradients(
+                last and m == len(batch) - 1
+            )  # one reduction per step, whatever the number of micro-batches
             with phase("forward"):
                 part = self._forward(batch, m) / self.tokens_per_step
             with phase("backward"):

@@ -77,7 +77,12 @@ def balance(costs: Sequence[float], first: float, last: float, num_stages: int) 
         sums.append(sums[-1] + cost)
 
     def stage_cost(stage: int, low: int, high: int) -> float:
-        return sums[high] - sums[low] + (first if stage == 0 else 0.0) + (last if stage == num_stages - 1 else 0.0)
+        return (
+            sums[high]
+            - sums[low]
+            + (first if stage == 0 else 0.0)
+            + (last if stage == num_stages - 1 else 0.0)
+        )
 
     def best(bound: float, worst_only: bool) -> tuple[float, tuple[int, ...]]:
         """Least worst stage, or least sum of squares with no stage above `bound`, of all cuts."""
@@ -99,7 +104,9 @@ def balance(costs: Sequence[float], first: float, last: float, num_stages: int) 
     return best(worst * (1 + SLACK), worst_only=False)[1]
 
 
-def stage_problems(schedule: str, pp: int, per_rank: int, cuts: Sequence[int], num_layers: int, micro_batches: int) -> list[str]:
+def stage_problems(
+    schedule: str, pp: int, per_rank: int, cuts: Sequence[int], num_layers: int, micro_batches: int
+) -> list[str]:
     """Everything in which the pipeline's settings do not fit each other, one line each with legal values."""
     if pp == 1:
         return []
@@ -108,11 +115,15 @@ def stage_problems(schedule: str, pp: int, per_rank: int, cuts: Sequence[int], n
     stages = pp * each
     if each < rule.least or (rule.most and each > rule.most):
         legal = str(rule.least) if rule.least == rule.most else f"{rule.least} or more"
-        out.append(f"parallel.stages_per_rank={each} does not go with parallel.schedule={schedule}; it may be {legal}")
+        out.append(
+            f"parallel.stages_per_rank={each} does not go with parallel.schedule={schedule}; it may be {legal}"
+        )
     elif pp <= num_layers < stages:  # more ranks than layers are the layout's to refuse
         most = num_layers // each
         mend = f"pp may be {choices(range(1, most + 1))}" if most > 1 else "set parallel.pp=1"
-        out.append(f"parallel.pp={pp} x stages_per_rank {each} = {stages} stages exceed the model's {num_layers} layers; {mend}")
+        out.append(
+            f"parallel.pp={pp} x stages_per_rank {each} = {stages} stages exceed the model's {num_layers} layers; {mend}"
+        )
     elif stages <= num_layers and cuts and (len(cuts) != stages or sum(cuts) != num_layers):
         even = [num_layers // stages + (i < num_layers % stages) for i in range(stages)]
         out.append(
@@ -121,7 +132,11 @@ def stage_problems(schedule: str, pp: int, per_rank: int, cuts: Sequence[int], n
         )
     rounds = max(1, micro_batches // pp)
     if rule.in_rounds and micro_batches % rounds:
-        near = [m for m in range(1, micro_batches + pp) if m % max(1, m // pp) == 0 and abs(m - micro_batches) < pp]
+        near = [
+            m
+            for m in range(1, micro_batches + pp)
+            if m % max(1, m // pp) == 0 and abs(m - micro_batches) < pp
+        ]
         out.append(
             f"train.micro_batches={micro_batches} does not divide into the {rounds} rounds of parallel.schedule={schedule} "
             f"with pp={pp}; near it {choices(near)} do"

@@ -119,7 +119,9 @@ class VocabularyLogits:
     def __call__(self, h_BSD: Tensor, weight_VD: Tensor) -> Tensor:
         logits_BTW = F.linear(gather_sequence(h_BSD, self.group), local(weight_VD))
         part = -(-len(weight_VD) // self.group.size)
-        padded_BTW = F.pad(logits_BTW, (0, part - logits_BTW.size(-1)))  # the last part of the vocabulary may be smaller
+        padded_BTW = F.pad(
+            logits_BTW, (0, part - logits_BTW.size(-1))
+        )  # the last part of the vocabulary may be smaller
         return torch.cat(all_gather_autograd(padded_BTW, self.group).unbind(), -1)[..., : len(weight_VD)]
 
 
@@ -144,7 +146,9 @@ class VocabularyLoss:
 
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, first: int, ignored: int, group: Group) -> Tensor:
+    def forward(
+        ctx: Any, h_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, first: int, ignored: int, group: Group
+    ) -> Tensor:
         highest_N, summed_N, chosen_N = (h_ND.new_empty(len(h_ND), dtype=torch.float32) for _ in range(3))
         for block in _blocks(h_ND, weight_WD):
             parts = partial_sums(h_ND[block] @ weight_WD.T, targets_N[block], first)
@@ -167,7 +171,9 @@ class _VocabularyLoss(torch.autograd.Function):
         scale_N = keep_N * grads[0]
         for block in _blocks(h_ND, weight_WD):
             h = h_ND[block]
-            grad = partial_gradient(h @ weight_WD.T, targets_N[block], ctx.first, normalizer_N[block], scale_N[block])
+            grad = partial_gradient(
+                h @ weight_WD.T, targets_N[block], ctx.first, normalizer_N[block], scale_N[block]
+            )
             torch.mm(grad, weight_WD, out=grad_h[block])
             if h.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad.T, h)
@@ -202,7 +208,9 @@ class SequencePlaces:
     group: Group
 
     def __call__(self, experts_BSK: Tensor) -> Tensor:
-        return self.position_in_expert(gather_sequence(experts_BSK, self.group)).chunk(self.group.size, 1)[self.group.rank]
+        return self.position_in_expert(gather_sequence(experts_BSK, self.group)).chunk(self.group.size, 1)[
+            self.group.rank
+        ]
 
 
 def gather_input(module: nn.Module, axis: TensorAxis) -> nn.Module:

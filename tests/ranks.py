@@ -38,7 +38,10 @@ def run_on_ranks(function: Callable[..., Any], nproc: int, *args: Any, timeout: 
         pipes = [context.Pipe(duplex=False) for _ in range(nproc)]
         shares = shares_of_cores(usable_cores(), nproc, 1)
         ranks = [
-            context.Process(target=_rank, args=(function, args, rank, shares, str(Path(folder) / "store"), timeout, pipes[rank][1]))
+            context.Process(
+                target=_rank,
+                args=(function, args, rank, shares, str(Path(folder) / "store"), timeout, pipes[rank][1]),
+            )
             for rank in range(nproc)
         ]
         try:
@@ -61,7 +64,9 @@ def _collect(receivers: list[Connection], deadline: float, timeout: float) -> li
     results: dict[int, Any] = {}
     failures: list[tuple[int, int, str]] = []  # time, rank, text
     while len(results) + len(failures) < len(receivers):
-        waiting = [r for i, r in enumerate(receivers) if i not in results and i not in [f[1] for f in failures]]
+        waiting = [
+            r for i, r in enumerate(receivers) if i not in results and i not in [f[1] for f in failures]
+        ]
         ready = wait(waiting, 0.5 if failures else max(0.0, deadline - time.monotonic()))
         if not ready:
             break
@@ -79,7 +84,9 @@ def _collect(receivers: list[Connection], deadline: float, timeout: float) -> li
         _, number, text = min(failures)
         raise RankFailure(f"rank {number} {text}")
     if len(results) < len(receivers):
-        raise RankFailure(f"rank(s) {[i for i in range(len(receivers)) if i not in results]} did not finish within {timeout} s")
+        raise RankFailure(
+            f"rank(s) {[i for i in range(len(receivers)) if i not in results]} did not finish within {timeout} s"
+        )
     return [results[i] for i in range(len(receivers))]
 
 
@@ -96,14 +103,24 @@ def _rank(
     if shares[rank]:
         os.sched_setaffinity(0, shares[rank])
     nproc = len(shares)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(nproc), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(nproc),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(nproc),
+        OMP_NUM_THREADS="1",
+    )
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=nproc, timeout=timedelta(seconds=timeout)
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=nproc,
+            timeout=timedelta(seconds=timeout),
         )
         message = pickle.dumps((0, True, function(*args)))
         if dist.is_initialized():

@@ -15,7 +15,11 @@ MOST_LINES = 400
 def sources(folder: str) -> list[Path]:
     """The folder's own modules; hybridtrain holds links to the other three, which are not followed."""
     linked = {link.name for link in (ROOT / folder).iterdir() if link.is_symlink()}
-    return [p for p in sorted((ROOT / folder).rglob("*.py")) if p.relative_to(ROOT / folder).parts[0] not in linked]
+    return [
+        p
+        for p in sorted((ROOT / folder).rglob("*.py"))
+        if p.relative_to(ROOT / folder).parts[0] not in linked
+    ]
 
 
 def imports(path: Path) -> set[str]:
@@ -57,7 +61,12 @@ def test_folders_import_downwards_only(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_top_level_folders_are_no_packages_of_their_own_name(folder: str) -> None:
-    wrong = [f"{p.relative_to(ROOT)}: {n}" for p in sources(folder) for n in imports(p) if n.split(".")[0] in FOLDERS[:-1]]
+    wrong = [
+        f"{p.relative_to(ROOT)}: {n}"
+        for p in sources(folder)
+        for n in imports(p)
+        if n.split(".")[0] in FOLDERS[:-1]
+    ]
     assert wrong == []
     assert (ROOT / folder / "__init__.py").exists() == (folder == "hybridtrain")
     assert folder == "hybridtrain" or (ROOT / "hybridtrain" / folder).readlink() == Path("..") / folder
@@ -68,13 +77,23 @@ def test_the_model_knows_no_ranks() -> None:
     for path in sources("hybridtrain"):
         if path.is_relative_to(ROOT / "hybridtrain/model"):
             assert not [n for n in imports(path) if n.startswith(barred)], path
-            assert not [n for n in imports(path) if home(n) == "hybridtrain" and n.startswith("hybridtrain.optim")], path
+            assert not [
+                n for n in imports(path) if home(n) == "hybridtrain" and n.startswith("hybridtrain.optim")
+            ], path
 
 
 def test_the_layout_needs_no_torch() -> None:
-    assert not [n for n in imports(ROOT / "parallel/layout.py") if n.split(".")[0] in ("torch", "numpy", "hybridtrain")]
+    assert not [
+        n
+        for n in imports(ROOT / "parallel/layout.py")
+        if n.split(".")[0] in ("torch", "numpy", "hybridtrain")
+    ]
 
 
 def test_rooms_are_small() -> None:
-    lengths = {p.relative_to(ROOT): len(p.read_text(encoding="utf-8").splitlines()) for f in FOLDERS for p in sources(f)}
+    lengths = {
+        p.relative_to(ROOT): len(p.read_text(encoding="utf-8").splitlines())
+        for f in FOLDERS
+        for p in sources(f)
+    }
     assert {path: lines for path, lines in lengths.items() if lines >= MOST_LINES} == {}

@@ -17,7 +17,12 @@ from hybridtrain.settings.load import load_settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 SUBCOMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009  (typer's class for groups is its own)
 OUTPUT = re.compile(r"runs/|curves\.svg")  # what commands make
 ELSEWHERE = ("torchrun", "tensorboard")
@@ -53,7 +58,9 @@ def check(line: str) -> None:
         assert done.returncode == 0, done.stderr
     elif words[0] == "python":
         assert words[1].startswith("tools/")
-        options = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', (ROOT / words[1]).read_text(encoding="utf-8")))
+        options = set(
+            re.findall(r'add_argument\(\s*"(--[\w-]+)"', (ROOT / words[1]).read_text(encoding="utf-8"))
+        )
         assert not unknown_options(words[2:], options)
     elif "torchrun" in words[:2]:
         options, _, rest = (part.split() for part in line.partition(" -m hybridtrain "))
@@ -67,7 +74,9 @@ def check(line: str) -> None:
         assert words[0] in ELSEWHERE, f"a command that this test cannot check: {line}"
 
 
-@pytest.mark.parametrize(("page", "line"), [(p, line) for p in PAGES for line in commands(p)], ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize(
+    ("page", "line"), [(p, line) for p in PAGES for line in commands(p)], ids=lambda v: getattr(v, "name", v)
+)
 def test_command_is_one(page: Path, line: str) -> None:
     check(line)
 
@@ -86,14 +95,22 @@ def test_links_and_paths_exist(page: Path) -> None:
         for path in (ROOT / folder).rglob("*.py")
     }
     made = {"settings.toml"}
-    missing += [s for s in spans if not OUTPUT.match(s) and s not in known | made and not any((p / s).exists() for p in places)]
+    missing += [
+        s
+        for s in spans
+        if not OUTPUT.match(s) and s not in known | made and not any((p / s).exists() for p in places)
+    ]
     assert not missing
 
 
 def test_architecture_names_files_that_exist() -> None:
     house = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     names = re.findall(r"\b(\w+\.py)\b", house)
-    present = {path.name for folder in ("hybridtrain", "parallel", "kernels", "launch") for path in (ROOT / folder).rglob("*.py")}
+    present = {
+        path.name
+        for folder in ("hybridtrain", "parallel", "kernels", "launch")
+        for path in (ROOT / folder).rglob("*.py")
+    }
     assert len(names) > 15
     assert not set(names) - present
 

@@ -72,7 +72,9 @@ def train_here(settings: Settings, resume: bool) -> dict[str, Any]:
     return train(settings, resume)
 
 
-def train_on(nproc: int, settings: Settings, resume: bool = False, timeout: float = 120) -> list[dict[str, Any]]:
+def train_on(
+    nproc: int, settings: Settings, resume: bool = False, timeout: float = 120
+) -> list[dict[str, Any]]:
     """Every rank's summary of the run."""
     return run_on_ranks(train_here, nproc, settings, resume, timeout=timeout)
 
@@ -145,7 +147,9 @@ def build_here(settings: Settings) -> tuple[Run, BatchLoader]:
     run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train, layout = settings.train, mesh.layout
     place = layout.coordinate(rank, "dp")
-    loader = BatchLoader(dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, layout.dp, 0)
+    loader = BatchLoader(
+        dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, layout.dp, 0
+    )
     return run, loader
 
 
@@ -154,7 +158,9 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
     run, loader = build_here(settings)
     table = run.table
     out = Trace([], [], [], {}, {})
-    named = {f"{i}.{name}": p for i, stage in enumerate(run.model_parts) for name, p in stage.named_parameters()}
+    named = {
+        f"{i}.{name}": p for i, stage in enumerate(run.model_parts) for name, p in stage.named_parameters()
+    }
 
     def note(*_: Any) -> None:
         out.gradients[-1].update({name: _whole(p.grad) for name, p in named.items() if p.grad is not None})
@@ -167,11 +173,15 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
         out.gradients.append({})
         totals = train_step(run, number, batch.at(run.positions), plan, Clock(run.mesh.device))
         out.losses.append(totals.loss)
-        out.statistics.append({name: torch.tensor(value, dtype=torch.float64) for name, value in totals.statistics.items()})
+        out.statistics.append(
+            {name: torch.tensor(value, dtype=torch.float64) for name, value in totals.statistics.items()}
+        )
     out.state.update({name: _whole(p) for name, p in named.items()})
     if table is not None:
         out.state["table"] = table.table.clone()
-    out.traffic.update({key: value for key, value in run.mesh.traffic.entries().items() if "plan" not in key[0]})
+    out.traffic.update(
+        {key: value for key, value in run.mesh.traffic.entries().items() if "plan" not in key[0]}
+    )
     if alone:
         close_mesh()
     return out
@@ -186,7 +196,9 @@ def assert_bitwise(ours: Trace, theirs: Trace) -> None:
     """The same losses, statistics, gradients and parameters, bit for bit."""
     assert ours.losses == theirs.losses
     for mine, other in zip(
-        [*ours.statistics, *ours.gradients, ours.state], [*theirs.statistics, *theirs.gradients, theirs.state], strict=True
+        [*ours.statistics, *ours.gradients, ours.state],
+        [*theirs.statistics, *theirs.gradients, theirs.state],
+        strict=True,
     ):
         assert mine.keys() == other.keys()
         for name, value in mine.items():

@@ -56,7 +56,9 @@ class HostWaits(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operation.overloadpacket.__name__
         unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        by_mask = name in ("index", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
         if name in _WAITING or unsized or by_mask:
             self.counts[name] += 1
         return operation(*args, **(kwargs or {}))

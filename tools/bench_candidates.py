@@ -46,7 +46,9 @@ def check(race: Race) -> None:
     wanted, *others = ((name, call_of(race, form)()) for name, form in race.forms.items())
     for name, got in others:
         for ours, theirs in zip(wanted[1], got, strict=True):
-            torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{race.op}, {n}: {text}")
+            torch.testing.assert_close(
+                theirs, ours, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{race.op}, {n}: {text}"
+            )
 
 
 def measure(race: Race, rounds: int, seconds: float) -> dict[str, tuple[float, tuple[float, float, float]]]:
@@ -63,7 +65,10 @@ def measure(race: Race, rounds: int, seconds: float) -> dict[str, tuple[float, t
         for name in turned if number % 2 else turned[::-1]:
             times[name].append(_seconds(calls[name], counts[name]))
     first = times[names[0]]
-    return {name: (median(own), _quartiles([a / b for a, b in zip(own, first, strict=True)])) for name, own in times.items()}
+    return {
+        name: (median(own), _quartiles([a / b for a, b in zip(own, first, strict=True)]))
+        for name, own in times.items()
+    }
 
 
 def _seconds(call: Callable[[], Any], count: int) -> float:
@@ -80,7 +85,10 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def render(results: Sequence[tuple[Race, dict[str, tuple[float, tuple[float, float, float]]]]]) -> str:
-    lines = ["| op | shape | formulation | µs of CPU time | against what a run takes |", "|---|---|---|--:|--:|"]
+    lines = [
+        "| op | shape | formulation | µs of CPU time | against what a run takes |",
+        "|---|---|---|--:|--:|",
+    ]
     for race, measured in results:
         for number, (name, (took, (ratio, low, high))) in enumerate(measured.items()):
             against = f"{ratio:.2f} ({low:.2f}-{high:.2f})" if number else "taken"
@@ -98,7 +106,9 @@ def write_page(page: Path, table: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--seconds", type=float, default=0.05, help="of a form in a round")
     parser.add_argument("--ops", default="", help="those whose names begin so")

@@ -85,7 +85,9 @@ def measure(options: Options) -> None:
         run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
         trainer = _Trainer(run, dataset)
         trainer.step()  # optimizers make their state
-        rounds = [_round(trainer, options, number) for number in range(options.rounds + 1)][1:]  # the first warms up
+        rounds = [_round(trainer, options, number) for number in range(options.rounds + 1)][
+            1:
+        ]  # the first warms up
         if mesh.rank == 0:
             Path(options.out).write_text(json.dumps(summarise(rounds, options)), encoding="utf-8")
     finally:
@@ -122,8 +124,15 @@ def _round(trainer: _Trainer, options: Options, number: int) -> dict[str, float]
             for file in target.parent.glob(f"{target.name}-*"):
                 file.unlink()
     size = sum(record["size"] for record in checkpoint.read_info(path)["files"].values())
-    if world.size == 1:  # a tool of one process; from the save's files to those of four ranks, checked before and behind
-        timed("reshard", lambda: reshard(path, Path(options.folder) / "resharded", ["parallel.tp=2", "parallel.mem=4"], nproc=4))
+    if (
+        world.size == 1
+    ):  # a tool of one process; from the save's files to those of four ranks, checked before and behind
+        timed(
+            "reshard",
+            lambda: reshard(
+                path, Path(options.folder) / "resharded", ["parallel.tp=2", "parallel.mem=4"], nproc=4
+            ),
+        )
         shutil.rmtree(Path(options.folder) / "resharded")
     timed("verify", lambda: checkpoint.verify(path, "full", world))
     timed("load", lambda: checkpoint.load(run, path))
@@ -141,14 +150,22 @@ class _Trainer:
         self.run, self.done = run, 0
         self.clock = Clock(mesh.device)
         self._loader = BatchLoader(
-            dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, mesh.layout.dp, 0
+            dataset.split("train"),
+            train.seq_len,
+            train.global_batch,
+            train.micro_batches,
+            place,
+            mesh.layout.dp,
+            0,
         )
 
     def saver(self, folder: Path, background: bool) -> checkpoint.Saver:
         settings = self.run.settings
         ours = replace(
             self.run,
-            settings=settings.model_copy(update={"checkpoint": settings.checkpoint.model_copy(update={"background": background})}),
+            settings=settings.model_copy(
+                update={"checkpoint": settings.checkpoint.model_copy(update={"background": background})}
+            ),
         )
         return checkpoint.Saver(ours, folder, "")
 
@@ -157,7 +174,15 @@ class _Trainer:
         assert self.run.table is not None
         batch = self._loader.load(self.done)
         plan = self.run.table.plan(batch)
-        totals = train_step(self.run, self.done, batch, plan, self.clock, before_update=before_update, asked=lambda: (stop, False))
+        totals = train_step(
+            self.run,
+            self.done,
+            batch,
+            plan,
+            self.clock,
+            before_update=before_update,
+            asked=lambda: (stop, False),
+        )
         self.done += 1
         return totals.stop
 
@@ -176,7 +201,9 @@ class _Trainer:
         while not self.step(checkpoint.latest(saver.folder) != path, lambda: waiting(saver.before_update)):
             steps += 1
         waiting(saver.finish)
-        slowest = all_reduce_(torch.tensor(blocked, dtype=torch.float64), self.run.mesh.world, dist.ReduceOp.MAX)
+        slowest = all_reduce_(
+            torch.tensor(blocked, dtype=torch.float64), self.run.mesh.world, dist.ReduceOp.MAX
+        )
         return steps + 1, float(slowest)
 
 
@@ -192,7 +219,9 @@ def summarise(rounds: list[dict[str, float]], options: Options) -> dict[str, Any
     return {
         "nproc": options.nproc,
         "bytes": rounds[0]["bytes"],
-        "seconds": {name: median(r[name] for r in rounds) for name in (*STEPS, "blocked") if name in rounds[0]},
+        "seconds": {
+            name: median(r[name] for r in rounds) for name in (*STEPS, "blocked") if name in rounds[0]
+        },
         "times_dd": {name: median(r["dd"] / r[name] for r in rounds) for name in STEPS if name in rounds[0]},
         "blocked_share": median(r["blocked"] / r["background save"] for r in rounds),
         "steps": median(r["steps"] for r in rounds),
@@ -211,7 +240,9 @@ def render(result: dict[str, Any]) -> str:
     ]
     for name in result["times_dd"]:
         seconds = result["seconds"][name]
-        lines.append(f"| {name} | {seconds:.2f} | {size / seconds / 1e9:.2f} | {result['times_dd'][name]:.2f} |")
+        lines.append(
+            f"| {name} | {seconds:.2f} | {size / seconds / 1e9:.2f} | {result['times_dd'][name]:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -224,9 +255,13 @@ def _settings(options: Options) -> Settings:
 
 
 def _parse(argv: list[str] | None) -> tuple[Options, bool]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", help="section.key=value on top of the quickstart's settings")
-    parser.add_argument("--rows", type=int, default=8_000_000, help="of the packed table; 136 bytes each with their state")
+    parser.add_argument(
+        "--rows", type=int, default=8_000_000, help="of the packed table; 136 bytes each with their state"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
     parser.add_argument("--nproc", type=int, default=1, help="ranks; the table is sharded over all of them")
     parser.add_argument("--dir", default=None, help="where to write; the disk that is measured")

@@ -68,7 +68,9 @@ class Way:
     name: str
     run: Callable[[int], dict[str, float]]  # step -> seconds by name, "all" among them
     seconds: list[dict[str, float]] = field(default_factory=list)
-    traffic: dict[str, list[int]] = field(default_factory=dict)  # by group: calls and bytes sent, of the last step
+    traffic: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # by group: calls and bytes sent, of the last step
 
 
 def planned(table: LookupTable, batches: Callable[[int], Batch]) -> Way:
@@ -105,7 +107,10 @@ def in_the_layer(table: LookupTable, mesh: Mesh, batches: Callable[[int], Batch]
         wanted_Q = all_to_all(ids_X[order_X], send, receive, mem) - table.low
         sorted_XD = all_to_all(table.table.index_select(0, wanted_Q), receive, send, mem)
         rows_XD = torch.empty_like(sorted_XD).index_copy_(0, order_X, sorted_XD)
-        return rows_XD, lambda grad_XD: (wanted_Q, all_to_all(grad_XD.index_select(0, order_X), send, receive, mem))
+        return rows_XD, lambda grad_XD: (
+            wanted_Q,
+            all_to_all(grad_XD.index_select(0, order_X), send, receive, mem),
+        )
 
     def step(number: int) -> dict[str, float]:
         begin = time.perf_counter()
@@ -138,7 +143,9 @@ def measure(options: Options) -> None:
         dataset = TokenDataset.open(settings.data.path, verify=False)
         addressing = make_addressing(settings, Vocabulary.of(dataset))
         assert addressing is not None
-        memories = [LookupTable(settings, addressing, mesh, StepRows(), engram_layers(settings)) for _ in range(2)]
+        memories = [
+            LookupTable(settings, addressing, mesh, StepRows(), engram_layers(settings)) for _ in range(2)
+        ]
         train, dp = settings.train, mesh.layout.dp
         loader = BatchLoader(
             dataset.split("train"),
@@ -161,7 +168,12 @@ def measure(options: Options) -> None:
         torch.testing.assert_close(memories[0].table, memories[1].table, atol=1e-5, rtol=1e-4)
         if mesh.rank == 0:
             plan = memories[0].plan(loader.load(0))
-            facts = {"lookups": plan.lookups, "unique": plan.unique, "rows": addressing.num_rows, "dim": settings.engram.head_dim}
+            facts = {
+                "lookups": plan.lookups,
+                "unique": plan.unique,
+                "rows": addressing.num_rows,
+                "dim": settings.engram.head_dim,
+            }
             Path(options.out).write_text(json.dumps(summarise(ways, options, facts)), encoding="utf-8")
         else:
             memories[0].plan(loader.load(0))
@@ -179,7 +191,10 @@ def summarise(ways: list[Way], options: Options, facts: dict[str, int]) -> dict[
                 "way": way.name,
                 "seconds": {name: median(s[name] for s in way.seconds) for name in names},
                 "ratio": {
-                    name: _spread([a[name] / b[name] for a, b in zip(way.seconds, ways[0].seconds, strict=True)]) for name in names
+                    name: _spread(
+                        [a[name] / b[name] for a, b in zip(way.seconds, ways[0].seconds, strict=True)]
+                    )
+                    for name in names
                 },
                 "traffic": way.traffic,
             }
@@ -199,13 +214,18 @@ def render(result: dict[str, Any]) -> str:
     for way in result["ways"]:
         cells = []
         for name in ("all", "without plan"):
-            cells += [f"{1000 * way['seconds'][name]:.1f}", "{:.2f} ({:.2f}-{:.2f})".format(*way["ratio"][name])]
+            cells += [
+                f"{1000 * way['seconds'][name]:.1f}",
+                "{:.2f} ({:.2f}-{:.2f})".format(*way["ratio"][name]),
+            ]
         calls, sent = (sum(entry[i] for entry in way["traffic"].values()) for i in (0, 1))
         lines.append(f"| {way['way']} | {' | '.join(cells)} | {calls} | {sent / 1000:,.0f} |")
     return "\n".join(lines)
 
 
-def _difference(before: dict[Any, tuple[int, int]], after: dict[Any, tuple[int, int]]) -> dict[str, list[int]]:
+def _difference(
+    before: dict[Any, tuple[int, int]], after: dict[Any, tuple[int, int]]
+) -> dict[str, list[int]]:
     """Calls and bytes by group; the barrier of the measurement is none of the ways'."""
     out: dict[str, list[int]] = {}
     for key, (calls, sent) in after.items():
@@ -226,9 +246,13 @@ def _settings(options: Options) -> Settings:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "overrides", nargs="*", help="section.key=value on top of the quickstart's settings, e.g. train.micro_batches=4"
+        "overrides",
+        nargs="*",
+        help="section.key=value on top of the quickstart's settings, e.g. train.micro_batches=4",
     )
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each way")
     parser.add_argument("--warmup", type=int, default=4)

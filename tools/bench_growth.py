@@ -33,7 +33,9 @@ def in_a_child(act: Callable[[], object]) -> tuple[float, int]:
     """Seconds that `act` took in a process of its own, and the bytes by which its greatest resident size grew."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the process that it was forked from
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # forgets the peak of the process that it was forked from
         before, begin = _peak_kib(), time.perf_counter()
         act()
         os.write(writing, json.dumps([time.perf_counter() - begin, 1024 * (_peak_kib() - before)]).encode())
@@ -65,7 +67,9 @@ def least(act: Callable[[], object], times: int = 5) -> float:
 
 def initial_values(rows: int, columns: int) -> Iterator[Line]:
     def of(share: str, *part: object) -> Line:
-        return f"{share} of {rows} x {columns} initial values", *in_a_child(lambda: draw("w", (rows, columns), 0, 0.02, *part))  # type: ignore[arg-type]
+        return f"{share} of {rows} x {columns} initial values", *in_a_child(
+            lambda: draw("w", (rows, columns), 0, 0.02, *part)
+        )  # type: ignore[arg-type]
 
     yield of("all")
     yield of("an eighth of the rows", slice(0, rows // 8))
@@ -79,13 +83,23 @@ def attention(tokens: int, masked: int) -> Iterator[Line]:
     def run(length: int, documents: torch.Tensor | None, by_mask: bool) -> None:
         q, k, v = (torch.randn(1, length, 1, 64, requires_grad=True) for _ in range(3))
         spans = read_spans(documents, length)
-        out = reference.document_attention(q, k, v, documents) if by_mask else document_attention(q, k, v, documents, spans)
+        out = (
+            reference.document_attention(q, k, v, documents)
+            if by_mask
+            else document_attention(q, k, v, documents, spans)
+        )
         out.sum().backward()
 
     for length in (masked, tokens):
         packed = (torch.arange(length) // 1000)[None]
-        yield f"attention by blocks, {length} tokens, documents of 1000", *in_a_child(lambda n=length, d=packed: run(n, d, False))  # type: ignore[misc]
-        yield f"attention by blocks, {length} tokens, one document", *in_a_child(lambda n=length: run(n, None, False))  # type: ignore[misc]
+        yield (
+            f"attention by blocks, {length} tokens, documents of 1000",
+            *in_a_child(lambda n=length, d=packed: run(n, d, False)),
+        )  # type: ignore[misc]
+        yield (
+            f"attention by blocks, {length} tokens, one document",
+            *in_a_child(lambda n=length: run(n, None, False)),
+        )  # type: ignore[misc]
     packed = (torch.arange(masked) // 1000)[None]
     yield f"attention by a mask of all pairs, {masked} tokens", *in_a_child(lambda: run(masked, packed, True))
 
@@ -105,7 +119,11 @@ def metrics(layers: int, experts: int) -> Iterator[Line]:
 def ranks(world: int, tokens: int) -> Iterator[Line]:
     generator = torch.Generator().manual_seed(0)
     experts_NK = torch.rand(tokens, world, generator=generator).topk(min(8, world)).indices
-    yield f"{tokens} tokens lined up for {world} ranks", least(lambda: sort_by_destination(experts_NK, world, world)), 0
+    yield (
+        f"{tokens} tokens lined up for {world} ranks",
+        least(lambda: sort_by_destination(experts_NK, world, world)),
+        0,
+    )
     layout = Layout.resolve(world)
     yield f"the groups of an axis of {world} ranks", least(lambda: layout.groups("mem"), 3), 0
     yield f"the slowest of {world} ranks", least(lambda: slowest([1.0] * world, [0] * world), 3), 0

@@ -47,7 +47,9 @@ class PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in [a for a in args if isinstance(a, Tensor)]:
-            self._known.add(tensor.untyped_storage())  # it was there before: outputs that share it are not new
+            self._known.add(
+                tensor.untyped_storage()
+            )  # it was there before: outputs that share it are not new
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
@@ -62,7 +64,9 @@ class PeakBytes(TorchDispatchMode):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["plain", "selective", "full"])
@@ -82,7 +86,9 @@ def measure(steps: dict[str, Callable[[int], None]], count: int, warmup: int) ->
     wall: dict[str, list[float]] = {case: [] for case in steps}
     cpu: dict[str, list[float]] = {case: [] for case in steps}
     for number in range(warmup + count):
-        for case in list(steps) if number % 2 == 0 else list(steps)[::-1]:  # none always comes after the same one
+        for case in (
+            list(steps) if number % 2 == 0 else list(steps)[::-1]
+        ):  # none always comes after the same one
             begin, cpu_begin = time.perf_counter(), time.process_time()
             steps[case](number)
             if number >= warmup:
@@ -100,11 +106,16 @@ def measure(steps: dict[str, Callable[[int], None]], count: int, warmup: int) ->
 
 def render(result: dict[str, dict[str, Any]]) -> str:
     first = next(iter(result.values()))["peak_bytes"]
-    lines = ["| case | MB at most | of the first | ms a step | ratio by the clock | by CPU time |", "|---|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| case | MB at most | of the first | ms a step | ratio by the clock | by CPU time |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for case, r in result.items():
         ratios = " | ".join("{:.2f} ({:.2f}-{:.2f})".format(*r[key]) for key in ("ratio", "cpu_ratio"))
         mb = r["peak_bytes"] / 1e6
-        lines.append(f"| {case} | {mb:.1f} | {r['peak_bytes'] / first:.2f} | {r['seconds'] * 1e3:.0f} | {ratios} |")
+        lines.append(
+            f"| {case} | {mb:.1f} | {r['peak_bytes'] / first:.2f} | {r['seconds'] * 1e3:.0f} | {ratios} |"
+        )
     return "\n".join(lines)
 
 
@@ -115,7 +126,15 @@ def _case(config: Path, overrides: list[str]) -> Callable[[int], None]:
     vocabulary = Vocabulary.of(dataset)
     run: Run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train, clock = settings.train, Clock(mesh.device)
-    loader = BatchLoader(dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, 0, 1, settings.run.seed)
+    loader = BatchLoader(
+        dataset.split("train"),
+        train.seq_len,
+        train.global_batch,
+        train.micro_batches,
+        0,
+        1,
+        settings.run.seed,
+    )
 
     def step(number: int) -> None:
         batch = loader.load(number)

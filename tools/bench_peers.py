@@ -38,7 +38,9 @@ class Subject:
         shares = shares_of_cores(usable_cores(), case.ranks, case.threads)
         for process, cores in zip(self.ranks, shares, strict=True):
             if cores:
-                os.sched_setaffinity(process.pid, cores)  # before it has threads, as `hybridtrain launch` does
+                os.sched_setaffinity(
+                    process.pid, cores
+                )  # before it has threads, as `hybridtrain launch` does
 
     def _start(self, case: Case, rank: int, store: str) -> subprocess.Popen[str]:
         root = Path(__file__).parent.parent
@@ -92,7 +94,9 @@ def measure(case: Case, names: list[str], rounds: int, steps: int, warmup: int) 
         try:
             for name in names:
                 subjects.append(Subject(name, case, Path(folder)))
-                size = json.loads(subjects[-1].answer()[0])  # one after the other: each starts with the machine to itself
+                size = json.loads(
+                    subjects[-1].answer()[0]
+                )  # one after the other: each starts with the machine to itself
                 parameters |= {} if size is None else {name: size}
             if len(set(parameters.values())) > 1:
                 raise RuntimeError(f"not the same model: {parameters} parameters")
@@ -119,11 +123,19 @@ def summarise(case: Case, rounds: list[Round], steps: int) -> dict[str, Any]:
         out[name] = {
             "tokens_per_second": _spread([tokens / s for s in seconds]),
             "ratio": _spread([_seconds(r[name]) / _seconds(r[OURS]) for r in rounds]),
-            "cpu_ratio": _spread([sum(a["cpu"] for a in r[name]) / sum(a["cpu"] for a in r[OURS]) for r in rounds]),
+            "cpu_ratio": _spread(
+                [sum(a["cpu"] for a in r[name]) / sum(a["cpu"] for a in r[OURS]) for r in rounds]
+            ),
             "share_of_peak": _spread([flops / s / p for s, p in zip(seconds, peaks, strict=True)]),
             "peak_bytes": sum(answer["bytes"] for answer in rounds[-1][name]),
         }
-    return {"case": json.loads(to_json(case)), "rounds": len(rounds), "steps": steps, "peak_flops": _spread(peaks), "subjects": out}
+    return {
+        "case": json.loads(to_json(case)),
+        "rounds": len(rounds),
+        "steps": steps,
+        "peak_flops": _spread(peaks),
+        "subjects": out,
+    }
 
 
 def _seconds(answers: list[dict[str, float]]) -> float:
@@ -149,15 +161,28 @@ def render(result: dict[str, Any]) -> str:
     ]
     for name, s in result["subjects"].items():
         cells = [f"{s['tokens_per_second'][0]:,.0f}"]
-        cells += [f"{m:.2f} ({low:.2f}-{high:.2f})" for m, low, high in (s["ratio"], s["cpu_ratio"], s["share_of_peak"])]
+        cells += [
+            f"{m:.2f} ({low:.2f}-{high:.2f})"
+            for m, low, high in (s["ratio"], s["cpu_ratio"], s["share_of_peak"])
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} | {s['peak_bytes'] / 1e6:,.0f} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["8,2,512", "64,6,128"], help="experts,top_k,width of each case")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="numbers of ranks; the threads are shared out among them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", nargs="+", default=["8,2,512", "64,6,128"], help="experts,top_k,width of each case"
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="numbers of ranks; the threads are shared out among them",
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of all ranks together")
     parser.add_argument(
         "--peers",
@@ -174,11 +199,25 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.rounds < 2 or args.steps < 1 or args.warmup < 0:
         parser.error("--rounds must be at least 2, --steps at least 1, --warmup at least 0")
-    base = Case(dim=args.dim, layers=args.layers, heads=args.heads, seq_len=args.seq_len, batch=args.batch, vocab=args.vocab)
+    base = Case(
+        dim=args.dim,
+        layers=args.layers,
+        heads=args.heads,
+        seq_len=args.seq_len,
+        batch=args.batch,
+        vocab=args.vocab,
+    )
     for ranks in args.ranks:
         for numbers in args.cases:
             experts, top_k, hidden = map(int, numbers.split(","))
-            case = replace(base, experts=experts, top_k=top_k, hidden=hidden, ranks=ranks, threads=max(1, args.threads // ranks))
+            case = replace(
+                base,
+                experts=experts,
+                top_k=top_k,
+                hidden=hidden,
+                ranks=ranks,
+                threads=max(1, args.threads // ranks),
+            )
             names = [OURS, *args.peers, "products", "matmul"]
             result = summarise(case, measure(case, names, args.rounds, args.steps, args.warmup), args.steps)
             print(json.dumps(result, indent=1) if args.json else render(result) + "\n", flush=True)

@@ -101,7 +101,9 @@ def measure(options: Options) -> None:
     try:
         dataset = TokenDataset.open(settings.data.path, verify=False)
         vocabulary = Vocabulary.of(dataset)
-        batches = _batches(settings, dataset, mesh.layout.coordinate(mesh.rank, "dp"), mesh.layout.dp, options)
+        batches = _batches(
+            settings, dataset, mesh.layout.coordinate(mesh.rank, "dp"), mesh.layout.dp, options
+        )
         cases = list(_cases(options, vocabulary, batches, mesh))
         clock = Clock(mesh.device)
         for step in range(options.warmup + options.steps):
@@ -174,7 +176,9 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cases(options: Options, vocabulary: Vocabulary, batches: Callable[[int], Batch], mesh: Any) -> Iterator[Case]:
+def _cases(
+    options: Options, vocabulary: Vocabulary, batches: Callable[[int], Batch], mesh: Any
+) -> Iterator[Case]:
     for rows, fetch in product(options.rows, options.fetch):
         settings = _settings(options, rows, f"engram.fetch={fetch}")
         run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
@@ -193,7 +197,9 @@ def _cases(options: Options, vocabulary: Vocabulary, batches: Callable[[int], Ba
             yield Case(f"{name}, nn.Embedding + Adam", _dense_step(run, batches), facts)
 
 
-def _row_step(run: Run, batches: Callable[[int], Batch], options: Options) -> Callable[[int, Clock], dict[str, float]]:
+def _row_step(
+    run: Run, batches: Callable[[int], Batch], options: Options
+) -> Callable[[int, Clock], dict[str, float]]:
     table = run.table
     assert table is not None
     planned: dict[int, tuple[Batch, StepPlan]] = {}
@@ -250,9 +256,13 @@ def _dense_step(run: Run, batches: Callable[[int], Batch]) -> Callable[[int, Clo
     return step
 
 
-def _batches(settings: Settings, dataset: TokenDataset, dp_rank: int, dp: int, options: Options) -> Callable[[int], Batch]:
+def _batches(
+    settings: Settings, dataset: TokenDataset, dp_rank: int, dp: int, options: Options
+) -> Callable[[int], Batch]:
     train = settings.train
-    loader = BatchLoader(dataset.split("train"), train.seq_len, train.global_batch, 1, dp_rank, dp, settings.run.seed)
+    loader = BatchLoader(
+        dataset.split("train"), train.seq_len, train.global_batch, 1, dp_rank, dp, settings.run.seed
+    )
 
     def load(step: int) -> Batch:
         batch = loader.load(step)
@@ -274,21 +284,39 @@ def _settings(options: Options, rows: int, *others: str) -> Settings:
 
 
 def _parse(argv: list[str] | None) -> tuple[Options, bool]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", help="section.key=value on top of the quickstart's settings")
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[200_000, 20_000_000], help="sizes of the packed table; ratios refer to the first"
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[200_000, 20_000_000],
+        help="sizes of the packed table; ratios refer to the first",
     )
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each size")
-    parser.add_argument("--warmup", type=int, default=4, help="steps before, for first touches of pages and buffers")
+    parser.add_argument(
+        "--warmup", type=int, default=4, help="steps before, for first touches of pages and buffers"
+    )
     parser.add_argument("--nproc", type=int, default=1, help="ranks; the table is sharded over all of them")
     parser.add_argument(
-        "--random-tokens", action="store_true", help="uniform tokens: hardly a row occurs twice, in a step or between steps"
+        "--random-tokens",
+        action="store_true",
+        help="uniform tokens: hardly a row occurs twice, in a step or between steps",
     )
     parser.add_argument("--model-free", action="store_true", help="plan, fetch, push and update alone")
-    parser.add_argument("--dense", action="store_true", help="compare with nn.Embedding and torch's Adam, model-free, one rank")
     parser.add_argument(
-        "--fetch", nargs="+", choices=["step", "overlap", "stale"], default=["step"], help="ways of engram.fetch to compare"
+        "--dense",
+        action="store_true",
+        help="compare with nn.Embedding and torch's Adam, model-free, one rank",
+    )
+    parser.add_argument(
+        "--fetch",
+        nargs="+",
+        choices=["step", "overlap", "stale"],
+        default=["step"],
+        help="ways of engram.fetch to compare",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
@@ -316,7 +344,9 @@ def _check_memory(options: Options, head_dim: int) -> None:
     tables = 5 if options.dense else 1  # dense: weights, gradient and two moments beside the row path's table
     needed, free = len(options.fetch) * sum(options.rows) * (4 * head_dim * tables + 8), _available_bytes()
     if needed > free:
-        raise UserError(f"tables of {sum(options.rows):,} rows need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        raise UserError(
+            f"tables of {sum(options.rows):,} rows need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        )
 
 
 def _available_bytes() -> int:

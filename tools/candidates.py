@@ -129,8 +129,12 @@ def _losses(N: int, D: int, V: int) -> Iterator[Race]:
         f"[{N}, {D}] x [{V}, {D}]",
         (leaf(N, D), leaf(V, D, scale=D**-0.5)),
         {
-            "blocks of tokens": lambda h, w: linear_cross_entropy.linear_cross_entropy_sum(h, w, targets, -100),
-            "product, then cross_entropy": lambda h, w: cross_entropy.cross_entropy_sum(F.linear(h, w), targets, -100),
+            "blocks of tokens": lambda h, w: linear_cross_entropy.linear_cross_entropy_sum(
+                h, w, targets, -100
+            ),
+            "product, then cross_entropy": lambda h, w: cross_entropy.cross_entropy_sum(
+                F.linear(h, w), targets, -100
+            ),
             "F.linear_cross_entropy in chunks": lambda h, w: F.linear_cross_entropy(
                 h,
                 w,
@@ -139,7 +143,9 @@ def _losses(N: int, D: int, V: int) -> Iterator[Race]:
                 ignore_index=-100,
                 options=torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True),
             ),
-            "F.linear, F.cross_entropy": lambda h, w: F.cross_entropy(F.linear(h, w), targets, reduction="sum"),
+            "F.linear, F.cross_entropy": lambda h, w: F.cross_entropy(
+                F.linear(h, w), targets, reduction="sum"
+            ),
         },
     )
 
@@ -147,11 +153,17 @@ def _losses(N: int, D: int, V: int) -> Iterator[Race]:
 def _experts(N: int, D: int) -> Iterator[Race]:
     E, K, width = 8, 2, 3 * D // 2
     experts = torch.rand(N, E).topk(K).indices
-    weights = leaf(E, D, width, scale=D**-0.5), leaf(E, D, width, scale=D**-0.5), leaf(E, width, D, scale=width**-0.5)
+    weights = (
+        leaf(E, D, width, scale=D**-0.5),
+        leaf(E, D, width, scale=D**-0.5),
+        leaf(E, width, D, scale=width**-0.5),
+    )
 
     def grouped(x: Tensor, gates: Tensor, *weights: Tensor) -> Tensor:
         order, inverse, counts = permute.sort_by_expert(experts, E)
-        return permute.combine(grouped_swiglu(permute.permute(x, order, inverse), counts, *weights), gates, order, inverse)
+        return permute.combine(
+            grouped_swiglu(permute.permute(x, order, inverse), counts, *weights), gates, order, inverse
+        )
 
     def one_by_one(x: Tensor, gates: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -209,7 +221,9 @@ def _tokens(N: int, D: int) -> Iterator[Race]:
             "gathers, a row of zeros": lambda y: sum(
                 F.pad(y, (0, 0, 0, 1)).index_select(0, i.where(i >= 0, zero)) for i in stands.T
             ),
-            "embedding_bag": lambda y: F.embedding_bag(stands.where(stands >= 0, zero), F.pad(y, (0, 0, 0, 1)), mode="sum"),
+            "embedding_bag": lambda y: F.embedding_bag(
+                stands.where(stands >= 0, zero), F.pad(y, (0, 0, 0, 1)), mode="sum"
+            ),
         },
     )
     order, inverse, _ = permute.sort_by_expert(experts, E)
@@ -219,8 +233,12 @@ def _tokens(N: int, D: int) -> Iterator[Race]:
         f"[{N}, {D}], top {K}",
         (leaf(N, D), gates),
         {
-            "gathers, gradient by hand": lambda x, g: permute.combine(permute.permute(x, order, inverse), g, order, inverse),
-            "definition": lambda x, g: permute_reference.combine(permute_reference.permute(x, order, inverse), g, order, inverse),
+            "gathers, gradient by hand": lambda x, g: permute.combine(
+                permute.permute(x, order, inverse), g, order, inverse
+            ),
+            "definition": lambda x, g: permute_reference.combine(
+                permute_reference.permute(x, order, inverse), g, order, inverse
+            ),
         },
     )
 
@@ -258,7 +276,9 @@ def _rows(N: int) -> Iterator[Race]:
         (tokens, starts),
         {
             "torch": lambda t, s: engram_hash.row_ids(addressing, t, s),
-            "definition (numpy)": lambda t, s: torch.from_numpy(hash_reference.row_ids(addressing, t.numpy(), s.numpy())),
+            "definition (numpy)": lambda t, s: torch.from_numpy(
+                hash_reference.row_ids(addressing, t.numpy(), s.numpy())
+            ),
         },
     )
 
@@ -286,7 +306,15 @@ def _memory(N: int, D: int) -> Iterator[Race]:
             "tap by tap": lambda u, w, taps: short_conv.short_conv(u, w, taps, None, 3, 1e-6),
             "definition": lambda u, w, taps: short_conv_reference.short_conv(u, w, taps, None, 3, 1e-6),
             "F.conv1d": lambda u, w, taps: (
-                F.silu(F.conv1d(F.pad(rms_norm.rms_norm(u, w, 1e-6).mT, (9, 0)), taps.t()[:, None], groups=D, dilation=3).mT) + u
+                F.silu(
+                    F.conv1d(
+                        F.pad(rms_norm.rms_norm(u, w, 1e-6).mT, (9, 0)),
+                        taps.t()[:, None],
+                        groups=D,
+                        dilation=3,
+                    ).mT
+                )
+                + u
             ),
         },
     )
@@ -314,7 +342,9 @@ def _memory(N: int, D: int) -> Iterator[Race]:
 
 def _folded_gate(h: Tensor, k: Tensor, v: Tensor, h_weight: Tensor, k_weight: Tensor) -> Tensor:
     D = h.size(-1)
-    scale = (h.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (k.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    scale = (h.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (
+        k.square().mean(-1, keepdim=True) + 1e-6
+    ).rsqrt()
     s = (h * k * (h_weight * k_weight)).sum(-1, keepdim=True) * scale / D**0.5
     return torch.sigmoid(s.sign() * s.abs().clamp_min(0.1).sqrt()) * v
 

@@ -58,11 +58,17 @@ def run(plans: Sequence[Plan], folder: Path) -> Iterator[Outcome]:
     variants = dict.fromkeys(plan.variant for plan in plans)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, "tests.faults.campaign"])
-    with ProcessPoolExecutor(min(4, (os.cpu_count() or 1) // 2 + 1), context, initializer=_end_with_parent) as pool:
-        made = pool.map(undisturbed, repeat(data), [folder / f"undisturbed-{variant}" for variant in variants], variants)
+    with ProcessPoolExecutor(
+        min(4, (os.cpu_count() or 1) // 2 + 1), context, initializer=_end_with_parent
+    ) as pool:
+        made = pool.map(
+            undisturbed, repeat(data), [folder / f"undisturbed-{variant}" for variant in variants], variants
+        )
         references = dict(zip(variants, made, strict=True))
         folders = [folder / f"story-{number}" for number in range(len(plans))]
-        for outcomes in pool.map(play, plans, repeat(data), folders, [references[plan.variant] for plan in plans]):
+        for outcomes in pool.map(
+            play, plans, repeat(data), folders, [references[plan.variant] for plan in plans]
+        ):
             yield from outcomes
 
 
@@ -81,7 +87,9 @@ def name_of(outcome: Outcome) -> str:
         return "file operations of a rank never end from some moment on"
     if fault.kind != "kill":
         return NAMES[fault.kind] + by
-    where = {"start": "at any time from its start", "file": "at a file operation of the run"}.get(fault.when, f"in {fault.when}")
+    where = {"start": "at any time from its start", "file": "at a file operation of the run"}.get(
+        fault.when, f"in {fault.when}"
+    )
     return f"SIGKILL of a rank, {where}{by}"
 
 
@@ -94,7 +102,9 @@ def table(outcomes: Sequence[Outcome], seed: int, seconds: float) -> str:
     ).stdout.strip()
     lines = [f"Seed {seed}: {len(outcomes)} faults in {runs} runs, {sum(wrong.values())} with a wrong end. "]
     lines += [f"Commit {tree or 'unknown'}, {os.cpu_count()} cores, {seconds:.0f} s.\n\n"]
-    lines += [f"| fault | injected | {' | '.join(ENDS.values())} | wrong |\n|---|{'--:|' * (len(ENDS) + 2)}\n"]
+    lines += [
+        f"| fault | injected | {' | '.join(ENDS.values())} | wrong |\n|---|{'--:|' * (len(ENDS) + 2)}\n"
+    ]
     for name in sorted({name for name, _ in counts}):
         cells = [counts[name, end] for end in ENDS]
         lines.append(f"| {name} | {sum(cells)} | {' | '.join(map(str, cells))} | {wrong[name]} |\n")
@@ -118,7 +128,11 @@ def problems() -> list[str]:
     out += [f"{faults} faults are fewer than {LEAST}"] if faults < LEAST else []
     out += [f"{runs} runs are not {STORIES + UNDER_TORCHRUN}"] if runs != STORIES + UNDER_TORCHRUN else []
     out += [f"{wrong} faults ended wrong"] if wrong else []
-    out += ["the lines do not add up"] if [sum(row[0] for row in rows), sum(row[5] for row in rows)] != [faults, wrong] else []
+    out += (
+        ["the lines do not add up"]
+        if [sum(row[0] for row in rows), sum(row[5] for row in rows)] != [faults, wrong]
+        else []
+    )
     return out
 
 
@@ -131,7 +145,9 @@ def write(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="look at the page, and run nothing")
-    parser.add_argument("--seed", type=int, default=SEED, help="another campaign; the page is then not written")
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help="another campaign; the page is then not written"
+    )
     arguments = parser.parse_args()
     if arguments.check:
         sys.exit("\n".join(problems()) or 0)

@@ -20,12 +20,16 @@ def losses(run: Path, key: str) -> dict[int, float]:
 def compare(a: dict[int, float], b: dict[int, float]) -> tuple[float, int]:
     """(largest relative difference, its step); raises ValueError where the steps differ."""
     if not a or a.keys() != b.keys():
-        raise ValueError(f"the runs logged different steps: {len(a)} and {len(b)}, {len(a.keys() & b.keys())} in common")
+        raise ValueError(
+            f"the runs logged different steps: {len(a)} and {len(b)}, {len(a.keys() & b.keys())} in common"
+        )
     return max((abs(a[step] - b[step]) / max(abs(a[step]), 1e-30), step) for step in a)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("a", type=Path, help="run folder")
     parser.add_argument("b", type=Path, help="run folder")
     parser.add_argument("--key", default="loss", help="the metric to compare")

@@ -48,7 +48,11 @@ class Row:
 
     @classmethod
     def of(cls, outcome: Outcome) -> Row:
-        return cls(*_key(outcome.case), f"{outcome.distance['curve.loss']:.1e}", tuple(f"{outcome.worst(k):.1f}" for k in KINDS))
+        return cls(
+            *_key(outcome.case),
+            f"{outcome.distance['curve.loss']:.1e}",
+            tuple(f"{outcome.worst(k):.1f}" for k in KINDS),
+        )
 
     @classmethod
     def read(cls, line: str) -> Row:
@@ -73,7 +77,9 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare the pages with the matrix, and run nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the pages with the matrix, and run nothing"
+    )
     if parser.parse_args().check:
         sys.exit("\n".join(problems()) or 0)
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +102,11 @@ def problems() -> list[str]:
     rows = [Row.read(line) for line in text.splitlines() if line[:2] == "| " and line[2].isdigit()]
     listed, wanted = [row.key for row in rows], [_key(case) for case in matrix()]
     out = [f"docs/parity.md lacks {' '.join(key)}" for key in wanted if key not in listed]
-    out += [f"docs/parity.md has {' '.join(key)}, which is no run of the matrix" for key in listed if key not in wanted]
+    out += [
+        f"docs/parity.md has {' '.join(key)}, which is no run of the matrix"
+        for key in listed
+        if key not in wanted
+    ]
     _, table, _ = _split((DOCS / "parallelism.md").read_text(encoding="utf-8"))
     if not out and table != f"\n{compact(rows)}":
         out.append("the table of docs/parallelism.md is not that of docs/parity.md")
@@ -113,15 +123,25 @@ def compact(rows: Sequence[Row]) -> str:
         cells = []
         for expert in experts:
             here = [row for row in base if (row.ranks, _dense(row), _experts(row)) == (ranks, dense, expert)]
-            cells.append(" ".join(row.worst + LETTERS.get(row.schedule, "") for row in sorted(here, key=lambda r: r.degree("mem"))))
+            cells.append(
+                " ".join(
+                    row.worst + LETTERS.get(row.schedule, "")
+                    for row in sorted(here, key=lambda r: r.degree("mem"))
+                )
+            )
         lines.append(f"| {ranks} | {_named(DENSE, dense)} | {' | '.join(cells)} |\n")
     others = [("8 ranks", [row for row in rows if row.ranks == "8"])]
-    others += [(v, [row for row in rows if row.variant == v]) for v in dict.fromkeys(r.variant for r in rows if r.variant)]
+    others += [
+        (v, [row for row in rows if row.variant == v])
+        for v in dict.fromkeys(r.variant for r in rows if r.variant)
+    ]
     lines += ["\n| further | runs | worst | at |\n|---|--:|--:|---|\n"]
     for name, mine in others:
         worst = max(mine, key=lambda row: float(row.worst))
         many = f"{len(mine)} (of {len(layouts(8))} layouts)" if name == "8 ranks" else str(len(mine))
-        lines.append(f"| {name} | {many} | {worst.worst} | {worst.layout}{', ' * bool(worst.schedule)}{worst.schedule} |\n")
+        lines.append(
+            f"| {name} | {many} | {worst.worst} | {worst.layout}{', ' * bool(worst.schedule)}{worst.schedule} |\n"
+        )
     return "".join(lines)
 
 

@@ -54,10 +54,28 @@ class Case:
         """The same model in hybridtrain's words. `experts` over several ranks: "sharded" as DeepSpeed's, each rank with some of
         them, what else there is under FSDP; "replicated" as transformers' under DDP, each rank with the whole model.
         """
-        parallel = {"sharded": {"dp_shard": -1, "ep": self.ranks}, "replicated": {"dp_shard": 1, "dp_replicate": self.ranks}}
-        attention = {"num_heads": self.heads, "num_kv_heads": self.heads, "head_dim": self.dim // self.heads, "qk_norm": False}
-        moe = {"num_experts": self.experts, "top_k": self.top_k, "hidden": self.hidden, "aux_weight": AUX_WEIGHT}
-        model = {"dim": self.dim, "layers": (f"{self.layers}*attention+moe",), "attention": attention, "moe": moe}
+        parallel = {
+            "sharded": {"dp_shard": -1, "ep": self.ranks},
+            "replicated": {"dp_shard": 1, "dp_replicate": self.ranks},
+        }
+        attention = {
+            "num_heads": self.heads,
+            "num_kv_heads": self.heads,
+            "head_dim": self.dim // self.heads,
+            "qk_norm": False,
+        }
+        moe = {
+            "num_experts": self.experts,
+            "top_k": self.top_k,
+            "hidden": self.hidden,
+            "aux_weight": AUX_WEIGHT,
+        }
+        model = {
+            "dim": self.dim,
+            "layers": (f"{self.layers}*attention+moe",),
+            "attention": attention,
+            "moe": moe,
+        }
         return Settings.model_validate(
             {
                 "model": model,
@@ -71,16 +89,24 @@ class Case:
 
     def tokens(self) -> Tensor:
         """This rank's sequences with one token more than the model sees: [B, T + 1]."""
-        whole = torch.randint(1, self.vocab, (self.batch, self.seq_len + 1), generator=torch.Generator().manual_seed(0))
+        whole = torch.randint(
+            1, self.vocab, (self.batch, self.seq_len + 1), generator=torch.Generator().manual_seed(0)
+        )
         return whole.chunk(self.ranks)[int(os.environ["RANK"])]
 
 
 def hybridtrain(case: Case, experts: str = "sharded") -> Made:
     """The project's own step, as its loop runs it; `experts` as in `Case.settings`."""
     settings = case.settings(experts)
-    run = assemble(settings, join_world(settings), Vocabulary(case.vocab, 0, torch.zeros(case.vocab).numpy()), None)
+    run = assemble(
+        settings, join_world(settings), Vocabulary(case.vocab, 0, torch.zeros(case.vocab).numpy()), None
+    )
     tokens, clock = case.tokens()[None], Clock(torch.device("cpu"))
-    batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), torch.zeros_like(tokens[..., 1:], dtype=torch.bool))
+    batch = Batch(
+        tokens[..., :-1].contiguous(),
+        tokens[..., 1:].contiguous(),
+        torch.zeros_like(tokens[..., 1:], dtype=torch.bool),
+    )
     return lambda: train_step(run, 100, batch, None, clock), sum(p.numel() for p in run.model.parameters())
 
 
@@ -104,7 +130,9 @@ def deepspeed(case: Case) -> Made:
     import deepspeed as library
     from deepspeed.moe.layer import MoE
 
-    library.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled on first use, for minutes; gloo does
+    library.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # would be compiled on first use, for minutes; gloo does
+    )
     library.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     model = _mixtral(case, "eager", with_router_loss=False)
     moes = []
@@ -168,7 +196,11 @@ def products(case: Case) -> Made:
     tokens, width = case.batch // case.ranks * case.seq_len, case.dim
     shapes = [(tokens, width, width)] * 4 * case.layers + [(tokens, width, case.vocab)]
     rows = tokens * case.top_k // case.experts
-    shapes += [(rows, width, case.hidden), (rows, width, case.hidden), (rows, case.hidden, width)] * case.experts * case.layers
+    shapes += (
+        [(rows, width, case.hidden), (rows, width, case.hidden), (rows, case.hidden, width)]
+        * case.experts
+        * case.layers
+    )
     made: dict[tuple[int, int, int], list[Tensor]] = {}
     for m, k, n in shapes:
         made.setdefault((m, k, n), [torch.randn(m, k), torch.randn(k, n), torch.randn(m, n)])

@@ -39,10 +39,18 @@ class Run:
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """(tokens seen, value) wherever the metric was logged. Raises UserError where it never was."""
-        points = [(line["step"] * self.tokens_per_step, line[key]) for line in self.lines if isinstance(line.get(key), int | float)]
+        points = [
+            (line["step"] * self.tokens_per_step, line[key])
+            for line in self.lines
+            if isinstance(line.get(key), int | float)
+        ]
         if not points:
-            numbers = sorted({k for line in self.lines for k, v in line.items() if isinstance(v, int | float)} - {"step"})
-            raise UserError(f'{self.label}: no "{key}" in {METRICS}; it has {", ".join(numbers) or "nothing yet"}')
+            numbers = sorted(
+                {k for line in self.lines for k, v in line.items() if isinstance(v, int | float)} - {"step"}
+            )
+            raise UserError(
+                f'{self.label}: no "{key}" in {METRICS}; it has {", ".join(numbers) or "nothing yet"}'
+            )
         tokens, values = zip(*points, strict=True)
         return list(tokens), list(values)
 
@@ -52,7 +60,9 @@ def read_run(folder: Path, label: str = "") -> Run:
     try:
         train = tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8"))["train"]
         lines = read_metrics(folder)
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8")) if (folder / SUMMARY).exists() else {}
+        summary = (
+            json.loads((folder / SUMMARY).read_text(encoding="utf-8")) if (folder / SUMMARY).exists() else {}
+        )
         return Run(label or folder.name, train["global_batch"] * train["seq_len"], lines, summary)
     except OSError as error:
         raise UserError(f"{folder} is no run folder: {Path(error.filename).name}: {error.strerror}") from None
@@ -78,7 +88,15 @@ def draw(out: Path, runs: list[Run], key: str) -> None:
     for number, (run, (tokens, values)) in enumerate(zip(runs, curves, strict=True)):
         marker = "o" if len(tokens) <= 30 else None
         label = f"{run.label} ({values[-1]:.3f})"
-        axes.plot(tokens, values, color=COLORS[number % len(COLORS)], marker=marker, markersize=4, linewidth=1.8, label=label)
+        axes.plot(
+            tokens,
+            values,
+            color=COLORS[number % len(COLORS)],
+            marker=marker,
+            markersize=4,
+            linewidth=1.8,
+            label=label,
+        )
     axes.set_xlabel("training tokens")
     axes.set_ylabel(TITLES.get(key, key))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
@@ -96,7 +114,16 @@ def draw(out: Path, runs: list[Run], key: str) -> None:
 
 def table(runs: list[Run]) -> str:
     """The runs' final figures as markdown; "" stands where a run has none."""
-    columns = ("run", "parameters", "active", "tokens", "validation loss", "bits per byte", "tokens/s", "layout")
+    columns = (
+        "run",
+        "parameters",
+        "active",
+        "tokens",
+        "validation loss",
+        "bits per byte",
+        "tokens/s",
+        "layout",
+    )
     lines = [f"| {' | '.join(columns)} |", f"|---|{'--:|' * (len(columns) - 2)}---|"]
     for run in runs:
         last = {k: v for line in run.lines for k, v in line.items()} | run.summary
@@ -116,15 +143,26 @@ def table(runs: list[Run]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "paths", type=Path, nargs="+", metavar="[OUT] RUN...", help="the picture to write (not with --table), then run folders"
+        "paths",
+        type=Path,
+        nargs="+",
+        metavar="[OUT] RUN...",
+        help="the picture to write (not with --table), then run folders",
     )
     parser.add_argument("--key", default="validation_bits_per_byte", help="the metric to draw")
     parser.add_argument(
-        "--label", action="append", default=[], help="name of a run, once per run in their order (default: its folder)"
+        "--label",
+        action="append",
+        default=[],
+        help="name of a run, once per run in their order (default: its folder)",
     )
-    parser.add_argument("--table", action="store_true", help="print the final figures as markdown instead of drawing")
+    parser.add_argument(
+        "--table", action="store_true", help="print the final figures as markdown instead of drawing"
+    )
     args = parser.parse_args(argv)
     out, folders = (None, args.paths) if args.table else (args.paths[0], args.paths[1:])
     try:
@@ -134,7 +172,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("name at least one run folder after the picture")
         if args.label and len(args.label) != len(folders):
             raise UserError(f"{len(args.label)} --label for {len(folders)} run(s); give one for each or none")
-        runs = [read_run(folder, label) for folder, label in zip(folders, args.label or [""] * len(folders), strict=True)]
+        runs = [
+            read_run(folder, label)
+            for folder, label in zip(folders, args.label or [""] * len(folders), strict=True)
+        ]
         if out is None:
             print(table(runs))
         else:

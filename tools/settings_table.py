@@ -34,7 +34,12 @@ def section(name: str, model: type[BaseModel]) -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             inner += section(f"{name}.{key}".lstrip("."), field.annotation)
         else:
-            cells = (f"`{key}`", describe_type(field), f"`{_toml(field.get_default(call_default_factory=True))}`", _text(field))
+            cells = (
+                f"`{key}`",
+                describe_type(field),
+                f"`{_toml(field.get_default(call_default_factory=True))}`",
+                _text(field),
+            )
             lines.append(f"| {' | '.join(cells)} |\n")
     if lines:
         lines = [f"\n## {name}\n\n", "| key | type | default | meaning |\n", "|---|---|---|---|\n", *lines]
@@ -63,7 +68,9 @@ def _kind(annotation: Any) -> str:
 
 
 def _bounds_of(item: Any) -> list[str]:
-    return [text for part in (item.metadata if isinstance(item, FieldInfo) else [item]) if (text := _bound(part))]
+    return [
+        text for part in (item.metadata if isinstance(item, FieldInfo) else [item]) if (text := _bound(part))
+    ]
 
 
 def _bound(item: Any) -> str:

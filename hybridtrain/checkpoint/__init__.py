@@ -12,7 +12,16 @@ all_or_none.py ranks that succeed or fail together
 
 from hybridtrain.checkpoint.consumed import Consumed
 from hybridtrain.checkpoint.history import candidates, commit_folder, latest
-from hybridtrain.checkpoint.info import FORMAT, INFO, changed_settings, check_fits, identity, read_info, row_scalars, write_info
+from hybridtrain.checkpoint.info import (
+    FORMAT,
+    INFO,
+    changed_settings,
+    check_fits,
+    identity,
+    read_info,
+    row_scalars,
+    write_info,
+)
 from hybridtrain.checkpoint.load import load, read_into, verify
 from hybridtrain.checkpoint.saver import Base, Saver
 from hybridtrain.checkpoint.storage import open_storage

@@ -41,5 +41,9 @@ def on_first(world: Group, act: Callable[[], T]) -> T:
 
 def describe_failures(error: BaseException, rank: int) -> list[str]:
     """One line for each rank that failed: torch raises what failed anywhere on all ranks, as one BaseException."""
-    failures = {r: e for r, (e, _) in error.failures.items()} if isinstance(error, CheckpointException) else {rank: error}
+    failures = (
+        {r: e for r, (e, _) in error.failures.items()}
+        if isinstance(error, CheckpointException)
+        else {rank: error}
+    )
     return [f"rank {r}: {type(e).__name__}: {e}".splitlines()[0] for r, e in failures.items()]

@@ -20,7 +20,9 @@ DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value
 """What torch calls its types of numbers, and nothing else of torch."""
 STORAGES = {"UntypedStorage": torch.uint8, **_storage_type_to_dtype_map()}
 _MAX_READ = 1 << 20  # at once, of a directory
-_LOCAL = struct.Struct("<4s22xHH")  # a record's own header: signature, lengths of its name and of what is added
+_LOCAL = struct.Struct(
+    "<4s22xHH"
+)  # a record's own header: signature, lengths of its name and of what is added
 
 
 class Archive:
@@ -40,13 +42,17 @@ class Archive:
         if info is None:
             raise UntrustedFileError(f"{self.source}: is no archive of torch: it lacks {name}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise UntrustedFileError(f"{self.source}: {name} is compressed or encrypted, which torch.save does not do")
+            raise UntrustedFileError(
+                f"{self.source}: {name} is compressed or encrypted, which torch.save does not do"
+            )
         self._view.seek(max(0, info.header_offset))
         head = self._view.read(_LOCAL.size)
         signature, name_length, added = _LOCAL.unpack(head) if len(head) == _LOCAL.size else (b"", 0, 0)
         low = info.header_offset + _LOCAL.size + name_length + added
         if signature != b"PK\3\4" or info.header_offset < 0 or low + info.file_size > self._view.length:
-            raise UntrustedFileError(f"{self.source}: {name} would lie outside of its {self._view.length} bytes")
+            raise UntrustedFileError(
+                f"{self.source}: {name} would lie outside of its {self._view.length} bytes"
+            )
         return self._view.start + low, info.file_size
 
     def read(self, name: str, most: int) -> bytes:

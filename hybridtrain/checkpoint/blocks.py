@@ -30,7 +30,9 @@ class BlockPlanner(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
-        self._starts = {item.index.fqn: _chunk(item).offsets[0] for item in plan.items if _chunk(item).offsets}
+        self._starts = {
+            item.index.fqn: _chunk(item).offsets[0] for item in plan.items if _chunk(item).offsets
+        }
         self.plan = replace(plan, items=[block for item in plan.items for block in _blocks(item)])
         return self.plan
 

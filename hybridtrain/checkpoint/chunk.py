@@ -93,7 +93,10 @@ def frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
     """What `torch.save` writes before and behind the bytes of a contiguous tensor, which may then come in parts; no CRC-32."""
     stream = _Frame()
     config = cast(Any, serialization.config)
-    with config.patch({"save.compute_crc32": False}), torch.serialization.skip_data():  # it leaves room for data by moving on
+    with (
+        config.patch({"save.compute_crc32": False}),
+        torch.serialization.skip_data(),
+    ):  # it leaves room for data by moving on
         torch.save(torch.empty(shape, dtype=dtype), cast(IO[bytes], stream))
     return bytes(stream.head), bytes(stream.tail)
 
@@ -143,7 +146,11 @@ class _Header:
 
 def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
     """Elements from a tensor's first to behind its last in memory."""
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if math.prod(shape) else 0
+    return (
+        1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        if math.prod(shape)
+        else 0
+    )
 
 
 _MAX_HEADER = 1 << 16
@@ -168,7 +175,13 @@ def _read_header(content: bytes, source: str) -> _Header:
         storage, offset, shape, stride, *rest = made.args
         _, kind, key, _, _ = storage.args
         named = [DTYPES[v.name] for v in rest if type(v) is Named and v.name in DTYPES]
-        header = _Header(text(key), count(offset), counts(shape), counts(stride), named[0] if named else STORAGES[kind.name])
+        header = _Header(
+            text(key),
+            count(offset),
+            counts(shape),
+            counts(stride),
+            named[0] if named else STORAGES[kind.name],
+        )
         if type(storage) is not Made or storage.of != "" or len(header.shape) != len(header.stride):
             raise ValueError("its parts do not belong together")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -179,7 +192,9 @@ def _read_header(content: bytes, source: str) -> _Header:
 def text(value: Any) -> str:
     """The value, which must be a string; ValueError where not."""
     if type(value) is not str:
-        raise ValueError(f"a {type(value).__name__} is no string")  # how it is written may take far more than it is long
+        raise ValueError(
+            f"a {type(value).__name__} is no string"
+        )  # how it is written may take far more than it is long
     return value
 
 
@@ -192,7 +207,13 @@ def count(value: Any) -> int:
 
 def counts(value: Any) -> tuple[int, ...]:
     """Sizes or offsets, one a dim, which a pickle has as a tuple or torch.Size; ValueError where they are none."""
-    sizes = value.args[0] if type(value) is Made and value.name == "torch.Size" and len(value.args) == 1 else value
-    if type(sizes) not in (tuple, list) or len(sizes) > _TORCH_DIMS:  # one long tuple may stand in many places
+    sizes = (
+        value.args[0]
+        if type(value) is Made and value.name == "torch.Size" and len(value.args) == 1
+        else value
+    )
+    if (
+        type(sizes) not in (tuple, list) or len(sizes) > _TORCH_DIMS
+    ):  # one long tuple may stand in many places
         raise ValueError("sizes or offsets are none")
     return tuple(map(count, sizes))

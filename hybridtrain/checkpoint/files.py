@@ -49,7 +49,9 @@ class Writer(FileSystemWriter):
     `alive` is called for every part that was written.
     """
 
-    def __init__(self, folder: Path, alive: Callable[[], None] = lambda: None, single_file_per_rank: bool = True) -> None:
+    def __init__(
+        self, folder: Path, alive: Callable[[], None] = lambda: None, single_file_per_rank: bool = True
+    ) -> None:
         super().__init__("", single_file_per_rank, sync_files=False)  # the files flush themselves
         self.path, self._files = folder, _Files(alive)
         self.fs = cast(Any, self._files)
@@ -64,7 +66,9 @@ class Writer(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         config = cast(Any, serialization.config)
-        with config.patch({"save.compute_crc32": False}):  # it takes longer than ours, which is over the whole file
+        with config.patch(
+            {"save.compute_crc32": False}
+        ):  # it takes longer than ours, which is over the whole file
             return super().write_data(plan, planner)
 
 
@@ -82,12 +86,21 @@ class Reader(FileSystemReader):
         return Metadata(dict(self.index.tensors), storage_data=self.index.places, storage_meta=StorageMeta())
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        chunks = {MetadataIndex(name, c.offsets): c.sizes for name, t in self.index.tensors.items() for c in t.chunks}
+        chunks = {
+            MetadataIndex(name, c.offsets): c.sizes
+            for name, t in self.index.tensors.items()
+            for c in t.chunks
+        }
         for item in sorted(plan.items, key=lambda item: self._position(item.storage_index)):
             if item.type == LoadItemType.BYTE_IO:
                 raise ValueError(f"{item.storage_index.fqn} is no tensor")
             dtype = self.index.tensors[item.storage_index.fqn].properties.dtype
-            piece = Piece.find(cast(Path, self.path), self.index.places[item.storage_index], chunks[item.storage_index], dtype)
+            piece = Piece.find(
+                cast(Path, self.path),
+                self.index.places[item.storage_index],
+                chunks[item.storage_index],
+                dtype,
+            )
             target = planner.resolve_tensor(item).detach()
             low = item.storage_offsets[0] if piece.shape else 0
             high = low + item.lengths[0] if piece.shape else 1

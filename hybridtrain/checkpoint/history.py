@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.checkpoint.info import INFO, base_of, read_info, write_info
-from hybridtrain.checkpoint.storage import flush_folder, is_local, make_folder, names_in, remove_folder, write_whole
+from hybridtrain.checkpoint.storage import (
+    flush_folder,
+    is_local,
+    make_folder,
+    names_in,
+    remove_folder,
+    write_whole,
+)
 from hybridtrain.errors import CheckpointError
 from hybridtrain.files.untrusted import UntrustedFileError, read_bytes
 
@@ -33,7 +40,9 @@ def candidates(checkpoints: Path) -> list[Path]:
     Those after the latest belong to a line that was given up. Where `latest` names none, all finished ones are candidates.
     """
     last, finished = _named(checkpoints), _finished(checkpoints)
-    before = [path for _, path in sorted(finished.items(), reverse=True) if last is None or path.name < last.name]
+    before = [
+        path for _, path in sorted(finished.items(), reverse=True) if last is None or path.name < last.name
+    ]
     return before if last is None else [last, *before]
 
 
@@ -84,9 +93,13 @@ def prune(checkpoints: Path, step: int, keep_last: int, keep_every: int) -> None
     """
     finished = _finished(checkpoints)
     before = sorted(s for s in finished if s <= step)
-    kept = {s for s in finished if s > step or s in before[-keep_last:] or (keep_every and s % keep_every == 0)}
+    kept = {
+        s for s in finished if s > step or s in before[-keep_last:] or (keep_every and s % keep_every == 0)
+    }
     try:
-        bases = {base.name for s in kept if (base := base_of(finished[s], read_info(finished[s]))) is not None}
+        bases = {
+            base.name for s in kept if (base := base_of(finished[s], read_info(finished[s]))) is not None
+        }
     except CheckpointError:
         return  # of one that cannot be read it is not known what it needs
     names = {finished[s].name for s in kept} | bases

@@ -54,14 +54,22 @@ class Index(NamedTuple):
             place = self.places.get(dcp.MetadataIndex(name, chunk.offsets))
             if len(chunk.offsets) != dims or len(chunk.sizes) != dims:
                 out.append(f"{name}: a chunk of another number of dims than {dims}")
-            elif any(o + s > most for o, s, most in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)):
-                out.append(f"{name}: the chunk {list(chunk.sizes)} at {list(chunk.offsets)} leaves {list(tensor.size)}")
+            elif any(
+                o + s > most for o, s, most in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+            ):
+                out.append(
+                    f"{name}: the chunk {list(chunk.sizes)} at {list(chunk.offsets)} leaves {list(tensor.size)}"
+                )
             elif place is None:
                 out.append(f"{name}: the chunk at {list(chunk.offsets)} lies in no file")
             elif math.prod(chunk.sizes) * itemsize > place.length:
-                out.append(f"{name}: the chunk {list(chunk.sizes)} at {list(chunk.offsets)} is said to lie in {place.length} bytes")
+                out.append(
+                    f"{name}: the chunk {list(chunk.sizes)} at {list(chunk.offsets)} is said to lie in {place.length} bytes"
+                )
         if not out and not _tiles(tensor.size, tensor.chunks):
-            out.append(f"{name}: its chunks leave out a part of {list(tensor.size)}, or lie one over the other")
+            out.append(
+                f"{name}: its chunks leave out a part of {list(tensor.size)}, or lie one over the other"
+            )
         return out
 
     def misplaced(self, files: Mapping[str, int] | None) -> list[str]:
@@ -69,7 +77,9 @@ class Index(NamedTuple):
         by_file: dict[str, list[tuple[int, int]]] = {}
         for key, place in self.places.items():
             if key.fqn in self.tensors:
-                by_file.setdefault(place.relative_path, []).append((place.offset, place.offset + place.length))
+                by_file.setdefault(place.relative_path, []).append(
+                    (place.offset, place.offset + place.length)
+                )
         out = []
         for file, spans in by_file.items():
             spans.sort()
@@ -85,7 +95,9 @@ class Index(NamedTuple):
         """Raise UntrustedFileError listing every problem of every tensor. `files`: sizes by name, where they are known."""
         problems = [p for name in self.tensors for p in self.problems(name)] + self.misplaced(files)
         if problems:
-            raise UntrustedFileError("\n  ".join([f"{source}: is not what it should be", *first_of(problems)]))
+            raise UntrustedFileError(
+                "\n  ".join([f"{source}: is not what it should be", *first_of(problems)])
+            )
 
 
 def read_index(content: bytes, source: str, foreign: bool = False) -> Index:
@@ -98,13 +110,19 @@ def read_index(content: bytes, source: str, foreign: bool = False) -> Index:
     try:
         fields = _fields(value, "Metadata")
         places = dict(_place(key, place) for key, place in _dict(fields["storage_data"] or {}))
-        entries = {text(name): _entry(entry) for name, entry in _dict(fields["state_dict_metadata"]) if _is_tensor(entry)}
+        entries = {
+            text(name): _entry(entry)
+            for name, entry in _dict(fields["state_dict_metadata"])
+            if _is_tensor(entry)
+        }
         # each chunk has a place of its own, or `problems` names it; a list that stands in many places has far more than its bytes
         if (chunks := sum(len(entry["chunks"]) for entry in entries.values())) > 2 * len(places):
             raise ValueError(f"it has {chunks:,} chunks of tensors in {len(places):,} places")
         tensors = {name: _tensor(entry) for name, entry in entries.items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise UntrustedFileError(f"{source}: is no index of tensors: {type(error).__name__}: {error}"[:500]) from None
+        raise UntrustedFileError(
+            f"{source}: is no index of tensors: {type(error).__name__}: {error}"[:500]
+        ) from None
     return Index(tensors, places)
 
 
@@ -141,13 +159,17 @@ def _tensor(fields: dict[str, Any]) -> dcp.TensorStorageMetadata:
     if type(dtype) is not Named or dtype.module != "torch" or dtype.name not in DTYPES:
         raise ValueError("a tensor without a dtype")
     return dcp.TensorStorageMetadata(
-        dcp.TensorProperties(DTYPES[dtype.name]), torch.Size(counts(fields["size"])), [_chunk(c) for c in fields["chunks"]]
+        dcp.TensorProperties(DTYPES[dtype.name]),
+        torch.Size(counts(fields["size"])),
+        [_chunk(c) for c in fields["chunks"]],
     )
 
 
 def _chunk(value: Any) -> dcp.ChunkStorageMetadata:
     fields = _fields(value, "ChunkStorageMetadata")
-    return dcp.ChunkStorageMetadata(torch.Size(counts(fields["offsets"])), torch.Size(counts(fields["sizes"])))
+    return dcp.ChunkStorageMetadata(
+        torch.Size(counts(fields["offsets"])), torch.Size(counts(fields["sizes"]))
+    )
 
 
 def _place(key: Any, value: Any) -> tuple[dcp.MetadataIndex, _StorageInfo]:
@@ -171,7 +193,10 @@ def _tiles(size: Sequence[int], chunks: Sequence[dcp.ChunkStorageMetadata]) -> b
     if len(chunks) == 1:
         return tuple(chunks[0].sizes) == tuple(size) or not math.prod(size)
     corners: Counter[tuple[int, ...]] = Counter()
-    for offsets, sizes, weight in ((tuple(0 for _ in size), size, -1), *((c.offsets, c.sizes, 1) for c in chunks)):
+    for offsets, sizes, weight in (
+        (tuple(0 for _ in size), size, -1),
+        *((c.offsets, c.sizes, 1) for c in chunks),
+    ):
         bounds = [((o, 1), (o + s, -1)) for o, s in zip(offsets, sizes, strict=True)]
         for corner in product(*bounds):
             corners[tuple(at for at, _ in corner)] += weight * math.prod(sign for _, sign in corner)

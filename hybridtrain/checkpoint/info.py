@@ -56,7 +56,9 @@ class _Scalars(BaseModel):
     @model_validator(mode="after")
     def _as_long_as_the_steps(self) -> _Scalars:
         if "decay_log" in self.model_fields_set and len(self.decay_log) != self.step_count + 1:
-            raise ValueError(f"decay_log has {len(self.decay_log)} entries, must have step_count + 1 = {self.step_count + 1}")
+            raise ValueError(
+                f"decay_log has {len(self.decay_log)} entries, must have step_count + 1 = {self.step_count + 1}"
+            )
         return self
 
 
@@ -95,9 +97,13 @@ def read_info(path: Path) -> dict[str, Any]:
     try:
         info = parse_json(read_bytes(path / INFO, MAX_INFO), "its content", dict[str, Any])
         if info.get("format") != FORMAT:
-            raise CheckpointError(f"{path} has checkpoint format {info.get('format')!r:.50}; this version reads format {FORMAT}")
+            raise CheckpointError(
+                f"{path} has checkpoint format {info.get('format')!r:.50}; this version reads format {FORMAT}"
+            )
         if (found := _seal(info)) != info.get("xxh3"):
-            raise DamagedCheckpoint(f"{path / INFO} is damaged: its content has xxh3 {found}, it says {info.get('xxh3')}")
+            raise DamagedCheckpoint(
+                f"{path / INFO} is damaged: its content has xxh3 {found}, it says {info.get('xxh3')}"
+            )
         validated(info, "its content", _Description)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no finished checkpoint: {path / INFO} is missing") from None
@@ -117,7 +123,9 @@ def write_info(path: Path, info: dict[str, Any]) -> str:
 
 def _seal(info: dict[str, Any]) -> str:
     """The xxh3 of all that it says but this."""
-    rest = json.loads(json.dumps({key: value for key, value in info.items() if key != "xxh3"}))  # as it will be read
+    rest = json.loads(
+        json.dumps({key: value for key, value in info.items() if key != "xxh3"})
+    )  # as it will be read
     return xxhash.xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
@@ -153,7 +161,9 @@ def index_of(path: Path) -> Index:
     return index
 
 
-def damage(path: Path, level: str, share: int = 0, shares: int = 1, alive: Callable[[], None] = lambda: None) -> list[str]:
+def damage(
+    path: Path, level: str, share: int = 0, shares: int = 1, alive: Callable[[], None] = lambda: None
+) -> list[str]:
     """Why the checkpoint `path` cannot be used: every file of it, and of its base, that is not what it was; one line each.
 
     `level`: "sizes" looks how long they are, "full" also reads them. With `shares` only the files of number `share` are
@@ -172,7 +182,9 @@ def damage(path: Path, level: str, share: int = 0, shares: int = 1, alive: Calla
         if theirs.get("base"):
             problems.append(f"{base / INFO}: is based on another one, and cannot be a base")
         if theirs["xxh3"] != (wanted := info["base"]["xxh3"]):
-            problems.append(f"{base / INFO}: is another base: it has xxh3 {theirs['xxh3']}, must have {wanted}")
+            problems.append(
+                f"{base / INFO}: is another base: it has xxh3 {theirs['xxh3']}, must have {wanted}"
+            )
     loads = [(0, number) for number in range(shares)]  # a heap: the share with the fewest bytes first
     for file, record in sorted(files, key=lambda f: (-f[1]["size"], str(f[0]))):
         load, least = loads[0]
@@ -193,7 +205,9 @@ def _problem(file: Path, record: dict[str, Any], level: str, alive: Callable[[],
     if found == FileRecord(size, xxh3):
         return ""
     if level == "full":
-        return f"is damaged: it has {found.size} bytes with xxh3 {found.xxh3}, must have {size} with xxh3 {xxh3}"
+        return (
+            f"is damaged: it has {found.size} bytes with xxh3 {found.xxh3}, must have {size} with xxh3 {xxh3}"
+        )
     return f"is damaged: it has {found.size} bytes, must have {size}"
 
 
@@ -226,10 +240,14 @@ def row_scalars(info: dict[str, Any]) -> dict[str, Any] | None:
     scalars: dict[str, Any] | None = info["table_scalars"]
     if scalars is None or "beta2" in scalars:
         return scalars
-    return {"beta2": parse_settings(info["settings"], source="the checkpoint's settings").engram.beta2} | scalars
+    return {
+        "beta2": parse_settings(info["settings"], source="the checkpoint's settings").engram.beta2
+    } | scalars
 
 
-def check_fits(path: Path, settings: Settings, vocabulary: Vocabulary, tokenizer_digest: str, addressing: str | None) -> None:
+def check_fits(
+    path: Path, settings: Settings, vocabulary: Vocabulary, tokenizer_digest: str, addressing: str | None
+) -> None:
     """Raise CheckpointError listing every way in which the checkpoint at `path` is one of another model."""
     info = read_info(path)
     if info.get("weights_only"):
@@ -242,15 +260,23 @@ def check_fits(path: Path, settings: Settings, vocabulary: Vocabulary, tokenizer
         for key, ours, theirs in _differences(identity(settings), info["identity"])
     ]
     if info["vocab_size"] != vocabulary.size:
-        problems.append(f"vocabulary: the checkpoint has {info['vocab_size']} tokens, the data {vocabulary.size}")
+        problems.append(
+            f"vocabulary: the checkpoint has {info['vocab_size']} tokens, the data {vocabulary.size}"
+        )
     elif info["tokenizer_digest"] != tokenizer_digest:
-        problems.append(f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has {tokenizer_digest}")
+        problems.append(
+            f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has {tokenizer_digest}"
+        )
     elif (theirs := info["separator_id"]) != vocabulary.separator_id:
-        problems.append(f"separator: the checkpoint has token {theirs} before each document, the data {vocabulary.separator_id}")
+        problems.append(
+            f"separator: the checkpoint has token {theirs} before each document, the data {vocabulary.separator_id}"
+        )
     elif info["addressing"] != addressing and not problems:
         problems.append("memory: the checkpoint's multipliers, primes or compression map are others")
     if problems:
-        raise CheckpointError("\n".join([f"{path} is a checkpoint of another model", *(f"  {p}" for p in problems)]))
+        raise CheckpointError(
+            "\n".join([f"{path} is a checkpoint of another model", *(f"  {p}" for p in problems)])
+        )
 
 
 def identity(settings: Settings) -> dict[str, Any]:
@@ -269,7 +295,9 @@ def identity(settings: Settings) -> dict[str, Any]:
     }
     rates = ("bias_rate", "aux_weight", "z_weight")
     tree = {
-        "model": settings.model.model_dump(mode="json", exclude={"init_std": True, "vocab_size": True, "moe": set(rates)}),
+        "model": settings.model.model_dump(
+            mode="json", exclude={"init_std": True, "vocab_size": True, "moe": set(rates)}
+        ),
         "engram": settings.engram.model_dump(mode="json", include=kept),
         "optim": {"backbone": settings.optim.backbone},
     }

@@ -44,9 +44,13 @@ def load(run: Run, path: Path) -> int:
     table = run.table
     if table is not None:
         try:
-            all_or_none(world, lambda: _load_rows(table, StoredTensors(path), weights_only, world.traffic.alive))
+            all_or_none(
+                world, lambda: _load_rows(table, StoredTensors(path), weights_only, world.traffic.alive)
+            )
         except Failures as failures:
-            raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be read", *_lines(failures.problems)])) from None
+            raise DamagedCheckpoint(
+                "\n".join([f"{path}: its table cannot be read", *_lines(failures.problems)])
+            ) from None
         if not weights_only:
             _load_scalars(table, row_scalars(info), path, world)
     if "guard" in info:  # imported weights have none
@@ -60,7 +64,9 @@ def _load_scalars(table: LookupTable, scalars: dict[str, Any] | None, path: Path
     try:
         all_or_none(world, lambda: table.load_scalars(scalars))
     except Failures as failures:
-        raise DamagedCheckpoint("\n".join([f"{path}: its table cannot be gone on with", *_lines(failures.problems)])) from None
+        raise DamagedCheckpoint(
+            "\n".join([f"{path}: its table cannot be gone on with", *_lines(failures.problems)])
+        ) from None
 
 
 def verify(path: Path, level: str, world: Group = ALONE) -> None:
@@ -85,16 +91,24 @@ def read_into(state: dict[str, Any], path: Path, world: Group) -> None:
         found: list[Index] = []
         all_or_none(world, lambda: found.append(index_of(path)))  # before torch's collectives
     except Failures as failures:
-        raise DamagedCheckpoint("\n".join([f"{path}: damaged or not of this model", *_lines(failures.problems)])) from None
+        raise DamagedCheckpoint(
+            "\n".join([f"{path}: damaged or not of this model", *_lines(failures.problems)])
+        ) from None
     try:
         with quiet():
-            state_dict_loader.load(state, storage_reader=Reader(path, found[0], world.traffic.alive), no_dist=world.size == 1)
+            state_dict_loader.load(
+                state, storage_reader=Reader(path, found[0], world.traffic.alive), no_dist=world.size == 1
+            )
     except (Exception, CheckpointException) as error:
         problems = describe_failures(error, world.rank)
-        raise DamagedCheckpoint("\n".join([f"{path}: damaged or not of this model", *_lines(problems)])) from None
+        raise DamagedCheckpoint(
+            "\n".join([f"{path}: damaged or not of this model", *_lines(problems)])
+        ) from None
 
 
-def _load_rows(table: LookupTable, stored: StoredTensors, weights_only: bool, alive: Callable[[], None]) -> None:
+def _load_rows(
+    table: LookupTable, stored: StoredTensors, weights_only: bool, alive: Callable[[], None]
+) -> None:
     """This owner's rows, out of whatever pieces they lie in; `alive` is called for every part of them."""
     for name, value in table.row_tensors().items():
         if name == "rows" or not weights_only:
@@ -104,7 +118,9 @@ def _load_rows(table: LookupTable, stored: StoredTensors, weights_only: bool, al
                 alive()
     if table.mode == "stale" and not weights_only:
         pieces = stored.pieces(f"{TABLE}{KIND}", table.low, table.high)
-        table.load_stale([SavedRows(stored.read(f"{piece}.numbers"), stored.read(f"{piece}.values")) for piece in pieces])
+        table.load_stale(
+            [SavedRows(stored.read(f"{piece}.numbers"), stored.read(f"{piece}.values")) for piece in pieces]
+        )
 
 
 def _lines(problems: list[str]) -> list[str]:

@@ -56,12 +56,18 @@ class StoredTensors:
         if base is not None and read_info(base).get("base"):
             raise DamagedCheckpoint(f"{path}: damaged: its base {base} is based on another one")
         self._base = StoredTensors(base) if base is not None else None
-        here = {k.removeprefix(f"{CHANGED}.").partition(".")[2] for k in self._entries if k.startswith(CHANGED)} - {"numbers"}
-        self._merged = {f"{TABLE}{k}" for k in here}  # tensors whose changed rows are here and whose others are in the base
+        here = {
+            k.removeprefix(f"{CHANGED}.").partition(".")[2] for k in self._entries if k.startswith(CHANGED)
+        } - {"numbers"}
+        self._merged = {
+            f"{TABLE}{k}" for k in here
+        }  # tensors whose changed rows are here and whose others are in the base
         self._numbers: dict[str, Tensor] = {}  # of changed rows, by piece
         self._chunks: dict[str, Chunks] = {}
         self._found: dict[MetadataIndex, Piece] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {k: tuple(v.size) for k, v in self._entries.items() if not k.startswith(CHANGED)}
+        self.shapes: dict[str, tuple[int, ...]] = {
+            k: tuple(v.size) for k, v in self._entries.items() if not k.startswith(CHANGED)
+        }
         if self._base is not None:
             self.shapes |= {k: self._base.shape(k) for k in sorted(self._merged)}
 
@@ -87,8 +93,14 @@ class StoredTensors:
         Raises DamagedCheckpoint where the tensor has not so many, or is of another shape or damaged.
         """
         shape = self.shape(name)
-        if tuple(out.shape[1:]) != shape[1:] or out.dim() != len(shape) or (shape and not 0 <= low <= low + len(out) <= shape[0]):
-            raise DamagedCheckpoint(f"{self.path}: {name} is {list(shape)}; {list(out.shape)} from row {low} on were asked for")
+        if (
+            tuple(out.shape[1:]) != shape[1:]
+            or out.dim() != len(shape)
+            or (shape and not 0 <= low <= low + len(out) <= shape[0])
+        ):
+            raise DamagedCheckpoint(
+                f"{self.path}: {name} is {list(shape)}; {list(out.shape)} from row {low} on were asked for"
+            )
         if self._base is not None and name in self._merged:
             self._base.read_into(out, name, low)
             self._write_changes_over(out, name, low)
@@ -115,8 +127,13 @@ class StoredTensors:
             start, end = torch.searchsorted(numbers, torch.tensor([low, high])).tolist()
             if start < end:
                 theirs = f"{piece}.{name.removeprefix(TABLE)}"
-                if theirs not in self._entries or tuple(self._entries[theirs].size) != (len(numbers), *out.shape[1:]):
-                    raise DamagedCheckpoint(f"{self.path}: damaged: {theirs} is not there, or not of {len(numbers)} such rows")
+                if theirs not in self._entries or tuple(self._entries[theirs].size) != (
+                    len(numbers),
+                    *out.shape[1:],
+                ):
+                    raise DamagedCheckpoint(
+                        f"{self.path}: damaged: {theirs} is not there, or not of {len(numbers)} such rows"
+                    )
                 values = torch.empty((end - start, *out.shape[1:]), dtype=self.dtype(name))
                 self._read_rows(values, theirs, start)
                 out.index_copy_(0, (numbers[start:end] - low).to(out.device), values.to(out))
@@ -125,7 +142,11 @@ class StoredTensors:
         if piece not in self._numbers:
             numbers = torch.empty(tuple(self._entries[f"{piece}.numbers"].size), dtype=torch.int64)
             self._read_rows(numbers, f"{piece}.numbers", 0)
-            if numbers.dim() != 1 or (len(numbers) and int(numbers[0]) < 0) or bool((numbers.diff() <= 0).any()):
+            if (
+                numbers.dim() != 1
+                or (len(numbers) and int(numbers[0]) < 0)
+                or bool((numbers.diff() <= 0).any())
+            ):
                 raise DamagedCheckpoint(f"{self.path}: damaged: the numbers of {piece} do not ascend")
             self._numbers[piece] = numbers
         return self._numbers[piece]
@@ -150,10 +171,14 @@ class StoredTensors:
         place = self._places[index]
         try:
             if index not in self._found:
-                self._found[index] = Piece.find(self.path, place, chunk.sizes, self._entries[name].properties.dtype)
+                self._found[index] = Piece.find(
+                    self.path, place, chunk.sizes, self._entries[name].properties.dtype
+                )
             self._found[index].read_into(out, low, high)
         except Exception as error:  # whatever a missing or damaged file makes torch or the disk raise
-            raise DamagedCheckpoint(f"{self.path / place.relative_path}: damaged: {name} cannot be read: {error}") from None
+            raise DamagedCheckpoint(
+                f"{self.path / place.relative_path}: damaged: {name} cannot be read: {error}"
+            ) from None
 
 
 class Chunks:
@@ -174,11 +199,17 @@ def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> Records:
 
     Raises CheckpointError where that fails, and the UserError of a tensor that cannot be made.
     """
-    state = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
-    writer = Writer(folder, single_file_per_rank=False)  # it keeps what it wrote to a file until the file is done
+    state = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
+    }
+    writer = Writer(
+        folder, single_file_per_rank=False
+    )  # it keeps what it wrote to a file until the file is done
     with quiet():
         try:
-            state_dict_saver.save(cast(dict[str, Any], state), storage_writer=writer, planner=_Maker(tensors), no_dist=True)
+            state_dict_saver.save(
+                cast(dict[str, Any], state), storage_writer=writer, planner=_Maker(tensors), no_dist=True
+            )
         except CheckpointException as error:
             ((cause, _),) = error.failures.values()
             if isinstance(cause, UserError):
@@ -198,5 +229,7 @@ class _Maker(DefaultSavePlanner):
         tensor = self.tensors[index.fqn]
         value = tensor.make()
         if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype:
-            raise ValueError(f"{index.fqn}: made {list(value.shape)} {value.dtype}, planned {list(tensor.shape)} {tensor.dtype}")
+            raise ValueError(
+                f"{index.fqn}: made {list(value.shape)} {value.dtype}, planned {list(tensor.shape)} {tensor.dtype}"
+            )
         return value

@@ -39,7 +39,9 @@ class Batch:
         """Only the tokens and targets at these places of each sequence; `starts` stays whole. None: all."""
         if positions is None:
             return self
-        return Batch(self.tokens.index_select(2, positions), self.targets.index_select(2, positions), self.starts)
+        return Batch(
+            self.tokens.index_select(2, positions), self.targets.index_select(2, positions), self.starts
+        )
 
     def to(self, device: torch.device) -> Batch:
         return Batch(self.tokens.to(device), self.targets.to(device), self.starts.to(device))
@@ -80,7 +82,9 @@ class BatchLoader:
     def load(self, step: int) -> Batch:
         """This rank's part of the batch of step `step` (from 0)."""
         numbers_MB = self.samples_before(step) + self._offsets_MB
-        return _gather(self._split, self.stream.ranges(numbers_MB.reshape(-1)), numbers_MB.shape, self._seq_len)
+        return _gather(
+            self._split, self.stream.ranges(numbers_MB.reshape(-1)), numbers_MB.shape, self._seq_len
+        )
 
     def samples_before(self, step: int) -> int:
         """How many samples of the stream lie before those of step `step`."""
@@ -105,7 +109,14 @@ class EvalBatches:
     """
 
     def __init__(
-        self, split: Split, seq_len: int, batch: int, dp_rank: int, dp_size: int, micro_batches: int = 1, limit: int = 0
+        self,
+        split: Split,
+        seq_len: int,
+        batch: int,
+        dp_rank: int,
+        dp_size: int,
+        micro_batches: int = 1,
+        limit: int = 0,
     ) -> None:
         self._split, self._seq_len, self._batch = split, seq_len, batch
         self._offsets_MB = _offsets(batch, micro_batches, dp_rank, dp_size)
@@ -130,7 +141,9 @@ class EvalBatches:
         return max(0, min(self._seq_len, self._split.num_tokens - 1 - low))
 
 
-def _offsets(global_batch: int, micro_batches: int, dp_rank: int, dp_size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def _offsets(
+    global_batch: int, micro_batches: int, dp_rank: int, dp_size: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     """Sample numbers inside a global batch, int64 [M, B], of one rank."""
     if global_batch < 1 or global_batch % (micro_batches * dp_size):
         nearest = micro_batches * dp_size * max(1, round(global_batch / (micro_batches * dp_size)))

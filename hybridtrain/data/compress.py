@@ -50,13 +50,24 @@ def read_compression(path: Path, rows: int | None = None) -> npt.NDArray[np.int6
     try:
         form = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, _, dtype = form[np.lib.format.read_magic(stream)](stream)
-    except Exception as error:  # whatever numpy's reading of a header raises; it is Python's own, of literals alone
+    except (
+        Exception
+    ) as error:  # whatever numpy's reading of a header raises; it is Python's own, of literals alone
         raise DataError(f"{path}: is no array of numpy: {str(error)[:200]}") from None
-    if dtype != np.dtype("<i8") or len(shape) != 1 or shape[0] < 1 or shape[0] * 8 != len(content) - stream.tell():
-        raise DataError(f"{path}: says {dtype} {list(shape)} of {len(content) - stream.tell()} bytes; it must be int64 [tokens]")
+    if (
+        dtype != np.dtype("<i8")
+        or len(shape) != 1
+        or shape[0] < 1
+        or shape[0] * 8 != len(content) - stream.tell()
+    ):
+        raise DataError(
+            f"{path}: says {dtype} {list(shape)} of {len(content) - stream.tell()} bytes; it must be int64 [tokens]"
+        )
     compressed = np.frombuffer(content, "<i8", offset=stream.tell()).astype(np.int64)
     if compressed.min() < 0 or compressed.max() >= len(compressed):
-        raise DataError(f"{path}: holds {compressed.min()} to {compressed.max()}, of {len(compressed)} tokens")
+        raise DataError(
+            f"{path}: holds {compressed.min()} to {compressed.max()}, of {len(compressed)} tokens"
+        )
     if rows is not None and len(compressed) > rows:
         raise DataError(f"{path}: is of {len(compressed)} tokens, the model of {rows}")
     return compressed

@@ -40,22 +40,35 @@ def compare(data: DataSettings, manifest: Manifest) -> None:
     """
     problems = []
     if data.separator and data.separator != manifest.separator:
-        problems.append(f"data.separator={data.separator!r}, and the folder has {manifest.separator!r} before each document")
+        problems.append(
+            f"data.separator={data.separator!r}, and the folder has {manifest.separator!r} before each document"
+        )
     given = Path(data.tokenizer)
     if data.tokenizer and given.is_file() and (digest := file_digest(given)) != manifest.tokenizer_xxh3:
-        problems.append(f"data.tokenizer={given} is another one (xxh3 {digest}, the folder's {manifest.tokenizer_xxh3})")
+        problems.append(
+            f"data.tokenizer={given} is another one (xxh3 {digest}, the folder's {manifest.tokenizer_xxh3})"
+        )
     if problems:
-        listed = [f"  {problem}" for problem in [*problems, "choose another data.path, or set them to what it was made with"]]
-        raise DataError("\n".join([f"data.path={data.path} was made otherwise than the settings say", *listed]))
+        listed = [
+            f"  {problem}"
+            for problem in [*problems, "choose another data.path, or set them to what it was made with"]
+        ]
+        raise DataError(
+            "\n".join([f"data.path={data.path} was made otherwise than the settings say", *listed])
+        )
     if others := [*_other_settings(data, manifest.settings), *_other_sources(data, manifest)]:
-        say(f"data.path={data.path} is used as it is; it was made otherwise than the settings say: {'; '.join(others)}")
+        say(
+            f"data.path={data.path} is used as it is; it was made otherwise than the settings say: {'; '.join(others)}"
+        )
 
 
 def _other_settings(data: DataSettings, made: PrepareSettings) -> list[str]:
     out = []
     for key in ("vocab_size", "text_field", "validation_fraction"):
         ours, theirs, default = getattr(data, key), getattr(made, key), DataSettings.model_fields[key].default
-        unused = (key == "vocab_size" and data.tokenizer) or (key == "validation_fraction" and data.validation)
+        unused = (key == "vocab_size" and data.tokenizer) or (
+            key == "validation_fraction" and data.validation
+        )
         if ours not in (default, theirs) and not unused:
             out.append(f"data.{key} is {ours}, and was {theirs}")
     return out
@@ -66,12 +79,16 @@ def _other_sources(data: DataSettings, manifest: Manifest) -> list[str]:
     try:
         corpus, held_out, _ = list_files(data.source, data.validation)
         ours = [
-            (use, f.kind, f.path.stat().st_size) for use, files in (("corpus", corpus), ("validation", held_out)) for f in files
+            (use, f.kind, f.path.stat().st_size)
+            for use, files in (("corpus", corpus), ("validation", held_out))
+            for f in files
         ]
     except (DataError, OSError) as error:
         return [f"its sources cannot be compared: {' '.join(str(error).split())}"]
     theirs = [(s.use, s.kind, s.size) for s in manifest.sources]
     if ours == theirs:
         return []
-    counts = [f"{len(files)} files of {sum(size for _, _, size in files):,} bytes" for files in (ours, theirs)]
+    counts = [
+        f"{len(files)} files of {sum(size for _, _, size in files):,} bytes" for files in (ours, theirs)
+    ]
     return [f"data.source is {counts[0]}, and was {counts[1]}"]

@@ -32,11 +32,17 @@ CONTEXT_CHARS = 64
 _AROUND = 256  # characters on each side of a cut with which it is tried out
 _TRIES = 32  # cuts in a row that may fail before the next part of the text is looked at
 _PROBES, _PROBE_UNITS = 400, 48
-_WHITE = re.compile(r"(\\s| |\[[ \\stnr]+\])([*+]|\{\d*,?\d*\})")  # runs of white space in a regular expression
+_WHITE = re.compile(
+    r"(\\s| |\[[ \\stnr]+\])([*+]|\{\d*,?\d*\})"
+)  # runs of white space in a regular expression
 # what may match without bound words and the white space between them, e.g. from a quotation mark to the next
-_FAR = re.compile(r"(\[\^(?!(?:\\.|[^\]\\])*(\\s| ))(?:\\.|[^\]\\])*\]|(?<!\\)\.|\\D|\\P\{[^}]*\}|(?<!\\)\))([*+]|\{\d*,?\d*\})")
+_FAR = re.compile(
+    r"(\[\^(?!(?:\\.|[^\]\\])*(\\s| ))(?:\\.|[^\]\\])*\]|(?<!\\)\.|\\D|\\P\{[^}]*\}|(?<!\\)\))([*+]|\{\d*,?\d*\})"
+)
 # a class that names white space and something else, many times
-_WIDE = re.compile(r"\[(?!\^)(?!(?:\\[srnt]| )+\])(?=(?:\\.|[^\]\\])*?(?:\\[sSWDPx]| ))(?:\\.|[^\]\\])*\]([*+]|\{\d*,?\d*\})")
+_WIDE = re.compile(
+    r"\[(?!\^)(?!(?:\\[srnt]| )+\])(?=(?:\\.|[^\]\\])*?(?:\\[sSWDPx]| ))(?:\\.|[^\]\\])*\]([*+]|\{\d*,?\d*\})"
+)
 _CLASS = re.compile(r"\[(?!\^)(?:\\.|[^\]\\])*\]")  # of characters that are named, which is harmless
 _SEEN = 20  # times that a pair must have been seen
 _UNICODE_KINDS = {"L": "letter", "N": "number", "P": "sign", "S": "sign", "M": "mark"}
@@ -81,7 +87,12 @@ class Cuts:
 
         Raises DataError, naming `source`, where more than MAX_UNCUT_CHARS characters stand between two cuts.
         """
-        text, low, before, looked = "", 0, "", 0  # the part begins at `low`; up to `looked` behind it there is no cut
+        text, low, before, looked = (
+            "",
+            0,
+            "",
+            0,
+        )  # the part begins at `low`; up to `looked` behind it there is no cut
         for chunk in chunks:
             text, low = text[low:] + chunk, 0
             while len(text) - low >= (reach := looked + self._limit) + _AROUND:
@@ -127,41 +138,60 @@ class Cuts:
         whole, first, known, second = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         if len(left) in _inner_places(whole, by_word=bool(self._joined_by_no_word)):
             return False
-        apart: bool = second.ids[: len(known)] == known.ids and whole.ids == first.ids + second.ids[len(known) :]
+        apart: bool = (
+            second.ids[: len(known)] == known.ids and whole.ids == first.ids + second.ids[len(known) :]
+        )
         return apart
 
     @cached_property
     def _joined_by_no_word(self) -> frozenset[tuple[str, str]]:
         """The pairs that no word of the pre-tokenizer has side by side, in any of many random texts."""
         if _rewrites_far_apart(self._tree["normalizer"]) or any(
-            _WIDE.search(p) or _FAR.search(_CLASS.sub("x", p)) for p in _patterns(self._tree["pre_tokenizer"], "Regex")
+            _WIDE.search(p) or _FAR.search(_CLASS.sub("x", p))
+            for p in _patterns(self._tree["pre_tokenizer"], "Regex")
         ):
             return frozenset()
         seen: Counter[tuple[str, str]] = Counter()
         joined: set[tuple[str, str]] = set()
-        for text, encoding in zip(self._probes, self._tokenizer.encode_batch(self._probes, add_special_tokens=False), strict=True):
+        for text, encoding in zip(
+            self._probes, self._tokenizer.encode_batch(self._probes, add_special_tokens=False), strict=True
+        ):
             inner = _inner_places(encoding, by_word=True)
             pairs = [(_kind(a), _kind(b)) for a, b in pairwise(text)]
             seen.update(pairs)
             joined |= {pair for place, pair in enumerate(pairs, start=1) if place in inner}
         # what one kind of letters or digits is joined with, all are: a pattern that does it may be rare
         joined |= {(kind, right) for left, right in joined if left in _WORDS for kind in _WORDS}
-        return frozenset(p for p, count in seen.items() if count >= _SEEN and p[0] in _LEFT and p[1] in _RIGHT) - joined
+        return (
+            frozenset(p for p, count in seen.items() if count >= _SEEN and p[0] in _LEFT and p[1] in _RIGHT)
+            - joined
+        )
 
     @cached_property
     def _joined_by_no_entry(self) -> frozenset[tuple[str, str]]:
         """For a BPE that takes the text as one word: the pairs that no entry of the vocabulary has side by side."""
         model, words = self._tree["model"], self._tokenizer.pre_tokenizer
         whole_words = ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "dropout")
-        if model["type"] != "BPE" or any(model.get(key) for key in whole_words) or not _keeps_kinds(self._tree["normalizer"]):
+        if (
+            model["type"] != "BPE"
+            or any(model.get(key) for key in whole_words)
+            or not _keeps_kinds(self._tree["normalizer"])
+        ):
             return frozenset()
-        if words is not None and any(len(words.pre_tokenize_str(text.replace(" ", "▁"))) > 1 for text in self._probes):
+        if words is not None and any(
+            len(words.pre_tokenize_str(text.replace(" ", "▁"))) > 1 for text in self._probes
+        ):
             return frozenset()
-        joined = {(_kind(a), _kind(b)) for entry in model["vocab"] for a, b in pairwise(entry.replace("▁", " "))}
+        joined = {
+            (_kind(a), _kind(b)) for entry in model["vocab"] for a, b in pairwise(entry.replace("▁", " "))
+        }
         # the right one is in the vocabulary, or is written as bytes: so it joins no unknown character before it
         known = {"space"} if "▁" in model["vocab"] or " " in model["vocab"] else set()
         known |= {"line"} if "\n" in model["vocab"] or model.get("byte_fallback") else set()
-        return frozenset((left, right) for left in ("lower", "upper", "digit", "ideograph") for right in known) - joined
+        return (
+            frozenset((left, right) for left in ("lower", "upper", "digit", "ideograph") for right in known)
+            - joined
+        )
 
     @cached_property
     def _tree(self) -> dict[str, Any]:

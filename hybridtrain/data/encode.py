@@ -67,17 +67,26 @@ def encode_files(
             next(pieces)
         for piece, ids in _encoded(tokenizer, pieces):
             if separator_id in ids:
-                raise DataError(f"{entry.file.name}: document {documents + piece.first:,} of all has the separator in its text")
+                raise DataError(
+                    f"{entry.file.name}: document {documents + piece.first:,} of all has the separator in its text"
+                )
             documents += piece.first
             held_out = entry.info.use == "validation" or holdout.is_validation(documents - 1)
             size = len(piece.text.encode())
-            full = writers["validation" if held_out else "train"].append([separator_id] * piece.first + ids, piece.first, size)
+            full = writers["validation" if held_out else "train"].append(
+                [separator_id] * piece.first + ids, piece.first, size
+            )
             done += 1
             uncommitted += size
             bar.advance(piece, size)
             if full or uncommitted >= _COMMIT_BYTES:
                 states = {split: writer.commit() for split, writer in writers.items()}
-                position = {"file": number, "pieces": done, "documents": documents, "blank_lines": blank_lines}
+                position = {
+                    "file": number,
+                    "pieces": done,
+                    "documents": documents,
+                    "blank_lines": blank_lines,
+                }
                 write_journal(job.out, journal.model_copy(update=position | states))
                 uncommitted = 0
         bar.finish_file(entry.info.size)
@@ -111,5 +120,7 @@ def _encode_batch(tokenizer: Tokenizer, batch: list[Piece]) -> Iterator[tuple[Pi
     for number, piece in enumerate(batch):
         ids, known = encodings[number].ids, before.get(number, [])
         if ids[: len(known)] != known:
-            raise DataError(f"the tokenizer encodes {piece.context[-20:]!r} otherwise before {piece.text[:20]!r}; cut the document")
+            raise DataError(
+                f"the tokenizer encodes {piece.context[-20:]!r} otherwise before {piece.text[:20]!r}; cut the document"
+            )
         yield piece, ids[len(known) :]

@@ -67,7 +67,9 @@ class Job:
 
     def made_of_same(self, other: Manifest | Journal) -> bool:
         """Whether `other` has the same source bytes and settings, whatever the files are called."""
-        mine, theirs = ([(s.use, s.kind, s.size, s.xxh3) for s in sources] for sources in (self.sources, other.sources))
+        mine, theirs = (
+            [(s.use, s.kind, s.size, s.xxh3) for s in sources] for sources in (self.sources, other.sources)
+        )
         return mine == theirs and self.settings == other.settings
 
 
@@ -77,7 +79,11 @@ def read_journal(job: Job) -> Journal | None:
     try:
         sealed = read_json(path, dict[str, Any], m.MAX_MANIFEST_BYTES)
         journal = Journal.model_validate_json(json.dumps(sealed.get("journal")), strict=True)
-        same = sealed.get("xxh3") == _seal(journal) and job.made_of_same(journal) and journal.software == software()
+        same = (
+            sealed.get("xxh3") == _seal(journal)
+            and job.made_of_same(journal)
+            and journal.software == software()
+        )
         same = same and file_digest(job.out / m.TOKENIZER) == journal.tokenizer_xxh3
         same = same and file_digest(job.out / m.COMPRESSION) == journal.compression_xxh3
     except FileNotFoundError:
@@ -95,7 +101,9 @@ def read_journal(job: Job) -> Journal | None:
 
 def write_journal(out: Path, journal: Journal) -> None:
     """Make the journal durable, with its own checksum: another position would leave documents out, or take them twice."""
-    m.write_atomically(out / m.JOURNAL, f'{{"xxh3":"{_seal(journal)}","journal":{journal.model_dump_json()}}}\n'.encode())
+    m.write_atomically(
+        out / m.JOURNAL, f'{{"xxh3":"{_seal(journal)}","journal":{journal.model_dump_json()}}}\n'.encode()
+    )
 
 
 def _seal(journal: Journal) -> str:

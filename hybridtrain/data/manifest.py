@@ -23,7 +23,12 @@ from hybridtrain.errors import DataError
 from hybridtrain.files.untrusted import UntrustedFileError, read_json
 
 FORMAT = 1
-MANIFEST, JOURNAL, TOKENIZER, COMPRESSION = "manifest.json", "journal.json", "tokenizer.json", "compression.npy"
+MANIFEST, JOURNAL, TOKENIZER, COMPRESSION = (
+    "manifest.json",
+    "journal.json",
+    "tokenizer.json",
+    "compression.npy",
+)
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 MAX_MANIFEST_BYTES = 1 << 30  # a line for every source and shard
@@ -119,7 +124,9 @@ class Manifest(_Record):
         if self.dtype == "uint16" and self.vocab_size > 1 << 16:
             raise ValueError(f"dtype=uint16 holds no {self.vocab_size} tokens")
         for split in SPLITS:
-            if strays := [shard.name for shard in self.split(split).shards if not shard.name.startswith(f"{split}-")]:
+            if strays := [
+                shard.name for shard in self.split(split).shards if not shard.name.startswith(f"{split}-")
+            ]:
                 raise ValueError(f"{strays[0]} is no shard of {split}")
         return self
 
@@ -140,7 +147,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(_absent(folder)) from None
     except (OSError, UntrustedFileError) as error:
         why = str(error).removeprefix(f"{path}: ")
-        raise DataError(f"{path}: cannot be read: {why}; make the folder again with `hybridtrain data`") from None
+        raise DataError(
+            f"{path}: cannot be read: {why}; make the folder again with `hybridtrain data`"
+        ) from None
     version = tree.get("format")
     if version != FORMAT:
         raise DataError(
@@ -150,7 +159,9 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:_SHOWN])
-        raise DataError(f"{path}: is damaged: {wrong}; make the folder again with `hybridtrain data`") from None
+        raise DataError(
+            f"{path}: is damaged: {wrong}; make the folder again with `hybridtrain data`"
+        ) from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -177,5 +188,7 @@ def _absent(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: no such data folder; make it with `hybridtrain data SOURCE --out {folder}`"
     if (folder / JOURNAL).exists():
-        return f"{folder}: its preparation is unfinished; run the same `hybridtrain data` command again to go on"
+        return (
+            f"{folder}: its preparation is unfinished; run the same `hybridtrain data` command again to go on"
+        )
     return f"{folder}: has no {MANIFEST}; make the data with `hybridtrain data SOURCE --out {folder}`"

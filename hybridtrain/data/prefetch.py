@@ -21,7 +21,9 @@ class Prefetcher(Generic[T]):
     thread. Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, load: Callable[[int], T], first_step: int, depth: int = 2, stop_step: int | None = None) -> None:
+    def __init__(
+        self, load: Callable[[int], T], first_step: int, depth: int = 2, stop_step: int | None = None
+    ) -> None:
         if depth < 1:
             raise ValueError(f"depth={depth} must be at least 1")
         self._load, self._stop_step = load, stop_step
@@ -37,7 +39,9 @@ class Prefetcher(Generic[T]):
         Raises what `load` raised for it, ValueError for any other step, and RuntimeError after `close` or an exception.
         """
         if step != self._next_step or (self._stop_step is not None and step >= self._stop_step):
-            raise ValueError(f"step {step} is not the next one to hand over (next {self._next_step}, stop {self._stop_step})")
+            raise ValueError(
+                f"step {step} is not the next one to hand over (next {self._next_step}, stop {self._stop_step})"
+            )
         result, error = self._take()
         if error is not None:
             self._closed.set()
@@ -69,7 +73,9 @@ class Prefetcher(Generic[T]):
     def __enter__(self) -> Prefetcher[T]:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _take(self) -> tuple[T | None, BaseException | None]:
@@ -127,6 +133,8 @@ class StepPrefetcher(Generic[T]):
     def __enter__(self) -> StepPrefetcher[T]:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._source is not None:
             self._source.close()

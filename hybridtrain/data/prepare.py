@@ -22,7 +22,14 @@ from hybridtrain.data.journal import Input, Job, Journal, clear, read_journal, s
 from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo, SplitName
 from hybridtrain.data.progress import EncodingProgress, say
 from hybridtrain.data.sources import SourceFile, file_digest, list_files
-from hybridtrain.data.tokenizer import MIN_VOCAB_SIZE, find_separator, for_texts, load_tokenizer, train_tokenizer, vocabulary_size
+from hybridtrain.data.tokenizer import (
+    MIN_VOCAB_SIZE,
+    find_separator,
+    for_texts,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
 from hybridtrain.data.unpack import unpacked_digest
 from hybridtrain.data.writer import SplitWriter, StaleStateError
 from hybridtrain.errors import DataError
@@ -75,8 +82,14 @@ def ensure_prepared(data: DataSettings, progress: bool = True) -> None:
     if not (out / m.MANIFEST).exists():
         with locked(out, wait=True, error=DataError):
             if not (out / m.MANIFEST).exists():
-                asked = PrepareSettings.model_validate(data.model_dump(include=set(PrepareSettings.model_fields) - {"tokenizer"}))
-                _prepare(_plan(data.source, data.validation, out, data.tokenizer, asked), overwrite=False, progress=progress)
+                asked = PrepareSettings.model_validate(
+                    data.model_dump(include=set(PrepareSettings.model_fields) - {"tokenizer"})
+                )
+                _prepare(
+                    _plan(data.source, data.validation, out, data.tokenizer, asked),
+                    overwrite=False,
+                    progress=progress,
+                )
                 return
     compare(data, m.read_manifest(out))
 
@@ -127,7 +140,12 @@ def _look_for_copies(inputs: Sequence[Input]) -> None:
             (copies if others[0].info.use == entry.info.use else leaks).append(pair)
     if leaks:
         raise DataError(
-            "\n".join(["text of the corpus is in the validation text too; leave it out of one", *(f"  {x}" for x in leaks)])
+            "\n".join(
+                [
+                    "text of the corpus is in the validation text too; leave it out of one",
+                    *(f"  {x}" for x in leaks),
+                ]
+            )
         )
     if copies:
         more = f", and {len(copies) - 1:,} more" if len(copies) > 1 else ""
@@ -159,7 +177,9 @@ def _prepare(job: Job, overwrite: bool, progress: bool) -> Manifest:
                 say(f"{job.out}: cannot resume: {error}; starting over")
         return _encode(job, _begin(job, holdout, progress), holdout, progress)
     except OSError as error:
-        raise DataError(f"{error.filename or job.out}: {error.strerror}; mend it and repeat the command to go on") from error
+        raise DataError(
+            f"{error.filename or job.out}: {error.strerror}; mend it and repeat the command to go on"
+        ) from error
 
 
 def _begin(job: Job, holdout: Holdout, progress: bool) -> Journal:

@@ -28,8 +28,12 @@ class Split:
         self.num_documents = info.documents
         self.separator_id = manifest.separator_id
         token_type = np.dtype(manifest.dtype).newbyteorder("<")
-        self._tokens = [_map(folder / f"{shard.name}.tokens", token_type, shard.tokens) for shard in info.shards]
-        self._starts = [_map(folder / f"{shard.name}.starts", np.dtype("<i8"), shard.documents) for shard in info.shards]
+        self._tokens = [
+            _map(folder / f"{shard.name}.tokens", token_type, shard.tokens) for shard in info.shards
+        ]
+        self._starts = [
+            _map(folder / f"{shard.name}.starts", np.dtype("<i8"), shard.documents) for shard in info.shards
+        ]
         self._files = [_files(folder, shard, token_type.itemsize) for shard in info.shards]
         self._ends = np.cumsum([shard.tokens for shard in info.shards], dtype=np.int64)
 
@@ -40,7 +44,9 @@ class Split:
         mapped file that was cut ends the process without a word when it is read.
         """
         if start < 0 or length < 0 or start + length > self.num_tokens:
-            raise IndexError(f"window [{start}, {start + length}) leaves the {self.num_tokens} tokens of {self.name}")
+            raise IndexError(
+                f"window [{start}, {start + length}) leaves the {self.num_tokens} tokens of {self.name}"
+            )
         tokens_T = np.empty(length, np.int64)
         starts_T = np.zeros(length, np.bool_)
         shard = int(np.searchsorted(self._ends, start, side="right"))
@@ -60,7 +66,9 @@ class Split:
             starts_T[starts - low + done] = True
             done += high - low
             shard += 1
-        if length and (int(tokens_T.max()) >= self._vocab_size or (tokens_T[starts_T] != self.separator_id).any()):
+        if length and (
+            int(tokens_T.max()) >= self._vocab_size or (tokens_T[starts_T] != self.separator_id).any()
+        ):
             raise DataError(
                 f"{self._files[0][0][0].parent}: {self.name} has tokens that its tokenizer has not, or no separator at a start"
             )
@@ -88,10 +96,14 @@ class TokenDataset:
             for shard in split.shards:
                 problems += _shard_problems(folder, shard, np.dtype(manifest.dtype).itemsize, verify)
         if problems:
-            raise DataError("\n".join([f"{folder}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
+            raise DataError(
+                "\n".join([f"{folder}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)])
+            )
         compression = read_compression(folder / COMPRESSION)
         if compression.shape != (manifest.vocab_size,):
-            raise DataError(f"{folder / COMPRESSION}: is int64 {list(compression.shape)}, not int64 [{manifest.vocab_size}]")
+            raise DataError(
+                f"{folder / COMPRESSION}: is int64 {list(compression.shape)}, not int64 [{manifest.vocab_size}]"
+            )
         return cls(folder, manifest, compression)
 
     @property
@@ -111,7 +123,10 @@ def _map(path: Path, dtype: np.dtype[np.generic], length: int) -> npt.NDArray[np
 
 def _artefact_problems(folder: Path, manifest: Manifest) -> list[str]:
     digests = {TOKENIZER: manifest.tokenizer_xxh3, COMPRESSION: manifest.compression_xxh3}
-    problems = [_digest_problem(folder / name, digest, "not the one this data was made with") for name, digest in digests.items()]
+    problems = [
+        _digest_problem(folder / name, digest, "not the one this data was made with")
+        for name, digest in digests.items()
+    ]
     return [problem for problem in problems if problem]
 
 
@@ -128,7 +143,10 @@ def _digest_problem(path: Path, digest: str, otherwise: str) -> str:
 
 def _files(folder: Path, shard: ShardInfo, token_bytes: int) -> list[tuple[Path, int]]:
     """A shard's files with their sizes in bytes."""
-    return [(folder / f"{shard.name}.tokens", shard.tokens * token_bytes), (folder / f"{shard.name}.starts", shard.documents * 8)]
+    return [
+        (folder / f"{shard.name}.tokens", shard.tokens * token_bytes),
+        (folder / f"{shard.name}.starts", shard.documents * 8),
+    ]
 
 
 def _size_problem(path: Path, size: int) -> str:
@@ -141,8 +159,12 @@ def _size_problem(path: Path, size: int) -> str:
 
 def _shard_problems(folder: Path, shard: ShardInfo, token_bytes: int, verify: bool) -> list[str]:
     problems = []
-    for (path, size), digest in zip(_files(folder, shard, token_bytes), (shard.tokens_xxh3, shard.starts_xxh3), strict=True):
-        if problem := _size_problem(path, size) or (_digest_problem(path, digest, "damaged") if verify else ""):
+    for (path, size), digest in zip(
+        _files(folder, shard, token_bytes), (shard.tokens_xxh3, shard.starts_xxh3), strict=True
+    ):
+        if problem := _size_problem(path, size) or (
+            _digest_problem(path, digest, "damaged") if verify else ""
+        ):
             problems.append(problem)
     if verify and not problems and shard.documents:
         starts = _map(folder / f"{shard.name}.starts", np.dtype("<i8"), shard.documents)

@@ -84,7 +84,9 @@ class Tally:
 
 def shipped_names() -> list[str]:
     """The corpora that come with the package, as sources: ["shipped:sotu"]."""
-    return sorted(SHIPPED_PREFIX + path.name.removesuffix(_CORPUS_SUFFIX) for path in _CORPUS.glob("*" + _CORPUS_SUFFIX))
+    return sorted(
+        SHIPPED_PREFIX + path.name.removesuffix(_CORPUS_SUFFIX) for path in _CORPUS.glob("*" + _CORPUS_SUFFIX)
+    )
 
 
 def list_files(sources: Sequence[str | Path], held_out: Sequence[str | Path] = ()) -> Listing:
@@ -101,7 +103,9 @@ def list_files(sources: Sequence[str | Path], held_out: Sequence[str | Path] = (
     if not sources:
         problems.append(f"no source is given; name files, folders or {', '.join(shipped_names())}")
     both = [file.name for key, file in groups[1].files.items() if key in groups[0].files]
-    problems += [f"{name}: is both in the corpus and in the validation text; leave it out of one" for name in both]
+    problems += [
+        f"{name}: is both in the corpus and in the validation text; leave it out of one" for name in both
+    ]
     if problems:
         raise DataError("\n".join([f"sources: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
     return Listing(list(groups[0].files.values()), list(groups[1].files.values()), left_out)
@@ -170,7 +174,9 @@ class _Group:
         if source.startswith(SHIPPED_PREFIX):
             path = _CORPUS / (source.removeprefix(SHIPPED_PREFIX) + _CORPUS_SUFFIX)
             if source not in shipped_names():
-                self.problems.append(f"{source}: no such corpus is shipped; there is {', '.join(shipped_names())}")
+                self.problems.append(
+                    f"{source}: no such corpus is shipped; there is {', '.join(shipped_names())}"
+                )
                 return
         try:
             if path.is_dir():
@@ -179,7 +185,10 @@ class _Group:
                 if why == _AGAIN:
                     self.left_out.append(LeftOut(source, why))
                 else:
-                    words = {_MISSING: "no such file or folder", _UNKNOWN: f"unknown suffix; legal are {_legal()}"}
+                    words = {
+                        _MISSING: "no such file or folder",
+                        _UNKNOWN: f"unknown suffix; legal are {_legal()}",
+                    }
                     self.problems.append(f"{source}: {words.get(why, f'is {why}')}")
         except OSError as error:
             self.problems.append(f"{error.filename or source}: cannot be read: {error.strerror}")
@@ -226,9 +235,14 @@ def summary(left_out: Sequence[LeftOut], before: str = "") -> str:
     for why in dict.fromkeys(entry.why for entry in left_out):
         names = [entry.name for entry in left_out if entry.why == why]
         examples = list(
-            dict.fromkeys("".join(Path(name).suffixes[-1:]) or Path(name).name if why == _UNKNOWN else name for name in names)
+            dict.fromkeys(
+                "".join(Path(name).suffixes[-1:]) or Path(name).name if why == _UNKNOWN else name
+                for name in names
+            )
         )
-        parts.append(f"{len(names):,} {why} ({', '.join(examples[:_EXAMPLES])}{', …' if len(examples) > _EXAMPLES else ''})")
+        parts.append(
+            f"{len(names):,} {why} ({', '.join(examples[:_EXAMPLES])}{', …' if len(examples) > _EXAMPLES else ''})"
+        )
     return f"{before}{len(left_out):,} file{'s' * (len(left_out) > 1)}: {', '.join(parts)}"
 
 
@@ -243,7 +257,9 @@ def _walk(folder: Path, left: list[LeftOut]) -> Iterator[Path]:
     for place, names, files in os.walk(folder, followlinks=True, onerror=refuse):
         kept = []
         # of two names of a folder the one that is neither hidden nor a link is taken
-        for name in sorted(names, key=lambda name: (name.startswith("."), os.path.islink(os.path.join(place, name)), name)):
+        for name in sorted(
+            names, key=lambda name: (name.startswith("."), os.path.islink(os.path.join(place, name)), name)
+        ):
             found = os.stat(os.path.join(place, name))
             if (key := (found.st_dev, found.st_ino)) in seen:
                 left.append(LeftOut(os.path.join(place, name), _AGAIN))
@@ -322,12 +338,16 @@ def _jsonl_text(file: SourceFile, line: bytes, number: int, offset: int, text_fi
         raise DataError(f"{where}: (byte {offset}) has the field {text_field!r} twice")
     value = record[text_field]
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: (byte {offset}) field {text_field!r} is {'empty' if isinstance(value, str) else 'not a string'}")
+        raise DataError(
+            f"{where}: (byte {offset}) field {text_field!r} is {'empty' if isinstance(value, str) else 'not a string'}"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
         found = f"\\u{ord(value[error.start]):04x}"
-        raise DataError(f"{where}: (byte {offset}) field {text_field!r} has the lone surrogate {found}, which is no text") from None
+        raise DataError(
+            f"{where}: (byte {offset}) field {text_field!r} has the lone surrogate {found}, which is no text"
+        ) from None
     return value
 
 
@@ -373,7 +393,9 @@ def _decode(file: SourceFile, data: bytes, offset: int, final: bool) -> tuple[st
 
 def _refuse_bytes(file: SourceFile, data: bytes, offset: int, error: UnicodeDecodeError) -> NoReturn:
     byte = data[error.start]
-    raise DataError(f"{file.name}: is not UTF-8 at byte {offset + error.start} (0x{byte:02x}: {error.reason})") from None
+    raise DataError(
+        f"{file.name}: is not UTF-8 at byte {offset + error.start} (0x{byte:02x}: {error.reason})"
+    ) from None
 
 
 def _cut(text: str, low: int, high: int) -> int:
@@ -387,4 +409,6 @@ def _cut(text: str, low: int, high: int) -> int:
         cut = text.rfind(" ", low + 1, cut)
     if cut > 0:
         return cut
-    return next((i for i in range(high - 1, low, -1) if text[i].isspace() and not text[i - 1].isspace()), high)
+    return next(
+        (i for i in range(high - 1, low, -1) if text[i].isspace() and not text[i - 1].isspace()), high
+    )

@@ -34,7 +34,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
     Raises DataError where `vocab_size` has no room for the 256 bytes and the separator.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise DataError(f"vocab_size={vocab_size} is too small; 256 bytes and the separator need at least {MIN_VOCAB_SIZE}")
+        raise DataError(
+            f"vocab_size={vocab_size} is too small; 256 bytes and the separator need at least {MIN_VOCAB_SIZE}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -88,7 +90,9 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     """V: one more than the highest id, added tokens included (ids may have holes). DataError where that is above MAX_VOCAB_SIZE."""
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if size > MAX_VOCAB_SIZE:
-        raise DataError(f"the tokenizer has the token id {size - 1:,}; the highest that is taken is {MAX_VOCAB_SIZE - 1:,}")
+        raise DataError(
+            f"the tokenizer has the token id {size - 1:,}; the highest that is taken is {MAX_VOCAB_SIZE - 1:,}"
+        )
     return size
 
 
@@ -104,7 +108,9 @@ def find_separator(tokenizer: Tokenizer, name: str | None = None) -> tuple[str, 
             return token, token_id
     if name:
         present = [token for token in KNOWN_SEPARATORS if tokenizer.token_to_id(token) is not None]
-        raise DataError(f"separator {name!r} is no token of the tokenizer; of the usual ones it has {', '.join(present) or 'none'}")
+        raise DataError(
+            f"separator {name!r} is no token of the tokenizer; of the usual ones it has {', '.join(present) or 'none'}"
+        )
     raise DataError(
         f"the tokenizer has none of {', '.join(KNOWN_SEPARATORS)}; name its separator token with --separator TOKEN "
         "(data.separator in settings)"
@@ -118,7 +124,9 @@ def for_texts(tokenizer: Tokenizer, separator: str) -> Tokenizer:
     """
     tokenizer.post_processor = None  # it only puts special tokens around; and it moves offsets
     special: dict[str, int | None] = {
-        token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        token.content: token_id
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special
     }
     special[separator] = tokenizer.token_to_id(separator)
     if not _spelled(tokenizer, special):
@@ -143,16 +151,24 @@ def _made_of(tree: dict[str, Any]) -> Tokenizer:
         tokenizer = _for_encoding(Tokenizer.from_str(json.dumps(tree)))
     moved = [t["content"] for t in tree["added_tokens"] if tokenizer.token_to_id(t["content"]) != t["id"]]
     if moved:
-        raise DataError(f"the tokenizer cannot be made to take its separator for text: {moved[0]!r} would have another id")
+        raise DataError(
+            f"the tokenizer cannot be made to take its separator for text: {moved[0]!r} would have another id"
+        )
     return tokenizer
 
 
 def _spelled(tokenizer: Tokenizer, special: dict[str, int | None]) -> list[str]:
     """Those tokens whose id a text that spells them out has."""
-    forms = [(name, text) for name in special for text in (name, f"a {name} b", f"a{name}b", name * 2, name.strip(), name.upper())]
+    forms = [
+        (name, text)
+        for name in special
+        for text in (name, f"a {name} b", f"a{name}b", name * 2, name.strip(), name.upper())
+    ]
     with library_errors("the tokenizer fails on a text"):
         encodings = tokenizer.encode_batch_fast([text for _, text in forms], add_special_tokens=False)
-    found = {name for (name, _), encoding in zip(forms, encodings, strict=True) if special[name] in encoding.ids}
+    found = {
+        name for (name, _), encoding in zip(forms, encodings, strict=True) if special[name] in encoding.ids
+    }
     return [name for name in special if name in found]
 
 
@@ -168,7 +184,10 @@ def _hide(model: dict[str, Any], name: str) -> bool:
         return bool(ids)
     if len(name) == 1 or name not in model["vocab"] or model.get("unk_token") == name:
         return False
-    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges", ())]
+    merges = [
+        tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
+        for merge in model.get("merges", ())
+    ]
     if any(name in merge for merge in merges):
         return False
     if merges:

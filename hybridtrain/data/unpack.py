@@ -30,7 +30,9 @@ def unpack(raw: IO[bytes], compression: str, name: str) -> Iterator[bytes]:
             yield block
             offset += len(block)
     except EOFError:
-        raise DataError(f"{name}: the {compression} stream is truncated; its text ends at byte {offset}") from None
+        raise DataError(
+            f"{name}: the {compression} stream is truncated; its text ends at byte {offset}"
+        ) from None
     except (OSError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{name}: cannot be read beyond byte {offset} of its text: {error}") from None
     if offset == 0:

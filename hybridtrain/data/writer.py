@@ -39,7 +39,9 @@ class SplitWriter:
     An unfinished shard is called `NAME.part`. Raises StaleStateError where the files do not continue `state`.
     """
 
-    def __init__(self, folder: Path, split: SplitName, dtype: str, shard_tokens: int, state: WriterState) -> None:
+    def __init__(
+        self, folder: Path, split: SplitName, dtype: str, shard_tokens: int, state: WriterState
+    ) -> None:
         self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
         self._token_type = np.dtype(dtype).newbyteorder("<")
         self._shards = list(state.shards)
@@ -67,7 +69,12 @@ class SplitWriter:
         for stream in self._streams:
             stream.flush()
             os.fsync(stream.fileno())
-        return WriterState(shards=tuple(self._shards), open_tokens=self._tokens, open_documents=self._documents, bytes=self._bytes)
+        return WriterState(
+            shards=tuple(self._shards),
+            open_tokens=self._tokens,
+            open_documents=self._documents,
+            bytes=self._bytes,
+        )
 
     def finish(self) -> SplitInfo:
         """Close the last shard (or drop it where it is empty) and describe the split."""
@@ -106,7 +113,13 @@ class SplitWriter:
             part.replace(final)
         sync_folder(self._folder)
         tokens, starts = (digest.hexdigest() for digest in self._digests)
-        info = ShardInfo(name=self._name(), tokens=self._tokens, documents=self._documents, tokens_xxh3=tokens, starts_xxh3=starts)
+        info = ShardInfo(
+            name=self._name(),
+            tokens=self._tokens,
+            documents=self._documents,
+            tokens_xxh3=tokens,
+            starts_xxh3=starts,
+        )
         self._shards.append(info)
 
     def _open(self, tokens: int, documents: int) -> None:
@@ -115,7 +128,10 @@ class SplitWriter:
         self._streams: list[IO[bytes]] = []
         self._digests = []
         for part, final, size in zip(
-            self._paths(_PART), self._paths(), (tokens * self._token_type.itemsize, documents * 8), strict=True
+            self._paths(_PART),
+            self._paths(),
+            (tokens * self._token_type.itemsize, documents * 8),
+            strict=True,
         ):
             if final.exists():  # finished after the last commit
                 final.replace(part)
@@ -149,4 +165,9 @@ class SplitWriter:
 def split_files(folder: Path, split: SplitName) -> list[Path]:
     """Every file of a split, finished or not, that lies in the folder."""
     number = "[0-9]" * 5
-    return [p for suffix in _SUFFIXES for part in ("", _PART) for p in sorted(folder.glob(f"{split}-{number}{suffix}{part}"))]
+    return [
+        p
+        for suffix in _SUFFIXES
+        for part in ("", _PART)
+        for p in sorted(folder.glob(f"{split}-{number}{suffix}{part}"))
+    ]

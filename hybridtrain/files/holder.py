@@ -56,7 +56,9 @@ class Holder(BaseModel):
             return None
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} since {self.since}" + (f" ({self.command})" if self.command else "")
+        return f"process {self.pid} on {self.host} since {self.since}" + (
+            f" ({self.command})" if self.command else ""
+        )
 
     def lives(self) -> bool | None:
         """Whether the process is there; None where that cannot be seen from here."""
@@ -71,7 +73,11 @@ class Holder(BaseModel):
 def _kernel() -> str:
     """Which processes' numbers can be looked at from here; empty where that is not known."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+        return (
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            + " "
+            + os.readlink("/proc/self/ns/pid")
+        )
     except OSError:
         return ""
 

@@ -64,7 +64,9 @@ class FolderLock:
         self._store: _Files | _Objects = _Files(file) if isinstance(file, Path) else _Objects(file)
         self._mutex = threading.RLock()  # a signal may come while it is held
         self._closed = threading.Event()
-        self._seen: tuple[object, float] | None = None  # the last sign of life of a holder of whom nothing else is known, and when
+        self._seen: tuple[object, float] | None = (
+            None  # the last sign of life of a holder of whom nothing else is known, and when
+        )
         self._confirmed = 0.0
         self._lost = ""
         self._made_folder = False
@@ -102,12 +104,16 @@ class FolderLock:
                 return
             self._closed.set()
             _held.discard(self)
-            with contextlib.suppress(OSError):  # a file system that fails: who comes next sees that this process is gone
+            with contextlib.suppress(
+                OSError
+            ):  # a file system that fails: who comes next sees that this process is gone
                 found = self._store.read()
                 if found is not None and found[0] is not None and found[0].token == self.me.token:
                     self.file.unlink()
                 if self._made_folder:
-                    os.rmdir(self.file.parent)  # where nothing was written to it; a URL's rmdir would take all that was
+                    os.rmdir(
+                        self.file.parent
+                    )  # where nothing was written to it; a URL's rmdir would take all that was
         _watch_sigterm(bool(_held))
 
     def _begin(self) -> Attempt:
@@ -181,8 +187,12 @@ class _Files:
     def read(self) -> tuple[Holder | None, object] | None:
         """(who holds it, its last sign of life); None where it is not there."""
         try:
-            with self._file.open("rb") as stream:  # opened, not only looked at: a network file system then asks its server
-                return Holder.parse(stream.read(_MOST_BYTES), str(self._file)), os.fstat(stream.fileno()).st_mtime
+            with self._file.open(
+                "rb"
+            ) as stream:  # opened, not only looked at: a network file system then asks its server
+                return Holder.parse(stream.read(_MOST_BYTES), str(self._file)), os.fstat(
+                    stream.fileno()
+                ).st_mtime
         except FileNotFoundError:
             return None
 
@@ -229,7 +239,9 @@ class _Files:
         """One that ended between two steps of a takeover keeps nobody from the next try."""
         theirs = _Files(heir)
         found = theirs.read()
-        if found is not None and ((found[0] is not None and found[0].lives() is False) or theirs.age(found[1]) > STALE):
+        if found is not None and (
+            (found[0] is not None and found[0].lives() is False) or theirs.age(found[1]) > STALE
+        ):
             heir.unlink(missing_ok=True)
 
 
@@ -305,7 +317,11 @@ def in_use(folder: str, holder: Holder | None) -> str:
 def waiting(folder: str, outcome: Attempt) -> str:
     """What is said before the first wait."""
     who = f"{folder} is in use by {outcome.holder or 'another process'}"
-    return f"{who}; waiting for it" if outcome.lives else f"{who}; it shows within {STALE:g} s whether that is still there"
+    return (
+        f"{who}; waiting for it"
+        if outcome.lives
+        else f"{who}; it shows within {STALE:g} s whether that is still there"
+    )
 
 
 _held: set[FolderLock] = set()

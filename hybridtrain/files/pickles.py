@@ -53,12 +53,16 @@ def unpickle(content: bytes, source: str, known: Collection[str] | None, persist
     try:
         value = machine.run()
     except (IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
-        raise UntrustedFileError(f"{source}: is damaged or no pickle of data: byte {machine.at - 1}: {error}") from None
+        raise UntrustedFileError(
+            f"{source}: is damaged or no pickle of data: byte {machine.at - 1}: {error}"
+        ) from None
     finally:
         unknown = sorted({str(name) for name in machine.names} - set(known)) if known is not None else []
         if unknown:
             shown = ", ".join(unknown[:8]) + ("…" if len(unknown) > 8 else "")
-            raise UntrustedFileError(f"{source}: names {shown[:500]}, which is not part of such a file") from None
+            raise UntrustedFileError(
+                f"{source}: names {shown[:500]}, which is not part of such a file"
+            ) from None
     return value
 
 
@@ -207,7 +211,9 @@ def _put_in(m: _Machine, pairs: list[Any]) -> None:
     into = m.stack[-1]
     keys, values = pairs[::2], pairs[1::2]
     for key in keys:  # hashing a tuple of tuples goes as deep as they are
-        if type(key) not in _HASHED and not (type(key) is tuple and all(type(part) in _HASHED for part in key)):
+        if type(key) not in _HASHED and not (
+            type(key) is tuple and all(type(part) in _HASHED for part in key)
+        ):
             raise ValueError(f"a {type(key).__name__} is the key of a dict")
     if type(into) is Made:
         into.items += zip(keys, values, strict=True)

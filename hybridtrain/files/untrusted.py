@@ -39,7 +39,9 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
     with path.open("rb") as stream:
         content: bytes = stream.read(most + 1)
     if len(content) > most:
-        raise UntrustedFileError(f"{path}: is longer than {most:,} bytes, the most that is read of such a file")
+        raise UntrustedFileError(
+            f"{path}: is longer than {most:,} bytes, the most that is read of such a file"
+        )
     return content
 
 
@@ -95,7 +97,10 @@ def validated(value: Any, source: str, shape: type[T]) -> T:
     try:
         return TypeAdapter(shape).validate_python(value, strict=True)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {e['msg']}" for e in error.errors(include_url=False)]
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {e['msg']}"
+            for e in error.errors(include_url=False)
+        ]
         lines = [f"  {problem}" for problem in first_of(problems)]
         raise UntrustedFileError("\n".join([f"{source}: is not what it should be", *lines])) from None
 
@@ -108,8 +113,17 @@ def first_of(problems: list[str]) -> list[str]:
 def inside(folder: Path, name: str, source: str) -> Path:
     """The file `name` of `folder`, as `source` calls it. Raises UntrustedFileError where it would lie outside of the folder."""
     parts = name.replace("\\", "/").split("/")
-    encodable = name.encode("utf-8", "ignore").decode("utf-8") == name  # JSON has halves of characters, file names not
-    if not name or not encodable or "\0" in name or name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
+    encodable = (
+        name.encode("utf-8", "ignore").decode("utf-8") == name
+    )  # JSON has halves of characters, file names not
+    if (
+        not name
+        or not encodable
+        or "\0" in name
+        or name.startswith(("/", "\\"))
+        or ".." in parts
+        or ":" in parts[0]
+    ):
         raise UntrustedFileError(f"{source}: names the file {name!r}, which is not one below {folder}")
     return folder / name
 
@@ -131,7 +145,9 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _deeper_than(value: Any, most: int) -> bool:
     level = [value]
     for _ in range(most + 1):
-        level = [v for c in level if isinstance(c, dict | list) for v in (c.values() if isinstance(c, dict) else c)]
+        level = [
+            v for c in level if isinstance(c, dict | list) for v in (c.values() if isinstance(c, dict) else c)
+        ]
         if not level:
             return False
     return True

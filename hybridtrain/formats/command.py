@@ -11,13 +11,22 @@ from hybridtrain.settings.tree import Settings
 
 
 def export_model(
-    run: Path, out: Path, to: str, family: str | None, transformer_impl: str | None, max_shard_size: str, dtype: str
+    run: Path,
+    out: Path,
+    to: str,
+    family: str | None,
+    transformer_impl: str | None,
+    max_shard_size: str,
+    dtype: str,
 ) -> str:
     """Write a checkpoint in the format `to`; returns what of it was written."""
     max_bytes = parse_size("--max-shard-size", max_shard_size)
     if to not in ("hf", "megatron"):
         raise UserError(f'--format "{to}": it may be hf or megatron')
-    for option, value, of in (("--family", family, "hf"), ("--transformer-impl", transformer_impl, "megatron")):
+    for option, value, of in (
+        ("--family", family, "hf"),
+        ("--transformer-impl", transformer_impl, "megatron"),
+    ):
         if value is not None and to != of:
             raise UserError(f'{option} "{value}": is of --format {of}, not of {to}')
     if to == "megatron":
@@ -33,13 +42,25 @@ def export_model(
 
 
 def import_model(
-    folder: Path, out: Path, separator: str | None, seq_len: int | None, tokenizer: Path | None, settings_file: Path | None
+    folder: Path,
+    out: Path,
+    separator: str | None,
+    seq_len: int | None,
+    tokenizer: Path | None,
+    settings_file: Path | None,
 ) -> Settings:
     """Make a folder that runs start from, of whatever format `folder` is; returns its settings."""
     if is_torch_dist(folder):
         from hybridtrain.formats.megatron_import import import_megatron
 
-        return import_megatron(folder, out, separator=separator, seq_len=seq_len, tokenizer=tokenizer, settings_file=settings_file)
+        return import_megatron(
+            folder,
+            out,
+            separator=separator,
+            seq_len=seq_len,
+            tokenizer=tokenizer,
+            settings_file=settings_file,
+        )
     if tokenizer is not None or settings_file is not None:
         raise UserError(f"--tokenizer and --settings are for Megatron's checkpoints; {folder} is none")
     need_transformers()

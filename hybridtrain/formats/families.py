@@ -42,7 +42,11 @@ _BIASED_AND_SHARED = {
     "feedforward.shared.w_up.weight": "mlp.shared_experts.up_proj.weight",
     "feedforward.shared.w_down.weight": "mlp.shared_experts.down_proj.weight",
 }
-OUTSIDE = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+OUTSIDE = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
 
 _KEYS = {  # config key to setting below `model`
     "vocab_size": "vocab_size",
@@ -183,7 +187,10 @@ FAMILIES = {
             },
             fixed={"moe.score": "sigmoid", **_ALL_PAIRS},
             layer=_ATTENTION | _DENSE | _EXPERTS | _BIASED_AND_SHARED,
-            kinds=lambda config: ["dense" if i < config.first_k_dense_replace else "moe" for i in range(config.num_hidden_layers)],
+            kinds=lambda config: [
+                "dense" if i < config.first_k_dense_replace else "moe"
+                for i in range(config.num_hidden_layers)
+            ],
             arrange=_dense_first,
             pattern="the first layers dense, all others moe",
             structure=("first_k_dense_replace",),
@@ -204,13 +211,46 @@ MAPPED = frozenset(  # for every family: read by name where it is used
 # An export gives them back as they came.
 HARMLESS = frozenset(
     (
-        *("transformers_version", "dtype", "torch_dtype", "name_or_path", "_name_or_path", "id2label", "label2id", "num_labels"),
-        *("problem_type", "return_dict", "use_cache", "output_hidden_states", "output_attentions", "output_router_logits"),
-        *("tie_last_hidden_states", "chunk_size_feed_forward", "attn_implementation", "_attn_implementation_autoset"),
-        *("experts_implementation", "initializer_range", "attention_dropout", "router_aux_loss_coef", "router_jitter_noise"),
+        *(
+            "transformers_version",
+            "dtype",
+            "torch_dtype",
+            "name_or_path",
+            "_name_or_path",
+            "id2label",
+            "label2id",
+            "num_labels",
+        ),
+        *(
+            "problem_type",
+            "return_dict",
+            "use_cache",
+            "output_hidden_states",
+            "output_attentions",
+            "output_router_logits",
+        ),
+        *(
+            "tie_last_hidden_states",
+            "chunk_size_feed_forward",
+            "attn_implementation",
+            "_attn_implementation_autoset",
+        ),
+        *(
+            "experts_implementation",
+            "initializer_range",
+            "attention_dropout",
+            "router_aux_loss_coef",
+            "router_jitter_noise",
+        ),
         *("pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"),
-        *("use_sliding_window", "max_window_layers"),  # where `sliding_window`, which must be null, would be used
-        *("num_nextn_predict_layers", "num_mtp_layers"),  # of further tokens: their weights have no place here and are refused
+        *(
+            "use_sliding_window",
+            "max_window_layers",
+        ),  # where `sliding_window`, which must be null, would be used
+        *(
+            "num_nextn_predict_layers",
+            "num_mtp_layers",
+        ),  # of further tokens: their weights have no place here and are refused
     )
 )
 # What a config may say that our model has not: key, the values that mean its absence, and what it is.
@@ -239,13 +279,21 @@ LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("logit_scale", (None, 1), "scaled logits"),
     ("rope_interleaved", (None, False), "rotations of neighbours; those of halves are read"),
     ("no_rope_layers", (None, []), "layers without positions"),
-    ("auto_map", (None, {}), "code of its own; remove the key where the weights are those of the architecture that is named"),
+    (
+        "auto_map",
+        (None, {}),
+        "code of its own; remove the key where the weights are those of the architecture that is named",
+    ),
     (
         "custom_pipelines",
         (None, {}),
         "code of its own; remove the key where the weights are those of the architecture that is named",
     ),
     ("compression_config", (None,), "quantised weights; dequantise them first"),
-    ("configuration_files", (None, [], {}), "another config.json by the version of transformers; rename the one to import"),
+    (
+        "configuration_files",
+        (None, [], {}),
+        "another config.json by the version of transformers; rename the one to import",
+    ),
     ("transformers_weights", (None,), "a file of weights of another name; name it model.safetensors"),
 )

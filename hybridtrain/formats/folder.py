@@ -28,7 +28,9 @@ def need_transformers() -> ModuleType:
         import safetensors  # noqa: F401
         import transformers
     except ImportError:
-        raise UserError("Hugging Face folders need transformers and safetensors: pip install 'hybridtrain[hf]'") from None
+        raise UserError(
+            "Hugging Face folders need transformers and safetensors: pip install 'hybridtrain[hf]'"
+        ) from None
     return transformers
 
 
@@ -73,7 +75,9 @@ def among(value: Any, legal: tuple[Any, ...]) -> bool:
     if not isinstance(value, bool | int | float | str | list | dict | None):
         return False
     try:
-        return any(bool(value == other) and isinstance(value, bool) == isinstance(other, bool) for other in legal)
+        return any(
+            bool(value == other) and isinstance(value, bool) == isinstance(other, bool) for other in legal
+        )
     except Exception:  # whatever comparing with an object of a foreign class raises
         return False
 

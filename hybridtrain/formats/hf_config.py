@@ -35,9 +35,26 @@ def _dtype(value: str) -> str:
 _Dtype = Annotated[str, AfterValidator(_dtype)]
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"), Size),
-    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "decoder_sparse_step"), Count),
     **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"), Count
+        (
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "decoder_sparse_step",
+        ),
+        Count,
+    ),
+    **dict.fromkeys(
+        (
+            "num_experts",
+            "num_local_experts",
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "n_group",
+            "topk_group",
+        ),
+        Count,
     ),
     **dict.fromkeys(("n_shared_experts", "first_k_dense_replace"), _Natural),
     **dict.fromkeys(("rms_norm_eps", "routed_scaling_factor", "rope_theta"), Number),
@@ -53,7 +70,15 @@ _KINDS: dict[str, Any] = {
 }
 _NULLABLE = frozenset(
     (
-        *("num_key_value_heads", "head_dim", "rope_theta", "rope_parameters", "rope_scaling", "layer_types", "mlp_only_layers"),
+        *(
+            "num_key_value_heads",
+            "head_dim",
+            "rope_theta",
+            "rope_parameters",
+            "rope_scaling",
+            "layer_types",
+            "mlp_only_layers",
+        ),
         *(*DTYPE_KEYS, *TOKEN_IDS, "architectures", "use_sliding_window"),
     )
 )
@@ -104,7 +129,10 @@ class Config:
 
     @property
     def head_dim(self) -> int:
-        return int(getattr(self.values, "head_dim", None) or self.values.hidden_size // self.values.num_attention_heads)
+        return int(
+            getattr(self.values, "head_dim", None)
+            or self.values.hidden_size // self.values.num_attention_heads
+        )
 
     def get(self, key: str) -> Any:
         return self.head_dim if key == "head_dim" else getattr(self.values, key, None)
@@ -127,27 +155,46 @@ def resolve(tree: dict[str, Any], path: Path) -> Config:
     transformers = need_transformers()
     model_type, family = tree["model_type"], FAMILIES.get(tree["model_type"])
     if model_type not in transformers.CONFIG_MAPPING:
-        raise FormatError(str(path.parent), [f"model_type={json.dumps(model_type)} is none of {', '.join(FAMILIES)}"])
+        raise FormatError(
+            str(path.parent), [f"model_type={json.dumps(model_type)} is none of {', '.join(FAMILIES)}"]
+        )
     named = (tree.get("architectures") or [None])[0]
     if family is None or named not in (None, family.architecture):
         known = ", ".join(f.architecture for f in FAMILIES.values())
         lacking = lacking_of(_resolved(model_type, tree, path), tree)
-        raise FormatError(str(path.parent), [f"architecture {named or model_type} is none of {known}", *lacking])
+        raise FormatError(
+            str(path.parent), [f"architecture {named or model_type} is none of {known}", *lacking]
+        )
     validated(tree, str(path), _Keys)
     known_keys = known_of(family)
     values = _resolved(model_type, tree, path)
-    rotations = validated(getattr(values, "rope_parameters", None) or {}, f"{path}: rope_parameters", _Rotations)
+    rotations = validated(
+        getattr(values, "rope_parameters", None) or {}, f"{path}: rope_parameters", _Rotations
+    )
     generation = transformers.GenerationConfig._get_default_generation_params()
-    told = {key: value for key, value in tree.items() if key not in known_keys and key not in generation and not is_off(value)}
+    told = {
+        key: value
+        for key, value in tree.items()
+        if key not in known_keys and key not in generation and not is_off(value)
+    }
     return Config(tree, values, family, rotations, told)
 
 
 def known_of(family: Family) -> frozenset[str]:
     """The keys of a config.json of the family that are mapped, harmless or refused."""
     aliases = need_transformers().CONFIG_MAPPING[family.name].attribute_map
-    names = {*MAPPED, *HARMLESS, *family.keys, *family.structure, "layer_types", *(key for key, _, _ in LACKING)}
+    names = {
+        *MAPPED,
+        *HARMLESS,
+        *family.keys,
+        *family.structure,
+        "layer_types",
+        *(key for key, _, _ in LACKING),
+    }
     return frozenset(
-        names | {alias for alias, name in aliases.items() if name in names} | {aliases[n] for n in names & aliases.keys()}
+        names
+        | {alias for alias, name in aliases.items() if name in names}
+        | {aliases[n] for n in names & aliases.keys()}
     )
 
 
@@ -156,10 +203,14 @@ def problems_of(config: Config) -> list[str]:
     out = lacking_of(config.values, config.tree)
     types = config.tree.get("layer_types") or getattr(config.values, "layer_types", None)
     if types and (set(types) != {"full_attention"} or len(types) != config.values.num_hidden_layers):
-        out.append(f'layer_types={json.dumps(types)}: "full_attention" for each of {config.values.num_hidden_layers} layers')
+        out.append(
+            f'layer_types={json.dumps(types)}: "full_attention" for each of {config.values.num_hidden_layers} layers'
+        )
     for alias, name in type(config.values).attribute_map.items():
         if alias in config.tree and name in config.tree and config.tree[alias] != config.tree[name]:
-            out.append(f"{alias}={json.dumps(config.tree[alias])} and {name}={json.dumps(config.tree[name])} are the same key")
+            out.append(
+                f"{alias}={json.dumps(config.tree[alias])} and {name}={json.dumps(config.tree[name])} are the same key"
+            )
     return out
 
 
@@ -167,12 +218,18 @@ def lacking_of(values: Any, tree: Mapping[str, Any]) -> list[str]:
     """The same of any of transformers' configs `values`, which was made of `tree`."""
     fields = _fields(type(values))
     found = {key: getattr(values, key) if key in fields else tree.get(key) for key, _, _ in LACKING}
-    out = [f"{key}={json.dumps(found[key], default=str)}: {what}" for key, absent, what in LACKING if not among(found[key], absent)]
+    out = [
+        f"{key}={json.dumps(found[key], default=str)}: {what}"
+        for key, absent, what in LACKING
+        if not among(found[key], absent)
+    ]
     rope = getattr(values, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         out.append(f"rope_parameters.rope_type={json.dumps(rope['rope_type'])}: scaled rotations")
     if rope.get("partial_rotary_factor") not in (None, 1):
-        out.append(f"rope_parameters.partial_rotary_factor={rope['partial_rotary_factor']}: rotations of a part of each head")
+        out.append(
+            f"rope_parameters.partial_rotary_factor={rope['partial_rotary_factor']}: rotations of a part of each head"
+        )
     return out
 
 
@@ -192,9 +249,18 @@ def generation_ids(folder: Path) -> dict[str, Any]:
 def _resolved(model_type: str, tree: Mapping[str, Any], path: Path) -> Any:
     """transformers' config of the keys that its class has; others would become attributes of it, whatever their names."""
     kind = need_transformers().CONFIG_MAPPING[model_type]
-    names = {*_fields(kind), *kind.attribute_map, *kind.attribute_map.values(), *MAPPED, *DTYPE_KEYS, "head_dim"} - {"model_type"}
+    names = {
+        *_fields(kind),
+        *kind.attribute_map,
+        *kind.attribute_map.values(),
+        *MAPPED,
+        *DTYPE_KEYS,
+        "head_dim",
+    } - {"model_type"}
     try:
-        return kind.from_dict(copy.deepcopy({key: value for key, value in tree.items() if key in names}))  # which it may write into
+        return kind.from_dict(
+            copy.deepcopy({key: value for key, value in tree.items() if key in names})
+        )  # which it may write into
     except Exception as error:  # each model type has checks of its own
         raise UserError(f"{path}: transformers refuses it: {error}") from None
 

@@ -18,8 +18,24 @@ from hybridtrain.errors import FormatError, UserError
 from hybridtrain.formats import hf_hybrid
 from hybridtrain.formats.families import FAMILIES, Family
 from hybridtrain.formats.folder import need_transformers, new_folder
-from hybridtrain.formats.hf_config import CONFIG, DTYPE_KEYS, GENERATION, TOKEN_IDS, Config, problems_of, resolve
-from hybridtrain.formats.native import AS_IMPORTED, ROUTER_STATE, Source, biased, open_source, output_dtype, setting
+from hybridtrain.formats.hf_config import (
+    CONFIG,
+    DTYPE_KEYS,
+    GENERATION,
+    TOKEN_IDS,
+    Config,
+    problems_of,
+    resolve,
+)
+from hybridtrain.formats.native import (
+    AS_IMPORTED,
+    ROUTER_STATE,
+    Source,
+    biased,
+    open_source,
+    output_dtype,
+    setting,
+)
 from hybridtrain.formats.origin import Origin, read_origin
 from hybridtrain.formats.shards import write_safetensors
 from hybridtrain.formats.tensors import DTYPES, cast, their_shape
@@ -30,7 +46,9 @@ from hybridtrain.settings.tree import Settings
 AUTO = "auto"
 
 
-def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int = 5 * 10**9, dtype: str = AS_IMPORTED) -> str:
+def export_hf(
+    path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int = 5 * 10**9, dtype: str = AS_IMPORTED
+) -> str:
     """Write the run folder or checkpoint `path` as the Hugging Face folder `out`; returns the family written.
 
     `family` is one of FAMILIES, "hybridtrain" (our own architecture with its modelling file), or "auto": the first that is
@@ -59,7 +77,9 @@ def export_hf(path: Path, out: Path, *, family: str = AUTO, max_shard_bytes: int
             config = _config(FAMILIES[chosen], settings, described, origin, run / ORIGIN)
             tensors = _tensors(source, FAMILIES[chosen])
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_safetensors(made, {name: cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}, max_shard_bytes)
+        write_safetensors(
+            made, {name: cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}, max_shard_bytes
+        )
         copy_companions(run, made, TOKENIZER)
         if (origin.config or {}).get("model_type") != chosen:
             _write_usage(made, info["separator_id"], described)
@@ -73,7 +93,9 @@ def _choose(path: Path, family: str, settings: Settings, biased: bool, origin: O
     if family == AUTO:
         came = (origin.config or {}).get("model_type")
         candidates = sorted(FAMILIES, key=lambda name: name != came)  # that of an import first
-        return next((name for name in candidates if not misfits(FAMILIES[name], settings, biased)), hf_hybrid.NAME)
+        return next(
+            (name for name in candidates if not misfits(FAMILIES[name], settings, biased)), hf_hybrid.NAME
+        )
     if family != hf_hybrid.NAME and (problems := misfits(FAMILIES[family], settings, biased)):
         raise FormatError(f"{path} is no {FAMILIES[family].architecture}", problems)
     return family
@@ -92,18 +114,24 @@ def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
     if family.arrange(kinds) is None:
         out.append(f"model.layers={json.dumps(model.layers)}: {name} has {family.pattern}")
     if model.dim % model.attention.num_heads and family.name == "llama":
-        out.append(f"model.dim={model.dim} is not a multiple of num_heads={model.attention.num_heads}, as {name} wants")
+        out.append(
+            f"model.dim={model.dim} is not a multiple of num_heads={model.attention.num_heads}, as {name} wants"
+        )
     if "moe" in kinds and "feedforward.router.bias_E" not in family.layer and biased:
         out.append(f"the routers have selection biases (model.moe.bias_rate); {name} has none")
     if "moe" in kinds and "feedforward.shared.w_up.weight" in family.layer:
         if model.moe.num_shared == 0:
             out.append(f"model.moe.num_shared=0: {name} has at least 1")
         if model.moe.num_experts < 2 * model.moe.num_groups:
-            out.append(f"model.moe.num_groups={model.moe.num_groups}: {name} has at least 2 experts in a group")
+            out.append(
+                f"model.moe.num_groups={model.moe.num_groups}: {name} has at least 2 experts in a group"
+            )
     return out
 
 
-def _config(family: Family, settings: Settings, described: Mapping[str, Any], origin: Origin, file: Path) -> dict[str, Any]:
+def _config(
+    family: Family, settings: Settings, described: Mapping[str, Any], origin: Origin, file: Path
+) -> dict[str, Any]:
     """config.json: that of the import with what is now another value, or a new one with transformers' defaults.
 
     Raises FormatError where `origin`, that of `file`, has what an import would have refused: whoever made the run folder wrote it.
@@ -115,7 +143,11 @@ def _config(family: Family, settings: Settings, described: Mapping[str, Any], or
         return _changed(came, settings, described, retyped=described["dtype"] != origin.dtype)
     kinds = [spec.feedforward for spec in layer_specs(settings)]
     values = {key: setting(settings.model, ours) for key, ours in family.keys.items()}
-    values |= {"num_hidden_layers": len(kinds), "architectures": [family.architecture], "attention_bias": False}
+    values |= {
+        "num_hidden_layers": len(kinds),
+        "architectures": [family.architecture],
+        "attention_bias": False,
+    }
     values |= {"rope_parameters": {"rope_type": "default", "rope_theta": settings.model.attention.rope_theta}}
     values |= {**(family.arrange(kinds) or {}), **family.constants, **described}
     tree: dict[str, Any] = need_transformers().CONFIG_MAPPING[family.name](**values).to_dict()
@@ -127,13 +159,21 @@ def _changed(came: Config, settings: Settings, described: Mapping[str, Any], ret
 
     `retyped`: the weights have another dtype than those that came.
     """
-    family, kinds, theta = came.family, [spec.feedforward for spec in layer_specs(settings)], settings.model.attention.rope_theta
-    now = {key: setting(settings.model, ours) for key, ours in family.keys.items()} | {"num_hidden_layers": len(kinds)}
+    family, kinds, theta = (
+        came.family,
+        [spec.feedforward for spec in layer_specs(settings)],
+        settings.model.attention.rope_theta,
+    )
+    now = {key: setting(settings.model, ours) for key, ours in family.keys.items()} | {
+        "num_hidden_layers": len(kinds)
+    }
     now |= {key: value for key, value in described.items() if key != "dtype"}
     changed = {key: value for key, value in now.items() if came.get(key) != value}
     if came.kinds != kinds:
         changed |= {**family.constants, **(family.arrange(kinds) or {})}
-    gone = {key for pair in type(came.values).attribute_map.items() for key in pair if changed.keys() & set(pair)}
+    gone = {
+        key for pair in type(came.values).attribute_map.items() for key in pair if changed.keys() & set(pair)
+    }
     if came.rotations.rope_theta != theta:
         changed |= {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "rope_theta": theta}
         gone.add("rope_scaling")
@@ -151,7 +191,9 @@ def _tensors(source: Source, family: Family) -> dict[str, LazyTensor]:
         if not names and not name.endswith(ROUTER_STATE):
             left.append(f"{name} has no place in {family.architecture}")
         for number, theirs in enumerate(names):
-            out[theirs] = LazyTensor(their_shape(name, shape), torch.float32, partial(source.make, name, number))
+            out[theirs] = LazyTensor(
+                their_shape(name, shape), torch.float32, partial(source.make, name, number)
+            )
     if left:
         raise FormatError(str(source.stored.path), left)
     return out

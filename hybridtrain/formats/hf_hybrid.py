@@ -29,7 +29,9 @@ def config(settings: Settings, info: dict[str, Any]) -> dict[str, Any]:
     model, module = settings.model, MODELLING_FILE.stem
     moe = model.moe.model_dump(exclude={"bias_rate", "aux_weight", "z_weight", "capacity"})
     # of the length that was trained: an expert drops the pairs of a text beyond it
-    moe["most"] = math.ceil(model.moe.capacity * settings.train.seq_len * model.moe.top_k / model.moe.num_experts)
+    moe["most"] = math.ceil(
+        model.moe.capacity * settings.train.seq_len * model.moe.top_k / model.moe.num_experts
+    )
     out: dict[str, Any] = {
         "model_type": NAME,
         "architectures": ["HybridTrainForCausalLM"],
@@ -64,7 +66,9 @@ def config(settings: Settings, info: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def tensors(stored: StoredTensors, info: dict[str, Any], settings: Settings, run: Path) -> dict[str, LazyTensor]:
+def tensors(
+    stored: StoredTensors, info: dict[str, Any], settings: Settings, run: Path
+) -> dict[str, LazyTensor]:
     """The tensors of a checkpoint as the modelling file has them, and the compression map of its run folder.
 
     Raises CheckpointError where that map is missing or not the one that the checkpoint was trained with.
@@ -88,6 +92,8 @@ def tensors(stored: StoredTensors, info: dict[str, Any], settings: Settings, run
     for layer, primes_OK in zip(addressing.layers, addressing.primes, strict=True):
         for slot, rows in enumerate(primes_OK.reshape(-1).tolist()):
             make = partial(read_rows, stored, info, settings.engram, low, low + rows)
-            out[f"layers.{layer}.engram.tables.{slot}"] = LazyTensor((rows, settings.engram.head_dim), torch.float32, make)
+            out[f"layers.{layer}.engram.tables.{slot}"] = LazyTensor(
+                (rows, settings.engram.head_dim), torch.float32, make
+            )
             low += rows
     return out

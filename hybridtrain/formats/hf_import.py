@@ -17,7 +17,14 @@ from hybridtrain.data.progress import say
 from hybridtrain.errors import FormatError, SettingsError
 from hybridtrain.formats.families import OUTSIDE, Family
 from hybridtrain.formats.hf_config import Config, generation_ids, problems_of, read_config
-from hybridtrain.formats.native import SEQ_LEN, Import, ImportedTokenizer, model_tree, settings_of_import, write_run
+from hybridtrain.formats.native import (
+    SEQ_LEN,
+    Import,
+    ImportedTokenizer,
+    model_tree,
+    settings_of_import,
+    write_run,
+)
 from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.shards import SafetensorsFolder
 from hybridtrain.formats.tensors import new_router_state, their_shape, to_ours
@@ -31,7 +38,9 @@ _ADAPTER = "adapter_config.json"
 _EMBEDDING, _HEAD = OUTSIDE["embed.weight"], OUTSIDE["head.weight"]
 
 
-def import_hf(folder: Path, out: Path, *, separator: str | None = None, seq_len: int | None = None) -> Settings:
+def import_hf(
+    folder: Path, out: Path, *, separator: str | None = None, seq_len: int | None = None
+) -> Settings:
     """Write `out`: a checkpoint of the weights alone, tokenizer and settings.toml; returns the settings.
 
     `separator` is the token before each document (default: the first usual one that the tokenizer has), `seq_len` the
@@ -45,7 +54,9 @@ def import_hf(folder: Path, out: Path, *, separator: str | None = None, seq_len:
     weights = SafetensorsFolder(folder)
     problems, settings = problems_of(config), None
     if (folder / _ADAPTER).is_file():
-        problems.append(f"{_ADAPTER}: an adapter, which transformers put over the weights; merge it into them first")
+        problems.append(
+            f"{_ADAPTER}: an adapter, which transformers put over the weights; merge it into them first"
+        )
     try:
         settings = _settings(config, out, seq_len, tied=_is_tied(folder, config, weights))
     except SettingsError as error:
@@ -56,9 +67,14 @@ def import_hf(folder: Path, out: Path, *, separator: str | None = None, seq_len:
     _check_tensors(folder, weights, settings, config)
     if config.told:
         said = ", ".join(f"{key}={json.dumps(value)[:60]}" for key, value in config.told.items())
-        say(f"{folder}: keys of config.json that transformers' {config.family.architecture} does not know either: {said}")
+        say(
+            f"{folder}: keys of config.json that transformers' {config.family.architecture} does not know either: {said}"
+        )
     values = Values(str(folder))
-    dtype, positions = str(weights.dtypes[_EMBEDDING]).removeprefix("torch."), config.values.max_position_embeddings
+    dtype, positions = (
+        str(weights.dtypes[_EMBEDDING]).removeprefix("torch."),
+        config.values.max_position_embeddings,
+    )
     origin = Origin(config=config.tree, dtype=dtype, positions=positions)
     tensors = _tensors(weights, settings, config.family, values)
     return write_run(out, settings, Import(config.family.architecture, tensors, values, origin), tokenizer)
@@ -87,17 +103,22 @@ def _settings(config: Config, out: Path, seq_len: int | None, tied: bool) -> Set
     values = {ours: config.get(key) for key, ours in family.keys.items()} | dict(family.fixed)
     values |= {"attention.rope_theta": config.rotations.rope_theta, "tie_embeddings": tied}
     if "moe" in kinds and "feedforward.router.bias_E" not in family.layer:
-        values["moe.bias_rate"] = 0.0  # the architecture has no selection bias, and an export would have no place for it
+        values["moe.bias_rate"] = (
+            0.0  # the architecture has no selection bias, and an export would have no place for it
+        )
     seq_len = seq_len or min(SEQ_LEN, config.values.max_position_embeddings)
     return settings_of_import(model_tree(values, kinds), out, seq_len, "config.json")
 
 
 def _check_tensors(folder: Path, weights: SafetensorsFolder, settings: Settings, config: Config) -> None:
     """Raises FormatError where the stored tensors are not the ones that the config promises."""
-    most = max(config.values.num_hidden_layers, settings.model.moe.num_experts if "moe" in config.kinds else 0)
+    most = max(
+        config.values.num_hidden_layers, settings.model.moe.num_experts if "moe" in config.kinds else 0
+    )
     if most > len(weights.shapes):  # before a model of so many is described
         raise FormatError(
-            str(folder), [f"config.json promises {most} layers or experts, and {len(weights.shapes)} tensors are stored"]
+            str(folder),
+            [f"config.json promises {most} layers or experts, and {len(weights.shapes)} tensors are stored"],
         )
     expected: dict[str, tuple[int, ...]] = {}
     for name, value in model_tensors(settings, settings.model.vocab_size).items():
@@ -109,10 +130,15 @@ def _check_tensors(folder: Path, weights: SafetensorsFolder, settings: Settings,
     problems += dtype_problems({name: weights.dtypes[name] for name in expected if name in weights.dtypes})
     problems += _frequency_problems(weights, settings)
     if problems:
-        raise FormatError(f"{folder}: its tensors are not those of {config.family.architecture} with its config.json", problems)
+        raise FormatError(
+            f"{folder}: its tensors are not those of {config.family.architecture} with its config.json",
+            problems,
+        )
 
 
-def _tensors(weights: SafetensorsFolder, settings: Settings, family: Family, values: Values) -> dict[str, LazyTensor]:
+def _tensors(
+    weights: SafetensorsFolder, settings: Settings, family: Family, values: Values
+) -> dict[str, LazyTensor]:
     """Our tensors, to be made of theirs."""
     out = {}
     for name, value in model_tensors(settings, settings.model.vocab_size).items():
@@ -123,14 +149,21 @@ def _tensors(weights: SafetensorsFolder, settings: Settings, family: Family, val
 
 
 def _make(
-    weights: SafetensorsFolder, values: Values, name: str, theirs: tuple[str, ...], head_dim: int, shape: tuple[int, ...]
+    weights: SafetensorsFolder,
+    values: Values,
+    name: str,
+    theirs: tuple[str, ...],
+    head_dim: int,
+    shape: tuple[int, ...],
 ) -> Tensor:
     if not theirs:
         return new_router_state(name, shape)
     return to_ours(name, (values.take(their, weights.read(their)) for their in theirs), shape, head_dim)
 
 
-def _tensor_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _tensor_problems(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> list[str]:
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [
         f"{name} has shape {list(found[name])}, must have {list(shape)}"
@@ -148,7 +181,9 @@ def _frequency_problems(weights: SafetensorsFolder, settings: Settings) -> list[
     out = []
     for name in filter(_FREQUENCIES.fullmatch, weights.shapes):
         if dtype_problems({name: weights.dtypes[name]}) or weights.shapes[name] != tuple(ours.shape):
-            out.append(f"{name} is {weights.dtypes[name]} of shape {list(weights.shapes[name])}, must be [{len(ours)}] floats")
+            out.append(
+                f"{name} is {weights.dtypes[name]} of shape {list(weights.shapes[name])}, must be [{len(ours)}] floats"
+            )
         elif not torch.allclose(weights.read(name).double(), ours, rtol=1e-2, atol=1e-7):
             out.append(f"{name} holds other rotation frequencies than rope_theta={a.rope_theta} gives")
     return out

@@ -53,14 +53,22 @@ _CONSTANTS = {  # arguments of every model of ours
     "hidden_dropout": 0.0,
 }
 
-_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "untie_embeddings_and_output_weights")
+_REQUIRED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "ffn_hidden_size",
+    "untie_embeddings_and_output_weights",
+)
 
 
 def _frequency(value: Any) -> Any:
     """One MoE layer in so many, or 0 or 1 for each layer."""
     plain = [value] if type(value) is int else value
     least, most = (1, 1 << 16) if plain is not value else (0, 1)
-    if not isinstance(plain, list) or not all(type(number) is int and least <= number <= most for number in plain):
+    if not isinstance(plain, list) or not all(
+        type(number) is int and least <= number <= most for number in plain
+    ):
         raise ValueError("must be a number from 1 on, or a list with 0 or 1 for each layer")
     return value
 
@@ -115,7 +123,9 @@ def said_of(args: Any, source: str) -> dict[str, Any]:
     for field, argument in ALIASES.items():
         value = args.get(field)
         if value is not None and not among(said.setdefault(argument, value), (value,)):
-            problems.append(f"{field}={_show(value)} and {argument}={_show(said[argument])} are the same argument")
+            problems.append(
+                f"{field}={_show(value)} and {argument}={_show(said[argument])} are the same argument"
+            )
     if among(said.get("disable_bias_linear"), (True, False)):
         said.setdefault("add_bias_linear", not said["disable_bias_linear"])
     problems += [f"{key} is missing" for key in _REQUIRED if key not in said]
@@ -132,15 +142,30 @@ def from_args(args: Any) -> tuple[dict[str, Any], list[str]]:
     source = f"args in {COMMON}"
     said = said_of(args, source)
     read = validated({key: value for key, value in said.items() if key in _Args.model_fields}, source, _Args)
-    problems = [f"{key}={_show(said[key])}: {what}" for key, absent, what in LACKING if not among(said.get(key), absent)]
-    if read.softmax_scale is not None and not math.isclose(read.softmax_scale, read.head_dim**-0.5, rel_tol=1e-6):
+    problems = [
+        f"{key}={_show(said[key])}: {what}"
+        for key, absent, what in LACKING
+        if not among(said.get(key), absent)
+    ]
+    if read.softmax_scale is not None and not math.isclose(
+        read.softmax_scale, read.head_dim**-0.5, rel_tol=1e-6
+    ):
         usual = f"1 / sqrt(kv_channels) = {read.head_dim**-0.5:.6g}"
         problems.append(f"softmax_scale={read.softmax_scale}: attention scores of another scale than {usual}")
-    unknown = {k: v for k, v in said.items() if k not in MAPPED | HARMLESS | {key for key, _, _ in LACKING} and not is_off(v)}
+    unknown = {
+        k: v
+        for k, v in said.items()
+        if k not in MAPPED | HARMLESS | {key for key, _, _ in LACKING} and not is_off(v)
+    }
     if unknown:
-        say(f"{source}: not known here, and taken for harmless: {', '.join(f'{k}={_show(v)[:60]}' for k, v in unknown.items())}")
+        say(
+            f"{source}: not known here, and taken for harmless: {', '.join(f'{k}={_show(v)[:60]}' for k, v in unknown.items())}"
+        )
     values = {ours: getattr(read, key) for key, ours in _KEYS.items()}
-    values |= {"attention.head_dim": read.head_dim, "tie_embeddings": not read.untie_embeddings_and_output_weights}
+    values |= {
+        "attention.head_dim": read.head_dim,
+        "tie_embeddings": not read.untie_embeddings_and_output_weights,
+    }
     if not read.group_query_attention or read.num_query_groups is None:
         values["attention.num_kv_heads"] = read.num_attention_heads
     kinds = ["dense"] * read.num_layers
@@ -173,7 +198,9 @@ def _routing(read: _Args) -> tuple[dict[str, Any], list[str]]:
     if "sinkhorn" in ([balancing] if isinstance(balancing, str) else balancing):
         problems.append(f"moe_router_load_balancing_type={_show(balancing)}: routing by Sinkhorn's algorithm")
     if shared % width:
-        problems.append(f"moe_shared_expert_intermediate_size={shared}: shared experts as wide as {width} or a multiple of it")
+        problems.append(
+            f"moe_shared_expert_intermediate_size={shared}: shared experts as wide as {width} or a multiple of it"
+        )
     sigmoid = read.moe_router_score_function == "sigmoid"
     values = {
         "moe.num_shared": shared // width,
@@ -182,7 +209,10 @@ def _routing(read: _Args) -> tuple[dict[str, Any], list[str]]:
         "moe.bias_rate": read.moe_router_bias_update_rate if read.moe_router_enable_expert_bias else 0.0,
     }
     if read.moe_router_group_topk:
-        values |= {"moe.num_groups": read.moe_router_num_groups or 1, "moe.top_groups": read.moe_router_group_topk}
+        values |= {
+            "moe.num_groups": read.moe_router_num_groups or 1,
+            "moe.top_groups": read.moe_router_group_topk,
+        }
     return values, problems
 
 
@@ -249,7 +279,9 @@ def misfits(settings: Settings, biased: bool) -> list[str]:
     if moe.capacity:
         out.append(f"model.moe.capacity={moe.capacity}: {NAME} drops tokens by the batch, if at all")
     if moe.score == "softmax" and biased:
-        out.append(f'the routers have selection biases (model.moe.bias_rate); {NAME} has them with model.moe.score="sigmoid"')
+        out.append(
+            f'the routers have selection biases (model.moe.bias_rate); {NAME} has them with model.moe.score="sigmoid"'
+        )
     if moe.score == "sigmoid" and moe.normalize_gates != (moe.top_k > 1):
         out.append(
             f"model.moe.normalize_gates={_show(moe.normalize_gates)}: {NAME} has {_show(moe.top_k > 1)} with top_k={moe.top_k}"
@@ -264,7 +296,9 @@ def misfits(settings: Settings, biased: bool) -> list[str]:
                 f"{moe.top_k // moe.top_groups} experts, ours by its best {best}"
             )
         if moe.score == "softmax" and moe.normalize_gates:
-            out.append(f"model.moe.num_groups={moe.num_groups}: {NAME} scores groups by logits where gates of a softmax sum to one")
+            out.append(
+                f"model.moe.num_groups={moe.num_groups}: {NAME} scores groups by logits where gates of a softmax sum to one"
+            )
     return out
 
 

@@ -35,7 +35,9 @@ from hybridtrain.run.init_from import ORIGIN, copy_companions
 from hybridtrain.settings.layers import layer_specs
 
 _FINAL_NORM = OUTSIDE["norm.weight"].removesuffix(".weight")
-_CONTENT = {"singleton_local_shards": False}  # what Megatron-LM keeps of how it cut the model, and asks a model for again
+_CONTENT = {
+    "singleton_local_shards": False
+}  # what Megatron-LM keeps of how it cut the model, and asks a model for again
 
 
 def export_megatron(
@@ -63,7 +65,9 @@ def export_megatron(
         raise FormatError(f"{path} is no {NAME}", problems)
     keeps_bias = settings.model.moe.score == "sigmoid" and (has_bias or settings.model.moe.bias_rate > 0)
     args = to_args(settings, source.info["vocab_size"], keeps_bias, implementation, origin)
-    if problems := from_args(args)[1]:  # whoever made the run folder wrote the arguments of the import that are given back
+    if problems := from_args(args)[
+        1
+    ]:  # whoever made the run folder wrote the arguments of the import that are given back
         raise FormatError(str(source.run / ORIGIN), problems)
     pieces, states = _pieces(source, implementation, keeps_bias)
     pieces = [(region, cast(tensor, DTYPES[dtype])) for region, tensor in pieces]
@@ -76,7 +80,9 @@ def export_megatron(
     return f"torch_dist for {implementation}"
 
 
-def _pieces(source: Source, implementation: str, keeps_bias: bool) -> tuple[list[tuple[Region, LazyTensor]], list[str]]:
+def _pieces(
+    source: Source, implementation: str, keeps_bias: bool
+) -> tuple[list[tuple[Region, LazyTensor]], list[str]]:
     """Their pieces, to be made of our tensors, and the keys of empty states. FormatError where one of ours would be left behind."""
     model, specs = source.settings.model, layer_specs(source.settings)
     alike = len({spec.feedforward for spec in specs}) == 1
@@ -86,14 +92,24 @@ def _pieces(source: Source, implementation: str, keeps_bias: bool) -> tuple[list
     left = []
     for name, shape in source.tensors():
         if name in OUTSIDE:
-            pieces.append((outside(name, shape), LazyTensor(shape, torch.float32, partial(source.make, name))))
+            pieces.append(
+                (outside(name, shape), LazyTensor(shape, torch.float32, partial(source.make, name)))
+            )
             continue
         _, layer, rest = name.split(".", 2)
         if rest not in LAYER and not name.endswith(ROUTER_STATE):
             left.append(f"{name} has no place in {NAME}")
-        elif rest in LAYER and not name.endswith(JOINED[1:]) and (keeps_bias or not name.endswith(ROUTER_STATE)):
+        elif (
+            rest in LAYER
+            and not name.endswith(JOINED[1:])
+            and (keeps_bias or not name.endswith(ROUTER_STATE))
+        ):
             theirs = LAYER[rest][0]
-            if theirs == FC1_NORM and specs[int(layer)].feedforward == "moe" and implementation == TRANSFORMER_ENGINE:
+            if (
+                theirs == FC1_NORM
+                and specs[int(layer)].feedforward == "moe"
+                and implementation == TRANSFORMER_ENGINE
+            ):
                 theirs = MOE_NORM
             shape = qkv_shape(model) if theirs == QKV else their_shape(name, shape)
             for number, region in enumerate(layout.regions(name, theirs, shape)):

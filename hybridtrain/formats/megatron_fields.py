@@ -25,7 +25,11 @@ num_moe_experts num_query_groups qk_layernorm rotary_base softmax_scale untie_em
 
 # What the arguments may say that our model has not: argument, the values that mean its absence, and what it is.
 LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("multi_latent_attention", (None, False), "multi-head latent attention (MLA): keys and values here have full width"),
+    (
+        "multi_latent_attention",
+        (None, False),
+        "multi-head latent attention (MLA): keys and values here have full width",
+    ),
     ("add_bias_linear", (None, False), "biases"),
     ("add_qkv_bias", (None, False), "biases of queries, keys and values"),
     ("normalization", (None, "RMSNorm"), "norms other than RMSNorm"),
@@ -217,8 +221,20 @@ wsd_decay_steps yaml_cfg
 
 # harmless ones that describe the model: an export gives them back as they came
 CARRIED = (
-    *("max_position_embeddings", "seq_length", "init_method_std", "hidden_dropout", "attention_dropout", "tokenizer_type"),
-    *("vocab_size", "make_vocab_size_divisible_by", "apply_query_key_layer_scaling", "attention_softmax_in_fp32"),
+    *(
+        "max_position_embeddings",
+        "seq_length",
+        "init_method_std",
+        "hidden_dropout",
+        "attention_dropout",
+        "tokenizer_type",
+    ),
+    *(
+        "vocab_size",
+        "make_vocab_size_divisible_by",
+        "apply_query_key_layer_scaling",
+        "attention_softmax_in_fp32",
+    ),
     *(
         "moe_router_bias_update_rate",
         "moe_router_load_balancing_type",

@@ -15,7 +15,16 @@ from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.data.progress import say
 from hybridtrain.errors import FormatError, SettingsError, UserError
 from hybridtrain.formats.megatron_args import NAME, carried, from_args, misfits
-from hybridtrain.formats.megatron_names import JOINED, LAYER, OUTSIDE, QKV, Layout, outside, qkv_shape, split_qkv
+from hybridtrain.formats.megatron_names import (
+    JOINED,
+    LAYER,
+    OUTSIDE,
+    QKV,
+    Layout,
+    outside,
+    qkv_shape,
+    split_qkv,
+)
 from hybridtrain.formats.native import SEQ_LEN, Import, ImportedTokenizer, settings_of_import, write_run
 from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.tensors import new_router_state, their_shape, to_ours
@@ -26,7 +35,12 @@ from hybridtrain.settings.layers import layer_specs
 from hybridtrain.settings.load import load_settings
 from hybridtrain.settings.tree import ModelSettings, Settings
 
-_TRAINING = ("optimizer.", "chained_", "rng_state", "rerun_state_machine")  # where the keys of what is not the model begin
+_TRAINING = (
+    "optimizer.",
+    "chained_",
+    "rng_state",
+    "rerun_state_machine",
+)  # where the keys of what is not the model begin
 
 
 def import_megatron(
@@ -51,12 +65,16 @@ def import_megatron(
     weights = TorchDist(saved)
     embedding = weights.shapes.get(OUTSIDE["embed.weight"])
     if embedding is None:
-        raise FormatError(str(saved), [f"{OUTSIDE['embed.weight']} is missing: the checkpoint is none of {NAME}"])
+        raise FormatError(
+            str(saved), [f"{OUTSIDE['embed.weight']} is missing: the checkpoint is none of {NAME}"]
+        )
     model, args, problems = _model(saved, settings_file)
     model["vocab_size"] = embedding[0]  # what is padded stays padded
     settings = None
     try:
-        settings = settings_of_import(model, out, seq_len or min(SEQ_LEN, args.get("max_position_embeddings") or SEQ_LEN), "args")
+        settings = settings_of_import(
+            model, out, seq_len or min(SEQ_LEN, args.get("max_position_embeddings") or SEQ_LEN), "args"
+        )
         problems += misfits(settings, biased=False)
     except SettingsError as error:
         problems += error.problems
@@ -64,7 +82,10 @@ def import_megatron(
     if settings is None or problems:
         raise FormatError(str(saved), problems)
     values = Values(str(saved))
-    dtype, positions = str(weights.dtype(OUTSIDE["embed.weight"])).removeprefix("torch."), args.get("max_position_embeddings")
+    dtype, positions = (
+        str(weights.dtype(OUTSIDE["embed.weight"])).removeprefix("torch."),
+        args.get("max_position_embeddings"),
+    )
     origin = Origin(args=args, dtype=dtype, positions=positions)
     return write_run(out, settings, Import(NAME, _tensors(weights, settings, values), values, origin), words)
 
@@ -78,7 +99,9 @@ def _model(saved: Path, settings_file: Path | None) -> tuple[dict[str, Any], dic
     common = read_common(saved)
     args = common.get("args") if isinstance(common, dict) else None
     if args is None:
-        raise UserError(f"{saved / COMMON} has no args, which say what model it is: describe it with --settings FILE")
+        raise UserError(
+            f"{saved / COMMON} has no args, which say what model it is: describe it with --settings FILE"
+        )
     model, problems = from_args(args)
     return model, carried(args), problems
 
@@ -97,19 +120,32 @@ def _tensors(weights: TorchDist, settings: Settings, values: Values) -> dict[str
         if name.endswith("bias_E") and regions[0].key not in weights.shapes and not has_bias:
             regions = []
         expected |= {region.key: region.whole for region in regions}
-        out[f"model.{name}"] = LazyTensor(shape, torch.float32, partial(_make, weights, values, name, regions, model, shape))
+        out[f"model.{name}"] = LazyTensor(
+            shape, torch.float32, partial(_make, weights, values, name, regions, model, shape)
+        )
     head = OUTSIDE["head.weight"]
     if model.tie_embeddings and head in weights.shapes:
         expected[head] = expected[OUTSIDE["embed.weight"]]
     problems = _tensor_problems(expected, weights)
-    if model.tie_embeddings and head in weights.shapes and not problems and not _same(weights, OUTSIDE["embed.weight"], head):
-        problems.append(f"{head} differs from {OUTSIDE['embed.weight']}, and the settings say that they are tied")
+    if (
+        model.tie_embeddings
+        and head in weights.shapes
+        and not problems
+        and not _same(weights, OUTSIDE["embed.weight"], head)
+    ):
+        problems.append(
+            f"{head} differs from {OUTSIDE['embed.weight']}, and the settings say that they are tied"
+        )
     if problems:
-        raise FormatError(f"{weights.folder}: its tensors are not those of {NAME} of these settings", problems)
+        raise FormatError(
+            f"{weights.folder}: its tensors are not those of {NAME} of these settings", problems
+        )
     return out
 
 
-def _regions(name: str, shape: tuple[int, ...], layout: Layout, model: ModelSettings, keys: Collection[str]) -> list[Region]:
+def _regions(
+    name: str, shape: tuple[int, ...], layout: Layout, model: ModelSettings, keys: Collection[str]
+) -> list[Region]:
     """Where our tensor is: in one place, one per expert, or none. Of several names that which is there, else the first."""
     if name in OUTSIDE:
         return [outside(name, shape)]
@@ -123,11 +159,19 @@ def _check_counts(weights: TorchDist, settings: Settings) -> None:
     """Raises FormatError where far more layers or experts are promised than stored, before a model of so many is described."""
     numbers = {key.split(".")[2] for key in weights.shapes if key.startswith("decoder.layers.")}
     stacked = [shape[0] for key, shape in weights.shapes.items() if key == f"decoder.layers.{QKV}" and shape]
-    routers = [shape[-2] for key, shape in weights.shapes.items() if key.endswith("mlp.router.weight") and len(shape) > 1]
+    routers = [
+        shape[-2]
+        for key, shape in weights.shapes.items()
+        if key.endswith("mlp.router.weight") and len(shape) > 1
+    ]
     moe = any(spec.feedforward == "moe" for spec in layer_specs(settings))
     counts = [("layers", len(layer_specs(settings)), max([len(numbers), *stacked]))]
     counts += [("experts", settings.model.moe.num_experts, max(routers, default=0))] if moe else []
-    if problems := [f"{asked} {what} are promised, {found} stored" for what, asked, found in counts if asked > 2 * found + 64]:
+    if problems := [
+        f"{asked} {what} are promised, {found} stored"
+        for what, asked, found in counts
+        if asked > 2 * found + 64
+    ]:
         raise FormatError(str(weights.folder), problems)
 
 
@@ -135,12 +179,20 @@ def _same(weights: TorchDist, one: str, other: str) -> bool:
     """Whether two matrices of one shape hold the same values, looked at in blocks of rows."""
     rows, width = weights.shapes[one]
     blocks = [(low, min(4096, rows - low)) for low in range(0, rows, 4096)]
-    parts = ([weights.read(Region(key, (rows, width), (low, 0), (count, width))) for key in (one, other)] for low, count in blocks)
+    parts = (
+        [weights.read(Region(key, (rows, width), (low, 0), (count, width))) for key in (one, other)]
+        for low, count in blocks
+    )
     return all(torch.equal(a.float(), b.float()) for a, b in parts)
 
 
 def _make(
-    weights: TorchDist, taken: Values, name: str, regions: list[Region], model: ModelSettings, shape: tuple[int, ...]
+    weights: TorchDist,
+    taken: Values,
+    name: str,
+    regions: list[Region],
+    model: ModelSettings,
+    shape: tuple[int, ...],
 ) -> Tensor:
     if not regions:
         return new_router_state(name, shape)
@@ -148,7 +200,10 @@ def _make(
     read = (taken.take(region.key, weights.read(region), region.offsets) for region in regions)
     values = (value.flatten(0, value.ndim - len(their_shape(name, shape))) for value in read)
     if name.endswith(JOINED):
-        values = (split_qkv(value, a.num_kv_heads, a.head_dim)[JOINED.index(name[-len(JOINED[0]) :])] for value in values)
+        values = (
+            split_qkv(value, a.num_kv_heads, a.head_dim)[JOINED.index(name[-len(JOINED[0]) :])]
+            for value in values
+        )
     return to_ours(name, values, shape, a.head_dim)
 
 
@@ -161,6 +216,10 @@ def _tensor_problems(expected: Mapping[str, tuple[int, ...]], weights: TorchDist
         if key in found and found[key] != shape
     ]
     problems += dtype_problems({key: weights.dtype(key) for key in expected if key in found})
-    if others := [key for key in weights.objects if "._extra_state" not in key and not key.startswith(_TRAINING)]:
-        say(f"{weights.folder}: objects beside the tensors that are not read: {', '.join(sorted(others)[:10])}")
+    if others := [
+        key for key in weights.objects if "._extra_state" not in key and not key.startswith(_TRAINING)
+    ]:
+        say(
+            f"{weights.folder}: objects beside the tensors that are not read: {', '.join(sorted(others)[:10])}"
+        )
     return problems + [f"{key} has no place in our model" for key in found if key not in expected]

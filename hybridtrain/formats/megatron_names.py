@@ -15,7 +15,10 @@ from hybridtrain.formats.tensors import is_stacked
 from hybridtrain.formats.torch_dist import Region
 from hybridtrain.settings.tree import ModelSettings
 
-LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"  # what builds Megatron's layers: its --transformer-impl
+LOCAL, TRANSFORMER_ENGINE = (
+    "local",
+    "transformer_engine",
+)  # what builds Megatron's layers: its --transformer-impl
 # ends of modules' names that keep an object beside their tensors, which is empty but for FP8
 _LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 _STATEFUL: Mapping[str, tuple[str, ...]] = {LOCAL: _LINEAR, TRANSFORMER_ENGINE: (*_LINEAR, "layernorm")}
@@ -86,7 +89,9 @@ class Layout:
             number, count = self._stacks(layer, expert)
             offsets = (*number, first, *(0 for _ in shape[1:]))
             sizes = (*(1 for _ in number), *shape)
-            out.append(Region(self._key(layer, expert, name) + suffix, (*count, rows, *shape[1:]), offsets, sizes))
+            out.append(
+                Region(self._key(layer, expert, name) + suffix, (*count, rows, *shape[1:]), offsets, sizes)
+            )
         return out
 
     def states(self, ours: str, name: str, implementation: str) -> list[str]:
@@ -98,12 +103,17 @@ class Layout:
         out = []
         for layer, expert in self._each(ours):
             number, count = (".".join(map(str, n)) for n in self._stacks(layer, expert))
-            out += [f"{self._key(layer, expert, module)}._extra_state/shard_{number or 0}_{count or 1}" for module in modules]
+            out += [
+                f"{self._key(layer, expert, module)}._extra_state/shard_{number or 0}_{count or 1}"
+                for module in modules
+            ]
         return out
 
     def _each(self, ours: str) -> list[tuple[int, int | None]]:
         layer = int(ours.split(".")[1])
-        return [(layer, expert) for expert in range(self.num_experts)] if is_stacked(ours) else [(layer, None)]
+        return (
+            [(layer, expert) for expert in range(self.num_experts)] if is_stacked(ours) else [(layer, None)]
+        )
 
     def _key(self, layer: int, expert: int | None, name: str) -> str:
         if expert is not None and not self.experts:

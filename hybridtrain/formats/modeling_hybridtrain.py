@@ -103,7 +103,9 @@ class Attention(nn.Module):
         if mask_B1TT is None:
             out = by_blocks(q, k, v, documents_BT)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TT, enable_gqa=k.size(1) != q.size(1))
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask_B1TT, enable_gqa=k.size(1) != q.size(1)
+            )
         return self.wo(out.transpose(1, 2).flatten(-2))
 
 
@@ -115,8 +117,12 @@ def by_blocks(q_BHTC, k_BHTC, v_BHTC, documents_BT, block=256):
 
     def attend(q, k, v, start, end):
         place_T = torch.arange(end, device=q.device)
-        mask = (place_T[start:, None] >= place_T) & (documents_BT[:, start:end, None] == documents_BT[:, None, :end])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=k.size(1) != q.size(1))
+        mask = (place_T[start:, None] >= place_T) & (
+            documents_BT[:, start:end, None] == documents_BT[:, None, :end]
+        )
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask[:, None], enable_gqa=k.size(1) != q.size(1)
+        )
 
     out = []
     for start in range(0, q_BHTC.size(2), block):
@@ -224,7 +230,9 @@ class Memory(nn.Module):
         self.floor, self.dilation = memory["gate_floor"], memory["orders"][-1]
         width, taps = len(self.orders) * memory["heads"] * memory["head_dim"], memory["conv_kernel"]
         self.tables = nn.ParameterList(
-            nn.Parameter(torch.empty(prime, memory["head_dim"])) for of_order in self.primes_OK for prime in of_order
+            nn.Parameter(torch.empty(prime, memory["head_dim"]))
+            for of_order in self.primes_OK
+            for prime in of_order
         )
         self.wk = nn.Linear(width, dim, bias=False)
         self.wv = nn.Linear(width, dim, bias=False)
@@ -235,7 +243,9 @@ class Memory(nn.Module):
 
     def forward(self, h_BTD, compressed_BT, reach_BT, documents_BT):
         e_BTX = self.rows(compressed_BT, reach_BT)
-        s_BT1 = (self.h_norm(h_BTD) * self.k_norm(self.wk(e_BTX))).sum(-1, keepdim=True) / math.sqrt(h_BTD.size(-1))
+        s_BT1 = (self.h_norm(h_BTD) * self.k_norm(self.wk(e_BTX))).sum(-1, keepdim=True) / math.sqrt(
+            h_BTD.size(-1)
+        )
         u_BTD = torch.sigmoid(s_BT1.sign() * s_BT1.abs().clamp_min(self.floor).sqrt()) * self.wv(e_BTX)
         if self.conv is None:
             return u_BTD
@@ -263,7 +273,9 @@ class Memory(nn.Module):
             back = (taps - 1 - j) * self.dilation
             if back < x_BTD.size(1):
                 same_BT = documents_BT[:, back:] == documents_BT[:, :-back]
-                out_BTD = out_BTD + F.pad(x_BTD[:, :-back] * self.conv[j] * same_BT[:, :, None], (0, 0, back, 0))
+                out_BTD = out_BTD + F.pad(
+                    x_BTD[:, :-back] * self.conv[j] * same_BT[:, :, None], (0, 0, back, 0)
+                )
         return out_BTD
 
 
@@ -320,7 +332,9 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
         starts_BT = input_ids == self.config.separator_token_id
         real_BT = None if attention_mask is None else attention_mask.bool()
         if real_BT is not None:
-            starts_BT = starts_BT | (real_BT & ~F.pad(real_BT, (1, 0))[:, :-1])  # padding is a document of its own
+            starts_BT = starts_BT | (
+                real_BT & ~F.pad(real_BT, (1, 0))[:, :-1]
+            )  # padding is a document of its own
         documents_BT = starts_BT.cumsum(-1)
         length = input_ids.size(1)
         mask_B1TT = None
@@ -340,7 +354,9 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
         logits_BTV = self.head(self.norm(h_BTD))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+            loss = F.cross_entropy(
+                logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+            )
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV)
 
     def grams(self, input_ids, starts_BT, real_BT) -> tuple[Tensor | None, Tensor | None]:

@@ -32,7 +32,10 @@ from hybridtrain.settings.tree import Settings
 SEQ_LEN = 1024  # where the model can see further: what fits a small machine
 LEARNING_RATE = 1e-4  # of going on with trained weights; the default is for new ones
 AS_IMPORTED = "auto"  # dtype of an export
-ROUTER_STATE = ("router.load_E", "router.bias_E")  # of training; biases that are not zero are a misfit where they have no place
+ROUTER_STATE = (
+    "router.load_E",
+    "router.bias_E",
+)  # of training; biases that are not zero are a misfit where they have no place
 
 
 class Source(NamedTuple):
@@ -65,7 +68,9 @@ def open_source(path: Path) -> Source:
     info = checkpoint.read_info(saved)
     settings = parse_settings(info["settings"], source=str(saved))
     if file_digest(run / TOKENIZER) != info["tokenizer_digest"]:
-        raise CheckpointError(f"{run / TOKENIZER} is another tokenizer than the one that {saved} was trained with")
+        raise CheckpointError(
+            f"{run / TOKENIZER} is another tokenizer than the one that {saved} was trained with"
+        )
     checkpoint.verify(saved, settings.checkpoint.verify)
     stored = StoredTensors(saved)
     check_tensors(stored, settings, info)
@@ -85,7 +90,9 @@ def output_dtype(dtype: str, origin: Origin) -> str:
     if dtype != AS_IMPORTED:
         return dtype
     if origin.dtype in DTYPES and origin.dtype != "float32":
-        say(f"matrices are written in {origin.dtype}, as they were imported; --dtype float32 writes what training has")
+        say(
+            f"matrices are written in {origin.dtype}, as they were imported; --dtype float32 writes what training has"
+        )
     return origin.dtype if origin.dtype in DTYPES else "float32"
 
 
@@ -131,7 +138,11 @@ class ImportedTokenizer:
 
     def misfits(self, rows: int) -> list[str]:
         """Why an embedding of so many rows is not for it."""
-        return [f"{self.path.name} has {self.entries} entries, the embedding {rows} rows"] if self.entries > rows else []
+        return (
+            [f"{self.path.name} has {self.entries} entries, the embedding {rows} rows"]
+            if self.entries > rows
+            else []
+        )
 
 
 class Import(NamedTuple):
@@ -148,7 +159,9 @@ def write_run(out: Path, settings: Settings, imported: Import, tokenizer: Import
 
     Two tensors are in memory at a time. Raises FormatError, and leaves nothing, where weights hold NaN or infinite values.
     """
-    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"separator": tokenizer.separator})})
+    settings = settings.model_copy(
+        update={"data": settings.data.model_copy(update={"separator": tokenizer.separator})}
+    )
     with new_folder(out) as made:
         shutil.copyfile(tokenizer.path, made / TOKENIZER)
         copy_companions(tokenizer.path.parent, made)

@@ -55,9 +55,14 @@ class SafetensorsFolder:
                 problems.append(f"{path.name}: is damaged: {error}")
                 continue
             if named is not None:
-                problems += [f"{name}: is not in {path.name}, where {INDEX} says it is" for name in sorted(named - set(names))]
                 problems += [
-                    f"{name}: is in {path.name}, and {INDEX} does not name it there" for name in names if name not in named
+                    f"{name}: is not in {path.name}, where {INDEX} says it is"
+                    for name in sorted(named - set(names))
+                ]
+                problems += [
+                    f"{name}: is in {path.name}, and {INDEX} does not name it there"
+                    for name in names
+                    if name not in named
                 ]
             for name in names:
                 self._files[name] = file
@@ -65,7 +70,9 @@ class SafetensorsFolder:
                 code = file.get_slice(name).get_dtype()
                 self.dtypes[name] = _DTYPES.get(code, code)
         if problems:
-            raise DataError("\n".join([f"{folder}: its weights cannot be read", *(f"  {p}" for p in problems)]))
+            raise DataError(
+                "\n".join([f"{folder}: its weights cannot be read", *(f"  {p}" for p in problems)])
+            )
 
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
@@ -89,14 +96,18 @@ def _choose(folder: Path) -> dict[Path, set[str] | None]:
     try:
         index = read_json(folder / INDEX, _Index)
     except FileNotFoundError:
-        raise DataError(f"{folder} has neither {INDEX} nor {SINGLE}; other kinds of weights are not read") from None
+        raise DataError(
+            f"{folder} has neither {INDEX} nor {SINGLE}; other kinds of weights are not read"
+        ) from None
     except OSError as error:
         raise DataError(f"{folder / INDEX}: cannot be read: {error.strerror}") from None
     files: dict[Path, set[str]] = {}
     for name, file in index.weight_map.items():
         path = inside(folder, file, str(folder / INDEX))
         if path.suffix != ".safetensors":
-            raise UntrustedFileError(f"{folder / INDEX}: names the file {file!r} for {name}; only .safetensors files are read")
+            raise UntrustedFileError(
+                f"{folder / INDEX}: names the file {file!r} for {name}; only .safetensors files are read"
+            )
         files.setdefault(path, set()).add(name)
     return dict(files)
 
@@ -119,9 +130,14 @@ def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         try:
-            save_file({name: tensors[name].make().contiguous() for name in names}, folder / file, {"format": "pt"})
+            save_file(
+                {name: tensors[name].make().contiguous() for name in names}, folder / file, {"format": "pt"}
+            )
         except SafetensorError as error:
             raise UserError(f"{folder / file}: cannot be written: {error}") from None
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(t.num_bytes for t in tensors.values())}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": sum(t.num_bytes for t in tensors.values())},
+            "weight_map": weight_map,
+        }
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -69,7 +69,8 @@ def _to(value: Tensor, dtype: torch.dtype) -> Tensor:
     if beyond := int((out.isinf() & value.isfinite()).sum()):
         largest, name = float(value.abs().max()), str(dtype).removeprefix("torch.")
         raise FormatError(
-            f"--dtype {name}", [f"{beyond} values of a matrix of {list(value.shape)} are beyond it, up to {largest:.3g}"]
+            f"--dtype {name}",
+            [f"{beyond} values of a matrix of {list(value.shape)} are beyond it, up to {largest:.3g}"],
         )
     return out
 

@@ -35,9 +35,17 @@ from hybridtrain.files.pickles import Made, Named, unpickle
 from hybridtrain.files.untrusted import UntrustedFileError, inside, open_regular, read_bytes, read_json
 
 COMMON, FORMAT = "common.pt", "metadata.json"
-TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"  # "release": weights alone, nothing to resume
+TRACKER, RELEASE = (
+    "latest_checkpointed_iteration.txt",
+    "release",
+)  # "release": weights alone, nothing to resume
 _MAX_COMMON, _MAX_PARTS, _MAX_DEPTH = 1 << 26, 1 << 18, 32
-_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,9 @@ def is_torch_dist(folder: Path) -> bool:
 
     A Hugging Face folder may have a metadata.json as well.
     """
-    return (folder / TRACKER).is_file() or ((folder / FORMAT).is_file() and not (folder / "config.json").is_file())
+    return (folder / TRACKER).is_file() or (
+        (folder / FORMAT).is_file() and not (folder / "config.json").is_file()
+    )
 
 
 def find_iteration(folder: Path) -> Path:
@@ -81,7 +91,9 @@ def find_iteration(folder: Path) -> Path:
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: {TRACKER} or {FORMAT} is damaged: {error}") from None
     if backend != _FORMAT["sharded_backend"]:
-        raise FormatError(str(folder), [f"sharded_backend={json.dumps(backend)}: of Megatron's formats torch_dist is read"])
+        raise FormatError(
+            str(folder), [f"sharded_backend={json.dumps(backend)}: of Megatron's formats torch_dist is read"]
+        )
     return folder
 
 
@@ -133,7 +145,11 @@ class _Plain:
         if type(value) is dict:
             return {key: self(part, depth + 1) for key, part in value.items() if type(key) is str}
         if type(value) is Named:
-            return DTYPES.get(value.name, Foreign(str(value))) if value.module == "torch" else Foreign(str(value))
+            return (
+                DTYPES.get(value.name, Foreign(str(value)))
+                if value.module == "torch"
+                else Foreign(str(value))
+            )
         if type(value) is Made:
             if value.name == "argparse.Namespace" and type(value.state) is dict:
                 namespace = argparse.Namespace()
@@ -163,7 +179,9 @@ class TorchDist:
 
     def _sizes(self, source: str) -> dict[str, int]:
         """Bytes of the files that are there."""
-        names = {place.relative_path for key, place in self._index.places.items() if key.fqn in self._index.tensors}
+        names = {
+            place.relative_path for key, place in self._index.places.items() if key.fqn in self._index.tensors
+        }
         paths = {name: inside(self.folder, name, source) for name in names}
         return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
 
@@ -192,7 +210,9 @@ class TorchDist:
                 _narrow(out, here, sizes).copy_(self._read_piece(region.key, chunk, within, sizes))
         return out
 
-    def _read_piece(self, key: str, chunk: dcp.ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    def _read_piece(
+        self, key: str, chunk: dcp.ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequence[int]
+    ) -> Tensor:
         """A block of a piece: rows of its first dim that is longer than one are read alone."""
         try:
             place = self._places[dcp.MetadataIndex(key, chunk.offsets)]
@@ -210,7 +230,11 @@ def _narrow(value: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tens
 
 
 def write_torch_dist(
-    folder: Path, pieces: Sequence[tuple[Region, LazyTensor]], empty: Sequence[str], common: Mapping[str, Any], max_file_bytes: int
+    folder: Path,
+    pieces: Sequence[tuple[Region, LazyTensor]],
+    empty: Sequence[str],
+    common: Mapping[str, Any],
+    max_file_bytes: int,
 ) -> None:
     """Write a checkpoint into the empty `folder`: the pieces, `empty` objects by their keys, and what is no tensor.
 
@@ -224,11 +248,17 @@ def write_torch_dist(
         with (folder / name).open("wb") as stream:
             for region, tensor in (pieces[i] for i in members):
                 start, value = stream.tell(), tensor.make().contiguous().view(region.sizes)
-                torch.save(value if value.untyped_storage().nbytes() == value.nbytes else value.clone(), stream)
+                torch.save(
+                    value if value.untyped_storage().nbytes() == value.nbytes else value.clone(), stream
+                )
                 chunk = dcp.ChunkStorageMetadata(torch.Size(region.offsets), torch.Size(region.sizes))
                 properties = dcp.TensorProperties(dtype=tensor.dtype)
-                entry = entries.setdefault(region.key, dcp.TensorStorageMetadata(properties, torch.Size(region.whole), []))
-                places[dcp.MetadataIndex(region.key, chunk.offsets)] = _StorageInfo(name, start, stream.tell() - start)
+                entry = entries.setdefault(
+                    region.key, dcp.TensorStorageMetadata(properties, torch.Size(region.whole), [])
+                )
+                places[dcp.MetadataIndex(region.key, chunk.offsets)] = _StorageInfo(
+                    name, start, stream.tell() - start
+                )
                 entry.chunks.append(chunk)
             if number == len(files) - 1:  # one empty object stands for all
                 start = stream.tell()
@@ -236,7 +266,9 @@ def write_torch_dist(
                 there = _StorageInfo(name, start, stream.tell() - start)
                 entries |= dict.fromkeys(empty, dcp.BytesStorageMetadata())
                 places |= {dcp.MetadataIndex(key): there for key in empty}
-    index = dcp.Metadata(entries, storage_data=places, storage_meta=dcp.StorageMeta(), version=CURRENT_DCP_VERSION)
+    index = dcp.Metadata(
+        entries, storage_data=places, storage_meta=dcp.StorageMeta(), version=CURRENT_DCP_VERSION
+    )
     (folder / METADATA).write_bytes(pickle.dumps(index))
     torch.save(dict(common), folder / COMMON)
     (folder / FORMAT).write_text(json.dumps(_FORMAT), encoding="utf-8")

@@ -28,7 +28,9 @@ class Values:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._bad: dict[str, dict[Hashable, tuple[int, int]]] = {}  # NaN and infinite values by tensor and part of it
+        self._bad: dict[
+            str, dict[Hashable, tuple[int, int]]
+        ] = {}  # NaN and infinite values by tensor and part of it
         self._rounded: set[str] = set()
 
     def take(self, name: str, value: Tensor, part: Hashable = None) -> Tensor:

@@ -87,7 +87,11 @@ def make_context(
     devices looking would stall the host, so a caller who knows passes None; the spans of long sequences are worth it.
     """
     whole = seq_len if documents_BT is None else documents_BT.size(1)
-    if documents_BT is not None and documents_BT.device.type == "cpu" and torch.equal(documents_BT[:, 0], documents_BT[:, -1]):
+    if (
+        documents_BT is not None
+        and documents_BT.device.type == "cpu"
+        and torch.equal(documents_BT[:, 0], documents_BT[:, -1])
+    ):
         documents_BT = None
     if positions_T is not None:
         return _context_of_part(documents_BT, positions_T, whole, head_dim, theta)
@@ -100,7 +104,9 @@ def make_context(
     return SequenceContext(rope_rotations(seq_len, head_dim, theta, device), documents_BT, mask, spans)
 
 
-def _context_of_part(documents_BT: Tensor | None, positions_T: Tensor, whole: int, head_dim: int, theta: float) -> SequenceContext:
+def _context_of_part(
+    documents_BT: Tensor | None, positions_T: Tensor, whole: int, head_dim: int, theta: float
+) -> SequenceContext:
     rotation_TR = rope_rotations(whole, head_dim, theta, positions_T.device)[positions_T]
     if whole > MASKED_TOKENS:
         return SequenceContext(rotation_TR, documents_BT, None, read_spans(documents_BT, whole))

@@ -91,4 +91,6 @@ def _feedforward(settings: Settings, kind: str) -> tuple[int, int]:
     if kind == "dense":
         return (dense := 3 * dim * settings.model.dense.hidden), dense
     expert, router = 3 * dim * moe.hidden, dim * moe.num_experts
-    return router + (moe.num_experts + moe.num_shared) * expert, router + (moe.top_k + moe.num_shared) * expert
+    return router + (moe.num_experts + moe.num_shared) * expert, router + (
+        moe.top_k + moe.num_shared
+    ) * expert

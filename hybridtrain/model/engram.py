@@ -45,7 +45,9 @@ class EngramLayer(nn.Module):
         """What the memory adds to the hidden state: [B, T, D]. `documents_BT` None: one document per sequence."""
         e_BTX = rows_BTSC.flatten(-2)
         k_BTD, v_BTD = self.wk(e_BTX), self.wv(e_BTX)
-        u_BTD, g_BT1 = engram_gate(h_BTD, k_BTD, v_BTD, self.h_norm.weight, self.k_norm.weight, self.eps, self.gate_floor)
+        u_BTD, g_BT1 = engram_gate(
+            h_BTD, k_BTD, v_BTD, self.h_norm.weight, self.k_norm.weight, self.eps, self.gate_floor
+        )
         if self.training:
             self.counters.add("gate_sum", g_BT1.sum())
             self.counters.add("gate_count", torch.full((), float(g_BT1.numel()), device=g_BT1.device))
@@ -76,7 +78,9 @@ class StepRows(nn.Module):
         """
         leaf = self._parameters.get(f"leaf{micro_batch}")
         if leaf is None:
-            raise RuntimeError(f"micro-batch {micro_batch} has no memory rows; the step set {len(self._parameters)} leaves")
+            raise RuntimeError(
+                f"micro-batch {micro_batch} has no memory rows; the step set {len(self._parameters)} leaves"
+            )
         rows = row_gather(leaf, index)
         return rows if beside is None else _join(rows, beside).to(beside.dtype)
 

@@ -16,13 +16,18 @@ from hybridtrain.settings.tree import Settings
 
 TABLE_BLOCK = 65_536  # rows of the lookup table that share one generator
 ONE_GENERATOR = 1 << 20  # elements of the largest tensor, or expert's part of one, that is drawn in one go
-_TILE = (1 << 17, 1024)  # of larger ones: the elements that share a generator, and the most columns of a matrix among them
+_TILE = (
+    1 << 17,
+    1024,
+)  # of larger ones: the elements that share a generator, and the most columns of a matrix among them
 
 Draw = Callable[..., Tensor]
 """`draw(rows=None, within=())`: the initial value, or a part of it, as a float32 CPU tensor: slices of dim 0 and of the others."""
 
 
-def init_parameters(model: nn.Module, settings: Settings, write: Callable[[Tensor, Draw], None] | None = None) -> None:
+def init_parameters(
+    model: nn.Module, settings: Settings, write: Callable[[Tensor, Draw], None] | None = None
+) -> None:
     """Fill all parameters and router buffers of a model on a real device.
 
     Norms are ones, the memory's convolution zeros, all else normal with `model.init_std`, scaled by 1/sqrt(2 layers)
@@ -32,7 +37,9 @@ def init_parameters(model: nn.Module, settings: Settings, write: Callable[[Tenso
     write = write or _copy
     for name, parameter in model.named_parameters():
         if not name.startswith("rows."):
-            draw_this = partial(draw, _key(name), tuple(parameter.shape), settings.run.seed, parameter_std(name, settings))
+            draw_this = partial(
+                draw, _key(name), tuple(parameter.shape), settings.run.seed, parameter_std(name, settings)
+            )
             with torch.no_grad():
                 write(parameter, draw_this)
     for module in model.modules():
@@ -71,7 +78,9 @@ def draw(
     Experts have a generator each, and so have the tiles of what is larger than ONE_GENERATOR: a part costs, in time and memory,
     what it holds and the rest of the tiles that it cuts.
     """
-    part = tuple(cut.indices(size)[:2] for cut, size in zip((rows or slice(None), *within), shape, strict=False))
+    part = tuple(
+        cut.indices(size)[:2] for cut, size in zip((rows or slice(None), *within), shape, strict=False)
+    )
     part += tuple((0, size) for size in shape[len(part) :])
     if std is None or std == 0:
         return torch.full([end - start for start, end in part], 1.0 if std is None else 0.0)
@@ -85,7 +94,9 @@ def draw(
 
 def _normal_part(key: str, shape: tuple[int, ...], std: float, part: tuple[tuple[int, int], ...]) -> Tensor:
     """Of a tensor that `shape` and `key` stand for, the elements from start to end of each dim."""
-    if math.prod(shape) <= ONE_GENERATOR or len(shape) > 2:  # only experts' stacks have three dims, and each is a matrix here
+    if (
+        math.prod(shape) <= ONE_GENERATOR or len(shape) > 2
+    ):  # only experts' stacks have three dims, and each is a matrix here
         return _normal(key, shape, std)[tuple(slice(*bounds) for bounds in part)].clone()
     height, width = shape if len(shape) == 2 else (shape[0], 1)
     (top, bottom), (left, right) = part if len(shape) == 2 else (part[0], (0, 1))
@@ -97,8 +108,15 @@ def _normal_part(key: str, shape: tuple[int, ...], std: float, part: tuple[tuple
         for j in range(left // columns, -(-right // columns)):
             line, column = i * lines, j * columns
             tile = _normal(f"{key}:{i}:{j}", (min(lines, height - line), min(columns, width - column)), std)
-            low, high, first, last = max(top, line), min(bottom, line + lines), max(left, column), min(right, column + columns)
-            out[low - top : high - top, first - left : last - left] = tile[low - line : high - line, first - column : last - column]
+            low, high, first, last = (
+                max(top, line),
+                min(bottom, line + lines),
+                max(left, column),
+                min(right, column + columns),
+            )
+            out[low - top : high - top, first - left : last - left] = tile[
+                low - line : high - line, first - column : last - column
+            ]
     return out if len(shape) == 2 else out.flatten()
 
 

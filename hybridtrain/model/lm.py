@@ -77,7 +77,9 @@ class HybridLM(nn.Module):
     and values that they have in the whole. `rows` is where memory layers find their rows; parts may share it.
     """
 
-    def __init__(self, settings: Settings, vocab_size: int, part: Part | None = None, rows: StepRows | None = None) -> None:
+    def __init__(
+        self, settings: Settings, vocab_size: int, part: Part | None = None, rows: StepRows | None = None
+    ) -> None:
         super().__init__()
         model, specs = settings.model, layer_specs(settings)
         self.settings = settings
@@ -86,10 +88,16 @@ class HybridLM(nn.Module):
         with_table = self.part.first or (self.part.last and model.tie_embeddings)
         self.embed = nn.Embedding(vocab_size, model.dim) if with_table else None
         # A dict and not a list: a pipeline stage that holds some of the layers keeps their names.
-        self.layers = nn.ModuleDict({str(i): Layer(settings, specs[i]) for i in range(self.part.low, self.part.high)})
+        self.layers = nn.ModuleDict(
+            {str(i): Layer(settings, specs[i]) for i in range(self.part.low, self.part.high)}
+        )
         self.residual = RESIDUALS[model.residual]
         self.norm = RMSNorm(model.dim, model.norm_eps) if self.part.last else None
-        self.head = nn.Linear(model.dim, vocab_size, bias=False) if self.part.last and not model.tie_embeddings else None
+        self.head = (
+            nn.Linear(model.dim, vocab_size, bias=False)
+            if self.part.last and not model.tie_embeddings
+            else None
+        )
         self.rows = rows if rows is not None else StepRows()
         self.positions_T: Tensor | None = None  # which tokens of a sequence are here; None: all
         # A parallel layout may hand in others: `project` makes the logits of tied embeddings.
@@ -112,13 +120,19 @@ class HybridLM(nn.Module):
         Raises ValueError where memory layers have no index.
         """
         if self.engram_layers and row_index_BTLS is None:
-            raise ValueError(f"layers {list(self.engram_layers)} have a memory; the forward pass needs row_index")
+            raise ValueError(
+                f"layers {list(self.engram_layers)} have a memory; the forward pass needs row_index"
+            )
         attention = self.settings.model.attention
         # not of a later part's inputs: their tokens may be a tp rank's own
         tokens = inputs.size(1) if documents_BT is None else documents_BT.size(1)
-        context = make_context(documents_BT, tokens, attention.head_dim, attention.rope_theta, inputs.device, self.positions_T)
+        context = make_context(
+            documents_BT, tokens, attention.head_dim, attention.rope_theta, inputs.device, self.positions_T
+        )
         # without the embedding of a first part, `inputs` are the carry; a scheme with sources would have them in it
-        stream = self.residual.start(self.embed(inputs) if self.part.first and self.embed is not None else inputs)
+        stream = self.residual.start(
+            self.embed(inputs) if self.part.first and self.embed is not None else inputs
+        )
         for name, layer in self.layers.items():
             rows_BTSC = None
             if int(name) in self.engram_layers and row_index_BTLS is not None:

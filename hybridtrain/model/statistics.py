@@ -23,7 +23,11 @@ def collect(model: nn.Module) -> dict[str, Tensor]:
     router_entropy (nats) and router_tokens, aux_loss and z_loss (parts of the step's loss, where weighted), gate_sum and
     gate_count (memory layers).
     """
-    return {f"{layer}.{key}": value.double() for layer, counters in _counters(model) for key, value in counters.sums.items()}
+    return {
+        f"{layer}.{key}": value.double()
+        for layer, counters in _counters(model)
+        for key, value in counters.sums.items()
+    }
 
 
 def no_statistics(settings: Settings, device: torch.device | None = None) -> dict[str, Tensor]:

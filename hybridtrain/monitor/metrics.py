@@ -27,7 +27,9 @@ class Totals:
     """What one step came to, over all ranks."""
 
     loss: float  # nats per token
-    statistics: dict[str, list[float]]  # the sums of `model.statistics.collect`, a list of one for a single number
+    statistics: dict[
+        str, list[float]
+    ]  # the sums of `model.statistics.collect`, a list of one for a single number
     stop: bool
     save: bool
     grad_norm: float
@@ -84,7 +86,12 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run_dir: Path, rank: int, resumed_at: int, total_steps: int, confirm: Callable[[], None] = lambda: None
+        self,
+        run_dir: Path,
+        rank: int,
+        resumed_at: int,
+        total_steps: int,
+        confirm: Callable[[], None] = lambda: None,
     ) -> None:
         self.active, self.confirm = rank == 0, confirm
         if not self.active:
@@ -144,9 +151,13 @@ class MetricsLog:
     def _add_bars(self, name: str, heights: list[float], step: int) -> None:
         """A histogram with a bar of its height for each place of the list: bar i lies between i and i + 1."""
         count, places = len(heights), range(len(heights))
-        total, squares = (sum(i**power * height for i, height in zip(places, heights, strict=True)) for power in (1, 2))
+        total, squares = (
+            sum(i**power * height for i, height in zip(places, heights, strict=True)) for power in (1, 2)
+        )
         ends = [float(i + 1) for i in places]
-        self._board.add_histogram_raw(name, 0.0, float(count), sum(heights), total, squares, ends, heights, step)
+        self._board.add_histogram_raw(
+            name, 0.0, float(count), sum(heights), total, squares, ends, heights, step
+        )
 
     def say(self, text: Any) -> None:
         if self.active:
@@ -208,7 +219,11 @@ def _wait_for_a_later_name(board: Path, at_most: float = 2.0) -> None:
 
 
 def _open_truncated(path: Path, last_step: int, validated: bool) -> Any:
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= last_step] if path.exists() and last_step else []
+    kept = (
+        [line for line in read_metrics(path.parent) if line["step"] <= last_step]
+        if path.exists() and last_step
+        else []
+    )
     if not validated:
         kept = [line for line in kept if line["step"] < last_step or "validation_loss" not in line]
     rewritten = path.with_suffix(".new")

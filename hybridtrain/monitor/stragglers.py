@@ -47,7 +47,12 @@ def slowest(own: Sequence[float], stages: Sequence[int]) -> tuple[int, float]:
 
     `own` are the ranks' seconds, `stages` their places along pp. Of two ranks the faster is the median.
     """
-    middle = {stage: median_low(o for o, s in zip(own, stages, strict=True) if s == stage) for stage in set(stages)}
-    ratios = [seconds / middle[stage] if middle[stage] > 0 else 1.0 for seconds, stage in zip(own, stages, strict=True)]
+    middle = {
+        stage: median_low(o for o, s in zip(own, stages, strict=True) if s == stage) for stage in set(stages)
+    }
+    ratios = [
+        seconds / middle[stage] if middle[stage] > 0 else 1.0
+        for seconds, stage in zip(own, stages, strict=True)
+    ]
     rank = max(range(len(ratios)), key=ratios.__getitem__)
     return rank, ratios[rank]

@@ -61,7 +61,12 @@ class Watchdog:
     """
 
     def __init__(
-        self, world: Group, clock: Clock, folder: Path, timeout: float, end: Callable[[str, int], object] = end_rank
+        self,
+        world: Group,
+        clock: Clock,
+        folder: Path,
+        timeout: float,
+        end: Callable[[str, int], object] = end_rank,
     ) -> None:
         self.world, self.clock, self.folder, self.timeout, self.end = world, clock, folder, timeout, end
         self._number, self._heard = 0, dict[int, int]()
@@ -73,7 +78,9 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -83,7 +90,9 @@ class Watchdog:
         still, seen, at, ticks = 0.0, self._progress(), time.monotonic(), 0
         while not self._closed.wait(tick):
             now = time.monotonic()
-            still += min(now - at, 2 * tick)  # a process that was suspended with all others did not stand still
+            still += min(
+                now - at, 2 * tick
+            )  # a process that was suspended with all others did not stand still
             at, ticks = now, ticks + 1
             if (progress := self._progress()) != seen:
                 still, seen, ticks = 0.0, progress, 0
@@ -117,7 +126,9 @@ class Watchdog:
 
     def _others_go_on(self) -> bool:
         """Whether another rank says that it makes progress, and has said so again since the last look: a slow disk, for one."""
-        others = {r.rank: r for r in self._records() if r.rank != self.world.rank and r.still < self.timeout / 2}
+        others = {
+            r.rank: r for r in self._records() if r.rank != self.world.rank and r.still < self.timeout / 2
+        }
         going_on = [rank for rank, record in others.items() if record.number != self._heard.get(rank)]
         self._heard = {rank: record.number for rank, record in others.items()}
         return bool(going_on)
@@ -125,16 +136,27 @@ class Watchdog:
     def _records(self) -> list[Record]:
         records = []
         for path in sorted(self.folder.glob("rank-*.json")):
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # taken back just now, or no record
+            with contextlib.suppress(
+                OSError, ValueError, TypeError, KeyError, RecursionError
+            ):  # taken back just now, or no record
                 records.append(Record.read(path))
         return records
 
     def _record(self, still: float) -> Record:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_list(traceback.extract_stack(frame)[-_FRAMES:])).rstrip()
-        calls = tuple(call._replace(at=round(time.monotonic() - call.at, 1)) for call in self.world.traffic.last_calls())
+        calls = tuple(
+            call._replace(at=round(time.monotonic() - call.at, 1)) for call in self.world.traffic.last_calls()
+        )
         return Record(
-            self.world.rank, self._number, socket.gethostname(), self.clock.step, self.clock.current, round(still, 1), calls, stack
+            self.world.rank,
+            self._number,
+            socket.gethostname(),
+            self.clock.step,
+            self.clock.current,
+            round(still, 1),
+            calls,
+            stack,
         )
 
     def _place(self, what: str, suffix: str) -> Path:
@@ -146,7 +168,9 @@ class Watchdog:
             text += f"{explain(self._records(), self.world.size)}\nrecords and stacks of the ranks that could speak: {self.folder}"
             write_atomically(self._place("report-of-rank", ".txt"), text.encode())
         except OSError as error:
-            text += f"{self.folder} cannot be used ({error.strerror}), so this is rank {self.world.rank} alone:\n"
+            text += (
+                f"{self.folder} cannot be used ({error.strerror}), so this is rank {self.world.rank} alone:\n"
+            )
             text += f"{_line(record := self._record(still))}\n{record.stack}"
         return text
 
@@ -167,7 +191,9 @@ def explain(records: Sequence[Record], world: int) -> str:
     first = [rank for rank in late if rank in speaking]
     lines = [_line(speaking[rank]) for rank in [*first, *(r for r in speaking if r not in first)][:_SHOWN]]
     more = [f"  and {len(speaking) - _SHOWN} more"] if len(speaking) > _SHOWN else []
-    stack = [f"stack of rank {rank}'s main thread:\n{speaking[rank].stack}" for rank in [*first, *speaking][:1]]
+    stack = [
+        f"stack of rank {rank}'s main thread:\n{speaking[rank].stack}" for rank in [*first, *speaking][:1]
+    ]
     return "\n".join([cause, *lines, *more, *stack])
 
 
@@ -192,7 +218,11 @@ def late_ranks(records: Sequence[Record]) -> dict[int, Call]:
 
 
 def _line(record: Record) -> str:
-    last = f"its last collective is {_call(record.calls[0])}, {record.calls[0].at:g} s ago" if record.calls else "no collective yet"
+    last = (
+        f"its last collective is {_call(record.calls[0])}, {record.calls[0].at:g} s ago"
+        if record.calls
+        else "no collective yet"
+    )
     return f"  rank {record.rank} on {record.host}: step {record.step}, {record.phase or 'between phases'}; {last}"
 
 

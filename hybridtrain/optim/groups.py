@@ -37,7 +37,13 @@ def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim
     for (kind, mesh_number), parameters in members.items():
         decay = 0.0 if kind == "no_decay" else optim.weight_decay
         lr = optim.muon_lr if kind.startswith("muon") else optim.lr
-        group: Group = {"params": parameters, "name": kind + labels[mesh_number], "lr": lr, "peak_lr": lr, "weight_decay": decay}
+        group: Group = {
+            "params": parameters,
+            "name": kind + labels[mesh_number],
+            "lr": lr,
+            "peak_lr": lr,
+            "weight_decay": decay,
+        }
         if kind.startswith("muon"):
             muon.append({**group, "input_first": kind == "muon_experts"})
         else:
@@ -47,8 +53,17 @@ def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim
     if muon:
         out.append(Muon(muon, lr=optim.muon_lr, momentum=optim.muon_momentum))
     if adamw:
-        fused = all(p.device.type in _FUSED_DEVICES for (kind, _), ps in members.items() if not kind.startswith("muon") for p in ps)
-        out.append(torch.optim.AdamW(adamw, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused))
+        fused = all(
+            p.device.type in _FUSED_DEVICES
+            for (kind, _), ps in members.items()
+            if not kind.startswith("muon")
+            for p in ps
+        )
+        out.append(
+            torch.optim.AdamW(
+                adamw, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused
+            )
+        )
     return out
 
 

@@ -30,10 +30,14 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "input_first": False})
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "input_first": False}
+        )
         flat = [p.shape for group in self.param_groups for p in group["params"] if p.ndim < 2]
         if flat:
-            raise ValueError(f"Muon takes matrices and stacks of them; got a parameter of shape {list(flat[0])}")
+            raise ValueError(
+                f"Muon takes matrices and stacks of them; got a parameter of shape {list(flat[0])}"
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -77,9 +81,14 @@ def _on_whole_matrices(function: Callable[[Tensor], Tensor], tensor: Tensor) -> 
     """function(tensor), which works matrix by matrix; a DTensor's cut matrices are gathered before and cut again after."""
     if not isinstance(tensor, DTensor):
         return function(tensor)
-    whole = [Replicate() if _cuts_matrices(placement, tensor.ndim) else placement for placement in tensor.placements]
+    whole = [
+        Replicate() if _cuts_matrices(placement, tensor.ndim) else placement
+        for placement in tensor.placements
+    ]
     result = function(tensor.redistribute(placements=whole).to_local())
-    out = DTensor.from_local(result, tensor.device_mesh, whole, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    out = DTensor.from_local(
+        result, tensor.device_mesh, whole, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
     cut: Tensor = out.redistribute(placements=tensor.placements)
     return cut
 

@@ -56,7 +56,9 @@ class RowOptimizer(Protocol):
         """Take over what `scalars` gave."""
 
 
-def make_row_optimizer(engram: EngramSettings, table_RD: Tensor, seed: int = 0, first_row: int = 0) -> RowOptimizer:
+def make_row_optimizer(
+    engram: EngramSettings, table_RD: Tensor, seed: int = 0, first_row: int = 0
+) -> RowOptimizer:
     """The optimizer that `engram.optimizer` names for the local rows; it changes `table_RD` in place.
 
     The run's seed and the number of the table's first row in the whole table decide how bfloat16 rows are rounded.
@@ -69,7 +71,9 @@ def make_row_optimizer(engram: EngramSettings, table_RD: Tensor, seed: int = 0, 
     if engram.optimizer == "rowwise_adagrad":
         return RowwiseAdagrad(table_RD, **rule, seed=seed, first_row=first_row)
     if engram.beta2 >= 1.0:
-        raise SettingsError("settings", [f'engram.beta2={engram.beta2} must be below 1 for engram.optimizer="adam"'])
+        raise SettingsError(
+            "settings", [f'engram.beta2={engram.beta2} must be below 1 for engram.optimizer="adam"']
+        )
     return DenseAdam(table_RD, beta2=engram.beta2, **rule)
 
 
@@ -83,7 +87,13 @@ class _Rowwise:
     """
 
     def __init__(
-        self, table_RD: Tensor, *, eps: float = 1e-8, weight_decay: float = 0.0, seed: int = 0, first_row: int = 0
+        self,
+        table_RD: Tensor,
+        *,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        first_row: int = 0,
     ) -> None:
         """`seed` and the number of the table's first row in the whole table decide how bfloat16 rows are rounded."""
         rows, device = len(table_RD), table_RD.device
@@ -140,7 +150,11 @@ class _Rowwise:
         if len(rows_N) == 0:
             return
         self._about_to_change(rows_N)
-        v_R, last_R, decay = self.state["v"], self.state["last"], self._decay.entries if self._decay is not None else None
+        v_R, last_R, decay = (
+            self.state["v"],
+            self.state["last"],
+            self._decay.entries if self._decay is not None else None,
+        )
         rowwise_adam(self.table_RD, v_R, last_R, rows_N, grad_ND.float(), decay, self._numbers(lr))
 
     def changed_since(self, step_count: int) -> Tensor:
@@ -162,10 +176,14 @@ class _Rowwise:
         """Take over what `scalars` gave, behind the state; raises ValueError where the log or state is not of the step count."""
         log = scalars.get("decay_log")
         if log is not None and len(log) != scalars["step_count"] + 1:
-            raise ValueError(f"decay_log has {len(log)} entries, must have step_count + 1 = {scalars['step_count'] + 1}")
+            raise ValueError(
+                f"decay_log has {len(log)} entries, must have step_count + 1 = {scalars['step_count'] + 1}"
+            )
         last_R = self.state["last"]
         if len(last_R) and not 0 <= int(last_R.min()) <= int(last_R.max()) <= scalars["step_count"]:
-            raise ValueError(f"rows of steps {int(last_R.min())} to {int(last_R.max())}, of {scalars['step_count']} steps")
+            raise ValueError(
+                f"rows of steps {int(last_R.min())} to {int(last_R.max())}, of {scalars['step_count']} steps"
+            )
         self.step_count = int(scalars["step_count"])
         self._decay = None if log is None else DecayLog(log, self.table_RD.device)
 
@@ -192,7 +210,9 @@ class _Rowwise:
 
     def _rounded(self, weights_ND: Tensor, rows_N: Tensor, step: int) -> Tensor:
         """The rows as the table holds them after that step."""
-        return rounded(weights_ND, self.table_RD.dtype, rows_N + self.first_row, rounding_seed(self.seed, step))
+        return rounded(
+            weights_ND, self.table_RD.dtype, rows_N + self.first_row, rounding_seed(self.seed, step)
+        )
 
     def _numbers(self, lr: float) -> Step:
         seed = rounding_seed(self.seed, self.step_count)
@@ -232,17 +252,26 @@ class RowwiseAdam(_Rowwise):
 
     def scalars(self) -> dict[str, Any]:
         """As the others', and the moments' beta2 with what is known of those before."""
-        return super().scalars() | {"beta2": self.beta2, "beta2_since": self._since, "weight_before": self._weight}
+        return super().scalars() | {
+            "beta2": self.beta2,
+            "beta2_since": self._since,
+            "weight_before": self._weight,
+        }
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         """See _Rowwise. Where beta2 was another one, every row's moment is brought up to date by that one."""
         super().load_scalars(scalars)
-        self._since, self._weight = int(scalars.get("beta2_since", 0)), float(scalars.get("weight_before", 0.0))
+        self._since, self._weight = (
+            int(scalars.get("beta2_since", 0)),
+            float(scalars.get("weight_before", 0.0)),
+        )
         ours, self.beta2 = self.beta2, float(scalars.get("beta2", self.beta2))
         if ours == self.beta2:
             return
         for low in range(0, len(self.table_RD), _ROWS_AT_ONCE):
-            rows_N = torch.arange(low, min(low + _ROWS_AT_ONCE, len(self.table_RD)), device=self.table_RD.device)
+            rows_N = torch.arange(
+                low, min(low + _ROWS_AT_ONCE, len(self.table_RD)), device=self.table_RD.device
+            )
             self._apply(rows_N, self.beta2)
         self._weight, self._since, self.beta2 = self._correction(), self.step_count, ours
 
@@ -281,7 +310,13 @@ class DenseAdam:
     """
 
     def __init__(
-        self, table_RD: Tensor, *, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.0
+        self,
+        table_RD: Tensor,
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
     ) -> None:
         self.table_RD = table_RD
         self.step_count = 0

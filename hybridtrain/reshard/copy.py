@@ -87,7 +87,13 @@ class Copy:
         folder: Path,
         wrote: Callable[[int], None],
     ) -> None:
-        self.source, self.boxes, self.segments, self.folder, self.wrote = source, boxes, segments, folder, wrote
+        self.source, self.boxes, self.segments, self.folder, self.wrote = (
+            source,
+            boxes,
+            segments,
+            folder,
+            wrote,
+        )
 
     def run(self, journal: Journal, threads: int, verified: Future[None]) -> None:
         """Copy what the journal does not have yet; it is told nothing before the source is `verified`.
@@ -95,7 +101,9 @@ class Copy:
         Raises what that raises, DamagedCheckpoint where the copy reads back otherwise than the source, and OSError.
         """
         with ThreadPoolExecutor(threads, "copy") as pool:
-            upcoming = [pool.submit(self._copy, number) for number in range(len(journal.done), len(self.segments))]
+            upcoming = [
+                pool.submit(self._copy, number) for number in range(len(journal.done), len(self.segments))
+            ]
             try:
                 finished: list[Segment] = []
                 for future in upcoming:
@@ -123,7 +131,9 @@ class Copy:
                 for box in (box for box in self.boxes[span.name] if box.meets(span.low, span.high)):
                     file = f"__{box.rank}_{number}.distcp"
                     if file not in opened:
-                        opened[file] = streams.enter_context(cast(Any, writer.fs).create_stream(self.folder / file, "wb"))
+                        opened[file] = streams.enter_context(
+                            cast(Any, writer.fs).create_stream(self.folder / file, "wb")
+                        )
                     parts.append(_Part(file, opened[file], span, box, self.source.dtype(span.name)))
                 before = self._write(span, parts)
                 written = [part.end() for part in parts]
@@ -157,7 +167,9 @@ class Copy:
                 "it was written; the disk or the memory of this machine is not sound"
             )
 
-    def _read_back(self, name: str, pieces: Sequence[tuple[StoredPiece, Piece]], low: int, high: int) -> Tensor:
+    def _read_back(
+        self, name: str, pieces: Sequence[tuple[StoredPiece, Piece]], low: int, high: int
+    ) -> Tensor:
         """Rows `low` to `high-1`, put together from the pieces that have a part of them."""
         shape = self.source.shapes[name]
         out = torch.empty((high - low, *shape[1:]) if shape else (), dtype=self.source.dtype(name))
@@ -168,7 +180,9 @@ class Copy:
             top, *inner = (slice(o, o + s) for o, s in zip(place.offsets, place.sizes, strict=True))
             start, end = max(low, top.start), min(high, top.stop)
             if start < end:
-                piece.read_into(out[(slice(start - low, end - low), *inner)], start - top.start, end - top.start)
+                piece.read_into(
+                    out[(slice(start - low, end - low), *inner)], start - top.start, end - top.start
+                )
         return out
 
     def _blocks(self, span: Span) -> list[tuple[int, int]]:
@@ -197,4 +211,6 @@ class _Part:
         """It is complete, and can be read."""
         self.stream.write(self.tail)
         self.stream.flush()
-        return StoredPiece(self.name, self.offsets, self.sizes, self.file, self.start, self.stream.tell() - self.start)
+        return StoredPiece(
+            self.name, self.offsets, self.sizes, self.file, self.start, self.stream.tell() - self.start
+        )

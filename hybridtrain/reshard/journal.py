@@ -50,7 +50,9 @@ class _Record(TypedDict):
 class _Line(TypedDict):
     segment: int
     files: dict[str, _Record]
-    pieces: list[Annotated[tuple[str, list[int], list[int], str, int, int], BeforeValidator(_to_tuple)]]  # JSON has no tuples
+    pieces: list[
+        Annotated[tuple[str, list[int], list[int], str, int, int], BeforeValidator(_to_tuple)]
+    ]  # JSON has no tuples
     blocks: dict[str, str]
 
 
@@ -80,7 +82,12 @@ class Segment:
             for name, offsets, sizes, file, start, length in tree["pieces"]
         ]
         files = {name: dict(record) for name, record in tree["files"].items()}
-        return cls(tree["segment"], files, pieces, {name: bytes.fromhex(text) for name, text in tree["blocks"].items()})
+        return cls(
+            tree["segment"],
+            files,
+            pieces,
+            {name: bytes.fromhex(text) for name, text in tree["blocks"].items()},
+        )
 
 
 class Journal:
@@ -104,7 +111,9 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def add(self, segment: Segment) -> None:
@@ -125,7 +134,9 @@ class Journal:
             same = bool(first) and parse_json(first, "it", dict[str, Any]) == job
             done = [Segment.from_json(line) for line in rest] if same else []
         except (UntrustedFileError, ValueError) as error:
-            raise UserError(f"{self.path}: is damaged: {error}; remove {self.path.parent} and start anew") from None
+            raise UserError(
+                f"{self.path}: is damaged: {error}; remove {self.path.parent} and start anew"
+            ) from None
         if not rest and not same:  # nothing was done
             self._file.truncate(0)
             self._write(json.dumps(job))

@@ -71,7 +71,9 @@ class Placement:
         return [_whole(0, shape)]
 
     def _owner(self, number: int) -> int:
-        return next(rank for rank in range(self.layout.world) if self.layout.coordinate(rank, "mem") == number)
+        return next(
+            rank for rank in range(self.layout.world) if self.layout.coordinate(rank, "mem") == number
+        )
 
 
 def place_model(settings: Settings, layout: Layout, vocab_size: int) -> Placement:
@@ -85,7 +87,9 @@ def place_model(settings: Settings, layout: Layout, vocab_size: int) -> Placemen
             for stage in (s for s in stages if s.pp_rank == pp_rank):
                 part = Part(stage.low, stage.high, stage.is_first, stage.is_last)
                 for name, value in _stage_tensors(settings, vocab_size, part, mesh).items():
-                    if name not in boxes or stage.is_first:  # of what two stages hold the first one's is saved
+                    if (
+                        name not in boxes or stage.is_first
+                    ):  # of what two stages hold the first one's is saved
                         shapes[name] = tuple(value.shape)
                         boxes[name] = _boxes(value, first)
     return Placement(layout, boxes, shapes)
@@ -112,7 +116,9 @@ def _boxes(value: Tensor, first: int) -> list[Box]:
     mesh = value.device_mesh
     found: dict[Shape, Box] = {}
     for place in itertools.product(*(range(n) for n in mesh.mesh.shape)):
-        sizes, offsets = _compute_local_shape_and_global_offset(value.shape, mesh.mesh.shape, list(place), value.placements)
+        sizes, offsets = _compute_local_shape_and_global_offset(
+            value.shape, mesh.mesh.shape, list(place), value.placements
+        )
         if all(sizes) and offsets not in found:  # replicas have the same
             found[offsets] = Box(int(mesh.mesh[place]), tuple(offsets), tuple(sizes))
     return list(found.values())

@@ -27,7 +27,9 @@ MEAN_ROWS = 1 << 12  # tokens read at a time for their mean
 class Source:
     """What is read of `stored`; `shapes` are those of the target, of all its tensors."""
 
-    def __init__(self, stored: StoredTensors, changed: Mapping[str, Shape], noise: float, seed: int, softmax: bool) -> None:
+    def __init__(
+        self, stored: StoredTensors, changed: Mapping[str, Shape], noise: float, seed: int, softmax: bool
+    ) -> None:
         """`changed`: target shapes of tensors that get more rows. `noise`: on new router rows, over their root mean square."""
         self.stored, self.noise, self.seed, self.softmax = stored, noise, seed, softmax
         self.shapes: dict[str, Shape] = {**stored.shapes, **changed}
@@ -91,7 +93,9 @@ class Source:
         return self._means[name]
 
 
-def grown_shapes(stored: Mapping[str, Shape], before: Mapping[str, Shape], after: Mapping[str, Shape]) -> dict[str, Shape]:
+def grown_shapes(
+    stored: Mapping[str, Shape], before: Mapping[str, Shape], after: Mapping[str, Shape]
+) -> dict[str, Shape]:
     """Target shapes of the tensors that get more rows: parameters by their shapes before and after, and their optimizer state."""
     out = {}
     for name, shape in stored.items():

@@ -42,7 +42,9 @@ class Target:
     vocab_size: int
 
 
-def plan_target(info: dict[str, Any], out: Path, overrides: Sequence[str], nproc: int | None, growth: Growth) -> Target:
+def plan_target(
+    info: dict[str, Any], out: Path, overrides: Sequence[str], nproc: int | None, growth: Growth
+) -> Target:
     """The target of the checkpoint that says `info` of itself. `nproc` None: as few ranks as the axes need.
 
     Raises SettingsError or LayoutError as a run would, and UserError listing everything that would make another model of it.
@@ -58,7 +60,9 @@ def plan_target(info: dict[str, Any], out: Path, overrides: Sequence[str], nproc
     settings = parse_settings(before.model_dump(mode="json"), [*overrides, *ours], source="overrides")
     problems = _growth_problems(info, before, growth)
     taken = ("run.dir", "checkpoint.dir")
-    problems += [f"{override}: the target is {out}" for override in overrides if override.partition("=")[0] in taken]
+    problems += [
+        f"{override}: the target is {out}" for override in overrides if override.partition("=")[0] in taken
+    ]
     problems += _other_model(before, settings, growth)
     if problems:
         raise UserError("\n".join([f"{out}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
@@ -68,8 +72,13 @@ def plan_target(info: dict[str, Any], out: Path, overrides: Sequence[str], nproc
 
 def _beside_tokenizer(before: Settings, out: Path) -> list[str]:
     """Settings of a run with a tokenizer of its own: data are made with it, and the memory is addressed as it was."""
-    ours = [f"data.tokenizer={json.dumps(str(out / TOKENIZER))}", f"data.vocab_size={DataSettings().vocab_size}"]
-    return ours + ([f"engram.addressing={json.dumps(str(out / ADDRESSING))}"] if engram_layers(before) else [])
+    ours = [
+        f"data.tokenizer={json.dumps(str(out / TOKENIZER))}",
+        f"data.vocab_size={DataSettings().vocab_size}",
+    ]
+    return ours + (
+        [f"engram.addressing={json.dumps(str(out / ADDRESSING))}"] if engram_layers(before) else []
+    )
 
 
 def _growth_problems(info: dict[str, Any], before: Settings, growth: Growth) -> list[str]:
@@ -77,7 +86,9 @@ def _growth_problems(info: dict[str, Any], before: Settings, growth: Growth) -> 
     if growth.experts is not None and not any("moe" in entry for entry in before.model.layers):
         out.append(f"--grow-experts {growth.experts}: no layer of model.layers is moe")
     elif growth.experts is not None and growth.experts <= experts:
-        out.append(f"--grow-experts {growth.experts}: the model has {experts}, and none can be taken away; it may be more")
+        out.append(
+            f"--grow-experts {growth.experts}: the model has {experts}, and none can be taken away; it may be more"
+        )
     if growth.router_noise and growth.experts is None:
         out.append(f"--router-noise {growth.router_noise} without --grow-experts")
     if growth.vocab is not None and growth.vocab <= info["vocab_size"]:
@@ -90,14 +101,20 @@ def _growth_problems(info: dict[str, Any], before: Settings, growth: Growth) -> 
 def _other_model(before: Settings, after: Settings, growth: Growth) -> list[str]:
     """Overrides that change what the model is, each with the reason why files alone cannot follow."""
     ours, theirs = checkpoint.identity(after), checkpoint.identity(before)
-    allowed = {f"model.moe.{key}" for key in ("num_experts", *BESIDE_EXPERTS)} if growth.experts is not None else set()
+    allowed = (
+        {f"model.moe.{key}" for key in ("num_experts", *BESIDE_EXPERTS)}
+        if growth.experts is not None
+        else set()
+    )
     out = []
     for key in dict.fromkeys([*theirs, *ours]):
         if ours.get(key) != theirs.get(key) and key not in allowed:
             changed = f"{key}={json.dumps(ours.get(key))}: the checkpoint has {json.dumps(theirs.get(key))}"
             out.append(f"{changed}; {_reason(key)}")
     if before.model.vocab_size != after.model.vocab_size and growth.vocab is None:
-        out.append(f"model.vocab_size={after.model.vocab_size}: the checkpoint has {before.model.vocab_size}; use --extend-vocab")
+        out.append(
+            f"model.vocab_size={after.model.vocab_size}: the checkpoint has {before.model.vocab_size}; use --extend-vocab"
+        )
     return out
 
 

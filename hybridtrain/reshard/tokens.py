@@ -46,7 +46,9 @@ def take_tokenizer(path: Path, run: Path, info: dict[str, Any], target: Target) 
     """
     missing = [name for name in (TOKENIZER, COMPRESSION) if not (run / name).is_file()]
     if missing:
-        raise CheckpointError(f"{run} lacks {' and '.join(missing)}, with which --tokenizer {path} is compared")
+        raise CheckpointError(
+            f"{run} lacks {' and '.join(missing)}, with which --tokenizer {path} is compared"
+        )
     ours, theirs = load_tokenizer(path), load_tokenizer(run / TOKENIZER)
     before, after = read_compression_of(run, info), compression_map(ours)
     problems = _changed_tokens(ours, theirs)
@@ -54,19 +56,27 @@ def take_tokenizer(path: Path, run: Path, info: dict[str, Any], target: Target) 
         problems = _changed_classes(ours, before, after)
     digest, data = file_digest(path), Path(target.settings.data.path)
     if (size := vocabulary_size(ours)) > target.vocab_size:
-        problems.append(f"it has {size} tokens, the model rows for {target.vocab_size}; give --extend-vocab {size} or more")
+        problems.append(
+            f"it has {size} tokens, the model rows for {target.vocab_size}; give --extend-vocab {size} or more"
+        )
     if (data / MANIFEST).exists() and read_manifest(data).tokenizer_xxh3 != digest:
         problems.append(
             f"data.path={data} is of another tokenizer; give that of data made with `hybridtrain data --tokenizer {path}`"
         )
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        lines = [f"--tokenizer {path}: it cannot take the place of {run / TOKENIZER}", *problems[:SHOWN], *more]
+        lines = [
+            f"--tokenizer {path}: it cannot take the place of {run / TOKENIZER}",
+            *problems[:SHOWN],
+            *more,
+        ]
         raise UserError("\n  ".join(lines))
     addressing = None
     if info["addressing"]:
         try:
-            addressing = dataclasses.replace(Addressing.from_json(info["addressing"], before), compression=after).to_json()
+            addressing = dataclasses.replace(
+                Addressing.from_json(info["addressing"], before), compression=after
+            ).to_json()
         except AddressingError as error:
             raise CheckpointError(f"{run}: {error}") from None
     return NewTokenizer(path.read_bytes(), digest, after, addressing)
@@ -76,12 +86,16 @@ def _changed_tokens(ours: Tokenizer, theirs: Tokenizer) -> list[str]:
     ids = ours.get_vocab(with_added_tokens=True)
     return [
         f"{token!r} is {f'{ids[token]}' if token in ids else 'none'} of its tokens, and {number} of the run's"
-        for token, number in sorted(theirs.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+        for token, number in sorted(
+            theirs.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]
+        )
         if ids.get(token) != number
     ]
 
 
-def _changed_classes(ours: Tokenizer, before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]) -> list[str]:
+def _changed_classes(
+    ours: Tokenizer, before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]
+) -> list[str]:
     """Old tokens that the memory would take for others: those that are decoded otherwise, or holes that were filled."""
     return [
         f"token {number}, {ours.id_to_token(number)!r}, is spelt otherwise than the run's: the memory would find other rows"

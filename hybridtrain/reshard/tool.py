@@ -83,7 +83,9 @@ def reshard(
     verified = _verify_beside(saved, target.settings.checkpoint.verify)
     placement = place_model(target.settings, target.layout, target.vocab_size)
     boxes = {name: placement.boxes(name, shape) for name, shape in source.shapes.items()}
-    sizes = [sum(source.num_bytes(span.name, span.low, span.high) for span in segment) for segment in segments]
+    sizes = [
+        sum(source.num_bytes(span.name, span.low, span.high) for span in segment) for segment in segments
+    ]
     outcome = Outcome(len(source.shapes), sum(sizes), target.layout.world, target.layout.describe())
     final = folder_of(out / CHECKPOINTS, info["step"])
     staging = staging_of(final)
@@ -91,7 +93,12 @@ def reshard(
         "source": info["xxh3"],
         "settings": target.settings.model_dump(mode="json"),
         "ranks": target.layout.world,
-        "growth": [growth.experts, growth.vocab, growth.router_noise, tokenizer.digest if tokenizer is not None else None],
+        "growth": [
+            growth.experts,
+            growth.vocab,
+            growth.router_noise,
+            tokenizer.digest if tokenizer is not None else None,
+        ],
         "version": __version__,
     }
     with locked(out), Journal(out, job) as journal:
@@ -129,7 +136,9 @@ def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -
     )
     settings = target.settings
     softmax = settings.model.moe.score == "softmax"
-    return Source(stored, grown_shapes(stored.shapes, before, after), growth.router_noise, settings.run.seed, softmax)
+    return Source(
+        stored, grown_shapes(stored.shapes, before, after), growth.router_noise, settings.run.seed, softmax
+    )
 
 
 def _verify_beside(saved: Path, level: str) -> Future[None]:
@@ -154,7 +163,9 @@ def _begin(staging: Path, journal: Journal) -> None:
     for name, record in done.items():
         file = staging / name
         if not file.is_file() or file.stat().st_size != record["size"]:
-            raise DamagedCheckpoint(f"{file}: is not what {journal.path} says; remove {journal.path.parent} and start anew")
+            raise DamagedCheckpoint(
+                f"{file}: is not what {journal.path} says; remove {journal.path.parent} and start anew"
+            )
     for file in staging.iterdir():
         if file.name not in done:
             file.unlink()
@@ -173,7 +184,12 @@ def _compare(saved: Path, info: dict[str, Any], digests: dict[str, str], source:
     theirs = info.get("tensors", {})
     if others := [name for name in theirs if name not in source.changed and theirs[name] != digests[name]]:
         raise DamagedCheckpoint(
-            "\n".join([f"{saved}: these tensors have other xxh3s than when they were written", *(f"  {n}" for n in others)])
+            "\n".join(
+                [
+                    f"{saved}: these tensors have other xxh3s than when they were written",
+                    *(f"  {n}" for n in others),
+                ]
+            )
         )
 
 
@@ -186,13 +202,17 @@ def _write_index(staging: Path, source: Source, journal: Journal) -> Records:
         chunks[piece.name].append(ChunkStorageMetadata(offsets, sizes))
         results.append(WriteResult(MetadataIndex(piece.name, piece.offsets), piece.length, piece.place))
     tensors = {
-        name: TensorStorageMetadata(TensorProperties(source.dtype(name)), torch.Size(source.shapes[name]), parts)
+        name: TensorStorageMetadata(
+            TensorProperties(source.dtype(name)), torch.Size(source.shapes[name]), parts
+        )
         for name, parts in chunks.items()
     }
     writer = Writer(staging)
     writer.finish(Metadata(dict(tensors), planner_data={name: (name,) for name in tensors}), [results])
     flush_folder(staging)
-    return {name: record for segment in journal.done for name, record in segment.files.items()} | writer.records
+    return {
+        name: record for segment in journal.done for name, record in segment.files.items()
+    } | writer.records
 
 
 def _describe(info: dict[str, Any], target: Target, tokenizer: NewTokenizer | None) -> dict[str, Any]:

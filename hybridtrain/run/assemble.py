@@ -49,7 +49,9 @@ class Vocabulary:
         """The dataset's, with an embedding of `rows` rows where they are given. Raises SettingsError where they are too few."""
         size = dataset.manifest.vocab_size
         if 0 < rows < size:
-            problem = f"model.vocab_size={rows} is less than the tokenizer's {size}; it may be 0, {size} or more"
+            problem = (
+                f"model.vocab_size={rows} is less than the tokenizer's {size}; it may be 0, {size} or more"
+            )
             raise SettingsError("settings", [problem])
         return cls(rows or size, dataset.manifest.separator_id, dataset.compression)
 
@@ -104,9 +106,13 @@ def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | 
                 engram.boundary,
                 engram.hash_seed,
             )
-        addressing = Addressing.from_json(Path(engram.addressing).read_text(encoding="utf-8"), vocabulary.compression)
+        addressing = Addressing.from_json(
+            Path(engram.addressing).read_text(encoding="utf-8"), vocabulary.compression
+        )
     except OSError as error:
-        raise SettingsError(f"engram.addressing={engram.addressing}", [f"cannot be read: {error.strerror}"]) from None
+        raise SettingsError(
+            f"engram.addressing={engram.addressing}", [f"cannot be read: {error.strerror}"]
+        ) from None
     except AddressingError as error:
         raise SettingsError(f"engram.addressing={engram.addressing}", error.problems) from None
     if problems := addressing_misfits(addressing, settings):
@@ -117,8 +123,17 @@ def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | 
 def addressing_misfits(addressing: Addressing, settings: Settings) -> list[str]:
     """What it has otherwise than the settings' memory layers."""
     engram = settings.engram
-    wanted = {"layers": engram_layers(settings), "orders": engram.orders, "heads": engram.heads, "boundary": engram.boundary}
-    return [f"{k}={getattr(addressing, k)} but the settings say {v}" for k, v in wanted.items() if getattr(addressing, k) != v]
+    wanted = {
+        "layers": engram_layers(settings),
+        "orders": engram.orders,
+        "heads": engram.heads,
+        "boundary": engram.boundary,
+    }
+    return [
+        f"{k}={getattr(addressing, k)} but the settings say {v}"
+        for k, v in wanted.items()
+        if getattr(addressing, k) != v
+    ]
 
 
 def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing: Addressing | None) -> Run:
@@ -127,7 +142,11 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
         choose.use(choose.resolve(settings.kernels.model_dump(), mesh.device.type), mesh.device.type)
     except choose.KernelChoiceError as error:
         raise SettingsError("settings", error.problems) from None
-    context = ContextParallel(mesh.cp, settings.train.seq_len, short_conv, position_in_expert) if mesh.cp.size > 1 else None
+    context = (
+        ContextParallel(mesh.cp, settings.train.seq_len, short_conv, position_in_expert)
+        if mesh.cp.size > 1
+        else None
+    )
     positions = context.positions() if context is not None else None
     dtype = compute_dtype(settings, mesh.device)
     here = [stage for stage in resolve_stages(settings, vocabulary.size) if stage.pp_rank == mesh.pp.rank]
@@ -135,7 +154,9 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
     stages: list[HybridLM] = []
     for stage in here:
         with torch.device("meta"):
-            model = HybridLM(settings, vocabulary.size, Part(stage.low, stage.high, stage.is_first, stage.is_last), rows)
+            model = HybridLM(
+                settings, vocabulary.size, Part(stage.low, stage.high, stage.is_first, stage.is_last), rows
+            )
         parallelize(
             model,
             list(model.layers.values()),
@@ -153,9 +174,13 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
         init_parameters(model, settings, write_local)
         stages.append(model)
     layers = tuple(layer for model in stages for layer in model.engram_layers)
-    table = LookupTable(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
+    table = (
+        LookupTable(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
+    )
     engine = _engine(settings, mesh, here, stages, dtype)
-    return Run(settings, mesh, vocabulary, tuple(stages), table, engine, positions, SpikeGuard(settings.train))
+    return Run(
+        settings, mesh, vocabulary, tuple(stages), table, engine, positions, SpikeGuard(settings.train)
+    )
 
 
 def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
@@ -169,7 +194,9 @@ def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
     return plan_stages(parallel.schedule, parallel.pp, parallel.stages_per_rank, cuts)
 
 
-def _engine(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype) -> Engine:
+def _engine(
+    settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype
+) -> Engine:
     """What trains this rank's stages."""
     train = settings.train
     if train.engine == "native":
@@ -189,7 +216,9 @@ def _engine(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[Hybr
     )
 
 
-def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype) -> Schedule:
+def _schedule(
+    settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype
+) -> Schedule:
     train = settings.train
     tokens_per_step = train.global_batch * train.seq_len
     if mesh.layout.pp == 1:
@@ -199,14 +228,20 @@ def _schedule(settings: Settings, mesh: Mesh, here: list[Stage], stages: list[Hy
         parts.append(StageModule(stage, model, slice(column, column + len(model.engram_layers))))
         column += len(model.engram_layers)
     tokens = train.seq_len // mesh.layout.cp
-    tables: dict[bool, Any] = {model.part.first: model.embed.weight for model in stages if model.embed is not None}
+    tables: dict[bool, Any] = {
+        model.part.first: model.embed.weight for model in stages if model.embed is not None
+    }
     tied = (tables.get(True), tables.get(False)) if settings.model.tie_embeddings else (None, None)
     return Pipeline(
         settings.parallel.schedule,
         parts,
         mesh.pp,
         mesh.device,
-        (train.global_batch // train.micro_batches // mesh.layout.dp, tokens // mesh.layout.tp, settings.model.dim),
+        (
+            train.global_batch // train.micro_batches // mesh.layout.dp,
+            tokens // mesh.layout.tp,
+            settings.model.dim,
+        ),
         dtype,
         tokens,
         train.micro_batches,

@@ -25,7 +25,11 @@ from hybridtrain.settings.load import parse_settings
 
 MAX_TOKENS = 1 << 28  # of a micro-batch on all ranks, which are one here
 # compilation and engines are for training
-ONE_RANK = [*(f"parallel.{axis}=1" for axis in (*DENSE_AXES, "ep", "etp", "mem")), "train.compile=false", "train.engine=native"]
+ONE_RANK = [
+    *(f"parallel.{axis}=1" for axis in (*DENSE_AXES, "ep", "etp", "mem")),
+    "train.compile=false",
+    "train.engine=native",
+]
 
 
 def open_checkpoint(path: Path) -> tuple[Run, Path, int]:
@@ -40,7 +44,9 @@ def open_checkpoint(path: Path) -> tuple[Run, Path, int]:
     if missing:
         raise CheckpointError(f"{source} lacks {' and '.join(missing)}, which belong to its checkpoints")
     if file_digest(source / TOKENIZER) != info["tokenizer_digest"]:
-        raise CheckpointError(f"{source / TOKENIZER} is another tokenizer than the one that {saved} was trained with")
+        raise CheckpointError(
+            f"{source / TOKENIZER} is another tokenizer than the one that {saved} was trained with"
+        )
     checkpoint.verify(saved, settings.checkpoint.verify)
     compression, stored = read_compression_of(source, info), StoredTensors(saved)
     check_tensors(stored, settings, info)  # before memory is taken for a model of these settings
@@ -53,7 +59,9 @@ def open_checkpoint(path: Path) -> tuple[Run, Path, int]:
     addressing = read_addressing(info, settings, compression, stored)
     device = choose_device()
     mixed, table = compute_dtype(settings, device) != torch.float32, table_device(settings, device)
-    mesh = make_mesh(resolve_layout(settings, 1), 0, device, settings.parallel.timeout, table_device=table, always=mixed)
+    mesh = make_mesh(
+        resolve_layout(settings, 1), 0, device, settings.parallel.timeout, table_device=table, always=mixed
+    )
     run = assemble(settings, mesh, vocabulary, addressing)
     checkpoint.load(run, saved)
     return run, source, vocabulary.separator_id
@@ -69,7 +77,9 @@ def evaluate_checkpoint(path: Path, split: str, data: Path | None, batches: int)
     run, source, separator = open_checkpoint(path)
     dataset = TokenDataset.open(data or run.settings.data.path, verify=run.settings.data.verify)
     if dataset.manifest.tokenizer_xxh3 != file_digest(source / TOKENIZER):
-        raise DataError(f"{dataset.folder} was made with another tokenizer than the checkpoint's, {source / TOKENIZER}")
+        raise DataError(
+            f"{dataset.folder} was made with another tokenizer than the checkpoint's, {source / TOKENIZER}"
+        )
     if dataset.manifest.separator_id != separator:
         raise DataError(
             f"{dataset.folder} has token {dataset.manifest.separator_id} ({dataset.manifest.separator!r}) before each document, "
@@ -97,7 +107,9 @@ def generate_text(path: Path, prompt: str, tokens: int, temperature: float, top_
     generator = torch.Generator().manual_seed(seed)
     entries = vocabulary_size(tokenizer)  # rows of the embedding beyond them stand for nothing
     if entries > len(run.vocabulary.compression):
-        raise CheckpointError(f"{source / TOKENIZER} has {entries} tokens, {COMPRESSION} {len(run.vocabulary.compression)}")
+        raise CheckpointError(
+            f"{source / TOKENIZER} has {entries} tokens, {COMPRESSION} {len(run.vocabulary.compression)}"
+        )
     for _ in range(tokens):
         logits = next_token_logits(run, ids[-run.settings.train.seq_len :], separator)[:entries]
         ids.append(_sample(logits, temperature, top_k, generator))

@@ -32,9 +32,21 @@ from hybridtrain.settings.tree import EngramSettings, Settings
 ROWS_AT_ONCE = 1 << 18
 ORIGIN = "origin.json"  # what an import found in the model's own description, for exports to give back (formats/origin.py)
 # Files beside the weights of a published model. Runs that start from an import keep them, and an export gives them back.
-VOCABULARY = ("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tokenizer.model")  # describe the same tokens again
+VOCABULARY = (
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "added_tokens.json",
+    "tokenizer.model",
+)  # describe the same tokens again
 COMPANIONS = (
-    *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *(
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    ),
     *VOCABULARY,
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),
 )
@@ -61,7 +73,10 @@ def check_tensors(stored: StoredTensors, settings: Settings, info: Mapping[str, 
             f"{stored.path}: its tensors are not those of its settings: {len(layers)} layers, and they say {said}"
         )
     try:
-        expected = {f"model.{name}": tuple(value.shape) for name, value in model_tensors(settings, info["vocab_size"]).items()}
+        expected = {
+            f"model.{name}": tuple(value.shape)
+            for name, value in model_tensors(settings, info["vocab_size"]).items()
+        }
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # sizes that are none
         raise DamagedCheckpoint(f"{stored.path}: its settings are of no model: {str(error)[:300]}") from None
     problems = [
@@ -83,7 +98,9 @@ def read_compression_of(run: Path, info: Mapping[str, Any]) -> npt.NDArray[np.in
     except OSError as error:
         raise CheckpointError(f"{run / COMPRESSION}: cannot be read: {error.strerror}") from None
     if info["separator_id"] >= len(compression):
-        raise CheckpointError(f"{run / COMPRESSION}: is of {len(compression)} tokens, and the separator is {info['separator_id']}")
+        raise CheckpointError(
+            f"{run / COMPRESSION}: is of {len(compression)} tokens, and the separator is {info['separator_id']}"
+        )
     return compression
 
 
@@ -105,7 +122,9 @@ def read_addressing(
     problems = addressing_misfits(addressing, settings)
     table = stored.shapes.get("table.rows", ())
     if table != (addressing.num_rows, settings.engram.head_dim):
-        problems.append(f"it has {addressing.num_rows} rows of {settings.engram.head_dim}, the table is {list(table)}")
+        problems.append(
+            f"it has {addressing.num_rows} rows of {settings.engram.head_dim}, the table is {list(table)}"
+        )
     if problems:
         raise CheckpointError("\n  ".join([f"{stored.path}: its addressing is not of its memory", *problems]))
     return addressing
@@ -120,7 +139,9 @@ def copy_companions(source: Path, target: Path, *names: str) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def read_rows(stored: StoredTensors, info: dict[str, Any], engram: EngramSettings, low: int, high: int) -> Tensor:
+def read_rows(
+    stored: StoredTensors, info: dict[str, Any], engram: EngramSettings, low: int, high: int
+) -> Tensor:
     """Rows `low` to `high-1` of a checkpoint's table as a reader would see them: with the weight decay that they owe.
 
     `info` is the checkpoint's own description.
@@ -149,7 +170,10 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
     checkpoint.verify(saved, run.settings.checkpoint.verify, run.mesh.world)
     info = checkpoint.read_info(saved)
     stored = StoredTensors(saved)
-    expected = {f"model.{name}": tuple(value.shape) for name, value in model_tensors(run.settings, run.vocabulary.size).items()}
+    expected = {
+        f"model.{name}": tuple(value.shape)
+        for name, value in model_tensors(run.settings, run.vocabulary.size).items()
+    }
     addressing = run.table.addressing.to_json() if run.table is not None else None
     theirs = {name: shape for name, shape in stored.shapes.items() if name.startswith("model.")}
     problems = _misfits(expected, theirs) + dtype_problems({name: stored.dtype(name) for name in theirs})
@@ -159,15 +183,24 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
         )
     elif (separator := info["separator_id"]) != run.vocabulary.separator_id:
         ours = run.vocabulary.separator_id
-        problems.append(f"separator: the checkpoint has token {separator} before each document, the data {ours} (data.separator)")
+        problems.append(
+            f"separator: the checkpoint has token {separator} before each document, the data {ours} (data.separator)"
+        )
     if info["addressing"] and addressing and info["addressing"] != addressing:
-        problems.append("memory: its table cannot be taken over: layers, orders, multipliers, primes or compression map are others")
+        problems.append(
+            "memory: its table cannot be taken over: layers, orders, multipliers, primes or compression map are others"
+        )
     elif info["addressing"] and run.table is not None:
-        there, here = stored.shapes.get("table.rows", ()), (run.table.addressing.num_rows, run.settings.engram.head_dim)
+        there, here = (
+            stored.shapes.get("table.rows", ()),
+            (run.table.addressing.num_rows, run.settings.engram.head_dim),
+        )
         if there != here:
             problems.append(f"table.rows: the checkpoint has {list(there)}, this model {list(here)}")
     if problems:
-        raise CheckpointError("\n".join([f"train.init_from={path}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
+        raise CheckpointError(
+            "\n".join([f"train.init_from={path}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)])
+        )
     taken = expected.keys() & stored.shapes.keys()
     for stage in run.model_parts:
         state = {f"model.{k}": v for k, v in stage.state_dict().items() if f"model.{k}" in taken}
@@ -210,6 +243,10 @@ def _tell_of_data(settings: Settings, theirs: checkpoint.Consumed, data: Manifes
     """Say where the validation split may hold what the weights were trained on."""
     path, ours = settings.data.path, data.validation.digest
     if ours and theirs.train is None:
-        say(f"  the weights' run does not say what it was trained on, which may be in the validation split of data.path={path}")
+        say(
+            f"  the weights' run does not say what it was trained on, which may be in the validation split of data.path={path}"
+        )
     elif ours and theirs.validation != ours:
-        say(f"  data.path={path}: its validation split is not that of the weights' run, which may have been trained on some of it")
+        say(
+            f"  data.path={path}: its validation split is not that of the weights' run, which may have been trained on some of it"
+        )

@@ -47,7 +47,12 @@ from hybridtrain.table.lookup_table import by_exchange
 
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE),
-    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),  # of what another user left in the folder, or by hand
+    *(
+        errno.EACCES,
+        errno.EPERM,
+        errno.EISDIR,
+        errno.ENOTDIR,
+    ),  # of what another user left in the folder, or by hand
 )
 Step = tuple[Batch, StepPlan | None]
 Info = dict[str, Any]  # what a checkpoint says of itself
@@ -79,7 +84,9 @@ def train(settings: Settings, resume: bool | None = False, allow: Collection[str
         with Watchdog(mesh.world, clock, stalls, settings.parallel.timeout):
             data = Continuation(settings, dataset, allow)
             before = _restore(folder, run, addressing, clock, data.check) if resume else None
-            return _run(run, folder, dataset, data, lambda: _restore(folder, run, addressing, clock), clock, before)
+            return _run(
+                run, folder, dataset, data, lambda: _restore(folder, run, addressing, clock), clock, before
+            )
     except DispatchMemoryError as error:
         raise TrainingError(str(error)) from error
     except OSError as error:
@@ -119,7 +126,9 @@ def _run(
         data.position(before) if before else None,
         start + run.guard.skipped_batches,
     )
-    reading = Reading(loader, run.guard, settings.run.seed, data.digests, Consumed.of(before) if before else None)
+    reading = Reading(
+        loader, run.guard, settings.run.seed, data.digests, Consumed.of(before) if before else None
+    )
     log = MetricsLog(folder.path, mesh.rank, start, settings.train.steps, folder.confirm)
     report = Report(run, log, folder.path, clock, start, reading)
 
@@ -228,7 +237,13 @@ def _begin(run: Run, feed: StepPrefetcher[Step], clock: Clock, step: int) -> Ste
 
 
 def _refuse(
-    run: Run, saver: checkpoint.Saver, report: Report, done: int, batch: Batch, plan: StepPlan | None, totals: Totals
+    run: Run,
+    saver: checkpoint.Saver,
+    report: Report,
+    done: int,
+    batch: Batch,
+    plan: StepPlan | None,
+    totals: Totals,
 ) -> str:
     """What `train.on_spike` says to do about a step that was not made: "skip" or "rollback"; raises TrainingError to stop."""
     train, action = run.settings.train, run.settings.train.on_spike
@@ -241,7 +256,9 @@ def _refuse(
             what += f"; {name_source_of_nonfinite(run, batch, plan)}"
         if not allowed:
             what += f"; that is more than train.spike_limit={train.spike_limit} in a row"
-        raise TrainingError(f"step {done}: {what}. The last good checkpoint is {last or 'none'}; nothing of this step was kept")
+        raise TrainingError(
+            f"step {done}: {what}. The last good checkpoint is {last or 'none'}; nothing of this step was kept"
+        )
     if run.table is not None and (action == "rollback" or run.settings.engram.fetch == "overlap"):
         run.table.forget_ahead()  # rows as they would be after the update
     report.refused(done, what, action, totals.loss)
@@ -312,8 +329,14 @@ def train_step(
 
 def _sum_up(run: Run, loss: Tensor, stop: bool, save: bool) -> dict[str, Tensor]:
     """The step's loss, whether any rank was asked to stop or save, and the model's statistics, over all ranks; on the device."""
-    device = run.mesh.device  # to bring a number there from the host would wait for all that the device has to do
-    sums = {"loss": loss, "stop": torch.full((), float(stop), device=device), "save": torch.full((), float(save), device=device)}
+    device = (
+        run.mesh.device
+    )  # to bring a number there from the host would wait for all that the device has to do
+    sums = {
+        "loss": loss,
+        "stop": torch.full((), float(stop), device=device),
+        "save": torch.full((), float(save), device=device),
+    }
     sums |= no_statistics(run.settings, device)
     for stage in run.model_parts:
         sums |= collect(stage)

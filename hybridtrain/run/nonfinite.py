@@ -26,7 +26,9 @@ def name_source_of_nonfinite(run: Run, batch: Batch, plan: StepPlan | None) -> s
     def watch(place: tuple[int, int, str]) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
-            if not found and any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors):
+            if not found and any(
+                isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors
+            ):
                 found.append(place)
 
         return hook

@@ -25,7 +25,9 @@ def implementations(run: Run) -> dict[str, str]:
         "rms_norm": "torch, own backward" if blocked else "torch rms_norm",
         "grouped_mlp": "torch grouped_mm",
         "permute": "torch index_select, own backward",
-        "head and loss": "blocked over tokens, own backward" if blocked else "torch product, then cross_entropy",
+        "head and loss": "blocked over tokens, own backward"
+        if blocked
+        else "torch product, then cross_entropy",
     }
     if run.mesh.tp.size > 1:
         ops["head and loss"] = f"vocabulary over tp={run.mesh.tp.size}, blocked over tokens, own backward"
@@ -58,7 +60,11 @@ def _long_attention(run: Run, packs: bool) -> str:
     """What sequences too long for a mask of all pairs have instead."""
     if run.settings.train.seq_len <= MASKED_TOKENS:
         return ""
-    return ", varlen_attn over documents" if packs and run.mesh.cp.size == 1 else ", blocks of queries over documents"
+    return (
+        ", varlen_attn over documents"
+        if packs and run.mesh.cp.size == 1
+        else ", blocks of queries over documents"
+    )
 
 
 def _dispatch(run: Run) -> str:

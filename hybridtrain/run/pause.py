@@ -16,7 +16,9 @@ Validate = Callable[[int, Callable[[], bool]], dict[str, float]]
 class Pause:
     """Between steps of a run; every method is called by all ranks at the same step."""
 
-    def __init__(self, run: Run, saver: checkpoint.Saver, signal: StopSignal, report: Report, validate: Validate) -> None:
+    def __init__(
+        self, run: Run, saver: checkpoint.Saver, signal: StopSignal, report: Report, validate: Validate
+    ) -> None:
         self.run, self.saver, self.signal, self.report, self._validate = run, saver, signal, report, validate
 
     def after(self, done: int, stop: bool, save: bool) -> bool:
@@ -41,7 +43,9 @@ class Pause:
     def save(self, done: int) -> None:
         with self.report.outside_training("save"):
             self.saver.save(done, wait=False)
-        self.signal.save = False  # also where a request reached this rank a step later than the one that told all
+        self.signal.save = (
+            False  # also where a request reached this rank a step later than the one that told all
+        )
 
     def validates(self, done: int) -> bool:
         """Whether a validation is due after `done` steps."""
@@ -63,7 +67,9 @@ class Pause:
             return not stopped
 
         with self.report.outside_training("validation"):
-            values = self._validate(self.run.settings.train.eval_batches if done < self.run.settings.train.steps else 0, go_on)
+            values = self._validate(
+                self.run.settings.train.eval_batches if done < self.run.settings.train.steps else 0, go_on
+            )
             if not stopped:
                 self.report.validation(done, values, again)
         return stopped

@@ -34,7 +34,9 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
         ep=parallel.ep,
         mem=parallel.mem,
         etp=parallel.etp,
-        node_size=(parallel.node_size or ranks_of_a_node(world)) if parallel.dispatch == "hierarchical" else 0,
+        node_size=(parallel.node_size or ranks_of_a_node(world))
+        if parallel.dispatch == "hierarchical"
+        else 0,
         mem_placement=parallel.mem_placement,
     )
     specs = layer_specs(settings)
@@ -53,7 +55,9 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
             conv_reach=(settings.engram.conv_kernel - 1) * max(settings.engram.orders) if has_conv else 0,
             memory_rows=slots * settings.engram.rows_per_head if any(s.engram for s in specs) else None,
             dense_hidden=model.dense.hidden if any(s.feedforward == "dense" for s in specs) else None,
-            shared_hidden=model.moe.num_shared * model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
+            shared_hidden=model.moe.num_shared * model.moe.hidden
+            if any(s.feedforward == "moe" for s in specs)
+            else None,
             memory_slots=slots if any(s.engram for s in specs) else None,
             expert_multiple=8 if settings.train.precision == "bfloat16" else 4,
             expert_hidden=model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
@@ -98,9 +102,7 @@ def table_device(settings: Settings, device: torch.device) -> torch.device:
 def check_compiler(settings: Settings) -> None:
     """Raise SettingsError where `train.compile` asks for a compiler that this machine has not."""
     if settings.train.compile and (name := missing_compiler()) is not None:
-        problem = (
-            f"torch.compile needs a C++ compiler and there is no {name}; install one, name yours in CXX, or train.compile=false"
-        )
+        problem = f"torch.compile needs a C++ compiler and there is no {name}; install one, name yours in CXX, or train.compile=false"
         raise SettingsError("train.compile=true", [problem])
 
 

@@ -38,7 +38,9 @@ FETCH = {
 class Report:
     """Collects what `train_step` returns and writes it out every `train.log_every` steps."""
 
-    def __init__(self, run: Run, log: MetricsLog, folder: Path, clock: Clock, start: int, reading: Reading) -> None:
+    def __init__(
+        self, run: Run, log: MetricsLog, folder: Path, clock: Clock, start: int, reading: Reading
+    ) -> None:
         self.run, self.log, self.folder, self.reading = run, log, folder, reading
         self.clock = clock
         table_rows = run.table.addressing.num_rows if run.table is not None else 0
@@ -61,9 +63,15 @@ class Report:
         grid = Table(title=f"hybridtrain {__version__}", show_header=False, title_justify="left")
         table = self.run.table
         rows = [
-            ("layout", f"{mesh.layout.describe()} on {mesh.device.type}, {torch.get_num_threads()} thread(s) a rank"),
+            (
+                "layout",
+                f"{mesh.layout.describe()} on {mesh.device.type}, {torch.get_num_threads()} thread(s) a rank",
+            ),
             ("parameters", " · ".join(f"{name} {_short(n)}" for name, n in self.counts.items())),
-            ("step", f"{s.train.global_batch} sequences x {s.train.seq_len} tokens in {s.train.micro_batches} micro-batch(es)"),
+            (
+                "step",
+                f"{s.train.global_batch} sequences x {s.train.seq_len} tokens in {s.train.micro_batches} micro-batch(es)",
+            ),
             ("engine", self.run.engine.name),
             ("matmul peak", f"{self.peak / 1e9:.1f} GFLOP/s over all ranks"),
         ]
@@ -183,12 +191,18 @@ class Report:
                 self.log.rewind(done, validated=False)
             self._validation = values
             self.log.write(done, {f"validation_{name}": value for name, value in values.items()})
-            self.log.say(f"step {done:6d}  validation loss {values['loss']:.4f}  bits per byte {values['bits_per_byte']:.4f}")
+            self.log.say(
+                f"step {done:6d}  validation loss {values['loss']:.4f}  bits per byte {values['bits_per_byte']:.4f}"
+            )
 
     def ended(self) -> bool:
         """Whether the run has its summary: one that was cut off in its last validation has made all steps, and no more."""
         summary = self._old_summary()
-        return bool(summary) and not summary.get("stopped") and summary.get("steps", 0) >= self.run.settings.train.steps
+        return (
+            bool(summary)
+            and not summary.get("stopped")
+            and summary.get("steps", 0) >= self.run.settings.train.steps
+        )
 
     def recall(self) -> None:
         """Take the last step's values from metrics.jsonl: nothing but the end of the run is left to do."""
@@ -197,7 +211,9 @@ class Report:
 
     def nothing_left(self, start: int) -> dict[str, Any]:
         """The summary that the finished run left; training further takes a higher `train.steps`."""
-        self.log.say(f"{self.folder} has done {start} steps of train.steps={self.run.settings.train.steps}: nothing is left to do")
+        self.log.say(
+            f"{self.folder} has done {start} steps of train.steps={self.run.settings.train.steps}: nothing is left to do"
+        )
         return self._old_summary()
 
     def _old_summary(self) -> dict[str, Any]:
@@ -218,7 +234,9 @@ class Report:
                 f"memory rows: {1000 * summary['table_fetch_seconds']:.1f} ms a step to fetch, of which the step waited "
                 f"{1000 * summary['table_fetch_exposed_seconds']:.1f} ms (engram.fetch={self.run.settings.engram.fetch})"
             )
-        self.log.say(f"run files: {self.folder}    curves: tensorboard --logdir {self.folder / 'tensorboard'}")
+        self.log.say(
+            f"run files: {self.folder}    curves: tensorboard --logdir {self.folder / 'tensorboard'}"
+        )
         return summary
 
     def _summarise(self, done: int, stopped: bool) -> dict[str, Any]:

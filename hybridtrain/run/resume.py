@@ -24,9 +24,13 @@ def parse_allow(text: str, resumes: bool) -> frozenset[str]:
     """The names in "seed,data". Raises UserError for others, and for any where the run is not one that `resumes`."""
     names = frozenset(name for name in (part.strip() for part in text.split(",")) if name)
     if unknown := sorted(names - set(ALLOWABLE)):
-        raise UserError(f"--allow {text}: {', '.join(unknown)} cannot be allowed; it may be {', '.join(ALLOWABLE)}")
+        raise UserError(
+            f"--allow {text}: {', '.join(unknown)} cannot be allowed; it may be {', '.join(ALLOWABLE)}"
+        )
     if names and not resumes:
-        raise UserError(f"--allow {text} says what a resumed run may do; it goes with --resume or --auto-resume")
+        raise UserError(
+            f"--allow {text} says what a resumed run may do; it goes with --resume or --auto-resume"
+        )
     return names
 
 
@@ -38,7 +42,12 @@ class Reading:
     """
 
     def __init__(
-        self, loader: BatchLoader, guard: SpikeGuard, seed: int, digests: dict[str, str], before: Consumed | None = None
+        self,
+        loader: BatchLoader,
+        guard: SpikeGuard,
+        seed: int,
+        digests: dict[str, str],
+        before: Consumed | None = None,
     ) -> None:
         self._loader, self._guard, self._seed, self._digests = loader, guard, seed, digests
         self._before = before.sequences if before else 0
@@ -107,10 +116,18 @@ class Continuation:
         differences = self._differences(info)
         lines += [f"  allowed: {why}" for why in differences.values()]
         if differences.keys() & {SEED, DATA}:
-            lines.append(f"  what was left of the epoch is left out; the new order begins with epoch {self.position(info).epoch}")
+            lines.append(
+                f"  what was left of the epoch is left out; the new order begins with epoch {self.position(info).epoch}"
+            )
         if Consumed.of(info).train is None:
-            lines.append("  the checkpoint does not say which data it was trained on, so they could not be compared")
-        return [f"going on from {path} with changes:", *lines, *self._joined(self.position(info))] if lines else []
+            lines.append(
+                "  the checkpoint does not say which data it was trained on, so they could not be compared"
+            )
+        return (
+            [f"going on from {path} with changes:", *lines, *self._joined(self.position(info))]
+            if lines
+            else []
+        )
 
     def _joined(self, at: Position) -> list[str]:
         length = self.settings.train.seq_len
@@ -129,9 +146,15 @@ class Continuation:
         theirs, seed, data = Consumed.of(info), self.settings.run.seed, f"data.path={self.settings.data.path}"
         out = {}
         if theirs.seed != seed:
-            out[SEED] = f"run.seed={seed}: the samples come in another order than with the checkpoint's {theirs.seed}"
+            out[SEED] = (
+                f"run.seed={seed}: the samples come in another order than with the checkpoint's {theirs.seed}"
+            )
         if theirs.train not in (None, self.digests["train"]) or theirs.position(self._num_targets) is None:
-            out[DATA] = f"{data}: its train split is not the one (or not in the same shards) that the checkpoint was trained on"
+            out[DATA] = (
+                f"{data}: its train split is not the one (or not in the same shards) that the checkpoint was trained on"
+            )
         if self.digests["validation"] and theirs.validation not in (None, self.digests["validation"]):
-            out[VALIDATION] = f"{data}: its validation split is not the checkpoint's, and may hold texts that were trained on"
+            out[VALIDATION] = (
+                f"{data}: its validation split is not the checkpoint's, and may hold texts that were trained on"
+            )
         return out

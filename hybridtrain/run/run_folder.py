@@ -50,7 +50,9 @@ class RunLocks:
         for name, lock in self._locks.items():
             dead, told = "", False
             while True:
-                outcome = gather_objects(_attempt(lock, name, dead) if self._world.rank == 0 else None, self._world)[0]
+                outcome = gather_objects(
+                    _attempt(lock, name, dead) if self._world.rank == 0 else None, self._world
+                )[0]
                 if isinstance(outcome, str):
                     raise FolderInUse(outcome)
                 if outcome.taken:
@@ -85,7 +87,9 @@ class RunLocks:
             there = there.resolve()  # a link may lead to another run's, or both runs' links to one folder
         told = f"checkpoint.dir={where}" if where else f"{run / CHECKPOINTS}, a link to {there},"
         ours = there == run.resolve() / CHECKPOINTS
-        if ours or (there.name == CHECKPOINTS and any((there.parent / name).is_file() for name in (SETTINGS, NAME))):
+        if ours or (
+            there.name == CHECKPOINTS and any((there.parent / name).is_file() for name in (SETTINGS, NAME))
+        ):
             there = there.parent  # a run holds its folder, and so its own checkpoints
         if there != run.resolve():
             files[told] = there / NAME
@@ -107,7 +111,9 @@ class RunFolder:
         self.checkpoints = checkpoint.open_storage(checkpoints) if checkpoints else path / CHECKPOINTS
         self.base: checkpoint.Base | None = None  # of the checkpoint that the run was restored from
         self.restored = path  # that checkpoint
-        self.confirm: Callable[..., None] = lambda *_: None  # that the folders are still this run's: see RunLocks
+        self.confirm: Callable[..., None] = lambda *_: (
+            None
+        )  # that the folders are still this run's: see RunLocks
 
     @classmethod
     def of(cls, settings: Settings, world: Group) -> RunFolder:
@@ -130,11 +136,18 @@ class RunFolder:
         last = next(iter(checkpoint.candidates(folder.checkpoints)), None)
         barrier(world)  # every rank has looked before rank 0 writes
         if resume and last is None:
-            raise CheckpointError(f"{folder.checkpoints}: no finished checkpoint to resume from; start without --resume")
+            raise CheckpointError(
+                f"{folder.checkpoints}: no finished checkpoint to resume from; start without --resume"
+            )
         if not resume and last is not None:
-            key, where = ("checkpoint.dir", folder.checkpoints) if settings.checkpoint.dir else ("run.dir", folder.path)
+            key, where = (
+                ("checkpoint.dir", folder.checkpoints)
+                if settings.checkpoint.dir
+                else ("run.dir", folder.path)
+            )
             raise SettingsError(
-                f"{key}={where}", [f"holds a run with the checkpoint {last.name}; go on with --resume or choose another {key}"]
+                f"{key}={where}",
+                [f"holds a run with the checkpoint {last.name}; go on with --resume or choose another {key}"],
             )
         if world.rank == 0:
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -152,8 +165,14 @@ class RunFolder:
         barrier(self.world)
         dataset = TokenDataset.open(settings.data.path, verify=settings.data.verify and self.world.rank == 0)
         ours = self.path / TOKENIZER
-        if ours.is_file() and file_digest(ours) != dataset.manifest.tokenizer_xxh3 and checkpoint.candidates(self.checkpoints):
-            raise DataError(f"{dataset.tokenizer_path} is another tokenizer than the one this run was trained with, {ours}")
+        if (
+            ours.is_file()
+            and file_digest(ours) != dataset.manifest.tokenizer_xxh3
+            and checkpoint.candidates(self.checkpoints)
+        ):
+            raise DataError(
+                f"{dataset.tokenizer_path} is another tokenizer than the one this run was trained with, {ours}"
+            )
         barrier(self.world)
         if self.world.rank == 0:
             if not dataset.manifest.validation.tokens:
@@ -163,7 +182,10 @@ class RunFolder:
         return Vocabulary.of(dataset, settings.model.vocab_size), dataset
 
     def restore(
-        self, run: Run, addressing: Addressing | None, check: Callable[[Path, dict[str, Any]], None] = lambda path, info: None
+        self,
+        run: Run,
+        addressing: Addressing | None,
+        check: Callable[[Path, dict[str, Any]], None] = lambda path, info: None,
     ) -> dict[str, Any]:
         """Load the latest good checkpoint into the parts; returns what it says of itself.
 
@@ -189,13 +211,17 @@ class RunFolder:
                     say("\n".join([*problems, f"going on from {path}, the one before"]))
                 self._write_settings(run.settings)  # not before: a refused resume leaves the run as it was
             return info
-        raise CheckpointError("\n".join([f"{self.checkpoints}: no good checkpoint to resume from", *problems]))
+        raise CheckpointError(
+            "\n".join([f"{self.checkpoints}: no good checkpoint to resume from", *problems])
+        )
 
     def saver(self, run: Run, reading: Callable[[int], dict[str, Any]]) -> checkpoint.Saver:
         """What saves the run's checkpoints, once it was restored or begun; collective. `reading` as of `Saver`."""
         if self.world.rank == 0 and run.table is not None:
             write_atomically(self.path / ADDRESSING, run.table.addressing.to_json().encode())
-        return checkpoint.Saver(run, self.checkpoints, file_digest(self.path / TOKENIZER), self.base, reading, self.confirm)
+        return checkpoint.Saver(
+            run, self.checkpoints, file_digest(self.path / TOKENIZER), self.base, reading, self.confirm
+        )
 
     def _write_settings(self, settings: Settings) -> None:
         write_atomically(self.path / SETTINGS, dump_settings(settings).encode())
@@ -210,7 +236,9 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     try:
         return _find(path)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(
+            f"{error.filename or path}: cannot be read: {error.strerror or error}"
+        ) from None
 
 
 def _find(path: Path) -> tuple[Path, Path]:
@@ -225,7 +253,9 @@ def _find(path: Path) -> tuple[Path, Path]:
     last, *before = found
     if not (last / checkpoint.INFO).is_file():
         instead = f"; the one before it is {before[0]}" if before else ""
-        raise CheckpointError(f"{last}, the latest of this run, is damaged: {checkpoint.INFO} is missing{instead}")
+        raise CheckpointError(
+            f"{last}, the latest of this run, is damaged: {checkpoint.INFO} is missing{instead}"
+        )
     return path, last
 
 

@@ -19,11 +19,18 @@ def all_or_none(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
     """Up to `count` batches as the micro-batches of one, so that all stages of a pipeline have work."""
     rest = iter(batches)
     while group := list(islice(rest, count)):
-        yield Batch(*(torch.cat(tensors) for tensors in zip(*((b.tokens, b.targets, b.starts) for b in group), strict=True)))
+        yield Batch(
+            *(
+                torch.cat(tensors)
+                for tensors in zip(*((b.tokens, b.targets, b.starts) for b in group), strict=True)
+            )
+        )
 
 
 @torch.no_grad()
-def evaluate(run: Run, split: Split, batches: int = 0, go_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
+def evaluate(
+    run: Run, split: Split, batches: int = 0, go_on: Callable[[], bool] = lambda: True
+) -> dict[str, float]:
     """`loss` (nats per token), `perplexity`, `bits_per_byte` and `tokens` of the split, or of its first global batches (0: all).
 
     Bits per byte spread the split's bytes evenly over its tokens; over a whole split that is exact. An empty split gives {}.
@@ -39,7 +46,9 @@ def evaluate(run: Run, split: Split, batches: int = 0, go_on: Callable[[], bool]
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     limit = batches * settings.train.micro_batches
     stopped = False
-    batches_of_one = EvalBatches(split, settings.train.seq_len, batch_size, dp_rank, mesh.layout.dp, limit=limit)
+    batches_of_one = EvalBatches(
+        split, settings.train.seq_len, batch_size, dp_rank, mesh.layout.dp, limit=limit
+    )
     for batch in all_or_none(batches_of_one, mesh.layout.pp):
         if stopped := not go_on():
             break

@@ -24,7 +24,9 @@ def unusable_folders(settings: Settings) -> list[str]:
     """What stands in the way of writing to `run.dir`, `checkpoint.dir` and, where it is to be made, `data.path`; one line each."""
     data, run = Path(settings.data.path), Path(settings.run.dir)
     written = {"run.dir": run}
-    if settings.checkpoint.dir and isinstance(there := checkpoint.open_storage(settings.checkpoint.dir), Path):
+    if settings.checkpoint.dir and isinstance(
+        there := checkpoint.open_storage(settings.checkpoint.dir), Path
+    ):
         written["checkpoint.dir"] = there
     out = [problem for key, folder in written.items() if (problem := _obstacle(key, folder))]
     if not out:
@@ -41,7 +43,9 @@ def unusable_folders(settings: Settings) -> list[str]:
     for key, folder in written.items():
         # not Path's exists and resolve, which raise what was told above
         if (os.path.isdir(data) or not os.path.exists(data)) and _real(folder).is_relative_to(_real(data)):
-            out.append(f"{key}={folder}: lies in data.path={data}, which holds prepared data alone; choose another folder")
+            out.append(
+                f"{key}={folder}: lies in data.path={data}, which holds prepared data alone; choose another folder"
+            )
     return out
 
 
@@ -49,7 +53,9 @@ def _obstacle(key: str, folder: Path, inside: str = "") -> str:
     """Why the folder, or the one that is called `inside` in it, can neither be made nor be written to; "" where it can."""
     if problem := _no_name(key, folder):
         return problem
-    there = next(path for path in (folder / inside, *(folder / inside).absolute().parents) if os.path.lexists(path))
+    there = next(
+        path for path in (folder / inside, *(folder / inside).absolute().parents) if os.path.lexists(path)
+    )
     if not there.is_dir():
         return f"{key}={folder}: {there} is not a folder; choose another {key}"
     if not os.access(there, os.W_OK | os.X_OK):

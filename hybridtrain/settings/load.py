@@ -114,7 +114,8 @@ def _renamed(key: str, known: set[str]) -> str:
 def _suggest(key: str, known: set[str]) -> str:
     leaf = key.rsplit(".", 1)[-1]
     close = (
-        difflib.get_close_matches(key, known, n=1, cutoff=0.75) or [k for k in sorted(known) if k.rsplit(".", 1)[-1] == leaf][:1]
+        difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        or [k for k in sorted(known) if k.rsplit(".", 1)[-1] == leaf][:1]
     )
     return f"; did you mean {close[0]}?" if close else ""
 

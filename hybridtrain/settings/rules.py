@@ -27,25 +27,33 @@ def contradictions(s: Settings) -> list[str]:
             f"it may be {_divisors(attention.num_heads)}"
         )
     if attention.head_dim % 2:
-        out.append(f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. {attention.head_dim + 1}")
+        out.append(
+            f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. {attention.head_dim + 1}"
+        )
     out += unfit_widths(s, 2 if s.train.precision == "bfloat16" else 4)
     out += _useless_steps(s)
     if moe.top_k > moe.num_experts:
-        out.append(f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to {moe.num_experts}")
+        out.append(
+            f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to {moe.num_experts}"
+        )
     if moe.num_experts % moe.num_groups:
         out.append(
             f"model.moe.num_groups={moe.num_groups} does not divide num_experts={moe.num_experts}; "
             f"it may be {_divisors(moe.num_experts)}"
         )
     elif moe.top_groups > moe.num_groups:
-        out.append(f"model.moe.top_groups={moe.top_groups} exceeds num_groups={moe.num_groups}; it may be 1 to {moe.num_groups}")
+        out.append(
+            f"model.moe.top_groups={moe.top_groups} exceeds num_groups={moe.num_groups}; it may be 1 to {moe.num_groups}"
+        )
     elif moe.num_experts >= moe.top_k > moe.top_groups * (moe.num_experts // moe.num_groups):
         reach = moe.top_groups * (moe.num_experts // moe.num_groups)
         out.append(
             f"model.moe.top_k={moe.top_k} exceeds the {reach} experts in top_groups={moe.top_groups} groups; it may be 1 to {reach}"
         )
     if not engram.orders or list(engram.orders) != sorted(set(engram.orders)) or engram.orders[0] < 2:
-        out.append(f"engram.orders={list(engram.orders)} must be rising n-gram lengths from 2 on, e.g. [2, 3]")
+        out.append(
+            f"engram.orders={list(engram.orders)} must be rising n-gram lengths from 2 on, e.g. [2, 3]"
+        )
     if s.train.global_batch % s.train.micro_batches:
         out.append(
             f"train.micro_batches={s.train.micro_batches} does not divide train.global_batch={s.train.global_batch}; "
@@ -76,7 +84,9 @@ def contradictions(s: Settings) -> list[str]:
             'train.engine="deepspeed" it may be "stop"'
         )
     if s.train.on_spike == "rollback" and s.checkpoint.every == 0:
-        out.append('train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it above 0')
+        out.append(
+            'train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it above 0'
+        )
     if s.checkpoint.table_full_every > 1 and engram.optimizer == "adam":
         out.append(
             f"checkpoint.table_full_every={s.checkpoint.table_full_every} saves the rows that changed, and "
@@ -122,9 +132,13 @@ def _given_twice(data: DataSettings) -> list[str]:
     """Settings of which one leaves the other nothing to say. Written-out settings have all defaults, which say nothing."""
     out, default = [], DataSettings()
     if data.tokenizer and data.vocab_size != default.vocab_size:
-        out.append("data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out")
+        out.append(
+            "data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out"
+        )
     if data.validation and data.validation_fraction not in (0.0, default.validation_fraction):
-        out.append("data.validation_fraction and data.validation are both given; either is held out, leave one out")
+        out.append(
+            "data.validation_fraction and data.validation are both given; either is held out, leave one out"
+        )
     return out
 
 
@@ -143,7 +157,9 @@ def notices(s: Settings) -> list[str]:
             f"{steps - optim.warmup_steps} steps that optim.warmup_steps={optim.warmup_steps} leaves"
         )
     if s.train.eval_every > steps:
-        out.append(f"train.eval_every={s.train.eval_every} with train.steps={steps}: validation at the end only")
+        out.append(
+            f"train.eval_every={s.train.eval_every} with train.steps={steps}: validation at the end only"
+        )
     if saves.every > steps:
         out.append(f"checkpoint.every={saves.every} with train.steps={steps}: a checkpoint at the end only")
     if saves.every and saves.keep_every % saves.every:
@@ -152,7 +168,9 @@ def notices(s: Settings) -> list[str]:
             f"the checkpoint of every {math.lcm(saves.keep_every, saves.every)}th step"
         )
     if s.train.spike_score and s.train.spike_window >= steps:
-        out.append(f"train.spike_window={s.train.spike_window} with train.steps={steps}: no loss is judged to be a spike")
+        out.append(
+            f"train.spike_window={s.train.spike_window} with train.steps={steps}: no loss is judged to be a spike"
+        )
     return out
 
 
@@ -160,7 +178,11 @@ def _useless_steps(s: Settings) -> list[str]:
     """Running means that never move, and decays: decoupled, they multiply weights by 1 - rate * decay, which must stay above 0."""
     optim, engram = s.optim, s.engram
     means = ("beta1", "beta2", "muon_momentum") if optim.backbone == "muon" else ("beta1", "beta2")
-    out = [f"optim.{key}=1.0 would never take in a gradient; it may be below 1" for key in means if getattr(optim, key) == 1.0]
+    out = [
+        f"optim.{key}=1.0 would never take in a gradient; it may be below 1"
+        for key in means
+        if getattr(optim, key) == 1.0
+    ]
     rules = [("optim.lr", optim.lr, "optim.weight_decay", optim.weight_decay)]
     if optim.backbone == "muon":
         rules.append(("optim.muon_lr", optim.muon_lr, "optim.weight_decay", optim.weight_decay))
@@ -193,7 +215,9 @@ def _beyond_deepspeed(s: Settings) -> list[str]:
     engine, out = "train.engine=deepspeed", []
     for axis in ("pp", "tp", "etp", "dp_replicate"):
         if (degree := getattr(s.parallel, axis)) > 1:
-            out.append(f"parallel.{axis}={degree} with {engine}, which spreads over dp_shard, cp, ep and mem; {axis} may be 1")
+            out.append(
+                f"parallel.{axis}={degree} with {engine}, which spreads over dp_shard, cp, ep and mem; {axis} may be 1"
+            )
     if s.parallel.reshard_after_forward:
         out.append(
             f"parallel.reshard_after_forward=true with {engine}, which shards them by deepspeed.zero_stage=3; it may be false"
@@ -203,14 +227,18 @@ def _beyond_deepspeed(s: Settings) -> list[str]:
             f"optim.backbone={s.optim.backbone} with {engine}, whose flat parts of parameters are no matrices; it may be adamw"
         )
     if s.train.precision == "bfloat16":
-        out.append(f"train.precision=bfloat16 with {engine}, which computes in its parameters' float32; it may be auto or float32")
+        out.append(
+            f"train.precision=bfloat16 with {engine}, which computes in its parameters' float32; it may be auto or float32"
+        )
     if s.parallel.ep > 1 and s.deepspeed.zero_stage == 3:
         out.append(
             f"deepspeed.zero_stage=3 with parallel.ep={s.parallel.ep} would add up different experts of different ranks; "
             "zero_stage may be 0, 1 or 2, or ep may be 1"
         )
     if s.deepspeed.offload_optimizer and s.deepspeed.zero_stage == 0:
-        out.append("deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3")
+        out.append(
+            "deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3"
+        )
     return out
 
 

@@ -18,13 +18,19 @@ Axis = Annotated[int, Field(ge=-1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
+    )
 
     @field_validator("*")
     @classmethod
     def _names_something(cls, value: Any) -> Any:
         """Strings name files, folders, fields and tokens, which have no NUL; of several no one is empty."""
-        if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
+        if any(
+            "\0" in text
+            for text in (value if isinstance(value, tuple) else (value,))
+            if isinstance(text, str)
+        ):
             raise ValueError("has a NUL character")
         if isinstance(value, tuple) and "" in value:
             raise ValueError("has an empty entry")
@@ -32,16 +38,23 @@ class Section(BaseModel):
 
 
 class RunSettings(Section):
-    dir: str = Field("runs/default", min_length=1, description="folder that receives metrics, checkpoints and the summary")
+    dir: str = Field(
+        "runs/default", min_length=1, description="folder that receives metrics, checkpoints and the summary"
+    )
     seed: Natural = Field(0, description="draws the parameters and the sample order")
     threads: Natural = Field(0, description="CPU threads per rank; 0 leaves torch's choice")
     slow_rank: NonNegative = Field(
-        2.0, description="multiple of its pipeline stage's median step time, waiting apart, from which on a rank is named; 0: never"
+        2.0,
+        description="multiple of its pipeline stage's median step time, waiting apart, from which on a rank is named; 0: never",
     )
 
 
 class DataSettings(Section):
-    path: str = Field("runs/data/sotu-4096", min_length=1, description="folder of token shards written by `hybridtrain data`")
+    path: str = Field(
+        "runs/data/sotu-4096",
+        min_length=1,
+        description="folder of token shards written by `hybridtrain data`",
+    )
     source: tuple[str, ...] = Field(
         (), description="texts to make `path` from when it does not exist; `shipped:sotu` needs no download"
     )
@@ -50,9 +63,15 @@ class DataSettings(Section):
     )
     text_field: str = Field("text", min_length=1, description="field of a JSON line that holds the text")
     vocab_size: Positive = Field(4096, description="entries of the BPE trained when `path` is made")
-    tokenizer: str = Field("", description="a tokenizer.json to use instead of training one when `path` is made")
-    separator: str = Field("", description="token that stands before each document; empty: the first usual one of the tokenizer")
-    validation_fraction: Fraction = Field(0.05, description="share of whole documents held out when `path` is made")
+    tokenizer: str = Field(
+        "", description="a tokenizer.json to use instead of training one when `path` is made"
+    )
+    separator: str = Field(
+        "", description="token that stands before each document; empty: the first usual one of the tokenizer"
+    )
+    validation_fraction: Fraction = Field(
+        0.05, description="share of whole documents held out when `path` is made"
+    )
     shard_tokens: Positive = Field(50_000_000, description="tokens per shard when `path` is made")
     verify: bool = Field(True, description="check the shards' checksums before training")
 
@@ -79,7 +98,9 @@ class MoESettings(Section):
     gate_scale: float = Field(1.0, gt=0, description="factor on the routed output")
     num_groups: Positive = Field(1, description="expert groups of group-limited routing; 1 turns it off")
     top_groups: Positive = Field(1, description="groups a token may choose from")
-    bias_rate: NonNegative = Field(0.001, description="step of the auxiliary-loss-free selection bias; 0 turns it off")
+    bias_rate: NonNegative = Field(
+        0.001, description="step of the auxiliary-loss-free selection bias; 0 turns it off"
+    )
     aux_weight: NonNegative = Field(0.0, description="weight of the global load-balance loss")
     z_weight: NonNegative = Field(0.0, description="weight of the router z-loss")
     capacity: NonNegative = Field(
@@ -96,10 +117,14 @@ class ModelSettings(Section):
         description='one entry a layer, "[N*][engram+]MIXER+FEEDFORWARD"; N repeats it',
     )
     residual: Literal["add"] = Field("add", description="how a layer's output joins the stream")
-    vocab_size: Natural = Field(0, description="rows of embedding and head; 0: the tokenizer's entries, more pads them")
+    vocab_size: Natural = Field(
+        0, description="rows of embedding and head; 0: the tokenizer's entries, more pads them"
+    )
     tie_embeddings: bool = Field(False, description="the head uses the embedding's matrix")
     norm_eps: float = Field(1e-6, gt=0, description="added under the root of every RMS norm")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of embeddings and matrices at initialisation")
+    init_std: float = Field(
+        0.02, gt=0, description="standard deviation of embeddings and matrices at initialisation"
+    )
     attention: AttentionSettings = AttentionSettings()
     dense: DenseSettings = DenseSettings()
     moe: MoESettings = MoESettings()
@@ -112,13 +137,22 @@ class EngramSettings(Section):
     head_dim: Positive = Field(32, description="width of one row")
     rows_per_head: Positive = Field(16384, description="a head has the first unused prime >= this many rows")
     hash_seed: Natural = Field(0, description="seed of the multipliers")
-    addressing: str = Field("", description="JSON file with stored multipliers and primes to use instead of drawing them")
-    boundary: Literal["document", "stream"] = Field("document", description="n-grams stop at document starts, or run across")
+    addressing: str = Field(
+        "", description="JSON file with stored multipliers and primes to use instead of drawing them"
+    )
+    boundary: Literal["document", "stream"] = Field(
+        "document", description="n-grams stop at document starts, or run across"
+    )
     gate_floor: float = Field(
-        1e-6, gt=0, le=1e6, description="least |s| under the gate's root; bounds its slope to 1/(2*sqrt(gate_floor))"
+        1e-6,
+        gt=0,
+        le=1e6,
+        description="least |s| under the gate's root; bounds its slope to 1/(2*sqrt(gate_floor))",
     )
     conv: bool = Field(True, description="short convolution after the gate")
-    conv_kernel: Positive = Field(4, description="taps of the short convolution; its dilation is the longest order")
+    conv_kernel: Positive = Field(
+        4, description="taps of the short convolution; its dilation is the longest order"
+    )
     init_std: float = Field(0.02, gt=0, description="standard deviation of rows at initialisation")
     checksum: bool = Field(False, description="verify every exchanged payload with a checksum")
     exchange_groups: Positive = Field(1, description="exchanges per step; divides train.micro_batches")
@@ -131,25 +165,34 @@ class EngramSettings(Section):
         "device", description="table, row state and row update: with the model, or on the CPU"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the table; bfloat16 rows are rounded stochastically, by run.seed, step and row"
+        "float32",
+        description="of the table; bfloat16 rows are rounded stochastically, by run.seed, step and row",
     )
     wire: Literal["exact", "bfloat16", "float8"] = Field(
-        "exact", description="what rows travel as: as they are, or rounded; float8 is e4m3 with a scale for each row"
+        "exact",
+        description="what rows travel as: as they are, or rounded; float8 is e4m3 with a scale for each row",
     )
     wire_gradients: Literal["exact", "bfloat16", "float8"] = Field(
         "exact", description="what the rows' gradients travel as: float32 as they are, or rounded like `wire`"
     )
     optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam"] = Field(
-        "rowwise_adam", description="of the table; adam is the dense reference, with two moments per element and a dense update"
+        "rowwise_adam",
+        description="of the table; adam is the dense reference, with two moments per element and a dense update",
     )
-    lr_multiplier: float = Field(5.0, gt=0, description="learning rate of the table as a multiple of optim.lr")
+    lr_multiplier: float = Field(
+        5.0, gt=0, description="learning rate of the table as a multiple of optim.lr"
+    )
     beta2: Fraction = Field(0.95, description="decay of the table's second moment per step")
     eps: float = Field(1e-8, gt=0, description="added to the root of the table's second moment")
-    weight_decay: NonNegative = Field(0.0, description="of the table; decoupled, replayed when a row is next read")
+    weight_decay: NonNegative = Field(
+        0.0, description="of the table; decoupled, replayed when a row is next read"
+    )
 
 
 class OptimSettings(Section):
-    backbone: Literal["adamw", "muon"] = Field("adamw", description="muon takes the 2-D matrices, AdamW the rest")
+    backbone: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon takes the 2-D matrices, AdamW the rest"
+    )
     lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
     muon_lr: float = Field(2e-2, gt=0, description="peak learning rate of Muon")
     muon_momentum: Fraction = Field(0.95, description="of Muon, in Nesterov's form")
@@ -158,7 +201,9 @@ class OptimSettings(Section):
     eps: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment")
     weight_decay: NonNegative = Field(0.1, description="decoupled; matrices only")
     clip_norm: NonNegative = Field(1.0, description="bound on the global gradient norm; 0 turns clipping off")
-    schedule: Literal["cosine", "wsd"] = Field("cosine", description="after the warm-up; wsd stays at the peak and decays linearly")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="after the warm-up; wsd stays at the peak and decays linearly"
+    )
     warmup_steps: Natural = Field(50, description="steps of the linear rise to the peak")
     decay_fraction: Fraction = Field(0.2, description="share of the steps in wsd's decay")
     final_lr_ratio: Fraction = Field(0.1, description="learning rate at the end as a share of the peak")
@@ -166,22 +211,30 @@ class OptimSettings(Section):
 
 class TrainSettings(Section):
     steps: Positive = Field(500, description="optimizer steps of the whole run")
-    init_from: str = Field("", description="run folder or checkpoint that a new run takes its weights from; a memory may be new")
+    init_from: str = Field(
+        "", description="run folder or checkpoint that a new run takes its weights from; a memory may be new"
+    )
     seq_len: Positive = Field(128, description="tokens per sequence")
-    global_batch: Positive = Field(32, description="sequences per optimizer step over all ranks; no layout changes it")
+    global_batch: Positive = Field(
+        32, description="sequences per optimizer step over all ranks; no layout changes it"
+    )
     micro_batches: Positive = Field(1, description="gradient-accumulation slices of the global batch")
     eval_every: Natural = Field(100, description="steps between validations; 0: only at the end")
-    eval_batches: Natural = Field(0, description="global batches per validation during the run; 0 and at the end: the whole split")
+    eval_batches: Natural = Field(
+        0, description="global batches per validation during the run; 0 and at the end: the whole split"
+    )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the layers' arithmetic; auto: bfloat16 on CUDA, float32 elsewhere. Parameters stay float32"
+        "auto",
+        description="of the layers' arithmetic; auto: bfloat16 on CUDA, float32 elsewhere. Parameters stay float32",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="what layers compute again in the backward pass: all but products and attention, or all; exchanges never",
     )
     compile: bool = Field(
-        False, description="torch.compile of every layer, between its exchanges and experts; needs a C++ compiler"
+        False,
+        description="torch.compile of every layer, between its exchanges and experts; needs a C++ compiler",
     )
     on_spike: Literal["stop", "skip", "rollback"] = Field(
         "stop",
@@ -189,9 +242,12 @@ class TrainSettings(Section):
         "checkpoint and on behind the batch (docs/reliability.md)",
     )
     spike_score: NonNegative = Field(
-        0.0, description="robust deviations above the median of the last losses that make a spike; 0: only what is not finite"
+        0.0,
+        description="robust deviations above the median of the last losses that make a spike; 0: only what is not finite",
     )
-    spike_window: Annotated[int, Field(ge=8)] = Field(100, description="losses that a spike is measured against, the last ones")
+    spike_window: Annotated[int, Field(ge=8)] = Field(
+        100, description="losses that a spike is measured against, the last ones"
+    )
     spike_limit: Positive = Field(3, description="skips or rollbacks in a row before the run is ended")
     engine: Literal["native", "deepspeed"] = Field(
         "native",
@@ -206,69 +262,106 @@ class ParallelSettings(Section):
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = Field(
         "1f1b", description="order of forward and backward passes under pp"
     )
-    stages_per_rank: Natural = Field(0, description="0: what the schedule needs, 1 for gpipe and 1f1b, 2 for the others")
-    stage_cuts: tuple[Positive, ...] = Field((), description="layers of each stage; []: balanced by parameters and operations")
+    stages_per_rank: Natural = Field(
+        0, description="0: what the schedule needs, 1 for gpipe and 1f1b, 2 for the others"
+    )
+    stage_cuts: tuple[Positive, ...] = Field(
+        (), description="layers of each stage; []: balanced by parameters and operations"
+    )
     dp_replicate: Positive = Field(1, description="copies of the sharded model, each reading other sequences")
     dp_shard: Axis = Field(
-        -1, description="ranks that parameters are sharded over and that read different sequences; -1: what is left"
+        -1,
+        description="ranks that parameters are sharded over and that read different sequences; -1: what is left",
     )
     cp: Positive = Field(1, description="ranks that share a sequence, each with two of its 2*cp chunks")
     tp: Positive = Field(1, description="ranks that share a matrix and, between matrices, a sequence")
     ep: Positive = Field(1, description="ranks that share one set of experts; divides dp_shard * cp * tp")
-    etp: Positive = Field(1, description="ranks that share the width of an expert: 1, or tp instead of folding experts over it")
+    etp: Positive = Field(
+        1, description="ranks that share the width of an expert: 1, or tp instead of folding experts over it"
+    )
     dispatch: Literal["flat", "hierarchical"] = Field(
-        "flat", description="how tokens reach experts: from rank to rank, or once to each node and from there to its ranks"
+        "flat",
+        description="how tokens reach experts: from rank to rank, or once to each node and from there to its ranks",
     )
     node_size: Natural = Field(
-        0, description="neighbouring ranks that hierarchical dispatch takes as a node; 0: the launcher's LOCAL_WORLD_SIZE"
+        0,
+        description="neighbouring ranks that hierarchical dispatch takes as a node; 0: the launcher's LOCAL_WORLD_SIZE",
     )
     mem: Axis = Field(-1, description="ranks that share one copy of the lookup table; -1: all of them")
     mem_placement: Literal["contiguous", "strided"] = Field(
-        "contiguous", description="a copy lies on neighbouring ranks, or on ranks spread evenly over stages and nodes"
+        "contiguous",
+        description="a copy lies on neighbouring ranks, or on ranks spread evenly over stages and nodes",
     )
-    reshard_after_forward: bool = Field(False, description="free gathered parameters between forward and backward (ZeRO-3)")
-    timeout: Positive = Field(300, description="seconds without progress of a rank before the run is ended with who waits for whom")
+    reshard_after_forward: bool = Field(
+        False, description="free gathered parameters between forward and backward (ZeRO-3)"
+    )
+    timeout: Positive = Field(
+        300, description="seconds without progress of a rank before the run is ended with who waits for whom"
+    )
 
 
 class DeepSpeedSettings(Section):
     """Of `train.engine=deepspeed` alone. See docs/deepspeed.md."""
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="what ranks cut among themselves: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters"
+        1,
+        description="what ranks cut among themselves: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters",
     )
     offload_optimizer: bool = Field(False, description="optimizer state and update on the CPU")
 
 
 class CheckpointSettings(Section):
     every: Natural = Field(100, description="steps between checkpoints; 0: only at the end and on a signal")
-    dir: str = Field("", description="folder or fsspec URL that receives them; empty: `checkpoints` in run.dir")
+    dir: str = Field(
+        "", description="folder or fsspec URL that receives them; empty: `checkpoints` in run.dir"
+    )
     keep_last: Positive = Field(2, description="latest checkpoints kept")
     keep_every: Natural = Field(0, description="those of every so-many-th step are kept as well; 0: none")
     background: bool = Field(False, description="written while training goes on; at most one at a time")
     table_full_every: Positive = Field(
-        1, description="one in so many has the whole table, the others the rows that changed since; 1: every one"
+        1,
+        description="one in so many has the whole table, the others the rows that changed since; 1: every one",
     )
-    verify: Literal["full", "sizes"] = Field("full", description="what is compared before a load: checksums of all files, or sizes")
+    verify: Literal["full", "sizes"] = Field(
+        "full", description="what is compared before a load: checksums of all files, or sizes"
+    )
 
 
 class KernelSettings(Section):
     """One key per op of `kernels/choose.py` that a run has."""
 
     rms_norm: Literal["auto", "torch", "triton", "liger", "apex"] = Field("auto", description="RMS norms")
-    swiglu: Literal["auto", "torch", "triton", "liger"] = Field("auto", description="silu(gate) * up of dense layers and experts")
+    swiglu: Literal["auto", "torch", "triton", "liger"] = Field(
+        "auto", description="silu(gate) * up of dense layers and experts"
+    )
     rope: Literal["auto", "torch", "triton"] = Field(
         "auto", description="rotary positions; triton: with the norm of queries and keys"
     )
-    segment_sum: Literal["auto", "torch", "triton"] = Field("auto", description="sums of row gradients at their owner")
-    permute: Literal["auto", "torch", "triton"] = Field("auto", description="tokens to experts' order and back")
-    cross_entropy: Literal["auto", "torch", "triton"] = Field("auto", description="the loss, with the head where it is one")
-    grouped_mlp: Literal["auto", "torch", "triton", "fp8"] = Field(
-        "auto", description="products of experts with their rows; fp8: Triton's with FP8 operands, but for the weights' gradient"
+    segment_sum: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="sums of row gradients at their owner"
     )
-    router_topk: Literal["auto", "torch", "triton"] = Field("auto", description="experts, gates and balance sums of a MoE")
-    engram_gate: Literal["auto", "torch", "triton"] = Field("auto", description="the memory's gate, with its norms")
-    short_conv: Literal["auto", "torch", "triton"] = Field("auto", description="the memory's convolution, with its norm")
-    row_gather: Literal["auto", "torch", "triton"] = Field("auto", description="rows of the table, and their packing for `wire`")
+    permute: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="tokens to experts' order and back"
+    )
+    cross_entropy: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="the loss, with the head where it is one"
+    )
+    grouped_mlp: Literal["auto", "torch", "triton", "fp8"] = Field(
+        "auto",
+        description="products of experts with their rows; fp8: Triton's with FP8 operands, but for the weights' gradient",
+    )
+    router_topk: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="experts, gates and balance sums of a MoE"
+    )
+    engram_gate: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="the memory's gate, with its norms"
+    )
+    short_conv: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="the memory's convolution, with its norm"
+    )
+    row_gather: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="rows of the table, and their packing for `wire`"
+    )
     rowwise_adam: Literal["auto", "torch", "triton"] = Field("auto", description="the update of touched rows")
 
 

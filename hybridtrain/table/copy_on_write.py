@@ -29,7 +29,9 @@ class CopyOnWrite:
         """Remember rows, ascending int64 [N], that are about to change; those that changed before are remembered already."""
         new_N = rows_N[~self._has_R.index_select(0, rows_N)]
         if len(new_N):
-            self._kept.append((new_N, {name: value.index_select(0, new_N) for name, value in self._tensors.items()}))
+            self._kept.append(
+                (new_N, {name: value.index_select(0, new_N) for name, value in self._tensors.items()})
+            )
             self._has_R.index_fill_(0, new_N, True)
 
     def read(self, name: str, low: int, high: int) -> Tensor:

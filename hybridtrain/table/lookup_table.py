@@ -19,7 +19,15 @@ from hybridtrain.model.init import init_table
 from hybridtrain.optim.rowwise import make_row_optimizer
 from hybridtrain.parallel.async_all_to_all import Handle
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.row_exchange import AllToAllSplits, CommDtypes, RowExchange, RowPlan, RowPlanner, RowsInFlight, StepPlan
+from hybridtrain.parallel.row_exchange import (
+    AllToAllSplits,
+    CommDtypes,
+    RowExchange,
+    RowPlan,
+    RowPlanner,
+    RowsInFlight,
+    StepPlan,
+)
 from hybridtrain.parallel.schedule import MicroBatches
 from hybridtrain.settings.tree import Settings
 from hybridtrain.table.saved_rows import SavedRows
@@ -63,7 +71,9 @@ class LookupTable:
         self.mode = engram.fetch
         ahead = mesh.own_mem_group("ahead") if self.mode != "step" else None
         wires = CommDtypes(engram.wire, engram.wire_gradients)
-        self.exchange = RowExchange(self.table, mesh.mem, mesh.mem_replicate, engram.checksum, mesh.device, ahead, wires)
+        self.exchange = RowExchange(
+            self.table, mesh.mem, mesh.mem_replicate, engram.checksum, mesh.device, ahead, wires
+        )
         self._planners = {
             name: RowPlanner(
                 bounds,
@@ -74,7 +84,10 @@ class LookupTable:
                 table_device=mesh.table_device,
                 ahead=overlap,
             )
-            for name, groups, overlap in (("plan", engram.exchange_groups, self.mode == "overlap"), ("eval_plan", 1, False))
+            for name, groups, overlap in (
+                ("plan", engram.exchange_groups, self.mode == "overlap"),
+                ("eval_plan", 1, False),
+            )
         }
         self._ahead: Ahead | None = None
         self._saved: list[SavedRows] | None = None
@@ -85,7 +98,9 @@ class LookupTable:
 
         Evaluation has its own groups, so that it may plan in the main thread while training plans ahead in another.
         """
-        ids = row_ids(self.addressing, batch.tokens, batch.starts)  # of whole sequences: n-grams reach over the borders of cp
+        ids = row_ids(
+            self.addressing, batch.tokens, batch.starts
+        )  # of whole sequences: n-grams reach over the borders of cp
         if self.positions is not None:
             ids = ids.index_select(2, self.positions)
         if len(self._columns) < len(self.addressing.layers):
@@ -135,7 +150,9 @@ class LookupTable:
         self._saved = None
         self._begin_stale(plan, values_ND)
 
-    def _begin(self, exchange: RowPlan, route: AllToAllSplits, rows_QD: Tensor, stale: SavedRows | None = None) -> None:
+    def _begin(
+        self, exchange: RowPlan, route: AllToAllSplits, rows_QD: Tensor, stale: SavedRows | None = None
+    ) -> None:
         self._ahead = Ahead(exchange, self.exchange.begin(route, rows_QD), stale)
 
     def _begin_stale(self, plan: StepPlan, values_ND: Tensor) -> None:
@@ -159,13 +176,17 @@ class LookupTable:
         grads = self.rows.grads()
         grad_UD = grads[0].new_zeros(exchange.num_rows, grads[0].shape[1])
         for select, grad in zip(exchange.select, grads, strict=True):
-            grad_UD.index_add_(0, select, grad)  # each row at most once per micro-batch, so the order is fixed
+            grad_UD.index_add_(
+                0, select, grad
+            )  # each row at most once per micro-batch, so the order is fixed
         self.rows.clear()
         self.exchange.push(exchange, grad_UD, total_ND)
 
     def new_gradient(self, plan: StepPlan) -> Tensor:
         """Zeros for the step's touched rows: `[N, head_dim]`, never table-sized."""
-        return torch.zeros(len(plan.touched_N), self.table.shape[1], dtype=torch.float32, device=self.mesh.device)
+        return torch.zeros(
+            len(plan.touched_N), self.table.shape[1], dtype=torch.float32, device=self.mesh.device
+        )
 
     def update(self, plan: StepPlan, grad_ND: Tensor, lr: float) -> None:
         self.optimizer.step(plan.touched_N, grad_ND.to(self.table.device), lr)
@@ -180,7 +201,10 @@ class LookupTable:
 
     def row_tensors(self) -> dict[str, Tensor]:
         """The local rows and their state, each with the rows as dim 0, by their names in `state`."""
-        return {"rows": self.table, **{f"state.{name}": value for name, value in self.optimizer.state.items()}}
+        return {
+            "rows": self.table,
+            **{f"state.{name}": value for name, value in self.optimizer.state.items()},
+        }
 
     def stale_state(self) -> dict[str, Tensor]:
         """In stale mode the rows read ahead, which nothing writes to any more."""
@@ -190,7 +214,9 @@ class LookupTable:
     def load_stale(self, pieces: Sequence[SavedRows]) -> None:
         """Take over what `stale_state` gave, from all owners that had rows of this one's."""
         device = self.table.device
-        self._saved = [SavedRows(piece.numbers.to(device), piece.values.to(device)) for piece in pieces] or None
+        self._saved = [
+            SavedRows(piece.numbers.to(device), piece.values.to(device)) for piece in pieces
+        ] or None
 
     def scalars(self) -> dict[str, Any]:
         return self.optimizer.scalars()
@@ -205,7 +231,9 @@ class LookupTable:
         shape = torch.Size((self.addressing.num_rows, *local.shape[1:]))
         placements = [Shard(0) if axis == "mem" else Replicate() for axis in self.mesh.layout.memory_axes]
         # cut along dim 0, so the whole has the strides of the part
-        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=local.stride())
+        return DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=shape, stride=local.stride()
+        )
 
 
 def _upload(x: Tensor, device: torch.device) -> Tensor:
@@ -213,12 +241,19 @@ def _upload(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def by_exchange(batch: Batch, plan: StepPlan | None, device: torch.device) -> list[tuple[RowPlan | None, MicroBatches]]:
+def by_exchange(
+    batch: Batch, plan: StepPlan | None, device: torch.device
+) -> list[tuple[RowPlan | None, MicroBatches]]:
     """The batch on the device, cut into the micro-batches that each of the plan's exchanges serves."""
     exchanges: Sequence[RowPlan | None] = plan.exchanges if plan is not None else [None]
     whole = (batch.tokens, batch.starts.cumsum(-1), batch.targets)
     tokens, documents, targets = (_upload(t, device).chunk(len(exchanges)) for t in whole)
     return [
-        (exchange, MicroBatches(tokens[i], documents[i], targets[i], exchange.index if exchange is not None else None))
+        (
+            exchange,
+            MicroBatches(
+                tokens[i], documents[i], targets[i], exchange.index if exchange is not None else None
+            ),
+        )
         for i, exchange in enumerate(exchanges)
     ]

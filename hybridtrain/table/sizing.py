@@ -96,7 +96,10 @@ def _costs(figures: dict[str, Any]) -> Table:
     costs.add_row("rows in bfloat16", readable(size["rows_bf16"]))
     costs.add_row("rows in float32", readable(size["rows_fp32"]))
     costs.add_row(f"row-wise Adam's state, {ROW_STATE_BYTES} B a row", readable(size["rowwise_state"]))
-    costs.add_row(f"dense Adam instead, {DENSE_ADAM_BYTES} B a parameter, weights included", readable(size["dense_adam_total"]))
+    costs.add_row(
+        f"dense Adam instead, {DENSE_ADAM_BYTES} B a parameter, weights included",
+        readable(size["dense_adam_total"]),
+    )
     costs.add_row("rows read per token", f"{figures['rows_read_per_token']:,}")
     costs.add_row("wire per token each way, before deduplication", readable(figures["wire_bytes_per_token"]))
     return costs
@@ -121,7 +124,12 @@ def _problems(
     bytes_per_element: int,
 ) -> list[str]:
     out = []
-    for name, value in (("rows-per-head", rows_per_head), ("heads", heads), ("dim", dim), ("vocab-size", vocab_size)):
+    for name, value in (
+        ("rows-per-head", rows_per_head),
+        ("heads", heads),
+        ("dim", dim),
+        ("vocab-size", vocab_size),
+    ):
         if value < 1:
             out.append(f"{name}={value} must be at least 1")
     if seed < 0:

@@ -31,14 +31,19 @@ def _partial_kernel(logits_ptr, targets_ptr, lse_ptr, picked_ptr, V, first, BLOC
         cols = start + tl.arange(0, BLOCK)
         logits = tl.load(logits_ptr + n * V + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(highest, logits)
-        settled = tl.where(higher == float("-inf"), 0.0, higher)  # a lane that has seen nothing yet must not make NaN
+        settled = tl.where(
+            higher == float("-inf"), 0.0, higher
+        )  # a lane that has seen nothing yet must not make NaN
         total = total * tl.exp(highest - settled) + tl.exp(logits - settled)
         highest = higher
     peak = tl.max(highest, 0)
     tl.store(lse_ptr + n, peak + tl.log(tl.sum(total * tl.exp(highest - peak), 0)))
     target = tl.load(targets_ptr + n) - first
     here = (target >= 0) & (target < V)
-    tl.store(picked_ptr + n, tl.load(logits_ptr + n * V + tl.where(here, target, 0), mask=here, other=0.0).to(tl.float32))
+    tl.store(
+        picked_ptr + n,
+        tl.load(logits_ptr + n * V + tl.where(here, target, 0), mask=here, other=0.0).to(tl.float32),
+    )
 
 
 @triton.jit
@@ -64,7 +69,9 @@ def _partial(logits_NV: Tensor, targets_N: Tensor, first: int) -> tuple[Tensor, 
     return lse, picked
 
 
-def _gradient(grad_lse: Tensor, grad_picked: Tensor, logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, first: int) -> Tensor:
+def _gradient(
+    grad_lse: Tensor, grad_picked: Tensor, logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, first: int
+) -> Tensor:
     out = torch.empty_like(logits_NV)
     N, V = logits_NV.shape
     block = min(BLOCK, max(64, triton.next_power_of_2(V)))
@@ -86,7 +93,9 @@ def _(logits_NV: Tensor, targets_N: Tensor, first: int) -> tuple[Tensor, Tensor]
 
 
 @gradient.register_fake
-def _(grad_lse: Tensor, grad_picked: Tensor, logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, first: int) -> Tensor:
+def _(
+    grad_lse: Tensor, grad_picked: Tensor, logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, first: int
+) -> Tensor:
     return torch.empty_like(logits_NV)
 
 
@@ -96,7 +105,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _gradients(ctx: Any, grad_lse: Tensor, grad_picked: Tensor) -> tuple[Tensor | None, ...]:
-    return gradient(grad_lse.contiguous(), grad_picked.contiguous(), *ctx.saved_tensors, ctx.first), None, None
+    return (
+        gradient(grad_lse.contiguous(), grad_picked.contiguous(), *ctx.saved_tensors, ctx.first),
+        None,
+        None,
+    )
 
 
 _op.register_autograd(_gradients, setup_context=_setup)
@@ -114,7 +127,9 @@ def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor, ignored: int) -> Ten
     return torch.where(targets_N != ignored, lse_N - picked_N, 0.0).sum()
 
 
-def _chunks(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _chunks(
+    h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient of h, gradient of the weight): made together, chunk by chunk."""
     keep_N = (targets_N != ignored).float()
     loss = h_ND.new_zeros((), dtype=torch.float32)
@@ -134,7 +149,9 @@ _op_chunks = custom_op("hybridtrain::linear_cross_entropy", _chunks, mutates_arg
 
 
 @_op_chunks.register_fake
-def _(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return h_ND.new_empty((), dtype=torch.float32), torch.empty_like(h_ND), torch.empty_like(weight_VD)
 
 
@@ -151,9 +168,13 @@ def _gradients_chunks(ctx: Any, grad: Tensor, _: Tensor, __: Tensor) -> tuple[Te
 _op_chunks.register_autograd(_gradients_chunks, setup_context=_setup_chunks)
 
 
-def linear_cross_entropy_sum(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, rows: int = 4096) -> Tensor:
+def linear_cross_entropy_sum(
+    h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, rows: int = 4096
+) -> Tensor:
     """Head and summed cross-entropy in chunks of `rows` tokens: float32, in nats."""
-    loss: Tensor = _op_chunks(h_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous(), ignored, rows)[0]
+    loss: Tensor = _op_chunks(
+        h_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous(), ignored, rows
+    )[0]
     return loss
 
 
@@ -163,4 +184,9 @@ def cases() -> Iterator[Case]:
     targets, lse = logits.new_empty(4096, dtype=torch.int64), logits.new_empty(4096, dtype=torch.float32)
     size = num_bytes(logits)
     yield Case("cross_entropy", "forward N=4096 V=131072", lambda: _partial(logits, targets, 0), size)
-    yield Case("cross_entropy", "backward N=4096 V=131072", lambda: _gradient(lse, lse, logits, targets, lse, 0), 2 * size)
+    yield Case(
+        "cross_entropy",
+        "backward N=4096 V=131072",
+        lambda: _gradient(lse, lse, logits, targets, lse, 0),
+        2 * size,
+    )

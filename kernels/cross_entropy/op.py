@@ -28,7 +28,9 @@ def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor, ignored: int) -> Ten
         return fused(logits_NV, targets_N, ignored)
     logits_NV = logits_NV.float()
     if logits_NV.device.type == "cpu" and not hasattr(logits_NV, "to_local"):
-        return _cross_entropy(logits_NV, targets_N, ignored, torch.is_grad_enabled() and logits_NV.requires_grad)
+        return _cross_entropy(
+            logits_NV, targets_N, ignored, torch.is_grad_enabled() and logits_NV.requires_grad
+        )
     return F.cross_entropy(logits_NV, targets_N, ignore_index=ignored, reduction="sum")
 
 
@@ -50,7 +52,9 @@ def partial_sums(logits_NW: Tensor, targets_N: Tensor, first: int) -> tuple[Tens
     return highest_N, summed_N, logits_NW.gather(1, index_N[:, None])[:, 0] * inside_N
 
 
-def partial_gradient(logits_NW: Tensor, targets_N: Tensor, first: int, normalizer_N: Tensor, scale_N: Tensor) -> Tensor:
+def partial_gradient(
+    logits_NW: Tensor, targets_N: Tensor, first: int, normalizer_N: Tensor, scale_N: Tensor
+) -> Tensor:
     """scale * (softmax - [column = target]) of those entries [N, W], in the dtype of the logits; may overwrite the logits.
 
     `normalizer_N` is the log-sum-exp over the whole vocabulary.
@@ -106,7 +110,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.buffers is None:
-            raise RuntimeError("the backward pass of cross_entropy_sum runs once; its buffer has been handed out")
+            raise RuntimeError(
+                "the backward pass of cross_entropy_sum runs once; its buffer has been handed out"
+            )
         (grad_NV, keep_N1), ctx.buffers = ctx.buffers, None
         return grad_NV.mul_(grad * keep_N1), None, None, None
 

@@ -90,18 +90,38 @@ def _arguments(q_NHC: Tensor, k_NSGC: Tensor, scale: float) -> tuple[tuple[Any, 
     R = q_NHC.size(1) // G
     block_r, block_c = triton.next_power_of_2(R), max(16, triton.next_power_of_2(C))
     block_s = min(triton.next_power_of_2(max(S, 1)), max(1, 4096 // (block_r * block_c)))
-    return (S, G, R, C, scale, *k_NSGC.stride()[:3]), {"BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_C": block_c}
+    return (S, G, R, C, scale, *k_NSGC.stride()[:3]), {
+        "BLOCK_R": block_r,
+        "BLOCK_S": block_s,
+        "BLOCK_C": block_c,
+    }
 
 
 def _forward(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q_NHC), q_NHC.new_empty(q_NHC.shape[:2], dtype=torch.float32)
     numbers, constants = _arguments(q_NHC, k_NSGC, scale)
-    launch(_forward_kernel, (len(q_NHC), k_NSGC.size(2)), q_NHC, k_NSGC, v_NSGC, out, lse, *numbers, constants=constants)
+    launch(
+        _forward_kernel,
+        (len(q_NHC), k_NSGC.size(2)),
+        q_NHC,
+        k_NSGC,
+        v_NSGC,
+        out,
+        lse,
+        *numbers,
+        constants=constants,
+    )
     return out, lse
 
 
 def _backward(
-    grad: Tensor, q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, lse_NH: Tensor, delta_NH: Tensor, scale: float
+    grad: Tensor,
+    q_NHC: Tensor,
+    k_NSGC: Tensor,
+    v_NSGC: Tensor,
+    lse_NH: Tensor,
+    delta_NH: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = torch.empty_like(q_NHC), *(k_NSGC.new_empty(k_NSGC.shape) for _ in range(2))
     numbers, constants = _arguments(q_NHC, k_NSGC, scale)
@@ -123,7 +143,13 @@ def _(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float) -> tuple[Tens
 
 @_op_backward.register_fake
 def _(
-    grad: Tensor, q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, lse_NH: Tensor, delta_NH: Tensor, scale: float
+    grad: Tensor,
+    q_NHC: Tensor,
+    k_NSGC: Tensor,
+    v_NSGC: Tensor,
+    lse_NH: Tensor,
+    delta_NH: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q_NHC), k_NSGC.new_empty(k_NSGC.shape), v_NSGC.new_empty(v_NSGC.shape)
 
@@ -148,7 +174,12 @@ def depth_attention(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float)
     Keys and values must lie alike, a head's C elements in one piece. Raises ValueError where shapes or strides do not fit.
     """
     N, H, C = q_NHC.shape
-    fits = k_NSGC.shape == v_NSGC.shape and k_NSGC.shape[::3] == (N, C) and k_NSGC.size(1) > 0 and H % k_NSGC.size(2) == 0
+    fits = (
+        k_NSGC.shape == v_NSGC.shape
+        and k_NSGC.shape[::3] == (N, C)
+        and k_NSGC.size(1) > 0
+        and H % k_NSGC.size(2) == 0
+    )
     if not fits or k_NSGC.stride() != v_NSGC.stride() or k_NSGC.stride(3) != 1:
         raise ValueError(
             f"q {list(q_NHC.shape)}, k {list(k_NSGC.shape)} and v {list(v_NSGC.shape)} must be [N, H, C] and twice [N, S, G, C] "
@@ -159,14 +190,22 @@ def depth_attention(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float)
 
 
 def depth_gradients(
-    grad: Tensor, q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, lse_NH: Tensor, delta_NH: Tensor, scale: float
+    grad: Tensor,
+    q_NHC: Tensor,
+    k_NSGC: Tensor,
+    v_NSGC: Tensor,
+    lse_NH: Tensor,
+    delta_NH: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v where the slots are part of a larger softmax with the global log-sum-exp `lse_NH`.
 
     grad: of the global output; delta_NH: its product with that output, summed over C. For sequence attentions (FlashAttention)
     whose log-sum-exp has no gradient: their backward, given the same two, makes the other part.
     """
-    gradients: tuple[Tensor, Tensor, Tensor] = _op_backward(grad.contiguous(), q_NHC, k_NSGC, v_NSGC, lse_NH, delta_NH, scale)
+    gradients: tuple[Tensor, Tensor, Tensor] = _op_backward(
+        grad.contiguous(), q_NHC, k_NSGC, v_NSGC, lse_NH, delta_NH, scale
+    )
     return gradients
 
 
@@ -176,6 +215,8 @@ def cases() -> Iterator[Case]:
     q = torch.empty(N, 32, C, dtype=torch.bfloat16, device="meta")
     k, lse = q.new_empty(N, S, 8, C), q.new_empty(N, 32, dtype=torch.float32)
     shape, inputs = f"N={N} H=32 G=8 S={S} C={C}", num_bytes(q, k, k)
-    yield Case("depth_attention", f"forward {shape}", lambda: _forward(q, k, k, 0.125), inputs + num_bytes(q, lse))
+    yield Case(
+        "depth_attention", f"forward {shape}", lambda: _forward(q, k, k, 0.125), inputs + num_bytes(q, lse)
+    )
     back = lambda: _backward(q, q, k, k, lse, lse, 0.125)  # noqa: E731
     yield Case("depth_attention", f"backward {shape}", back, 2 * inputs + num_bytes(q, lse, lse))

@@ -20,7 +20,12 @@ def depth_attention(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float)
     not fit.
     """
     N, H, C = q_NHC.shape
-    if k_NSGC.shape != v_NSGC.shape or k_NSGC.shape[::3] != (N, C) or not k_NSGC.size(1) or H % k_NSGC.size(2):
+    if (
+        k_NSGC.shape != v_NSGC.shape
+        or k_NSGC.shape[::3] != (N, C)
+        or not k_NSGC.size(1)
+        or H % k_NSGC.size(2)
+    ):
         raise ValueError(
             f"q {list(q_NHC.shape)}, k {list(k_NSGC.shape)} and v {list(v_NSGC.shape)} must be [N, H, C] and twice [N, S, G, C] "
             f"with S at least 1 and H a multiple of G"

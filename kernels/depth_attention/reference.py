@@ -20,5 +20,7 @@ def depth_attention(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float)
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Two attentions of the same queries over different keys as one softmax over all of them."""
     lse = torch.logaddexp(lse_a, lse_b)
-    out = out_a * (lse_a - lse).exp()[..., None].to(out_a.dtype) + out_b * (lse_b - lse).exp()[..., None].to(out_b.dtype)
+    out = out_a * (lse_a - lse).exp()[..., None].to(out_a.dtype) + out_b * (lse_b - lse).exp()[..., None].to(
+        out_b.dtype
+    )
     return out, lse

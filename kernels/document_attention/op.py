@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._compile import _disable_dynamo as uncompiled  # torch.compiler.disable would import the compiler here, for seconds
+from torch._compile import (
+    _disable_dynamo as uncompiled,  # torch.compiler.disable would import the compiler here, for seconds
+)
 
 STEP = 64  # the fewest queries of a block, and how finely `Spans.reach` knows where documents begin
 _MOST_QUERIES = 512
@@ -74,7 +76,12 @@ def document_attention(
 def _packs(x: Tensor) -> bool:
     """Whether torch's attention of packed sequences takes it: flash attention does, from Ampere on."""
     half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
-    return half and x.size(-1) % 8 == 0 and x.size(-1) <= 256 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return (
+        half
+        and x.size(-1) % 8 == 0
+        and x.size(-1) <= 256
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
 
 
 def _packed(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, bounds: Tensor, longest: int) -> Tensor:
@@ -83,7 +90,9 @@ def _packed(q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, bounds: Tensor, long
     q, k, v = (x.flatten(0, 1) for x in (q_BTHC, k_BTHC, v_BTHC))
     gqa = k.size(1) != q.size(1)
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=gqa)
-    assert isinstance(out, Tensor)  # for the type checker: a pair only where the sums of exponentials are asked for
+    assert isinstance(
+        out, Tensor
+    )  # for the type checker: a pair only where the sums of exponentials are asked for
     return out.view_as(q_BTHC)
 
 
@@ -96,8 +105,12 @@ class _Block:
     mask_B1QK: Tensor
 
     def attend(self, q_BTHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHC[:, self.queries], k_BSHC[:, self.keys], v_BSHC[:, self.keys]))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask_B1QK, enable_gqa=k.size(1) != q.size(1))
+        q, k, v = (
+            x.transpose(1, 2) for x in (q_BTHC[:, self.queries], k_BSHC[:, self.keys], v_BSHC[:, self.keys])
+        )
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask_B1QK, enable_gqa=k.size(1) != q.size(1)
+        )
         return out.transpose(1, 2)
 
 
@@ -125,9 +138,13 @@ class _Blocks(torch.autograd.Function):
         *inputs, documents_BS = ctx.saved_tensors
         q, k, v = (x.detach().requires_grad_() for x in inputs)
         grad_q = torch.empty_like(q)
-        grad_k, grad_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        grad_k, grad_v = (
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v)
+        )
         for block in _blocks(q, documents_BS, ctx.reach, ctx.first):
-            parts = [x.detach().requires_grad_() for x in (q[:, block.queries], k[:, block.keys], v[:, block.keys])]
+            parts = [
+                x.detach().requires_grad_() for x in (q[:, block.queries], k[:, block.keys], v[:, block.keys])
+            ]
             whole = _Block(slice(None), slice(None), block.mask_B1QK)
             with torch.enable_grad():
                 out = whole.attend(*parts)
@@ -138,16 +155,23 @@ class _Blocks(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 
-def _blocks(q_BTHC: Tensor, documents_BS: Tensor | None, reach: tuple[int, ...], first: int) -> Iterator[_Block]:
+def _blocks(
+    q_BTHC: Tensor, documents_BS: Tensor | None, reach: tuple[int, ...], first: int
+) -> Iterator[_Block]:
     tokens, device = q_BTHC.size(1), q_BTHC.device
     start = 0
     while start < tokens:
         low = reach[(first + start) // STEP]
         size = max(STEP, min(_MOST_QUERIES, _MASK_ELEMENTS // (first + start + _MOST_QUERIES - low)))
         end = min(start + size, tokens)
-        place_Q, place_K = torch.arange(first + start, first + end, device=device), torch.arange(low, first + end, device=device)
+        place_Q, place_K = (
+            torch.arange(first + start, first + end, device=device),
+            torch.arange(low, first + end, device=device),
+        )
         mask = (place_Q[:, None] >= place_K)[None]
         if documents_BS is not None:
-            mask = mask & (documents_BS[:, first + start : first + end, None] == documents_BS[:, None, low : first + end])
+            mask = mask & (
+                documents_BS[:, first + start : first + end, None] == documents_BS[:, None, low : first + end]
+            )
         yield _Block(slice(start, end), slice(low, first + end), mask[:, None])
         start = end

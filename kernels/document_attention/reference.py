@@ -17,8 +17,12 @@ def document_mask(documents_BS: Tensor | None, first: int, tokens: int, keys: in
     return mask[:, None]
 
 
-def document_attention(q_BTHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, documents_BS: Tensor | None, first: int = 0) -> Tensor:
+def document_attention(
+    q_BTHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, documents_BS: Tensor | None, first: int = 0
+) -> Tensor:
     """[B, T, H, C]: softmax attention of the tokens `first` to `first + T - 1` of each sequence; k and v may have fewer heads."""
     mask = document_mask(documents_BS, first, q_BTHC.size(1), k_BSHC.size(1)).to(q_BTHC.device)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BSHC, v_BSHC))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.size(1) != q.size(1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=k.size(1) != q.size(1)
+    ).transpose(1, 2)

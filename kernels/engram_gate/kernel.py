@@ -59,7 +59,11 @@ def _backward_kernel(
         v_at = rows[:, None] * D + cols[None, :]
         gate = tl.load(gate_ptr + rows * M + branch, mask=rows < N, other=0.5)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        slope = tl.sum(grad * tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32), 1) * gate * (1.0 - gate)
+        slope = (
+            tl.sum(grad * tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32), 1)
+            * gate
+            * (1.0 - gate)
+        )
         if SINGLE:
             tl.store(grad_v_ptr + v_at, (gate[:, None] * grad).to(grad_v_ptr.dtype.element_ty), mask=inside)
         h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -84,13 +88,23 @@ def _value_kernel(grad_ptr, gate_ptr, grad_v_ptr, N, M, D, BLOCK_N: tl.constexpr
     inside = (rows < N)[:, None] & (cols < D)[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for branch in range(M):
-        grad = tl.load(grad_ptr + (rows * M + branch)[:, None] * D + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(
+            grad_ptr + (rows * M + branch)[:, None] * D + cols[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
         total += tl.load(gate_ptr + rows * M + branch, mask=rows < N, other=0.0)[:, None] * grad
-    tl.store(grad_v_ptr + rows[:, None] * D + cols[None, :], total.to(grad_v_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        grad_v_ptr + rows[:, None] * D + cols[None, :], total.to(grad_v_ptr.dtype.element_ty), mask=inside
+    )
 
 
 def _forward(
-    h_NMD: Tensor, k_NMD: Tensor, v_ND: Tensor, h_weight_MD: Tensor, k_weight_MD: Tensor, eps: float, floor: float
+    h_NMD: Tensor,
+    k_NMD: Tensor,
+    v_ND: Tensor,
+    h_weight_MD: Tensor,
+    k_weight_MD: Tensor,
+    eps: float,
+    floor: float,
 ) -> tuple[Tensor, Tensor]:
     out, gate = torch.empty_like(h_NMD), h_NMD.new_empty(h_NMD.shape[:2], dtype=torch.float32)
     N, M, D = h_NMD.shape
@@ -131,7 +145,13 @@ _op_backward = custom_op("hybridtrain::engram_gate_backward", _backward, mutates
 
 @_op.register_fake
 def _(
-    h_NMD: Tensor, k_NMD: Tensor, v_ND: Tensor, h_weight_MD: Tensor, k_weight_MD: Tensor, eps: float, floor: float
+    h_NMD: Tensor,
+    k_NMD: Tensor,
+    v_ND: Tensor,
+    h_weight_MD: Tensor,
+    k_weight_MD: Tensor,
+    eps: float,
+    floor: float,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(h_NMD), h_NMD.new_empty(h_NMD.shape[:2], dtype=torch.float32)
 
@@ -153,8 +173,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     h, k, v, h_weight, k_weight, gate = ctx.saved_tensors
-    grad_h, grad_k, grad_v, total = _op_backward(grad.contiguous(), h, k, v, h_weight, k_weight, gate, ctx.eps, ctx.floor)
-    grad_h_weight, grad_k_weight = (total * k_weight).to(h_weight.dtype), (total * h_weight).to(k_weight.dtype)
+    grad_h, grad_k, grad_v, total = _op_backward(
+        grad.contiguous(), h, k, v, h_weight, k_weight, gate, ctx.eps, ctx.floor
+    )
+    grad_h_weight, grad_k_weight = (
+        (total * k_weight).to(h_weight.dtype),
+        (total * h_weight).to(k_weight.dtype),
+    )
     return grad_h, grad_k, grad_v, grad_h_weight, grad_k_weight, None, None
 
 
@@ -162,16 +187,29 @@ _op.register_autograd(_gradients, setup_context=_setup)
 
 
 def engram_gate(
-    h_NMD: Tensor, k_NMD: Tensor, v_ND: Tensor, h_weight_MD: Tensor, k_weight_MD: Tensor, eps: float, floor: float
+    h_NMD: Tensor,
+    k_NMD: Tensor,
+    v_ND: Tensor,
+    h_weight_MD: Tensor,
+    k_weight_MD: Tensor,
+    eps: float,
+    floor: float,
 ) -> tuple[Tensor, Tensor]:
     """(gated values [N, M, D], gates float32 [N, M] without gradient) of hidden states, keys and values not yet normed.
 
     Raises ValueError for shapes that do not fit.
     """
     N, M, D = h_NMD.shape
-    if k_NMD.shape != (N, M, D) or v_ND.shape != (N, D) or h_weight_MD.shape != (M, D) or k_weight_MD.shape != (M, D):
+    if (
+        k_NMD.shape != (N, M, D)
+        or v_ND.shape != (N, D)
+        or h_weight_MD.shape != (M, D)
+        or k_weight_MD.shape != (M, D)
+    ):
         shapes = [list(x.shape) for x in (h_NMD, k_NMD, v_ND, h_weight_MD, k_weight_MD)]
-        raise ValueError(f"h, k, v and the weights are {shapes}, must be [N, M, D] twice, [N, D] and [M, D] twice")
+        raise ValueError(
+            f"h, k, v and the weights are {shapes}, must be [N, M, D] twice, [N, D] and [M, D] twice"
+        )
     tensors = (x.contiguous() for x in (h_NMD, k_NMD, v_ND, h_weight_MD, k_weight_MD))
     out: tuple[Tensor, Tensor] = _op(*tensors, eps, floor)
     return out

@@ -33,13 +33,21 @@ def engram_gate(
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm; with weights [M, D] a weight for each branch."""
-    return rms_norm(x, weight, eps) if weight.ndim == 1 else rms_norm(x, torch.ones_like(weight[0]), eps) * weight
+    return (
+        rms_norm(x, weight, eps)
+        if weight.ndim == 1
+        else rms_norm(x, torch.ones_like(weight[0]), eps) * weight
+    )
 
 
-def _fused(h: Tensor, k: Tensor, v: Tensor, h_weight: Tensor, k_weight: Tensor, eps: float, floor: float) -> tuple[Tensor, Tensor]:
+def _fused(
+    h: Tensor, k: Tensor, v: Tensor, h_weight: Tensor, k_weight: Tensor, eps: float, floor: float
+) -> tuple[Tensor, Tensor]:
     from hybridtrain.kernels.engram_gate.kernel import engram_gate as fused
 
     weights = h_weight.view(-1, h.size(-1)), k_weight.view(-1, h.size(-1))
     branches = (-1, len(weights[0]), h.size(-1))
-    out, gate = fused(h.reshape(branches), k.reshape(branches), v.reshape(-1, h.size(-1)), *weights, eps, floor)
+    out, gate = fused(
+        h.reshape(branches), k.reshape(branches), v.reshape(-1, h.size(-1)), *weights, eps, floor
+    )
     return out.view(h.shape), gate.view(*h.shape[:-1], 1)

@@ -9,7 +9,13 @@ from torch import Tensor
 
 
 def engram_gate(
-    h_NMD: Tensor, k_NMD: Tensor, v_ND: Tensor, h_weight_MD: Tensor, k_weight_MD: Tensor, eps: float, floor: float
+    h_NMD: Tensor,
+    k_NMD: Tensor,
+    v_ND: Tensor,
+    h_weight_MD: Tensor,
+    k_weight_MD: Tensor,
+    eps: float,
+    floor: float,
 ) -> tuple[Tensor, Tensor]:
     """(gated values [N, M, D], gates [N, M]).
 

@@ -34,7 +34,9 @@ class AddressingError(ValueError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
-        super().__init__("\n".join([f"addressing: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)]))
+        super().__init__(
+            "\n".join([f"addressing: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)])
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +164,9 @@ class Addressing:
         arrays, problems = {}, []
         for name in ("multipliers", "primes"):
             try:
-                arrays[name] = np.array(tree[name])  # of Python integers: int64 where they fit, of floats or ragged lists: not
+                arrays[name] = np.array(
+                    tree[name]
+                )  # of Python integers: int64 where they fit, of floats or ragged lists: not
             except ValueError:
                 arrays[name] = np.empty(0)
             if arrays[name].dtype != np.int64:
@@ -192,7 +196,8 @@ def draw_multipliers(layers: Sequence[int], max_order: int, compressed_vocab: in
     """
     half = max(1, _INT64_MAX // compressed_vocab // 2)
     rows = [
-        np.random.default_rng(seed + _LAYER_STRIDE * layer).integers(0, half, size=max_order, dtype=np.int64) for layer in layers
+        np.random.default_rng(seed + _LAYER_STRIDE * layer).integers(0, half, size=max_order, dtype=np.int64)
+        for layer in layers
     ]
     return np.stack(rows) * 2 + 1
 
@@ -211,12 +216,17 @@ def _parse(text: str) -> dict[str, Any]:
         raise AddressingError([f"is longer than {_MAX_TEXT:,} characters"])
     try:
         tree = json.loads(text)
-    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, lists in lists in lists
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # no JSON, a number of thousands of digits, lists in lists in lists
         raise AddressingError([f"is not JSON: {error}"]) from None
     if not isinstance(tree, dict):
         raise AddressingError(["is no JSON object"])
     problems = [f'key "{key}" is missing' for key in _KEYS if key not in tree]
-    problems += [f'key "{key}" is unknown' for key in tree if key not in (*_KEYS, "format", "compression_sha256")]
+    problems += [
+        f'key "{key}" is unknown' for key in tree if key not in (*_KEYS, "format", "compression_sha256")
+    ]
     if tree.get("format", FORMAT) != FORMAT:
         problems.append(f"format {tree['format']} is not known here; this version reads format {FORMAT}")
     for key in ("layers", "orders"):
@@ -226,7 +236,9 @@ def _parse(text: str) -> dict[str, Any]:
         else:
             tree[key] = tuple(value)
     problems += [
-        f"{key}={json.dumps(tree[key])} is no integer" for key in ("heads", "pad_id") if key in tree and type(tree[key]) is not int
+        f"{key}={json.dumps(tree[key])} is no integer"
+        for key in ("heads", "pad_id")
+        if key in tree and type(tree[key]) is not int
     ]
     if problems:
         raise AddressingError(problems)
@@ -241,16 +253,24 @@ def _problems(a: Addressing) -> list[str]:
     out += _compression_problems(np.asarray(a.compression), a.pad_id)
     shape = (len(a.layers), max(a.orders, default=0))
     if a.multipliers.shape != shape:
-        out.append(f"multipliers have shape {list(a.multipliers.shape)}, must be [layers, max order] = {list(shape)}")
+        out.append(
+            f"multipliers have shape {list(a.multipliers.shape)}, must be [layers, max order] = {list(shape)}"
+        )
     bad = [int(m) for m in a.multipliers.reshape(-1) if m <= 0 or m % 2 == 0]
     out += [f"multiplier {m} must be odd and positive" for m in bad]
     shape_primes = (len(a.layers), len(a.orders), a.heads)
     if a.primes.shape != shape_primes:
-        out.append(f"primes have shape {list(a.primes.shape)}, must be [layers, orders, heads] = {list(shape_primes)}")
+        out.append(
+            f"primes have shape {list(a.primes.shape)}, must be [layers, orders, heads] = {list(shape_primes)}"
+        )
     moduli = [int(p) for p in a.primes.reshape(-1)]
     uses = Counter(moduli)
     out += [f"modulus {p} is not prime" for p in uses if not is_prime(p)]
-    out += [f"modulus {p} is used {count} times; every head needs its own" for p, count in uses.items() if count > 1]
+    out += [
+        f"modulus {p} is used {count} times; every head needs its own"
+        for p, count in uses.items()
+        if count > 1
+    ]
     return out
 
 
@@ -267,7 +287,9 @@ def _order_problems(layers: Sequence[int], orders: Sequence[int], heads: int) ->
 
 def _compression_problems(compression: npt.NDArray[Any], pad_id: int) -> list[str]:
     if compression.ndim != 1 or compression.size == 0 or not np.issubdtype(compression.dtype, np.integer):
-        return [f"compression must be a list of integers, one a token; got {compression.dtype} of shape {list(compression.shape)}"]
+        return [
+            f"compression must be a list of integers, one a token; got {compression.dtype} of shape {list(compression.shape)}"
+        ]
     out = []
     if int(compression.min()) < 0:
         out.append(f"compression holds the negative id {int(compression.min())}")

@@ -47,7 +47,11 @@ def _hash_kernel(
             rest = mix[:, None] % prime
             rest = tl.where(rest < 0, rest + prime, rest)
             ids = rest + tl.load(offsets_ptr + slot + heads, mask=heads < K, other=0)[None, :]
-            tl.store(out_ptr + n[:, None] * (L * SLOTS) + slot + heads[None, :], ids, mask=inside[:, None] & (heads < K)[None, :])
+            tl.store(
+                out_ptr + n[:, None] * (L * SLOTS) + slot + heads[None, :],
+                ids,
+                mask=inside[:, None] & (heads < K)[None, :],
+            )
             slot += K
 
 
@@ -88,10 +92,19 @@ def row_ids(addressing: Addressing, tokens: Tensor, starts: Tensor) -> Tensor:
     Raises ValueError where the shapes differ.
     """
     if tokens.shape != starts.shape or tokens.ndim == 0:
-        raise ValueError(f"tokens {list(tokens.shape)} and starts {list(starts.shape)} must have one shape [..., T]")
+        raise ValueError(
+            f"tokens {list(tokens.shape)} and starts {list(starts.shape)} must have one shape [..., T]"
+        )
     tables = _tables(addressing, tokens.device)
     document = addressing.boundary == "document"
-    out: Tensor = _op(tokens.contiguous(), starts.contiguous(), *tables, list(addressing.orders), addressing.pad_id, document)
+    out: Tensor = _op(
+        tokens.contiguous(),
+        starts.contiguous(),
+        *tables,
+        list(addressing.orders),
+        addressing.pad_id,
+        document,
+    )
     return out
 
 
@@ -100,7 +113,12 @@ def cases() -> Iterator[Case]:
     tokens = torch.empty(16, 4096, dtype=torch.int64, device="meta")
     starts = tokens.new_empty(16, 4096, dtype=torch.bool)
     L, orders, K = 2, [2, 3, 4], 8
-    tables = tokens.new_empty(129_280), tokens.new_empty(L, 4), tokens.new_empty(L, 3, K), tokens.new_empty(L, 3, K)
+    tables = (
+        tokens.new_empty(129_280),
+        tokens.new_empty(L, 4),
+        tokens.new_empty(L, 3, K),
+        tokens.new_empty(L, 3, K),
+    )
     least = num_bytes(tokens, starts) + tokens.numel() * L * len(orders) * K * 8
     run = lambda: _forward(tokens, starts, *tables, orders, 0, True)  # noqa: E731
     yield Case("engram_hash", "B=16 T=4096 L=2 S=24", run, least, bound="arithmetic")

@@ -20,10 +20,14 @@ def row_ids(addressing: Addressing, tokens: Tensor, starts: Tensor) -> Tensor:
     Raises ValueError where the shapes differ, and IndexError (on CPU) for a token outside the vocabulary.
     """
     if tokens.shape != starts.shape or tokens.ndim == 0:
-        raise ValueError(f"tokens {list(tokens.shape)} and starts {list(starts.shape)} must have one shape [..., T]")
+        raise ValueError(
+            f"tokens {list(tokens.shape)} and starts {list(starts.shape)} must have one shape [..., T]"
+        )
     compression, multipliers_LJ, primes_LOK, offsets_LOK = _tables(addressing, tokens.device)
     T = tokens.shape[-1]
-    compressed = compression.index_select(0, tokens.reshape(-1)).view(tokens.shape)  # refuses negative ids, as [] would not
+    compressed = compression.index_select(0, tokens.reshape(-1)).view(
+        tokens.shape
+    )  # refuses negative ids, as [] would not
     grams = _grams(addressing, compressed, starts)
     mixes = []
     mix = torch.zeros((), dtype=torch.int64, device=tokens.device)

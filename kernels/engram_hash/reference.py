@@ -8,7 +8,9 @@ import numpy.typing as npt
 from hybridtrain.kernels.engram_hash.addressing import Addressing, Int64s
 
 
-def row_ids(addressing: Addressing, tokens_BT: npt.NDArray[np.integer], starts_BT: npt.NDArray[np.bool_]) -> Int64s:
+def row_ids(
+    addressing: Addressing, tokens_BT: npt.NDArray[np.integer], starts_BT: npt.NDArray[np.bool_]
+) -> Int64s:
     """Row ids int64 [B, T, L, S] in the packed table of all memory layers, for tokens int [B, T].
 
     starts_BT is True where a document starts. S walks orders, then heads.
@@ -24,7 +26,9 @@ def row_ids(addressing: Addressing, tokens_BT: npt.NDArray[np.integer], starts_B
     return out_BTLS
 
 
-def _gram(a: Addressing, tokens_T: npt.NDArray[np.integer], starts_T: npt.NDArray[np.bool_], t: int) -> list[np.int64]:
+def _gram(
+    a: Addressing, tokens_T: npt.NDArray[np.integer], starts_T: npt.NDArray[np.bool_], t: int
+) -> list[np.int64]:
     """Compressed ids at t, t-1, … t-max_order+1; the pad id from the first position that t may not see."""
     gram: list[np.int64] = []
     visible = True
@@ -41,7 +45,9 @@ def _slots(a: Addressing, gram: list[np.int64], layer: int) -> list[int]:
     ids = []
     for o, order in enumerate(a.orders):
         mix = np.int64(0)
-        with np.errstate(over="ignore"):  # loaded multipliers may be so large that products wrap, as int64 does everywhere
+        with np.errstate(
+            over="ignore"
+        ):  # loaded multipliers may be so large that products wrap, as int64 does everywhere
             for j in range(order):
                 mix = mix ^ (gram[j] * a.multipliers[layer, j])
         for k in range(a.heads):

@@ -74,7 +74,9 @@ def _product(a_PK: Tensor, a8_PK: Tensor, scale_P: Tensor, w_EKN: Tensor, counts
 
 def _input_gradient(grad_PN: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
     (grad8_PN, scale_P), (w8_EKN, scale_EK) = _quantise_rows(grad_PN), quantise(w_EKN)
-    return launch_product(grad8_PN.view(FP8), w8_EKN.transpose(1, 2), counts_E, (scale_P, scale_EK), grad_PN.dtype)
+    return launch_product(
+        grad8_PN.view(FP8), w8_EKN.transpose(1, 2), counts_E, (scale_P, scale_EK), grad_PN.dtype
+    )
 
 
 _op_rows = custom_op("hybridtrain::quantise_rows", _quantise_rows, mutates_args=())
@@ -111,7 +113,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _op.register_autograd(_gradients, setup_context=_setup)
 
 
-def grouped_swiglu(x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor) -> Tensor:
+def grouped_swiglu(
+    x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor
+) -> Tensor:
     """As op.grouped_swiglu, for widths of any size; the error is bounded in README.md."""
 
     def products(a: Tensor, *weights: Tensor) -> list[Tensor]:
@@ -126,14 +130,34 @@ def grouped_swiglu(x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF:
 def cases() -> Iterator[Case]:
     """As kernel.cases, and what makes the operands: rows of activations, and columns of weights."""
     E, D, F, targets = 64, 2048, 1408, ("sm_90", "sm_100")
-    w, counts = torch.empty(E, D, F, dtype=torch.bfloat16, device="meta"), torch.empty(E, dtype=torch.int64, device="meta")
+    w, counts = (
+        torch.empty(E, D, F, dtype=torch.bfloat16, device="meta"),
+        torch.empty(E, dtype=torch.int64, device="meta"),
+    )
     w8, scale = torch.empty(E, F, D, dtype=FP8, device="meta"), torch.empty(E, F, device="meta")
     for P in (65536, 2048):
         x8, scale_P = w8.new_empty(P, D), scale.new_empty(P)
         run = partial(launch_product, x8, w8.transpose(1, 2), counts, (scale_P, scale), torch.bfloat16)
         least = num_bytes(x8, w8, scale, scale_P) + 2 * P * F
-        yield Case("grouped_mlp", f"product P={P} E={E} D={D} F={F} fp8", run, least, 2 * P * D * F, "matrix", targets, 8)
+        yield Case(
+            "grouped_mlp",
+            f"product P={P} E={E} D={D} F={F} fp8",
+            run,
+            least,
+            2 * P * D * F,
+            "matrix",
+            targets,
+            8,
+        )
     x = w.new_empty(65536, D)
-    yield Case("grouped_mlp", f"rows to fp8 P=65536 D={D}", partial(_quantise_rows, x), num_bytes(x) * 3 // 2, targets=targets)
+    yield Case(
+        "grouped_mlp",
+        f"rows to fp8 P=65536 D={D}",
+        partial(_quantise_rows, x),
+        num_bytes(x) * 3 // 2,
+        targets=targets,
+    )
     columns = partial(quantise, w, columns=True)
-    yield Case("grouped_mlp", f"columns to fp8 E={E} D={D} F={F}", columns, num_bytes(w) * 3 // 2, targets=targets)
+    yield Case(
+        "grouped_mlp", f"columns to fp8 E={E} D={D} F={F}", columns, num_bytes(w) * 3 // 2, targets=targets
+    )

@@ -48,7 +48,9 @@ def _product_kernel(
         left = depth < K - start
         a = tl.load(a_at, mask=real[:, None] & left[None, :], other=0.0)
         w = tl.load(w_at, mask=left[:, None] & (cols < N)[None, :], other=0.0)
-        if PRECISION == "fp8":  # Hopper's tensor cores add FP8 products up in fewer bits than float32's; not over more than a tile
+        if (
+            PRECISION == "fp8"
+        ):  # Hopper's tensor cores add FP8 products up in fewer bits than float32's; not over more than a tile
             total = tl.dot(a, w, total, max_num_imprecise_acc=BLOCK_K)
         else:
             total = tl.dot(a, w, total, input_precision=PRECISION)
@@ -98,7 +100,11 @@ def _options(P: int, E: int, dtype: torch.dtype) -> tuple[dict[str, Any], int, i
     small = P < 96 * E
     half = dtype.itemsize <= 2
     constants = {
-        "PRECISION": "fp8" if dtype == torch.float8_e4m3fn else "ieee" if half or torch.version.hip else "tf32x3",
+        "PRECISION": "fp8"
+        if dtype == torch.float8_e4m3fn
+        else "ieee"
+        if half or torch.version.hip
+        else "tf32x3",
         "BLOCK_E": triton.next_power_of_2(E),
         "BLOCK_M": 64 if small or not half else 128,
         "BLOCK_N": 128 if half else 64,
@@ -174,7 +180,9 @@ def grouped_product(a_PK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
     return out
 
 
-def grouped_swiglu(x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor) -> Tensor:
+def grouped_swiglu(
+    x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor
+) -> Tensor:
     """As op.grouped_swiglu, for widths of any size."""
     hidden_PF = swiglu(grouped_product(x_PD, w_gate_EDF, counts_E), grouped_product(x_PD, w_up_EDF, counts_E))
     return grouped_product(hidden_PF, w_down_EFD, counts_E)
@@ -186,9 +194,16 @@ def cases() -> Iterator[Case]:
 
     E, D, F = 64, 2048, 1408
     for P, dtype in ((65536, torch.bfloat16), (2048, torch.bfloat16), (65536, torch.float32)):
-        x, counts = torch.empty(P, D, dtype=dtype, device="meta"), torch.empty(E, dtype=torch.int64, device="meta")
+        x, counts = (
+            torch.empty(P, D, dtype=dtype, device="meta"),
+            torch.empty(E, dtype=torch.int64, device="meta"),
+        )
         w, grad = x.new_empty(E, D, F), x.new_empty(P, F)
-        shape, least, flops = f"P={P} E={E} D={D} F={F} {str(dtype).removeprefix('torch.')}", num_bytes(x, w, grad), 2 * P * D * F
+        shape, least, flops = (
+            f"P={P} E={E} D={D} F={F} {str(dtype).removeprefix('torch.')}",
+            num_bytes(x, w, grad),
+            2 * P * D * F,
+        )
         ways: dict[str, Callable[[], object]] = {
             "product": partial(_product, x, w, counts, False),
             "input gradient": partial(_product, grad, w, counts, True),

@@ -16,7 +16,9 @@ from hybridtrain.kernels.choose import chosen
 from hybridtrain.kernels.swiglu.op import swiglu
 
 
-def grouped_swiglu(x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor) -> Tensor:
+def grouped_swiglu(
+    x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor
+) -> Tensor:
     """The first counts[0] rows through expert 0, the next counts[1] through expert 1, and so on: [P, D].
 
     `counts_E` (int64, on the device of `x_PD`) sums to P: rows beyond its sum would come out uninitialised.

@@ -39,7 +39,9 @@ def linear_cross_entropy_sum(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor,
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, with_grad: bool) -> Tensor:
+    def forward(
+        ctx: Any, h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, with_grad: bool
+    ) -> Tensor:
         rows = max(MIN_ROWS, BLOCK_ELEMENTS // len(weight_VD))
         keep_N1 = (targets_N != ignored)[:, None]
         index_N1 = targets_N[:, None].where(keep_N1, 0)

@@ -42,17 +42,26 @@ def moe_swiglu(
     """
     num_experts, num_pairs = len(w_gate_EDF), experts_NK.numel()
     if absent:
-        experts_NK = experts_NK.where((experts_NK >= 0) & (experts_NK < num_experts), num_experts)  # sorted behind all others
+        experts_NK = experts_NK.where(
+            (experts_NK >= 0) & (experts_NK < num_experts), num_experts
+        )  # sorted behind all others
     order_P, inverse_NK, counts = sort_by_expert(experts_NK, num_experts + absent)
     counts_E = counts[:num_experts]
     if _fused_here(x_ND, w_gate_EDF):
-        return _moe_swiglu(x_ND, gates_NK, order_P, inverse_NK, counts_E.tolist(), w_gate_EDF, w_up_EDF, w_down_EFD)
+        return _moe_swiglu(
+            x_ND, gates_NK, order_P, inverse_NK, counts_E.tolist(), w_gate_EDF, w_up_EDF, w_down_EFD
+        )
     x_PD = permute(x_ND, order_P, inverse_NK)
     if absent and present is None:
         x_PD, counts_E = _absent_as_zeros(x_PD, counts_E)
     there = num_pairs if present is None else present
     y_PD = grouped_swiglu(x_PD[:there], counts_E, w_gate_EDF, w_up_EDF, w_down_EFD)
-    return combine(F.pad(y_PD, (0, 0, 0, num_pairs - there)) if there < num_pairs else y_PD, gates_NK, order_P, inverse_NK)
+    return combine(
+        F.pad(y_PD, (0, 0, 0, num_pairs - there)) if there < num_pairs else y_PD,
+        gates_NK,
+        order_P,
+        inverse_NK,
+    )
 
 
 def _absent_as_zeros(x_PD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,11 +69,17 @@ def _absent_as_zeros(x_PD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
     their gradients add to any weight."""
     total = counts_E.sum()
     absent_P = torch.arange(len(x_PD), device=x_PD.device) >= total
-    return x_PD.masked_fill(absent_P[:, None], 0), torch.cat([counts_E[:-1], counts_E[-1:] + (len(x_PD) - total)])
+    return x_PD.masked_fill(absent_P[:, None], 0), torch.cat(
+        [counts_E[:-1], counts_E[-1:] + (len(x_PD) - total)]
+    )
 
 
 def _fused_here(x_ND: Tensor, w_gate_EDF: Tensor) -> bool:
-    return x_ND.device.type == "cpu" and x_ND.dtype == w_gate_EDF.dtype and chosen("grouped_mlp", x_ND) == "torch"
+    return (
+        x_ND.device.type == "cpu"
+        and x_ND.dtype == w_gate_EDF.dtype
+        and chosen("grouped_mlp", x_ND) == "torch"
+    )
 
 
 class _MoESwiGLU(torch.autograd.Function):
@@ -80,17 +95,24 @@ class _MoESwiGLU(torch.autograd.Function):
         w_up_EDF: Tensor,
         w_down_EFD: Tensor,
     ) -> Tensor:
-        order_P, inverse_NK = order_P[: sum(counts)], inverse_NK.clamp_max(sum(counts))  # absent: the row of zeros at the end
+        order_P, inverse_NK = (
+            order_P[: sum(counts)],
+            inverse_NK.clamp_max(sum(counts)),
+        )  # absent: the row of zeros at the end
         token_P = order_P // inverse_NK.size(1)
         weight_P1 = gates_NK.reshape(-1)[order_P].to(x_ND.dtype)[:, None]
         gate_PF, up_PF = (x_ND.new_empty(len(order_P), w_gate_EDF.size(2)) for _ in range(2))
         y_PD = _with_zero_row(x_ND, len(order_P))
 
-        tokens, weights, gates, ups, outs = (t.split(counts) for t in (token_P, weight_P1, gate_PF, up_PF, y_PD[:-1]))
+        tokens, weights, gates, ups, outs = (
+            t.split(counts) for t in (token_P, weight_P1, gate_PF, up_PF, y_PD[:-1])
+        )
         w_gate, w_up, w_down = (w.unbind() for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
 
         def work(experts: Iterator[int]) -> None:
-            x_MD, hidden_MF = (x_ND.new_empty(max(counts), width) for width in (x_ND.size(1), gate_PF.size(1)))
+            x_MD, hidden_MF = (
+                x_ND.new_empty(max(counts), width) for width in (x_ND.size(1), gate_PF.size(1))
+            )
             for e in experts:
                 x = torch.index_select(x_ND, 0, tokens[e], out=x_MD[: counts[e]])
                 torch.mm(x, w_gate[e], out=gates[e])
@@ -100,15 +122,21 @@ class _MoESwiGLU(torch.autograd.Function):
 
         share_out(work, _largest_first(counts))
         ctx.counts = counts
-        ctx.save_for_backward(x_ND, gates_NK, inverse_NK, token_P, weight_P1, gate_PF, up_PF, w_gate_EDF, w_up_EDF, w_down_EFD)
+        ctx.save_for_backward(
+            x_ND, gates_NK, inverse_NK, token_P, weight_P1, gate_PF, up_PF, w_gate_EDF, w_up_EDF, w_down_EFD
+        )
         return F.embedding_bag(inverse_NK, y_PD, mode="sum")
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, gates_NK, inverse_NK, token_P, weight_P1, gate_PF, up_PF, w_gate_EDF, w_up_EDF, w_down_EFD = ctx.saved_tensors
+        x_ND, gates_NK, inverse_NK, token_P, weight_P1, gate_PF, up_PF, w_gate_EDF, w_up_EDF, w_down_EFD = (
+            ctx.saved_tensors
+        )
         counts, (width, hidden_width) = ctx.counts, w_gate_EDF.shape[1:]
         grad_x_PD, grad_weight_P = _with_zero_row(x_ND, len(token_P)), x_ND.new_zeros(len(token_P) + 1)
-        grad_gate_EDF, grad_up_EDF, grad_down_EFD = (torch.empty_like(w) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+        grad_gate_EDF, grad_up_EDF, grad_down_EFD = (
+            torch.empty_like(w) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)
+        )
 
         per_pair = (token_P, weight_P1, gate_PF, up_PF, grad_x_PD[:-1], grad_weight_P[:-1])
         tokens, weights, gates, ups, grad_xs, grad_weights = (t.split(counts) for t in per_pair)

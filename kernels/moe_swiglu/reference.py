@@ -8,7 +8,12 @@ from torch import Tensor
 
 
 def moe_swiglu(
-    x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor
+    x_ND: Tensor,
+    experts_NK: Tensor,
+    gates_NK: Tensor,
+    w_gate_EDF: Tensor,
+    w_up_EDF: Tensor,
+    w_down_EFD: Tensor,
 ) -> Tensor:
     """Each token's sum over its choices of gate * w_down(silu(w_gate x) * w_up x): [N, D]."""
     out_ND = torch.zeros_like(x_ND)

@@ -50,7 +50,9 @@ def _collect_kernel(
     total = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for k in range(K):
         places = tl.load(inverse_ptr + rows * K + k, mask=rows < N, other=-1)
-        y = tl.load(y_ptr + places[:, None] * D + cols[None, :], mask=inside & (places >= 0)[:, None], other=0.0).to(tl.float32)
+        y = tl.load(
+            y_ptr + places[:, None] * D + cols[None, :], mask=inside & (places >= 0)[:, None], other=0.0
+        ).to(tl.float32)
         if GATED:
             y *= tl.load(gates_ptr + rows * K + k, mask=rows < N, other=0.0).to(tl.float32)[:, None]
         total += y
@@ -65,7 +67,9 @@ def _goes(experts_ptr, rows, k, N, K, here, ranks):
 
 
 @triton.jit
-def _count_kernel(experts_ptr, tokens_ptr, pairs_ptr, N, K, R, here, tiles, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _count_kernel(
+    experts_ptr, tokens_ptr, pairs_ptr, N, K, R, here, tiles, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """tokens[r, tile] and pairs[r, tile] that a tile of tokens has for rank r."""
     tile = tl.program_id(0)
     rows = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -108,7 +112,9 @@ def _line_up(experts_NK: Tensor, num_experts: int, num_ranks: int) -> tuple[Tens
     launch(_count_kernel, (tiles,), experts_NK, tokens, pairs, *sizes, constants=tile, num_warps=warps)
     starts = (tokens.flatten().cumsum(0) - tokens.flatten()).view_as(tokens)
     order, inverse = experts_NK.new_full((N * min(K, num_ranks),), -1), torch.empty_like(experts_NK)
-    launch(_line_up_kernel, (tiles,), experts_NK, starts, order, inverse, *sizes, constants=tile, num_warps=warps)
+    launch(
+        _line_up_kernel, (tiles,), experts_NK, starts, order, inverse, *sizes, constants=tile, num_warps=warps
+    )
     return order, inverse, torch.stack([tokens.sum(1), pairs.sum(1)], 1)
 
 
@@ -123,7 +129,9 @@ def _spread(x_ND: Tensor, order_Q: Tensor, inverse_NK: Tensor) -> Tensor:
     return out
 
 
-def _spread_gated(grad_ND: Tensor, y_QD: Tensor, gates_NK: Tensor, order_Q: Tensor, inverse_NK: Tensor) -> tuple[Tensor, Tensor]:
+def _spread_gated(
+    grad_ND: Tensor, y_QD: Tensor, gates_NK: Tensor, order_Q: Tensor, inverse_NK: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients of y and of the gates from that of the combined rows."""
     out, grad_gates = torch.empty_like(y_QD), torch.empty_like(gates_NK)
     Q, D = y_QD.shape
@@ -169,7 +177,9 @@ def _(y_QD: Tensor, gates_NK: Tensor | None, order_Q: Tensor, inverse_NK: Tensor
 
 
 @_op_combine_backward.register_fake
-def _(grad_ND: Tensor, y_QD: Tensor, gates_NK: Tensor, order_Q: Tensor, inverse_NK: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    grad_ND: Tensor, y_QD: Tensor, gates_NK: Tensor, order_Q: Tensor, inverse_NK: Tensor
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(y_QD), torch.empty_like(gates_NK)
 
 
@@ -196,7 +206,9 @@ _op_permute.register_autograd(_gradients_permute, setup_context=_setup_permute)
 _op_combine.register_autograd(_gradients_combine, setup_context=_setup_combine)
 
 
-def sort_by_destination(experts_NK: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_destination(
+    experts_NK: Tensor, num_experts: int, num_ranks: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.sort_by_destination, for int64 experts; nothing waits for the counts."""
     out: tuple[Tensor, Tensor, Tensor] = _op_line_up(experts_NK.contiguous(), num_experts, num_ranks)
     return out
@@ -215,7 +227,9 @@ def combine(y_QD: Tensor, gates_NK: Tensor | None, order_Q: Tensor, inverse_NK: 
     return out
 
 
-def pad_groups(order_P: Tensor, inverse_NK: Tensor, counts_E: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+def pad_groups(
+    order_P: Tensor, inverse_NK: Tensor, counts_E: Tensor, multiple: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(order_Q, inverse_NK, counts_E) with every expert's rows filled up to a multiple; Q depends on shapes alone, not on counts.
 
     What is left over of Q counts to the last expert.
@@ -245,4 +259,11 @@ def cases() -> Iterator[Case]:
     back = lambda: _spread_gated(x, y, gates, order, inverse)  # noqa: E731
     yield Case("permute", f"combine backward {shape}", back, least + num_bytes(y))
     least = num_bytes(inverse, inverse, order)
-    yield Case("permute", f"destinations N={N} K={K} R=64", lambda: _line_up(inverse, 256, 64), least, 0, "arithmetic")
+    yield Case(
+        "permute",
+        f"destinations N={N} K={K} R=64",
+        lambda: _line_up(inverse, 256, 64),
+        least,
+        0,
+        "arithmetic",
+    )

@@ -19,7 +19,9 @@ from hybridtrain.kernels.row_gather.op import row_gather
 __all__ = ["collect", "combine", "permute", "sort_by_destination", "sort_by_expert", "spread"]
 
 
-def sort_by_destination(experts_NK: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_destination(
+    experts_NK: Tensor, num_experts: int, num_ranks: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(order_Q, inverse_NK, asked_R2) of tokens that go once to every rank that has one of their experts; see reference.py."""
     if chosen("permute", experts_NK) == "triton":
         from hybridtrain.kernels.permute import kernel
@@ -44,7 +46,9 @@ def collect(y_PD: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
 
         return kernel.combine(y_PD, None, order_P, inverse_NK)
     wide_PD = y_PD.to(_wide(y_PD))
-    out_ND = wide_PD.new_zeros(len(inverse_NK), y_PD.size(1)).index_add(0, order_P // inverse_NK.size(1), wide_PD)
+    out_ND = wide_PD.new_zeros(len(inverse_NK), y_PD.size(1)).index_add(
+        0, order_P // inverse_NK.size(1), wide_PD
+    )
     return out_ND.to(y_PD.dtype)
 
 
@@ -95,7 +99,11 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_PD, gates_NK, order_P, inverse_NK = ctx.saved_tensors
         grad_PD = grad_ND.index_select(0, order_P // inverse_NK.size(1))
-        grad_gates_P = torch.linalg.vecdot(y_PD, grad_PD) if y_PD.dtype == torch.float32 else (y_PD.float() * grad_PD).sum(-1)
+        grad_gates_P = (
+            torch.linalg.vecdot(y_PD, grad_PD)
+            if y_PD.dtype == torch.float32
+            else (y_PD.float() * grad_PD).sum(-1)
+        )
         grad_gates_NK = grad_gates_P[inverse_NK].to(gates_NK.dtype)
         grad_PD *= gates_NK.reshape(-1, 1)[order_P].to(grad_PD.dtype)
         return grad_PD, grad_gates_NK, None, None

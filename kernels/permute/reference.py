@@ -23,7 +23,9 @@ def sort_by_expert(experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     return order_P, inverse_P.view(experts_NK.shape), counts_E
 
 
-def sort_by_destination(experts_NK: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_destination(
+    experts_NK: Tensor, num_experts: int, num_ranks: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Each token once for every rank that has one of its experts, rank by rank, tokens rising: (order_Q, inverse_NK, asked_R2).
 
     Rank r has experts r*num_experts/num_ranks and following; choices outside 0..num_experts-1 go nowhere. A token's first
@@ -37,11 +39,15 @@ def sort_by_destination(experts_NK: Tensor, num_experts: int, num_ranks: int) ->
     key_P = owner_NK.masked_fill(again_NK, num_ranks).flatten()
     place_P = torch.arange(N * K, device=experts_NK.device)
     sorted_P, order_P = torch.sort(key_P.to(torch.int32), stable=True)
-    ends_R = torch.searchsorted(sorted_P, torch.arange(num_ranks + 1, dtype=torch.int32, device=experts_NK.device))
+    ends_R = torch.searchsorted(
+        sorted_P, torch.arange(num_ranks + 1, dtype=torch.int32, device=experts_NK.device)
+    )
     real_P = place_P < ends_R[-1]
     inverse_P = torch.empty_like(order_P)
     inverse_P[order_P] = place_P.where(real_P, -1)
-    pairs_R = experts_NK.new_zeros(num_ranks + 1).scatter_add_(0, owner_NK.flatten(), torch.ones_like(place_P))[:num_ranks]
+    pairs_R = experts_NK.new_zeros(num_ranks + 1).scatter_add_(
+        0, owner_NK.flatten(), torch.ones_like(place_P)
+    )[:num_ranks]
     return order_P.where(real_P, -1)[:Q], inverse_P.view(N, K), torch.stack([ends_R.diff(), pairs_R], 1)
 
 

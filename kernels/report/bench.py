@@ -25,7 +25,11 @@ def requirements() -> list[str]:
     """What stands against measuring here, in words."""
     if not torch.cuda.is_available():
         return ["kernels bench needs a CUDA device, and torch finds none here"]
-    return [] if importlib.util.find_spec("triton") else ["kernels bench needs the package triton: pip install triton"]
+    return (
+        []
+        if importlib.util.find_spec("triton")
+        else ["kernels bench needs the package triton: pip install triton"]
+    )
 
 
 def errors(contest: Contest, candidate: Candidate) -> float:
@@ -66,14 +70,18 @@ def _prepare(contest: Contest, candidate: Candidate, inputs: Sequence[Tensor]) -
         with_gradient = [o for o in outputs if o.requires_grad]
         if not cotangents:
             generator = torch.Generator().manual_seed(0)
-            cotangents.extend(torch.randn(o.shape, generator=generator, device="cpu").to(o) for o in with_gradient)
+            cotangents.extend(
+                torch.randn(o.shape, generator=generator, device="cpu").to(o) for o in with_gradient
+            )
         gradients = torch.autograd.grad(with_gradient, leaves, cotangents) if with_gradient else ()
         return [*(o.detach() for o in outputs), *gradients]
 
     return call
 
 
-def bench(device: str = "cuda", size: tuple[int, int] = (16384, 4096), seconds: Seconds | None = None) -> list[Row]:
+def bench(
+    device: str = "cuda", size: tuple[int, int] = (16384, 4096), seconds: Seconds | None = None
+) -> list[Row]:
     """One row per op and candidate: seconds of forward and backward, GB/s or TFLOP/s, share of the device's measured peak.
 
     `size` is tokens and model width. `seconds` measures one call; None: triton's do_bench, median.
@@ -98,7 +106,10 @@ def bench(device: str = "cuda", size: tuple[int, int] = (16384, 4096), seconds: 
                 base = took if name == "torch" else base
                 rate = contest.flops / took if contest.flops else contest.moved / took
                 row |= {"seconds": took, "rate": rate, "unit": "FLOP/s" if contest.flops else "B/s"}
-                row |= {"peak_share": rate / (products if contest.flops else bandwidth), "speed_up": base / took if base else None}
+                row |= {
+                    "peak_share": rate / (products if contest.flops else bandwidth),
+                    "speed_up": base / took if base else None,
+                }
             rows.append(row)
     failing |= {row["op"] for row in rows if row["candidate"] == "triton" and not row["right"]}
     return [_withdrawn(row) if row["candidate"] == "triton" and row["op"] in failing else row for row in rows]
@@ -111,7 +122,9 @@ def _judge(contest: Contest, name: str, candidate: Candidate) -> Row:
         row["error"] = errors(contest, candidate)
         if row["error"] > contest.error:
             row["why"] = f"wrong: error {row['error']:.2g}"
-    except Exception as error:  # a library of another version, a compiler: the others are measured all the same
+    except (
+        Exception
+    ) as error:  # a library of another version, a compiler: the others are measured all the same
         row["why"] = f"fails: {type(error).__name__}: {error}".partition("\n")[0][:WORTH_SAYING]
     return row | {"right": not row["why"]}
 
@@ -134,7 +147,10 @@ def _peaks(device: str, side: int, seconds: Seconds) -> tuple[float, float]:
 
 def show(rows: Sequence[Row]) -> str:
     """The rows as a markdown table; an op that is wrong shows its error alone."""
-    lines = ["| op | shape | by | forward + backward | rate | of the peak | against torch |", "|---|---|---|--:|--:|--:|--:|"]
+    lines = [
+        "| op | shape | by | forward + backward | rate | of the peak | against torch |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
     for row in rows:
         head = f"| {row['op']} | {row['shape']} | {row['candidate']} |"
         if not row["right"]:

@@ -76,14 +76,20 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
 def compile_launch(launch: Launch, target: Target) -> Machine:
     """The kernel of the launch for the target."""
     if target.backend == "hip" and launch.constants.get("PRECISION") == "tf32x3":
-        launch = replace(launch, constants=launch.constants | {"PRECISION": "ieee"})  # as grouped_mlp chooses there
+        launch = replace(
+            launch, constants=launch.constants | {"PRECISION": "ieee"}
+        )  # as grouped_mlp chooses there
     compiled = triton.compile(
         ASTSource(launch.kernel, *signature(launch)),
         target=GPUTarget(target.backend, target.arch, target.warp),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
     shared = compiled.metadata.shared
-    return _read_amd(compiled.asm["amdgcn"], shared) if target.backend == "hip" else _read_nvidia(compiled.asm["cubin"], shared)
+    return (
+        _read_amd(compiled.asm["amdgcn"], shared)
+        if target.backend == "hip"
+        else _read_nvidia(compiled.asm["cubin"], shared)
+    )
 
 
 def _read_nvidia(cubin: bytes, shared: int) -> Machine:
@@ -113,8 +119,13 @@ def _read_amd(assembly: str, shared: int) -> Machine:
     def count(key: str) -> int:
         return int(re.search(rf"\.{key}:\s*(\d+)", assembly)[1])  # type: ignore[index]
 
-    accesses = [(m[1] == "load", _AMD_BITS.get(m[2], 8 if "byte" in m[2] else 16)) for m in _AMD_ACCESS.finditer(assembly)]
-    spills = 4 * count("vgpr_spill_count")  # scalar registers spill into lanes of vector registers, not into memory
+    accesses = [
+        (m[1] == "load", _AMD_BITS.get(m[2], 8 if "byte" in m[2] else 16))
+        for m in _AMD_ACCESS.finditer(assembly)
+    ]
+    spills = 4 * count(
+        "vgpr_spill_count"
+    )  # scalar registers spill into lanes of vector registers, not into memory
     return Machine(count("vgpr_count"), spills, shared, *_widths(accesses), assembly.count("v_mfma"))
 
 

@@ -52,7 +52,9 @@ def contests(device: str, N: int = 16384, D: int = 4096) -> Iterator[Contest]:
 
 
 def _parts(op: str) -> tuple[Any, Any]:
-    kernel, reference = (importlib.import_module(f"hybridtrain.kernels.{op}.{name}") for name in ("kernel", "reference"))
+    kernel, reference = (
+        importlib.import_module(f"hybridtrain.kernels.{op}.{name}") for name in ("kernel", "reference")
+    )
     return kernel, reference
 
 
@@ -66,7 +68,11 @@ def _libraries(**candidates: tuple[str, str, Callable[[Any], Candidate]]) -> dic
     def lazy(module: str, function: str, use: Callable[[Any], Candidate]) -> Candidate:
         return lambda *inputs: use(getattr(importlib.import_module(module), function))(*inputs)
 
-    return {name: lazy(*how) for name, how in candidates.items() if importlib.util.find_spec(how[0].partition(".")[0])}
+    return {
+        name: lazy(*how)
+        for name, how in candidates.items()
+        if importlib.util.find_spec(how[0].partition(".")[0])
+    }
 
 
 def _norms(device: str, N: int, D: int) -> Iterator[Contest]:
@@ -76,9 +82,17 @@ def _norms(device: str, N: int, D: int) -> Iterator[Contest]:
     x, r, w, size = _normal(device, N, D), _normal(device, N, D), _normal(device, D), 2 * N * D
     others: dict[str, Candidate] = {"torch fused": lambda x, w: F.rms_norm(x, w.shape, w, EPS)}
     others |= _libraries(
-        liger=("liger_kernel.transformers.functional", "liger_rms_norm", lambda f: lambda x, w: f(x, w, EPS, in_place=False)),
+        liger=(
+            "liger_kernel.transformers.functional",
+            "liger_rms_norm",
+            lambda f: lambda x, w: f(x, w, EPS, in_place=False),
+        ),
         fla=("fla.modules.layernorm", "rms_norm", lambda f: lambda x, w: f(x, w, None, eps=EPS)),
-        apex=("apex.normalization.fused_layer_norm", "fused_rms_norm_affine", lambda f: lambda x, w: f(x, w, w.shape, EPS)),
+        apex=(
+            "apex.normalization.fused_layer_norm",
+            "fused_rms_norm_affine",
+            lambda f: lambda x, w: f(x, w, w.shape, EPS),
+        ),
     )
     fused, plain = (lambda x, w, f=f: f(x, w, EPS) for f in (kernel.rms_norm, reference.rms_norm))
     yield Contest("rms_norm", f"N={N} D={D}", (x, w), fused, plain, 5 * size, 0, others)
@@ -89,7 +103,11 @@ def _norms(device: str, N: int, D: int) -> Iterator[Contest]:
             "liger_fused_add_rms_norm",
             lambda f: lambda x, r, w: f(x, r, w, EPS, in_place=False),
         ),
-        fla=("fla.modules.layernorm", "rms_norm", lambda f: lambda x, r, w: f(x, w, None, r, prenorm=True, eps=EPS)),
+        fla=(
+            "fla.modules.layernorm",
+            "rms_norm",
+            lambda f: lambda x, r, w: f(x, w, None, r, prenorm=True, eps=EPS),
+        ),
     )
     plain = lambda x, r, w: (reference.rms_norm(x + r, w, EPS), x + r)  # noqa: E731
     fused = lambda x, r, w: kernel.add_rms_norm(x, r, w, EPS)  # noqa: E731
@@ -127,9 +145,15 @@ def _losses(device: str, N: int, D: int) -> Iterator[Contest]:
     targets, logits = torch.randint(0, V, (N,), device=device), _normal(device, N, V)
     others: dict[str, Candidate] = {"torch fused": lambda x: F.cross_entropy(x, targets, reduction="sum")}
     others |= _libraries(
-        fla=("fla.modules.fused_cross_entropy", "cross_entropy_loss", lambda f: lambda x: f(x, targets)[0].sum()),
+        fla=(
+            "fla.modules.fused_cross_entropy",
+            "cross_entropy_loss",
+            lambda f: lambda x: f(x, targets)[0].sum(),
+        ),
     )
-    fused, plain = (lambda x, f=f: f(x, targets, -1) for f in (kernel.cross_entropy_sum, reference.cross_entropy_sum))
+    fused, plain = (
+        lambda x, f=f: f(x, targets, -1) for f in (kernel.cross_entropy_sum, reference.cross_entropy_sum)
+    )
     yield Contest("cross_entropy", f"N={N} V={V}", (logits,), fused, plain, 6 * N * V, 0, others)
 
     inputs = _normal(device, N, D), _normal(device, V, D) / D**0.5
@@ -146,7 +170,16 @@ def _losses(device: str, N: int, D: int) -> Iterator[Contest]:
     fused = lambda h, w: kernel.linear_cross_entropy_sum(h, w, targets, -1)  # noqa: E731
     plain = lambda h, w: reference.cross_entropy_sum(h @ w.t(), targets, -1)  # noqa: E731
     moved = 3 * 2 * (N * D + V * D)
-    yield Contest("cross_entropy", f"with the head N={N} D={D} V={V}", inputs, fused, plain, moved, 6 * N * D * V, others)
+    yield Contest(
+        "cross_entropy",
+        f"with the head N={N} D={D} V={V}",
+        inputs,
+        fused,
+        plain,
+        moved,
+        6 * N * D * V,
+        others,
+    )
 
 
 def _permutations(device: str, N: int, D: int) -> Iterator[Contest]:
@@ -162,7 +195,9 @@ def _permutations(device: str, N: int, D: int) -> Iterator[Contest]:
     fused, plain = (lambda y, g, f=f: f(y, g, order, inverse) for f in (kernel.combine, reference.combine))
     inputs = _normal(device, N * K, D), torch.rand(N, K, device=device)
     yield Contest("permute", f"combine {shape}", inputs, fused, plain, 2 * (1 + K) * size + K * size)
-    fused, plain = (lambda e, f=f: f(e, E, 16) for f in (kernel.sort_by_destination, reference.sort_by_destination))
+    fused, plain = (
+        lambda e, f=f: f(e, E, 16) for f in (kernel.sort_by_destination, reference.sort_by_destination)
+    )
     yield Contest("permute", f"destinations N={N} K={K} R=16", (experts,), fused, plain, 3 * 8 * N * K)
 
 
@@ -170,11 +205,14 @@ def _experts(device: str, N: int, D: int) -> Iterator[Contest]:
     kernel, reference = _parts("grouped_mlp")
     fp8, op = (importlib.import_module(f"hybridtrain.kernels.grouped_mlp.{name}") for name in ("fp8", "op"))
     E, width = 16, D // 2
-    counts = torch.bincount(torch.arange(N, device=device).square() % E, minlength=E)  # uneven, and some experts have none
+    counts = torch.bincount(
+        torch.arange(N, device=device).square() % E, minlength=E
+    )  # uneven, and some experts have none
     shapes = (E, D, width), (E, D, width), (E, width, D)
     weights = [_normal(device, *s) / s[1] ** 0.5 for s in shapes]
     fused, plain, eight = (
-        lambda x, *w, f=f: f(x, counts, *w) for f in (kernel.grouped_swiglu, reference.grouped_swiglu, fp8.grouped_swiglu)
+        lambda x, *w, f=f: f(x, counts, *w)
+        for f in (kernel.grouped_swiglu, reference.grouped_swiglu, fp8.grouped_swiglu)
     )
     moved = 3 * 2 * (2 * N * D + sum(w.numel() for w in weights))
     shape, inputs = f"P={N} E={E} D={D} F={width}", (_normal(device, N, D), *weights)
@@ -190,13 +228,20 @@ def _memory(device: str, N: int, D: int) -> Iterator[Contest]:
     plain: Candidate
     kernel, reference = _parts("engram_gate")
     size = 2 * N * D
-    gate = (_normal(device, N, 1, D), _normal(device, N, 1, D), _normal(device, N, D), *(_normal(device, 1, D) for _ in range(2)))
+    gate = (
+        _normal(device, N, 1, D),
+        _normal(device, N, 1, D),
+        _normal(device, N, D),
+        *(_normal(device, 1, D) for _ in range(2)),
+    )
     fused, plain = (lambda *t, f=f: f(*t, EPS, 0.01)[0] for f in (kernel.engram_gate, reference.engram_gate))
     yield Contest("engram_gate", f"N={N} D={D}", gate, fused, plain, 11 * size)
 
     kernel, reference = _parts("short_conv")
     documents = (torch.rand(1, N, device=device) < 0.01).cumsum(1)
-    fused, plain = (lambda *t, f=f: f(*t, documents, 3, EPS) for f in (kernel.short_conv, reference.short_conv))
+    fused, plain = (
+        lambda *t, f=f: f(*t, documents, 3, EPS) for f in (kernel.short_conv, reference.short_conv)
+    )
     inputs = _normal(device, 1, N, D), _normal(device, D), _normal(device, 4, D)
     yield Contest("short_conv", f"N={N} D={D} J=4", inputs, fused, plain, 5 * size)
 
@@ -220,14 +265,18 @@ def _table(device: str, N: int, D: int) -> Iterator[Contest]:
     fused = lambda t, i, f=kernel.row_gather: f(t, i.flatten())  # noqa: E731
     plain = lambda t, i, f=reference.row_gather: f(t, i.flatten())  # noqa: E731
     others: dict[str, Candidate] = {"F.embedding": lambda t, i: F.embedding(i.flatten(), t)}
-    yield Contest("row_gather", f"R={U} U={U} C={C}", (table, index), fused, plain, 10 * U * C + 16 * U, 0, others)
+    yield Contest(
+        "row_gather", f"R={U} U={U} C={C}", (table, index), fused, plain, 10 * U * C + 16 * U, 0, others
+    )
 
     kernel, _ = _parts("segment_sum")
     values, segment = torch.randn(U, C, device=device), torch.randint(0, U // 2, (U,), device=device)
     plain = lambda v, s: v.new_zeros(U // 2, C).index_add_(0, s, v)  # noqa: E731
     fused = lambda v, s, f=kernel.segment_sum: f(v, s, U // 2)  # noqa: E731
     shape, inputs = f"U={U} to {U // 2} C={C}", (values, segment)
-    yield Contest("segment_sum", shape, inputs, fused, plain, 6 * U * C + 8 * U, error=FLOAT32_ERROR, trains=False)
+    yield Contest(
+        "segment_sum", shape, inputs, fused, plain, 6 * U * C + 8 * U, error=FLOAT32_ERROR, trains=False
+    )
 
     from hybridtrain.kernels.rowwise_adam import kernel as updating
     from hybridtrain.kernels.rowwise_adam import op
@@ -250,9 +299,13 @@ def _table(device: str, N: int, D: int) -> Iterator[Contest]:
 def _routing(device: str, N: int, D: int) -> Iterator[Contest]:
     kernel, reference = _parts("router_topk")
     N, E, K = 4 * N, 256, 8
-    logits = torch.rand(N, E, device=device).argsort(-1) / 32 - 4  # far enough apart for one choice of experts
+    logits = (
+        torch.rand(N, E, device=device).argsort(-1) / 32 - 4
+    )  # far enough apart for one choice of experts
     bias, rule = torch.zeros(E, device=device), reference.Rule(K, "sigmoid", True, 1.0)
-    fused, plain = (lambda x, f=f: tuple(f(x, bias, rule)) for f in (kernel.router_topk, reference.router_topk))
+    fused, plain = (
+        lambda x, f=f: tuple(f(x, bias, rule)) for f in (kernel.router_topk, reference.router_topk)
+    )
     moved = 4 * (3 * N * E + 4 * N * K)
     shape = f"N={N} E={E} K={K}"
     yield Contest("router_topk", shape, (logits,), fused, plain, moved, error=FLOAT32_ERROR)
@@ -262,6 +315,15 @@ def _depth(device: str, N: int, D: int) -> Iterator[Contest]:
     kernel, reference = _parts("depth_attention")
     N, S = max(1, N // 2), 32
     inputs = _normal(device, N, 32, 64), _normal(device, N, S, 8, 64), _normal(device, N, S, 8, 64)
-    fused, plain = (lambda *t, f=f: f(*t, 0.125)[0] for f in (kernel.depth_attention, reference.depth_attention))
+    fused, plain = (
+        lambda *t, f=f: f(*t, 0.125)[0] for f in (kernel.depth_attention, reference.depth_attention)
+    )
     size = sum(2 * t.numel() for t in inputs)
-    yield Contest("depth_attention", f"N={N} H=32 G=8 S={S} C=64", inputs, fused, plain, 3 * size + 4 * 2 * inputs[0].numel())
+    yield Contest(
+        "depth_attention",
+        f"N={N} H=32 G=8 S={S} C=64",
+        inputs,
+        fused,
+        plain,
+        3 * size + 4 * 2 * inputs[0].numel(),
+    )

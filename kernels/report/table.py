@@ -84,11 +84,27 @@ def markdown(rows: Sequence[Row]) -> str:
     lines += ["|---|---|" + "--:|" * (2 + len(devices))]
     for key in dict.fromkeys((row["op"], row["case"]) for row in rows):
         own = [row for row in rows if (row["op"], row["case"]) == key]
-        times = [str(next((row["roofline_us"] for row in own if row["target"] == name), "")) for name in TARGETS]
+        times = [
+            str(next((row["roofline_us"] for row in own if row["target"] == name), "")) for name in TARGETS
+        ]
         moved, least = own[0]["case_bytes_moved"], own[0]["case_bytes_minimum"]
-        lines.append(f"| {key[0]} | {key[1]} | {moved / 1e6:.1f} MB | {moved / least:.2f} | {' | '.join(times)} |")
-    cells = ("registers", "spill_bytes", "shared_bytes", "occupancy", "load_bits", "store_bits", "wide_share", "tensor_core")
-    lines += ["", "| op: kernel, case, config | target | registers | spilled | shared | occupancy | load | store | wide | matrix |"]
+        lines.append(
+            f"| {key[0]} | {key[1]} | {moved / 1e6:.1f} MB | {moved / least:.2f} | {' | '.join(times)} |"
+        )
+    cells = (
+        "registers",
+        "spill_bytes",
+        "shared_bytes",
+        "occupancy",
+        "load_bits",
+        "store_bits",
+        "wide_share",
+        "tensor_core",
+    )
+    lines += [
+        "",
+        "| op: kernel, case, config | target | registers | spilled | shared | occupancy | load | store | wide | matrix |",
+    ]
     lines += ["|---|---|" + "--:|" * len(cells)]
     for row in rows:
         name = f"{row['op']}: {row['kernel']}, {row['case']}, {row['config']}"

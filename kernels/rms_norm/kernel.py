@@ -30,7 +30,9 @@ def _forward_kernel(
     at = rows[:, None] * D + cols[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
     if RESIDUAL:
-        x = (x.to(tl.float32) + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        x = (x.to(tl.float32) + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(
+            sum_ptr.dtype.element_ty
+        )
         tl.store(sum_ptr + at, x, mask=inside)
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
@@ -77,7 +79,9 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     return out, total, scale
 
 
-def _backward(grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(
+    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(x)
     N, D = scale.numel(), x.size(-1)
     tile, warps = row_tile(D, elements=1024)
@@ -101,7 +105,9 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[T
 
 
 @_op_backward.register_fake
-def _(grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
 
@@ -115,7 +121,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradients(ctx: Any, grad: Tensor, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale = ctx.saved_tensors
-    grad_x, grad_weight = _op_backward(grad.contiguous(), grad_sum.contiguous() if ctx.with_residual else None, x, weight, scale)
+    grad_x, grad_weight = _op_backward(
+        grad.contiguous(), grad_sum.contiguous() if ctx.with_residual else None, x, weight, scale
+    )
     return grad_x, grad_x if ctx.with_residual else None, grad_weight, None
 
 
@@ -137,11 +145,23 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def cases() -> Iterator[Case]:
     """Forward and backward, alone and with a residual, at the widths of heads and of models."""
     for N, D in ((524288, 128), (16384, 4096)):
-        x, scale = (torch.empty(s, dtype=d, device="meta") for s, d in (((N, D), torch.bfloat16), ((N,), torch.float32)))
+        x, scale = (
+            torch.empty(s, dtype=d, device="meta")
+            for s, d in (((N, D), torch.bfloat16), ((N,), torch.float32))
+        )
         weight = x.new_empty(D)
         size = num_bytes(x)
         yield Case("rms_norm", f"forward N={N} D={D}", partial(_forward, x, None, weight, 1e-6), 2 * size)
-        yield Case("rms_norm", f"backward N={N} D={D}", partial(_backward, x, None, x, weight, scale), 3 * size)
+        yield Case(
+            "rms_norm", f"backward N={N} D={D}", partial(_backward, x, None, x, weight, scale), 3 * size
+        )
         if D == 4096:
-            yield Case("rms_norm", f"forward + residual N={N} D={D}", partial(_forward, x, x, weight, 1e-6), 4 * size)
-            yield Case("rms_norm", f"backward + residual N={N} D={D}", partial(_backward, x, x, x, weight, scale), 4 * size)
+            yield Case(
+                "rms_norm", f"forward + residual N={N} D={D}", partial(_forward, x, x, weight, 1e-6), 4 * size
+            )
+            yield Case(
+                "rms_norm",
+                f"backward + residual N={N} D={D}",
+                partial(_backward, x, x, x, weight, scale),
+                4 * size,
+            )

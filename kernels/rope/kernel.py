@@ -60,7 +60,9 @@ def _backward_kernel(
         at = rows[:, None] * C + cols[None, :]
         turn_at = ((rows // H) % T)[:, None] * C + cols[None, :]
         rotation = tl.load(rotation_ptr + turn_at, mask=inside, other=0.0)
-        grad = _turn(tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32), rotation, -1.0, BLOCK_N, BLOCK_D)
+        grad = _turn(
+            tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32), rotation, -1.0, BLOCK_N, BLOCK_D
+        )
         if NORM:
             x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
             scale = tl.rsqrt(tl.sum(x * x, 1) / C + eps)[:, None]
@@ -89,7 +91,9 @@ def _forward(x_BTHC: Tensor, rotation_TC: Tensor, weight_C: Tensor | None, eps: 
     return out
 
 
-def _backward(grad: Tensor, x_BTHC: Tensor, rotation_TC: Tensor, weight_C: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _backward(
+    grad: Tensor, x_BTHC: Tensor, rotation_TC: Tensor, weight_C: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(x_BTHC)
     N, T, H, C = _sizes(x_BTHC)
     tile, warps = row_tile(C)
@@ -112,7 +116,9 @@ def _(x_BTHC: Tensor, rotation_TC: Tensor, weight_C: Tensor | None, eps: float) 
 
 
 @_op_backward.register_fake
-def _(grad: Tensor, x_BTHC: Tensor, rotation_TC: Tensor, weight_C: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, x_BTHC: Tensor, rotation_TC: Tensor, weight_C: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     grad_weight = x_BTHC.new_empty(x_BTHC.size(-1)) if weight_C is None else torch.empty_like(weight_C)
     return torch.empty_like(x_BTHC), grad_weight
 
@@ -137,7 +143,9 @@ def rope(x_BTHC: Tensor, rotation_TC: Tensor, weight_C: Tensor | None = None, ep
     rotation_TC float32: cosine and sine of angle r at 2r and 2r + 1; no gradient goes to it. Raises ValueError for odd C.
     """
     if x_BTHC.size(-1) % 2 or rotation_TC.shape != (x_BTHC.size(1), x_BTHC.size(-1)):
-        raise ValueError(f"x {list(x_BTHC.shape)} and rotation {list(rotation_TC.shape)} must be [B, T, H, C] and [T, C], C even")
+        raise ValueError(
+            f"x {list(x_BTHC.shape)} and rotation {list(rotation_TC.shape)} must be [B, T, H, C] and [T, C], C even"
+        )
     out: Tensor = _op(x_BTHC.contiguous(), rotation_TC.contiguous(), weight_C, eps)
     return out
 
@@ -148,6 +156,12 @@ def cases() -> Iterator[Case]:
     rotation, weight = x.new_empty(4096, 128, dtype=torch.float32), x.new_empty(128)
     shape = "B=4 T=4096 H=32 C=128"
     size, extra = num_bytes(x), num_bytes(rotation)
-    yield Case("rope", f"forward, normed {shape}", lambda: _forward(x, rotation, weight, 1e-6), 2 * size + extra)
-    yield Case("rope", f"backward, normed {shape}", lambda: _backward(x, x, rotation, weight, 1e-6), 3 * size + extra)
-    yield Case("rope", f"backward, plain {shape}", lambda: _backward(x, x, rotation, None, 1e-6), 2 * size + extra)
+    yield Case(
+        "rope", f"forward, normed {shape}", lambda: _forward(x, rotation, weight, 1e-6), 2 * size + extra
+    )
+    yield Case(
+        "rope", f"backward, normed {shape}", lambda: _backward(x, x, rotation, weight, 1e-6), 3 * size + extra
+    )
+    yield Case(
+        "rope", f"backward, plain {shape}", lambda: _backward(x, x, rotation, None, 1e-6), 2 * size + extra
+    )

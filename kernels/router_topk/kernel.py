@@ -46,7 +46,9 @@ def _within_best_groups(
         inside = tl.where((cols // size == group)[None, :], rank, float("-inf"))
         total = tl.max(inside, 1)
         if size > 1:
-            total += tl.max(tl.where(cols[None, :] == tl.argmax(inside, 1)[:, None], float("-inf"), inside), 1)
+            total += tl.max(
+                tl.where(cols[None, :] == tl.argmax(inside, 1)[:, None], float("-inf"), inside), 1
+            )
         best = tl.where((groups == group)[None, :], total[:, None], best)
     allowed = rank != rank
     for _ in range(TOP_GROUPS):
@@ -71,14 +73,22 @@ def _forward_kernel(
         rows = (program.to(tl.int64) * tiles + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         tokens = rows < N
         real = tl.broadcast_to((cols < E)[None, :], [BLOCK_N, BLOCK_D])
-        logits = tl.load(logits_ptr + rows[:, None] * E + cols[None, :], mask=real & tokens[:, None], other=0.0)
+        logits = tl.load(
+            logits_ptr + rows[:, None] * E + cols[None, :], mask=real & tokens[:, None], other=0.0
+        )
         logits = tl.where(real, logits, float("-inf"))
         scores, shares, _, lse, _ = _scores(logits, real, SOFTMAX)
         z += tl.where(tokens, lse * lse, 0.0)
-        entropy -= tl.where(tokens, tl.sum(tl.where(shares > 0, shares * tl.log(tl.where(shares > 0, shares, 1.0)), 0.0), 1), 0.0)
+        entropy -= tl.where(
+            tokens,
+            tl.sum(tl.where(shares > 0, shares * tl.log(tl.where(shares > 0, shares, 1.0)), 0.0), 1),
+            0.0,
+        )
         shares_sum += tl.sum(tl.where(tokens[:, None], shares, 0.0), 0)
         rank = tl.where(real, scores + bias[None, :], float("-inf"))
-        rank = tl.where(rank == rank, rank, float("-inf"))  # a logit that is no number must not choose an expert that is none
+        rank = tl.where(
+            rank == rank, rank, float("-inf")
+        )  # a logit that is no number must not choose an expert that is none
         if GROUPS > 1:
             rank = _within_best_groups(rank, cols, size, GROUPS, TOP_GROUPS, BLOCK_G, BLOCK_N)
         experts = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.int32)
@@ -121,7 +131,9 @@ def _backward_kernel(
     for i in range(K):
         expert = tl.load(experts_ptr + rows * K + i, mask=tokens, other=0)
         taken = cols[None, :] == expert[:, None]
-        grad += tl.where(taken, tl.load(grad_gates_ptr + rows * K + i, mask=tokens, other=0.0)[:, None] * scale, 0.0)
+        grad += tl.where(
+            taken, tl.load(grad_gates_ptr + rows * K + i, mask=tokens, other=0.0)[:, None] * scale, 0.0
+        )
         chosen += taken.to(tl.float32)
     if NORMALIZE:
         total = tl.sum(chosen * scores, 1)
@@ -140,7 +152,14 @@ def _backward_kernel(
 
 
 def _forward(
-    logits_NE: Tensor, bias_E: Tensor, k: int, softmax: bool, normalize: bool, scale: float, groups: int, top_groups: int
+    logits_NE: Tensor,
+    bias_E: Tensor,
+    k: int,
+    softmax: bool,
+    normalize: bool,
+    scale: float,
+    groups: int,
+    top_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, E = logits_NE.shape
     tile, warps = row_tile(E, elements=1024)
@@ -155,7 +174,14 @@ def _forward(
         num_warps=warps,
     )  # fmt: skip
     totals = sums.sum(0)
-    return gates, experts, counts.sum(0, dtype=torch.int64), shares.sum(0), totals[0].clone(), totals[1].clone()
+    return (
+        gates,
+        experts,
+        counts.sum(0, dtype=torch.int64),
+        shares.sum(0),
+        totals[0].clone(),
+        totals[1].clone(),
+    )
 
 
 def _backward(
@@ -180,7 +206,14 @@ _op_backward = custom_op("hybridtrain::router_topk_backward", _backward, mutates
 
 @_op.register_fake
 def _(
-    logits_NE: Tensor, bias_E: Tensor, k: int, softmax: bool, normalize: bool, scale: float, groups: int, top_groups: int
+    logits_NE: Tensor,
+    bias_E: Tensor,
+    k: int,
+    softmax: bool,
+    normalize: bool,
+    scale: float,
+    groups: int,
+    top_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, E = logits_NE.shape
     new, whole = logits_NE.new_empty, torch.int64
@@ -202,7 +235,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(logits_NE, experts)
 
 
-def _gradients(ctx: Any, grad_gates: Tensor, _: Tensor, __: Tensor, grad_shares: Tensor, grad_z: Tensor, ___: Tensor) -> Any:
+def _gradients(
+    ctx: Any, grad_gates: Tensor, _: Tensor, __: Tensor, grad_shares: Tensor, grad_z: Tensor, ___: Tensor
+) -> Any:
     grads = (grad_gates.contiguous(), grad_shares.contiguous(), grad_z.contiguous())
     return _op_backward(*grads, *ctx.saved_tensors, *ctx.options), *[None] * 7
 
@@ -227,7 +262,11 @@ def cases() -> Iterator[Case]:
     """256 experts, eight a token, as in DeepSeek-V3, with its groups and without."""
     N, E, K = 65536, 256, 8
     logits = torch.empty(N, E, device="meta")
-    bias, gates, experts = logits.new_empty(E), logits.new_empty(N, K), logits.new_empty(N, K, dtype=torch.int64)
+    bias, gates, experts = (
+        logits.new_empty(E),
+        logits.new_empty(N, K),
+        logits.new_empty(N, K, dtype=torch.int64),
+    )
     shape = f"N={N} E={E} K={K} sigmoid"
     pairs = num_bytes(gates, experts)
     for groups, top_groups in ((1, 1), (8, 4)):

@@ -36,8 +36,12 @@ def _e4m3(x):
     bits = x.to(tl.uint32, bitcast=True)
     size = tl.abs(x)
     plain = size.to(tl.uint32, bitcast=True)
-    normal = ((plain + 0x7FFFF + ((plain >> 20) & 1)) >> 20) - 960  # 20 bits of fraction less, the exponent's bias 120 less
-    small = (size + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000  # 2^14: the last place of the sum is e4m3's, 2^-9
+    normal = (
+        (plain + 0x7FFFF + ((plain >> 20) & 1)) >> 20
+    ) - 960  # 20 bits of fraction less, the exponent's bias 120 less
+    small = (size + 16384.0).to(
+        tl.uint32, bitcast=True
+    ) - 0x46800000  # 2^14: the last place of the sum is e4m3's, 2^-9
     code = tl.where(size < 0.015625, small, normal)
     code = tl.where(x == x, tl.minimum(code, 0x7E), 0x7F)
     return code | ((bits >> 31) << 7)
@@ -128,7 +132,9 @@ def _(table_RD: Tensor, rows_U: Tensor) -> Tensor:
 
 @_op_pack.register_fake
 def _(table_RD: Tensor, rows_U: Tensor | None) -> Tensor:
-    return table_RD.new_empty((table_RD if rows_U is None else rows_U).shape[0], packed_width(table_RD.size(1)), dtype=torch.uint8)
+    return table_RD.new_empty(
+        (table_RD if rows_U is None else rows_U).shape[0], packed_width(table_RD.size(1)), dtype=torch.uint8
+    )
 
 
 @_op_unpack.register_fake
@@ -184,7 +190,9 @@ def cases() -> Iterator[Case]:
         U, width = 200_000, packed_width(D)
         table = torch.empty(16_000_000, D, dtype=torch.bfloat16, device="meta")
         rows, packed = table.new_empty(U, dtype=torch.int64), table.new_empty(U, width, dtype=torch.uint8)
-        yield Case("row_gather", f"U={U} D={D}", partial(_forward, table, rows), 2 * U * D * 2 + num_bytes(rows))
+        yield Case(
+            "row_gather", f"U={U} D={D}", partial(_forward, table, rows), 2 * U * D * 2 + num_bytes(rows)
+        )
         run, wide = partial(_pack, table.float(), rows), 4 * U * D
         yield Case("row_gather", f"pack U={U} D={D} float32", run, wide + num_bytes(packed, rows))
         yield Case("row_gather", f"unpack U={U} D={D}", partial(_unpack, packed, D), wide + U * (D + 4))

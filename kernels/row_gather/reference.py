@@ -38,4 +38,6 @@ def pack(rows_UD: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, width: int) -> Tensor:
     """float32 [U, width] out of packed rows."""
-    return packed[:, :width].contiguous().view(torch.float8_e4m3fn).float() * packed.view(torch.float32)[:, -1:]
+    return (
+        packed[:, :width].contiguous().view(torch.float8_e4m3fn).float() * packed.view(torch.float32)[:, -1:]
+    )

@@ -88,7 +88,13 @@ def _(
 
 
 def rowwise_adam(
-    table_RD: Tensor, v_R: Tensor, last_R: Tensor, rows_N: Tensor, grad_ND: Tensor, decay: Tensor | None, step: Step
+    table_RD: Tensor,
+    v_R: Tensor,
+    last_R: Tensor,
+    rows_N: Tensor,
+    grad_ND: Tensor,
+    decay: Tensor | None,
+    step: Step,
 ) -> None:
     """As op.rowwise_adam; grad_ND any float."""
     _op(table_RD, v_R, last_R, rows_N.contiguous(), grad_ND.contiguous(), decay, *step)
@@ -98,8 +104,14 @@ def cases() -> Iterator[Case]:
     """200,000 touched rows of a step, bf16 with decay and float32 without."""
     for D, dtype, decayed in ((256, torch.bfloat16, True), (80, torch.float32, False)):
         table = torch.empty(16_000_000, D, dtype=dtype, device="meta")
-        v, last = table.new_empty(16_000_000, dtype=torch.float32), table.new_empty(16_000_000, dtype=torch.int32)
-        rows, grad = table.new_empty(200_000, dtype=torch.int64), table.new_empty(200_000, D, dtype=torch.float32)
+        v, last = (
+            table.new_empty(16_000_000, dtype=torch.float32),
+            table.new_empty(16_000_000, dtype=torch.int32),
+        )
+        rows, grad = (
+            table.new_empty(200_000, dtype=torch.int64),
+            table.new_empty(200_000, D, dtype=torch.float32),
+        )
         decay = table.new_empty(100_000, dtype=torch.float64) if decayed else None
         state = (table, v, last, rows, grad, decay)
         least = 200_000 * (2 * D * dtype.itemsize + 16 + 8 * decayed) + num_bytes(grad, rows)

@@ -15,7 +15,13 @@ __all__ = ["Step", "fade", "owed", "rounded", "rounding_seed", "rowwise_adam"]
 
 
 def rowwise_adam(
-    table_RD: Tensor, v_R: Tensor, last_R: Tensor, rows_N: Tensor, grad_ND: Tensor, decay: Tensor | None, step: Step
+    table_RD: Tensor,
+    v_R: Tensor,
+    last_R: Tensor,
+    rows_N: Tensor,
+    grad_ND: Tensor,
+    decay: Tensor | None,
+    step: Step,
 ) -> None:
     """Update the rows, unique int64 [N], in place; allocates tensors of N rows only.
 
@@ -52,4 +58,6 @@ def owed(decay: Tensor, last_N: Tensor, total: Tensor | float) -> Tensor:
 
 def rounded(weights_ND: Tensor, dtype: torch.dtype, numbers_N: Tensor, seed: int) -> Tensor:
     """The weights as a table of this dtype holds them."""
-    return round_stochastically(weights_ND, numbers_N, seed) if dtype == torch.bfloat16 else weights_ND.to(dtype)
+    return (
+        round_stochastically(weights_ND, numbers_N, seed) if dtype == torch.bfloat16 else weights_ND.to(dtype)
+    )

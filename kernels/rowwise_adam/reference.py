@@ -22,14 +22,22 @@ class Step(NamedTuple):
 
 
 def rowwise_adam(
-    table_RD: Tensor, v_R: Tensor, last_R: Tensor, rows_N: Tensor, grad_ND: Tensor, decay: Tensor | None, step: Step
+    table_RD: Tensor,
+    v_R: Tensor,
+    last_R: Tensor,
+    rows_N: Tensor,
+    grad_ND: Tensor,
+    decay: Tensor | None,
+    step: Step,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """New (table, v, last), the table unrounded; `decay[t]` is the log of the product of the decay factors up to step t.
 
     v <- beta2^(number - last) v + gain mean(g^2);  w <- w exp(decay[number] - decay[last]) - lr g / (sqrt(v / correction) + eps)
     """
     last_N = last_R[rows_N]
-    v_N = v_R[rows_N] * torch.pow(step.beta2, (step.number - last_N).double()).to(v_R.dtype) + step.gain * grad_ND.square().mean(1)
+    v_N = v_R[rows_N] * torch.pow(step.beta2, (step.number - last_N).double()).to(
+        v_R.dtype
+    ) + step.gain * grad_ND.square().mean(1)
     weights_ND = table_RD[rows_N].to(grad_ND.dtype)
     if decay is not None:
         weights_ND = weights_ND * (decay[step.number] - decay[last_N]).exp().to(grad_ND.dtype)[:, None]

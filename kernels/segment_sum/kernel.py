@@ -29,9 +29,13 @@ def _sum_kernel(
     for i in range(tl.max(count, 0)):
         rows = tl.load(order_ptr + first + i, mask=i < count, other=0)
         inside = (i < count)[:, None] & (cols < D)[None, :]
-        total += tl.load(values_ptr + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(values_ptr + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
     at = segments[:, None] * D + cols[None, :]
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=(segments < S)[:, None] & (cols < D)[None, :])
+    tl.store(
+        out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=(segments < S)[:, None] & (cols < D)[None, :]
+    )
 
 
 def _sum(values_ND: Tensor, order_N: Tensor, ends: Tensor) -> Tensor:
@@ -62,7 +66,9 @@ def _(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:
 def segment_sum(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:
     """As op.segment_sum for float32 and narrower; values' rows may lie any distance apart. Raises ValueError as it does."""
     if values_ND.ndim != 2 or segment_N.shape != values_ND.shape[:1]:
-        raise ValueError(f"values {list(values_ND.shape)} and segment {list(segment_N.shape)} must be [N, D] and [N]")
+        raise ValueError(
+            f"values {list(values_ND.shape)} and segment {list(segment_N.shape)} must be [N, D] and [N]"
+        )
     values_ND = values_ND if values_ND.stride(1) == 1 else values_ND.contiguous()
     out: Tensor = _op(values_ND.detach(), segment_N, num_segments)
     return out
@@ -72,6 +78,9 @@ def cases() -> Iterator[Case]:
     """Gradients of rows at their owner: about two per row, float32 (sorting not counted)."""
     for D in (80, 256):
         values = torch.empty(400_000, D, device="meta")
-        order, ends = values.new_empty(400_000, dtype=torch.int64), values.new_empty(200_001, dtype=torch.int64)
+        order, ends = (
+            values.new_empty(400_000, dtype=torch.int64),
+            values.new_empty(200_001, dtype=torch.int64),
+        )
         least = num_bytes(values, order, ends) + 200_000 * D * 4
         yield Case("segment_sum", f"N=400000 S=200000 D={D}", partial(_sum, values, order, ends), least)

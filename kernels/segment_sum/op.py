@@ -20,7 +20,9 @@ def segment_sum(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tens
     where noticing would synchronise.
     """
     if values_ND.ndim != 2 or segment_N.shape != values_ND.shape[:1]:
-        raise ValueError(f"values {list(values_ND.shape)} and segment {list(segment_N.shape)} must be [N, D] and [N]")
+        raise ValueError(
+            f"values {list(values_ND.shape)} and segment {list(segment_N.shape)} must be [N, D] and [N]"
+        )
     if chosen("segment_sum", values_ND) == "triton" and values_ND.dtype != torch.float64:
         from hybridtrain.kernels.segment_sum.kernel import segment_sum as fused
 
@@ -29,7 +31,11 @@ def segment_sum(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tens
     if wide_ND.is_cuda:
         return _by_bags(wide_ND, segment_N, num_segments).to(values_ND.dtype)
     # On CPU index_add_ walks the rows of a segment in order and shares out segments, not rows, among threads.
-    return wide_ND.new_zeros(num_segments, wide_ND.shape[1]).index_add_(0, segment_N, wide_ND).to(values_ND.dtype)
+    return (
+        wide_ND.new_zeros(num_segments, wide_ND.shape[1])
+        .index_add_(0, segment_N, wide_ND)
+        .to(values_ND.dtype)
+    )
 
 
 def _by_bags(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:

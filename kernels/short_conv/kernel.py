@@ -31,7 +31,9 @@ def _seen(rows, others, inside, times, T, documents_ptr, DOCUMENTS: tl.constexpr
 @triton.jit
 def _normed(u_ptr, rows, seen, cols, D, weight, eps):
     """RMSNorm of rows of u; zero where not seen."""
-    u = tl.load(u_ptr + rows[:, None] * D + cols[None, :], mask=seen[:, None] & (cols < D)[None, :], other=0.0).to(tl.float32)
+    u = tl.load(
+        u_ptr + rows[:, None] * D + cols[None, :], mask=seen[:, None] & (cols < D)[None, :], other=0.0
+    ).to(tl.float32)
     return u * tl.rsqrt(tl.sum(u * u, 1) / D + eps)[:, None] * weight[None, :]
 
 
@@ -78,7 +80,11 @@ def _taps_kernel(
         at = rows[:, None] * D + cols[None, :]
         inside = real[:, None] & (cols < D)[None, :]
         share = tl.sigmoid(total)
-        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * share * (1.0 + total * (1.0 - share))
+        grad = (
+            tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            * share
+            * (1.0 + total * (1.0 - share))
+        )
         tl.store(grad_total_ptr + at, grad.to(grad_total_ptr.dtype.element_ty), mask=inside)
         for j in range(TAPS):
             back = (TAPS - 1 - j) * dilation
@@ -107,7 +113,9 @@ def _input_kernel(
             seen = _seen(rows, rows + ahead, real, rows % T + ahead, T, documents_ptr, DOCUMENTS)
             tap = tl.load(taps_ptr + j * D + cols, mask=cols < D, other=0.0).to(tl.float32)
             there = seen[:, None] & (cols < D)[None, :]
-            grad = tl.load(grad_total_ptr + (rows + ahead)[:, None] * D + cols[None, :], mask=there, other=0.0)
+            grad = tl.load(
+                grad_total_ptr + (rows + ahead)[:, None] * D + cols[None, :], mask=there, other=0.0
+            )
             normed_grad += grad.to(tl.float32) * tap[None, :]
         at = rows[:, None] * D + cols[None, :]
         inside = real[:, None] & (cols < D)[None, :]
@@ -122,7 +130,9 @@ def _input_kernel(
     tl.store(partial_ptr + program.to(tl.int64) * D + cols, tl.sum(grad_weight, 0), mask=cols < D)
 
 
-def _forward(u_BTD: Tensor, weight_D: Tensor, kernel_JD: Tensor, documents_BT: Tensor | None, dilation: int, eps: float) -> Tensor:
+def _forward(
+    u_BTD: Tensor, weight_D: Tensor, kernel_JD: Tensor, documents_BT: Tensor | None, dilation: int, eps: float
+) -> Tensor:
     out = torch.empty_like(u_BTD)
     B, T, D = u_BTD.shape
     tile, warps = row_tile(D)
@@ -135,7 +145,13 @@ def _forward(u_BTD: Tensor, weight_D: Tensor, kernel_JD: Tensor, documents_BT: T
 
 
 def _backward(
-    grad: Tensor, u_BTD: Tensor, weight_D: Tensor, kernel_JD: Tensor, documents_BT: Tensor | None, dilation: int, eps: float
+    grad: Tensor,
+    u_BTD: Tensor,
+    weight_D: Tensor,
+    kernel_JD: Tensor,
+    documents_BT: Tensor | None,
+    dilation: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, D = u_BTD.shape
     taps = len(kernel_JD)
@@ -163,13 +179,21 @@ _op_backward = custom_op("hybridtrain::short_conv_backward", _backward, mutates_
 
 
 @_op.register_fake
-def _(u_BTD: Tensor, weight_D: Tensor, kernel_JD: Tensor, documents_BT: Tensor | None, dilation: int, eps: float) -> Tensor:
+def _(
+    u_BTD: Tensor, weight_D: Tensor, kernel_JD: Tensor, documents_BT: Tensor | None, dilation: int, eps: float
+) -> Tensor:
     return torch.empty_like(u_BTD)
 
 
 @_op_backward.register_fake
 def _(
-    grad: Tensor, u_BTD: Tensor, weight_D: Tensor, kernel_JD: Tensor, documents_BT: Tensor | None, dilation: int, eps: float
+    grad: Tensor,
+    u_BTD: Tensor,
+    weight_D: Tensor,
+    kernel_JD: Tensor,
+    documents_BT: Tensor | None,
+    dilation: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(u_BTD), torch.empty_like(weight_D), torch.empty_like(kernel_JD)
 
@@ -201,5 +225,9 @@ def cases() -> Iterator[Case]:
     u = torch.empty(4, 4096, 4096, dtype=torch.bfloat16, device="meta")
     weight, taps, documents = u.new_empty(4096), u.new_empty(4, 4096), u.new_empty(4, 4096, dtype=torch.int64)
     shape, size = "B=4 T=4096 D=4096 J=4", num_bytes(u)
-    yield Case("short_conv", f"forward {shape}", lambda: _forward(u, weight, taps, documents, 3, 1e-6), 2 * size)
-    yield Case("short_conv", f"backward {shape}", lambda: _backward(u, u, weight, taps, documents, 3, 1e-6), 3 * size)
+    yield Case(
+        "short_conv", f"forward {shape}", lambda: _forward(u, weight, taps, documents, 3, 1e-6), 2 * size
+    )
+    yield Case(
+        "short_conv", f"backward {shape}", lambda: _backward(u, u, weight, taps, documents, 3, 1e-6), 3 * size
+    )

@@ -48,7 +48,17 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
 def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     N = gate.numel()
-    launch(_backward_kernel, (ceil_div(N, BLOCK),), grad, gate, up, grad_gate, grad_up, N, constants={"BLOCK": BLOCK})
+    launch(
+        _backward_kernel,
+        (ceil_div(N, BLOCK),),
+        grad,
+        gate,
+        up,
+        grad_gate,
+        grad_up,
+        N,
+        constants={"BLOCK": BLOCK},
+    )
     return grad_gate, grad_up
 
 
@@ -81,7 +91,9 @@ _op.register_autograd(_gradients, setup_context=_setup)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape and dtype. Raises ValueError where they differ."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate {list(gate.shape)} {gate.dtype} and up {list(up.shape)} {up.dtype} must be alike")
+        raise ValueError(
+            f"gate {list(gate.shape)} {gate.dtype} and up {list(up.shape)} {up.dtype} must be alike"
+        )
     out: Tensor = _op(gate.contiguous(), up.contiguous())
     return out
 

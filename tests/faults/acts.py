@@ -88,7 +88,11 @@ def damage(story: Story, fault: Fault) -> Path | None:
     """Harm a file of the latest checkpoint that is whole, as fault.kind says; a copy is kept. None where there is none."""
     harmed = {folder.name for folder, _ in harmed_checkpoints(story)}
     last = committed(story.run)
-    whole = [p for p in sorted((story.run / "checkpoints").glob("step-*")) if p.name not in harmed and last and p.name <= last]
+    whole = [
+        p
+        for p in sorted((story.run / "checkpoints").glob("step-*"))
+        if p.name not in harmed and last and p.name <= last
+    ]
     if not whole:
         return None
     folder = whole[-1]
@@ -110,4 +114,6 @@ def harmed_checkpoints(story: Story) -> list[tuple[Path, Path]]:
     """Those that `damage` has harmed and no later save has replaced, each with its copy."""
     copies = [(copy, *copy.name.split(".")) for copy in (story.folder / "intact").glob("step-*")]
     folders = [(story.run / "checkpoints" / name, copy, int(inode)) for copy, name, inode in copies]
-    return [(folder, copy) for folder, copy, inode in folders if folder.exists() and folder.stat().st_ino == inode]
+    return [
+        (folder, copy) for folder, copy, inode in folders if folder.exists() and folder.stat().st_ino == inode
+    ]

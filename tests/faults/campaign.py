@@ -75,7 +75,14 @@ def draw(seed: int, stories: int, with_torchrun: int, attempts: int = ATTEMPTS) 
             kinds = chance.choices(list(KINDS), list(KINDS.values()), k=attempts)
         else:
             kinds = chance.choices(UNDER_TORCHRUN_KINDS, k=attempts // 3)
-        plans.append(Plan(chance.randrange(2**32), variant, launcher, tuple(_attempt(chance, variant, kind) for kind in kinds)))
+        plans.append(
+            Plan(
+                chance.randrange(2**32),
+                variant,
+                launcher,
+                tuple(_attempt(chance, variant, kind) for kind in kinds),
+            )
+        )
     return plans
 
 
@@ -84,7 +91,9 @@ def _attempt(chance: random.Random, variant: str, kind: str) -> tuple[Fault, ...
     number = chance.randint(1, {"save": 3, "validation": 1, "restore": 1}.get(phase, 6))
     if kind in DAMAGE:
         (kill,) = _attempt(chance, variant, "kill at a phase")
-        late = replace(kill, when="data") if kill.when == "restore" else kill  # what was damaged is to be met first
+        late = (
+            replace(kill, when="data") if kill.when == "restore" else kill
+        )  # what was damaged is to be met first
         return (Fault(kind, 0, number=chance.randrange(2**16)), late)
     if kind == "pause":
         return (Fault(kind, rank, phase, number), *_attempt(chance, variant, "kill at a phase"))
@@ -100,7 +109,9 @@ def _attempt(chance: random.Random, variant: str, kind: str) -> tuple[Fault, ...
         return (Fault(kind, rank, "fetch", chance.randint(1, 6)),)
     if kind == "kill at a phase":
         within = 0.3 if phase == "restore" else 0.01
-        return (Fault("kill", rank, phase, number, chance.choice((0.0, 0.0, chance.uniform(0.0005, within)))),)
+        return (
+            Fault("kill", rank, phase, number, chance.choice((0.0, 0.0, chance.uniform(0.0005, within)))),
+        )
     return (Fault(kind, rank, phase, number),)
 
 
@@ -137,7 +148,9 @@ def _launch(story: Story, data: Path) -> list[str]:
         error = io.StringIO()
         arguments, restarts = (replace(story, base=len(messages)), None), len(story.attempts) + 2
         with contextlib.redirect_stderr(error):
-            status = run_ranks("tests.faults.inject:rank_of", arguments, 2, threads=1, preload=PRELOAD, restarts=restarts)
+            status = run_ranks(
+                "tests.faults.inject:rank_of", arguments, 2, threads=1, preload=PRELOAD, restarts=restarts
+            )
         messages += re.split(r"status \d+: restart .*\n", error.getvalue())
         if status != USER_ERROR or len(messages) > 2 * len(story.attempts):
             return messages
@@ -152,7 +165,12 @@ def _torchrun(story: Story) -> list[str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={len(story.attempts) + 2}"]
+    command = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        f"--max-restarts={len(story.attempts) + 2}",
+    ]
     command = [sys.executable, "-m", *command, "-m", "tests.faults.inject"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -163,7 +181,9 @@ def mend(story: Story, data: Path) -> None:
     """What a user would do after a refusal: make room, bring back what is missing."""
     (story.folder / "disk" / "ballast").unlink(missing_ok=True)
     shutil.copytree(data, story.folder / "data", dirs_exist_ok=True)
-    for folder, copy in sorted(harmed_checkpoints(story))[:1]:  # a run that went on from before the others has dropped their lines
+    for folder, copy in sorted(harmed_checkpoints(story))[
+        :1
+    ]:  # a run that went on from before the others has dropped their lines
         shutil.copytree(copy, folder, dirs_exist_ok=True)
 
 

@@ -109,10 +109,20 @@ def at_file(folder: Path, number: int, act: Callable[[], Any], torn: bool) -> No
         nonlocal left
         if event == "open":
             path, mode, flags = args
-            writes = any(c in mode for c in "wax+") if mode else flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            writes = (
+                any(c in mode for c in "wax+") if mode else flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            )
         else:
-            path, writes = args[0] if args else "", event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
-        if writes and isinstance(path, (str, os.PathLike)) and str(path).startswith(root) and "tensorboard" not in str(path):
+            path, writes = (
+                args[0] if args else "",
+                event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"),
+            )
+        if (
+            writes
+            and isinstance(path, (str, os.PathLike))
+            and str(path).startswith(root)
+            and "tensorboard" not in str(path)
+        ):
             left -= 1
             if left <= 0:
                 if torn and event == "open" and mode and "w" in mode and os.path.exists(path):

@@ -92,12 +92,17 @@ def _ended(fault: Fault, message: str | None, last: bool) -> tuple[str, str]:
     return "unharmed", "" if last and not message else f"it ended with: {message}"
 
 
-def _fallen_back(story: Story, event: dict[str, Any], resumed: int | None, message: str | None) -> tuple[str, str]:
+def _fallen_back(
+    story: Story, event: dict[str, Any], resumed: int | None, message: str | None
+) -> tuple[str, str]:
     """The same of a damaged file; the one before its checkpoint is the best that there is, and the file is named."""
     step = _step(event["committed"])
     if resumed is None:
         named = message is not None and event["file"] in message
-        return "refused", "" if named else f"{event['file']} was damaged, and the attempt ended with: {message}"
+        return (
+            "refused",
+            "" if named else f"{event['file']} was damaged, and the attempt ended with: {message}",
+        )
     if resumed == step:
         return "unharmed", ""
     told = event["file"] in (story.folder / "ranks.log").read_text(errors="replace")

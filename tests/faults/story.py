@@ -10,8 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PHASES = ("restore", "data", "fetch", "forward", "backward", "push", "reduce", "optimizer", "validation", "save")
-PIPELINE_PHASES = ("restore", "data", "fetch", "pipeline", "push", "reduce", "optimizer", "validation", "save")
+PHASES = (
+    "restore",
+    "data",
+    "fetch",
+    "forward",
+    "backward",
+    "push",
+    "reduce",
+    "optimizer",
+    "validation",
+    "save",
+)
+PIPELINE_PHASES = (
+    "restore",
+    "data",
+    "fetch",
+    "pipeline",
+    "push",
+    "reduce",
+    "optimizer",
+    "validation",
+    "save",
+)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ def examples(few: int) -> hypothesis.settings:
     """Settings of a fuzzer that tries `few` inputs in `make test` and 35 times as many in `make test-fuzz`."""
     checks = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]
     count = few * (MANY if os.environ.get("FUZZ") == "many" else 1)
-    return hypothesis.settings(max_examples=count, derandomize=True, deadline=None, suppress_health_check=checks)
+    return hypothesis.settings(
+        max_examples=count, derandomize=True, deadline=None, suppress_health_check=checks
+    )
 
 
 def outcome(act: Callable[[], Any]) -> Any:

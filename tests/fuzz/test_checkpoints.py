@@ -36,12 +36,61 @@ from tests.fuzz.harness import Trap, examples, outcome
 from tests.hybridtrain.checkpoint.test_history import DESCRIPTION
 from tests.hybridtrain.formats.tiny import whole
 
-TENSORS = {"model.a": torch.randn(6, 4), "model.b": torch.arange(5).to(torch.bfloat16), "model.c": torch.tensor(3)}
+TENSORS = {
+    "model.a": torch.randn(6, 4),
+    "model.b": torch.arange(5).to(torch.bfloat16),
+    "model.c": torch.tensor(3),
+}
 ODD: list[Any] = [
-    *(None, True, -1, 0, 1, 3, 2**31, 2**60, 2**70, -(2**70), 0.5, float("nan"), "", ".", "..", "/etc/passwd", "../x", "a\0b"),
-    *("x" * 2000, "\ud800", "1", [], {}, [[]] * 3, [1, 2], {"a": {"b": []}}, [[[[0]]]], {"size": -1}, {"": None}, "9" * 5000),
+    *(
+        None,
+        True,
+        -1,
+        0,
+        1,
+        3,
+        2**31,
+        2**60,
+        2**70,
+        -(2**70),
+        0.5,
+        float("nan"),
+        "",
+        ".",
+        "..",
+        "/etc/passwd",
+        "../x",
+        "a\0b",
+    ),
+    *(
+        "x" * 2000,
+        "\ud800",
+        "1",
+        [],
+        {},
+        [[]] * 3,
+        [1, 2],
+        {"a": {"b": []}},
+        [[[[0]]]],
+        {"size": -1},
+        {"": None},
+        "9" * 5000,
+    ),
 ]
-ODDER = [*ODD, (), (2**40, 2**40), (-1,), torch.Size((0,)), torch.float64, torch.strided, os.system, os.path.join, b"x", 1j, {1}]
+ODDER = [
+    *ODD,
+    (),
+    (2**40, 2**40),
+    (-1,),
+    torch.Size((0,)),
+    torch.float64,
+    torch.strided,
+    os.system,
+    os.path.join,
+    b"x",
+    1j,
+    {1},
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +99,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("fuzz") / "run"
     path = run / "checkpoints" / "step-00000003"
     path.mkdir(parents=True)
-    files = write_tensors(path, {k: LazyTensor(tuple(v.shape), v.dtype, lambda v=v: v) for k, v in TENSORS.items()})
-    checkpoint.write_info(path, DESCRIPTION | {"step": 3, "files": files, "guard": {"losses": [1.0], "skipped_batches": 0}})
+    files = write_tensors(
+        path, {k: LazyTensor(tuple(v.shape), v.dtype, lambda v=v: v) for k, v in TENSORS.items()}
+    )
+    checkpoint.write_info(
+        path, DESCRIPTION | {"step": 3, "files": files, "guard": {"losses": [1.0], "skipped_batches": 0}}
+    )
     (run / SETTINGS).write_text('[run]\ndir = "x"\n')
     return path
 
@@ -64,7 +117,13 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for low in (0, 3):
         part = LazyTensor((3, 4), value.dtype, lambda low=low: value[low : low + 3])
         pieces.append((Region("model.a", (6, 4), (low, 0), (3, 4)), part))
-    write_torch_dist(folder, pieces, ["extra"], {"args": argparse.Namespace(layers=2, dtype=torch.float32), "iteration": 3}, 10**6)
+    write_torch_dist(
+        folder,
+        pieces,
+        ["extra"],
+        {"args": argparse.Namespace(layers=2, dtype=torch.float32), "iteration": 3},
+        10**6,
+    )
     return folder
 
 
@@ -110,7 +169,9 @@ def changed(data: st.DataObject, value: Any, odd: list[Any], depth: int = 0) -> 
             return {(key if k == part else k): v for k, v in value.items()}
         return value | {part: changed(data, value[part], odd, depth + 1)}
     items = list(value)
-    items[part : part + 1] = data.draw(st.sampled_from(([], [items[part]] * 2, [changed(data, items[part], odd, depth + 1)])))
+    items[part : part + 1] = data.draw(
+        st.sampled_from(([], [items[part]] * 2, [changed(data, items[part], odd, depth + 1)]))
+    )
     return items if isinstance(value, list) else tuple(items)
 
 
@@ -119,7 +180,10 @@ def mutated(data: st.DataObject, content: bytes, low: int = 0, high: int | None 
     out = bytearray(content)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(low, (high or len(content)) - 1))
-        out[at] = data.draw(st.sampled_from([0, 1, 0x2E, 0x52, 0x63, 0x72, 0x7F, 0x80, 0x8E, 0x94, 0xFF]) | st.integers(0, 255))
+        out[at] = data.draw(
+            st.sampled_from([0, 1, 0x2E, 0x52, 0x63, 0x72, 0x7F, 0x80, 0x8E, 0x94, 0xFF])
+            | st.integers(0, 255)
+        )
     if low == 0 and high is None and data.draw(st.integers(0, 3)) == 0:
         at = data.draw(st.integers(0, len(out)))
         out[at : at + data.draw(st.integers(0, 20))] = data.draw(st.binary(max_size=20))
@@ -162,7 +226,10 @@ def test_instructions_in_any_order(data: st.DataObject) -> None:
 @examples(10)
 @given(data=st.data())
 def test_a_file_of_tensors_with_odd_bytes_beside_the_tensors(data: st.DataObject, saved: Path) -> None:
-    stored, file = StoredTensors(saved), data.draw(st.sampled_from(sorted(p.name for p in saved.glob("*.distcp"))))
+    stored, file = (
+        StoredTensors(saved),
+        data.draw(st.sampled_from(sorted(p.name for p in saved.glob("*.distcp")))),
+    )
     for name in TENSORS:
         stored.read(name)
     pieces = {index.fqn: piece for index, piece in stored._found.items() if piece.file.name == file}
@@ -171,8 +238,12 @@ def test_a_file_of_tensors_with_odd_bytes_beside_the_tensors(data: st.DataObject
     new = bytearray(mutated(data, content, 0, len(content)))
     for low, high in spans:
         new[low:high] = content[low:high]
-    found = with_file(saved / file, bytes(new), lambda: read_all(saved))  # strides may be others: checksums are for that
-    assert found is None or {k: (v.shape, v.dtype) for k, v in found.items()} == {k: (v.shape, v.dtype) for k, v in TENSORS.items()}
+    found = with_file(
+        saved / file, bytes(new), lambda: read_all(saved)
+    )  # strides may be others: checksums are for that
+    assert found is None or {k: (v.shape, v.dtype) for k, v in found.items()} == {
+        k: (v.shape, v.dtype) for k, v in TENSORS.items()
+    }
 
 
 @examples(20)
@@ -209,7 +280,17 @@ def test_a_compression_map_of_anything(data: st.DataObject, tmp_path: Path) -> N
     assert not (tmp_path / "sprung").exists()
 
 
-LINES = ['dir = "memory://x"', "[checkpoint]", "[[checkpoint]]", "checkpoint = 3", "=", "\x00", "dir = 1", 'dir = ".."', "\ud800"]
+LINES = [
+    'dir = "memory://x"',
+    "[checkpoint]",
+    "[[checkpoint]]",
+    "checkpoint = 3",
+    "=",
+    "\x00",
+    "dir = 1",
+    'dir = ".."',
+    "\ud800",
+]
 LINES += [
     "a = " + "[" * 3000,
     ".".join("a" * 300) + " = 1",
@@ -233,7 +314,9 @@ def test_settings_of_anything(lines: list[str], saved: Path) -> None:
 @examples(15)
 @given(data=st.data())
 def test_an_addressing_with_an_odd_part(data: st.DataObject) -> None:
-    settings = parse_settings({"model": {"layers": ["engram+attention+dense"]}, "engram": {"rows_per_head": 11, "heads": 2}})
+    settings = parse_settings(
+        {"model": {"layers": ["engram+attention+dense"]}, "engram": {"rows_per_head": 11, "heads": 2}}
+    )
     compression = np.arange(20)
     good = Addressing.draw((0,), settings.engram.orders, 2, 11, compression, 3)
     odd = changed(data, json.loads(good.to_json()), ODD)
@@ -246,7 +329,9 @@ def test_an_addressing_with_an_odd_part(data: st.DataObject) -> None:
 
 @examples(15)
 @given(data=st.data())
-def test_megatrons_index_and_arguments_with_an_odd_part(data: st.DataObject, foreign: Path, tmp_path: Path) -> None:
+def test_megatrons_index_and_arguments_with_an_odd_part(
+    data: st.DataObject, foreign: Path, tmp_path: Path
+) -> None:
     trap = Trap(tmp_path / "sprung")
     index = changed(data, pickle.loads((foreign / METADATA).read_bytes()), [*ODDER, *[trap] * 8])
 

@@ -36,12 +36,42 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.compress,
 }
 DRAW = st.randoms(use_true_random=False)
-ODD: list[Any] = [None, True, -1, 0, 1.5, 1 << 40, 1 << 70, "", "x", "../../x", "\ud800", [], {}, [[]], {"type": "BPE"}, [1, 2]]
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    1 << 40,
+    1 << 70,
+    "",
+    "x",
+    "../../x",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    {"type": "BPE"},
+    [1, 2],
+]
 LINES = st.one_of(
     st.builds(lambda text: json.dumps({"text": text}).encode(), st.text(min_size=1)),
-    st.builds(lambda text: json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "surrogatepass"), st.text()),
+    st.builds(
+        lambda text: json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "surrogatepass"),
+        st.text(),
+    ),
     st.sampled_from(
-        [b"", b" \t", b"\r", b'{"text": "a", "text": "b"}', b'{"text": 3}', b"[]", b"[" * 3000, b"\xef\xbb\xbf", b"nul"]
+        [
+            b"",
+            b" \t",
+            b"\r",
+            b'{"text": "a", "text": "b"}',
+            b'{"text": 3}',
+            b"[]",
+            b"[" * 3000,
+            b"\xef\xbb\xbf",
+            b"nul",
+        ]
     ),
     st.binary(max_size=20),
 )
@@ -71,9 +101,13 @@ def test_lines_are_all_documents_or_refused(tmp_path: Path, lines: list[bytes], 
 
 @examples(30)
 @given(draw=DRAW, suffix=st.sampled_from([".gz", ".xz", ".bz2"]), kind=st.sampled_from([".txt", ".jsonl"]))
-def test_a_damaged_stream_gives_its_whole_text_or_none(tmp_path: Path, draw: Any, suffix: str, kind: str) -> None:
+def test_a_damaged_stream_gives_its_whole_text_or_none(
+    tmp_path: Path, draw: Any, suffix: str, kind: str
+) -> None:
     texts = ["one text " * 30, "and another"]
-    whole = "".join(json.dumps({"text": text}) + "\n" for text in texts) if kind == ".jsonl" else "".join(texts)
+    whole = (
+        "".join(json.dumps({"text": text}) + "\n" for text in texts) if kind == ".jsonl" else "".join(texts)
+    )
     parts = [PACK[suffix](part.encode()) for part in (whole[:100], whole[100:])]
     path = tmp_path / f"a{kind}{suffix}"
     path.write_bytes(damaged(b"".join(parts), draw))
@@ -84,7 +118,10 @@ def test_a_damaged_stream_gives_its_whole_text_or_none(tmp_path: Path, draw: Any
 
 
 @examples(25)
-@given(draw=DRAW, kind=st.sampled_from(["byte-level", "gpt-4", "llama 2", "bert", "unigram", "words", "metaspace first"]))
+@given(
+    draw=DRAW,
+    kind=st.sampled_from(["byte-level", "gpt-4", "llama 2", "bert", "unigram", "words", "metaspace first"]),
+)
 def test_an_odd_tokenizer_encodes_or_is_refused(tmp_path: Path, draw: Any, kind: str) -> None:
     tree = mutated(json.loads(zoo.tokenizer(kind).to_str()), draw)
     path = tmp_path / "tokenizer.json"
@@ -110,7 +147,9 @@ def test_an_odd_tokenizer_encodes_or_is_refused(tmp_path: Path, draw: Any, kind:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, np.ndarray]:
     """A data folder with several shards in both splits, its training tokens and where its documents start."""
     source = tmp_path_factory.mktemp("fuzz") / "a.jsonl"
-    source.write_text("".join(json.dumps({"text": f"document {n} " * 9}) + "\n" for n in range(40)), encoding="utf-8")
+    source.write_text(
+        "".join(json.dumps({"text": f"document {n} " * 9}) + "\n" for n in range(40)), encoding="utf-8"
+    )
     out = source.parent / "out"
     prepare([source], out, vocab_size=270, validation_fraction=0.3, shard_tokens=700, progress=False)
     return out, *everything(out, True)
@@ -127,7 +166,9 @@ def test_a_manifest_describes_the_whole_data_or_is_refused(tmp_path: Path, made:
     folder = tmp_path / "copy"
     if not folder.exists():
         shutil.copytree(made[0], folder)
-    (folder / "manifest.json").write_text(json.dumps(mutated(json.loads((made[0] / "manifest.json").read_text()), draw)))
+    (folder / "manifest.json").write_text(
+        json.dumps(mutated(json.loads((made[0] / "manifest.json").read_text()), draw))
+    )
     got = outcome(lambda: everything(folder, True))
     if got is not None:
         np.testing.assert_array_equal(got[0], made[1])
@@ -140,7 +181,11 @@ def test_damaged_files_of_a_folder_are_refused(tmp_path: Path, made: Any, draw: 
     folder = tmp_path / "copy"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(made[0], folder)
-    path = draw.choice(sorted(p for p in folder.iterdir() if p.name != ".lock" and p.name.startswith(("train", "comp", "tok"))))
+    path = draw.choice(
+        sorted(
+            p for p in folder.iterdir() if p.name != ".lock" and p.name.startswith(("train", "comp", "tok"))
+        )
+    )
     content = path.read_bytes()
     path.write_bytes(damaged(content, draw))
     got = outcome(lambda: everything(folder, verify))
@@ -156,7 +201,9 @@ def test_a_damaged_journal_ends_in_the_same_data(tmp_path: Path, made: Any, draw
     shutil.rmtree(out, ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "_COMMIT_BYTES", 1000)
-        patch.setattr(encode.EncodingProgress, "finish_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            encode.EncodingProgress, "finish_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             prepare([source], out, **arguments)
     tree = json.loads((out / "journal.json").read_text())
@@ -171,7 +218,14 @@ def damaged(content: bytes, draw: Any) -> bytes:
     turned = bytearray(content)
     turned[place] ^= 1 << draw.randrange(8)
     return bytes(
-        draw.choice([content[:place], bytes(turned), content[:place] + content[place // 2 :], content + draw.randbytes(9)])
+        draw.choice(
+            [
+                content[:place],
+                bytes(turned),
+                content[:place] + content[place // 2 :],
+                content + draw.randbytes(9),
+            ]
+        )
     )
 
 

@@ -37,7 +37,9 @@ from tests.fuzz.harness import examples, outcome
 from tests.hybridtrain.formats.tiny import small_folder
 from tests.training import make_data
 
-NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 7, 8, 16, 32, 1 << 31, 1 << 70, 0.0, 0.5, 1.0, -2.5, 1e300, float("nan"), float("inf")])
+NUMBERS = st.sampled_from(
+    [0, 1, -1, 2, 3, 7, 8, 16, 32, 1 << 31, 1 << 70, 0.0, 0.5, 1.0, -2.5, 1e300, float("nan"), float("inf")]
+)
 WORDS = st.sampled_from(["", "1", "16", "silu", "gelu", "default", "llama3", "full_attention", "\0"])
 SCALARS = st.none() | st.booleans() | NUMBERS | WORDS
 LISTS = st.lists(SCALARS, max_size=3) | st.lists(st.sampled_from([0, 1]), max_size=3)
@@ -61,11 +63,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Give
     data = make_data(root / "data")
     out = {}
     for name in FAMILIES:
-        one: dict[str, Any] = {"qwen3_moe": {"mlp_only_layers": []}, "glm4_moe": {"first_k_dense_replace": 0}}.get(name, {})
+        one: dict[str, Any] = {
+            "qwen3_moe": {"mlp_only_layers": []},
+            "glm4_moe": {"first_k_dense_replace": 0},
+        }.get(name, {})
         folder = small_folder(name, root / name, data, tie_word_embeddings=False, num_hidden_layers=1, **one)
         values = load_file(folder / SINGLE).values()
         config = json.loads((folder / "config.json").read_text())
-        out[name] = Given(folder, config, sum(v.numel() for v in values), float(sum(v.double().sum() for v in values)))
+        out[name] = Given(
+            folder, config, sum(v.numel() for v in values), float(sum(v.double().sum() for v in values))
+        )
     tokenizer = ImportedTokenizer(data / TOKENIZER, None)
     with pytest.MonkeyPatch.context() as patch:  # the tokenizer is the same every time
         patch.setattr(hf_import, "ImportedTokenizer", lambda *_: tokenizer)
@@ -79,7 +86,10 @@ def is_whole(run: Path, given: Given) -> bool:
     made_here = ("load_E",) if given.config["model_type"] == "glm4_moe" else ("load_E", "bias_E")
     values = [stored.read(name).double() for name in stored.shapes if not name.endswith(made_here)]
     total = float(sum(value.sum() for value in values))
-    return sum(value.numel() for value in values) == given.count and abs(total - given.total) < 1e-6 * given.count
+    return (
+        sum(value.numel() for value in values) == given.count
+        and abs(total - given.total) < 1e-6 * given.count
+    )
 
 
 def imported(folder: Path, given: Given) -> bool:
@@ -125,7 +135,13 @@ def test_config(data: st.DataObject, folders: dict[str, Given], tmp_path: Path) 
 
 
 @examples(20)
-@given(tree=st.recursive(ODD, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=2), max_leaves=6))
+@given(
+    tree=st.recursive(
+        ODD,
+        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=2),
+        max_leaves=6,
+    )
+)
 def test_config_of_any_shape(tree: Any, folders: dict[str, Given], tmp_path: Path) -> None:
     folder = in_folder(folders["llama"], tmp_path)
     for content in (tree, {"model_type": tree}, {"model_type": "llama", "architectures": tree}):
@@ -141,11 +157,18 @@ def test_index(data: st.DataObject, folders: dict[str, Given], tmp_path: Path) -
     folder = in_folder(case, tmp_path)
     (folder / SINGLE).rename(folder / "a.safetensors")
     weight_map: dict[str, Any] = dict.fromkeys(names, "a.safetensors")
-    files = st.sampled_from(["a.safetensors", "b.safetensors", "../a.safetensors", "/etc/passwd", "config.json", "", "a\0"]) | ODD
+    files = (
+        st.sampled_from(
+            ["a.safetensors", "b.safetensors", "../a.safetensors", "/etc/passwd", "config.json", "", "a\0"]
+        )
+        | ODD
+    )
     weight_map |= data.draw(st.dictionaries(st.sampled_from([*names, "other", ""]), files, max_size=2))
     for key in data.draw(st.sets(st.sampled_from(names), max_size=1)):
         weight_map.pop(key, None)
-    tree = data.draw(st.sampled_from([{"weight_map": weight_map}]) | st.fixed_dictionaries({"weight_map": ODD}) | ODD)
+    tree = data.draw(
+        st.sampled_from([{"weight_map": weight_map}]) | st.fixed_dictionaries({"weight_map": ODD}) | ODD
+    )
     replace(folder, INDEX, json.dumps(tree).encode())
     read = outcome(lambda: SafetensorsFolder(folder))
     if read is not None:

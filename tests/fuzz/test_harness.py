@@ -19,7 +19,9 @@ def test_the_fuzzers_try_enough_inputs() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "examples":
                 (count,) = node.args
-                assert isinstance(count, ast.Constant), f"{path}:{node.lineno}: write the number of examples out"
+                assert isinstance(count, ast.Constant), (
+                    f"{path}:{node.lineno}: write the number of examples out"
+                )
                 assert isinstance(count.value, int)
                 few += count.value
     assert few >= FEW_INPUTS

@@ -18,7 +18,9 @@ BATCH = ("train.global_batch=4", "optim.clip_norm=0", "model.moe.aux_weight=0.01
 def whole(ranks: list[Trace]) -> Trace:
     """One trace of ranks that hold the same parameters and parts of the table."""
     table = torch.cat([rank.state["table"] for rank in ranks])
-    return Trace(ranks[0].losses, ranks[0].statistics, ranks[0].gradients, ranks[0].state | {"table": table}, {})
+    return Trace(
+        ranks[0].losses, ranks[0].statistics, ranks[0].gradients, ranks[0].state | {"table": table}, {}
+    )
 
 
 def assert_same_bits(ours: Trace, theirs: Trace) -> None:
@@ -43,7 +45,9 @@ def test_micro_batches_of_one_rank_are_the_ranks_of_one_micro_batch(ci_data: Pat
 
 
 def test_one_large_micro_batch_is_close_to_four_small_ones(ci_data: Path) -> None:
-    large, small = traces([ci_settings(Path("unused"), ci_data, *BATCH, f"train.micro_batches={m}") for m in (1, 4)], 1)
+    large, small = traces(
+        [ci_settings(Path("unused"), ci_data, *BATCH, f"train.micro_batches={m}") for m in (1, 4)], 1
+    )
     print(relative(small.gradients[0], large.gradients[0]), small.losses, large.losses)
     assert 0 < relative(small.gradients[0], large.gradients[0]) < 1e-5
     assert small.losses == pytest.approx(large.losses, rel=1e-6)

@@ -43,7 +43,9 @@ from tests.training import CI, ci_settings
     ],
     ids=["several at once", "contradiction", "no override", "out of range", "layout"],
 )
-def test_settings_that_cannot_work_are_refused(tmp_path: Path, arguments: list[str], expected: list[str]) -> None:
+def test_settings_that_cannot_work_are_refused(
+    tmp_path: Path, arguments: list[str], expected: list[str]
+) -> None:
     message = refused(hybridtrain("train", CI, f"run.dir={tmp_path / 'run'}", *arguments))
     lines = message.splitlines()
     for line in expected:
@@ -52,7 +54,11 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, arguments: list[s
 
 
 def test_launch_refuses_before_any_rank_starts(tmp_path: Path) -> None:
-    message = refused(hybridtrain("launch", "--nproc", 3, CI, f"run.dir={tmp_path / 'run'}", "parallel.ep=2", "parallel.mem=2"))
+    message = refused(
+        hybridtrain(
+            "launch", "--nproc", 3, CI, f"run.dir={tmp_path / 'run'}", "parallel.ep=2", "parallel.mem=2"
+        )
+    )
     assert message.splitlines() == [
         "error: layout does not fit 3 ranks",
         "  parallel.ep=2 does not divide dp_shard x cp x tp = 3; ep may be 1 or 3",
@@ -82,15 +88,34 @@ def test_wrong_usage_and_help() -> None:
 
 
 def test_the_console_script_and_the_module_are_the_command() -> None:
-    for command in ([str(Path(sys.executable).with_name("hybridtrain"))], [sys.executable, "-m", "hybridtrain"]):
-        done = subprocess.run([*command, "train", "/no/such.toml"], capture_output=True, text=True, timeout=60)
+    for command in (
+        [str(Path(sys.executable).with_name("hybridtrain"))],
+        [sys.executable, "-m", "hybridtrain"],
+    ):
+        done = subprocess.run(
+            [*command, "train", "/no/such.toml"], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 2
-        assert done.stderr == "error: /no/such.toml: 1 problem(s)\n  cannot be read: No such file or directory\n"
+        assert (
+            done.stderr == "error: /no/such.toml: 1 problem(s)\n  cannot be read: No such file or directory\n"
+        )
         assert done.stdout == ""
 
 
 def test_engram_sizes_a_table() -> None:
-    arguments = ["engram", "--rows-per-head", 100, "--heads", 2, "--orders", "2,3", "--dim", 5, "--layers", "1,4"]
+    arguments = [
+        "engram",
+        "--rows-per-head",
+        100,
+        "--heads",
+        2,
+        "--orders",
+        "2,3",
+        "--dim",
+        5,
+        "--layers",
+        "1,4",
+    ]
     sized = json.loads(hybridtrain(*arguments, "--json").out)
     # the first eight primes from 100 on, each head its own
     assert [layer["primes"] for layer in sized["layers"]] == [
@@ -99,7 +124,9 @@ def test_engram_sizes_a_table() -> None:
     ]
     assert (sized["rows"], sized["parameters"], sized["bytes"]["rows_fp32"]) == (928, 928 * 5, 928 * 5 * 4)
     assert "928" in hybridtrain(*arguments).out
-    assert '--orders "2;3" is no list of integers; write e.g. 2,3' in refused(hybridtrain(*arguments, "--orders", "2;3"))
+    assert '--orders "2;3" is no list of integers; write e.g. 2,3' in refused(
+        hybridtrain(*arguments, "--orders", "2;3")
+    )
 
 
 def test_the_run_folder_is_complete(trained: Callable[..., Path], ci_data: Path) -> None:
@@ -114,8 +141,14 @@ def test_the_run_folder_is_complete(trained: Callable[..., Path], ci_data: Path)
         "checkpoints",
         "summary.json",
     }
-    assert load_settings(run / "settings.toml") == ci_settings(run, ci_data, "parallel.ep=2", "parallel.mem=2")
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["latest", "step-00000010", "step-00000020"]
+    assert load_settings(run / "settings.toml") == ci_settings(
+        run, ci_data, "parallel.ep=2", "parallel.mem=2"
+    )
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "latest",
+        "step-00000010",
+        "step-00000020",
+    ]
 
     summary = json.loads((run / "summary.json").read_text())
     lines = read_metrics(run)
@@ -141,7 +174,9 @@ def test_the_run_folder_is_complete(trained: Callable[..., Path], ci_data: Path)
     assert first["table/lookups"] == 12 * 80 * 2 * 8  # this rank's tokens, memory layers, slots
     assert first["bytes/mem"] > 0
     assert first["bytes/ep"] > 0
-    assert {f"seconds/{p}" for p in ("data", "fetch", "forward", "backward", "push", "reduce", "optimizer")} <= first.keys()
+    assert {
+        f"seconds/{p}" for p in ("data", "fetch", "forward", "backward", "push", "reduce", "optimizer")
+    } <= first.keys()
 
 
 def test_eval_and_generate(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:
@@ -151,26 +186,36 @@ def test_eval_and_generate(trained: Callable[..., Path], ci_data: Path, tmp_path
     values = json.loads(outcome.out)
     lines = [line for line in read_metrics(run) if "validation_loss" in line]
     assert [line["step"] for line in lines] == [10, 20]
-    assert values["loss"] == pytest.approx(lines[1]["validation_loss"], rel=1e-6)  # one rank's sum and two ranks'
+    assert values["loss"] == pytest.approx(
+        lines[1]["validation_loss"], rel=1e-6
+    )  # one rank's sum and two ranks'
     assert values["tokens"] == lines[1]["validation_tokens"]
     # during the run over train.eval_batches global batches
     during = json.loads(hybridtrain("eval", run / "checkpoints/step-00000010", "--batches", 2, "--json").out)
     assert during["loss"] == pytest.approx(lines[0]["validation_loss"], rel=1e-6)
     assert during["tokens"] == lines[0]["validation_tokens"] == 2 * 24 * 80
-    assert f"loss             {during['loss']:.6g}" in hybridtrain("eval", run / "checkpoints/step-00000010", "--batches", 2).out
+    assert (
+        f"loss             {during['loss']:.6g}"
+        in hybridtrain("eval", run / "checkpoints/step-00000010", "--batches", 2).out
+    )
 
     arguments = ["generate", run, "--prompt", "The people", "--tokens", 12]
     first, again, other = (hybridtrain(*arguments, "--seed", seed) for seed in (1, 1, 2))
     assert first.out.startswith("The people")
     assert len(first.out) > len("The people\n")
     assert first.out == again.out != other.out
-    assert hybridtrain(*arguments, "--temperature", 0).out == hybridtrain(*arguments, "--temperature", 0, "--seed", 3).out
+    assert (
+        hybridtrain(*arguments, "--temperature", 0).out
+        == hybridtrain(*arguments, "--temperature", 0, "--seed", 3).out
+    )
     assert first.err == ""
 
     assert f"{tmp_path} is neither a run folder with a finished checkpoint nor a checkpoint" in refused(
         hybridtrain("eval", tmp_path)
     )
-    assert '--split "test": it may be train or validation' in refused(hybridtrain("eval", run, "--split", "test"))
+    assert '--split "test": it may be train or validation' in refused(
+        hybridtrain("eval", run, "--split", "test")
+    )
 
 
 def test_a_file_that_cannot_be_looked_at_is_named(tmp_path: Path) -> None:

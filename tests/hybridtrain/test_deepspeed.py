@@ -51,9 +51,18 @@ def assert_same_run(run: Path, reference: Path) -> None:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
     moments_here, moments_there = moments(run), moments(reference)
     assert moments_here.keys() == moments_there.keys()
-    for name, value in moments_here.items():  # a wrong factor in the gradient, which Adam hides from the weights, is bare here
+    for (
+        name,
+        value,
+    ) in (
+        moments_here.items()
+    ):  # a wrong factor in the gradient, which Adam hides from the weights, is bare here
         torch.testing.assert_close(
-            value, moments_there[name], rtol=2e-2, atol=1e-2 * float(moments_there[name].abs().max()), msg=name
+            value,
+            moments_there[name],
+            rtol=2e-2,
+            atol=1e-2 * float(moments_there[name].abs().max()),
+            msg=name,
         )
 
 
@@ -74,7 +83,9 @@ def slow(*overrides: str) -> Any:
     ],
     ids=" ".join,
 )
-def test_experts_train_as_under_the_native_engine(trained: Callable[..., Path], overrides: tuple[str, ...]) -> None:
+def test_experts_train_as_under_the_native_engine(
+    trained: Callable[..., Path], overrides: tuple[str, ...]
+) -> None:
     assert_same_run(trained(2, CLIPPED, ENGINE, *overrides), trained(1, CLIPPED))
 
 
@@ -118,7 +129,9 @@ def test_a_run_changes_engines(
 
 
 @pytest.mark.parity
-def test_a_resumed_run_is_bitwise_the_undisturbed_one(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bitwise_the_undisturbed_one(
+    trained: Callable[..., Path], ci_data: Path, tmp_path: Path
+) -> None:
     layout = (CLIPPED, ENGINE, zero(2), "parallel.ep=2", "train.micro_batches=2", "engram.exchange_groups=2")
     whole = trained(2, *layout)
     run = at_step_10(whole, tmp_path / "run")
@@ -130,7 +143,14 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(trained: Callable[..., Pat
 
 
 def test_nothing_of_a_step_that_is_not_finite_is_kept(ci_data: Path, tmp_path: Path) -> None:
-    overrides = (ENGINE, zero(2), "parallel.ep=2", "train.steps=6", "checkpoint.every=2", "train.eval_batches=1")
+    overrides = (
+        ENGINE,
+        zero(2),
+        "parallel.ep=2",
+        "train.steps=6",
+        "checkpoint.every=2",
+        "train.eval_batches=1",
+    )
     messages = run_on_ranks(train_poisoned, 2, ci_settings(tmp_path / "run", ci_data, *overrides), "row")
     assert "the first values that are not finite come out of the fetched memory rows (rank " in messages[0]
 
@@ -161,7 +181,10 @@ AXES = "with train.engine=deepspeed, which spreads over dp_shard, cp, ep and mem
         (["parallel.tp=2"], [f"parallel.tp=2 {AXES}; tp may be 1"]),
         (["parallel.pp=2"], [f"parallel.pp=2 {AXES}; pp may be 1"]),
         (["parallel.dp_replicate=2"], [f"parallel.dp_replicate=2 {AXES}; dp_replicate may be 1"]),
-        (["parallel.tp=2", "parallel.etp=2"], [f"parallel.tp=2 {AXES}; tp may be 1", f"parallel.etp=2 {AXES}; etp may be 1"]),
+        (
+            ["parallel.tp=2", "parallel.etp=2"],
+            [f"parallel.tp=2 {AXES}; tp may be 1", f"parallel.etp=2 {AXES}; etp may be 1"],
+        ),
         (
             ["parallel.reshard_after_forward=true"],
             [
@@ -178,7 +201,9 @@ AXES = "with train.engine=deepspeed, which spreads over dp_shard, cp, ep and mem
         ),
         (
             ['optim.backbone="muon"'],
-            ["optim.backbone=muon with train.engine=deepspeed, whose flat parts of parameters are no matrices; it may be adamw"],
+            [
+                "optim.backbone=muon with train.engine=deepspeed, whose flat parts of parameters are no matrices; it may be adamw"
+            ],
         ),
         (
             [zero(3), "parallel.ep=2"],
@@ -189,7 +214,9 @@ AXES = "with train.engine=deepspeed, which spreads over dp_shard, cp, ep and mem
         ),
         (
             [zero(0), OFFLOAD],
-            ["deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3"],
+            [
+                "deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3"
+            ],
         ),
     ],
     ids=str,
@@ -203,7 +230,11 @@ def test_what_deepspeed_cannot_do_is_refused_by_name(overrides: list[str], probl
 
 @pytest.mark.parametrize(
     ("installed", "problem"),
-    [(None, "needs "), ("0.18.3", "finds deepspeed 0.18.3 but needs "), ("0.20.0+cpu", "finds deepspeed 0.20.0+cpu")],
+    [
+        (None, "needs "),
+        ("0.18.3", "finds deepspeed 0.18.3 but needs "),
+        ("0.20.0+cpu", "finds deepspeed 0.20.0+cpu"),
+    ],
 )
 def test_a_missing_or_other_deepspeed_is_named_with_what_to_install(
     monkeypatch: pytest.MonkeyPatch, installed: str | None, problem: str
@@ -218,4 +249,7 @@ def test_a_missing_or_other_deepspeed_is_named_with_what_to_install(
         join_world(parse_settings({}, [ENGINE]))
     (line,) = caught.value.problems
     assert line.startswith(problem)
-    assert "deepspeed >= 0.19.8, < 0.20; pip install 'hybridtrain[deepspeed]', or set train.engine=native" in line
+    assert (
+        "deepspeed >= 0.19.8, < 0.20; pip install 'hybridtrain[deepspeed]', or set train.engine=native"
+        in line
+    )

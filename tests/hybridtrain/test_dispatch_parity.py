@@ -29,7 +29,9 @@ MARKED = [LAYOUTS[0], *(pytest.param(layout, marks=pytest.mark.parity) for layou
 
 
 @pytest.mark.parametrize("layout", MARKED, ids=lambda layout: " ".join(map(str, layout)))
-def test_the_same_pairs_are_dropped_at_every_layout(trained: Callable[..., Path], layout: tuple[int, ...]) -> None:
+def test_the_same_pairs_are_dropped_at_every_layout(
+    trained: Callable[..., Path], layout: tuple[int, ...]
+) -> None:
     run, reference = trained(*layout, HIERARCHICAL, *CAPACITY), trained(1, *CAPACITY)
     assert_same_curve(run, reference)
     assert_same_state(run, reference)
@@ -37,7 +39,9 @@ def test_the_same_pairs_are_dropped_at_every_layout(trained: Callable[..., Path]
     for line, other in zip(ours, theirs, strict=True):
         for layer in (1, 2):
             assert 0.05 < line[f"layers.{layer}/dropped_share"] < 0.9
-            assert line[f"layers.{layer}/dropped_share"] == pytest.approx(other[f"layers.{layer}/dropped_share"], rel=2e-3)
+            assert line[f"layers.{layer}/dropped_share"] == pytest.approx(
+                other[f"layers.{layer}/dropped_share"], rel=2e-3
+            )
     assert ours[0]["bytes/ep_inter"] > 0
     assert "bytes/ep" not in ours[0]
 
@@ -52,7 +56,9 @@ def train_and_listen(settings: Settings) -> str:
 def test_the_terminal_tells_the_way_of_tokens_and_what_was_dropped(ci_data: Path, tmp_path: Path) -> None:
     short = ["train.steps=2", "train.eval_batches=1", HIERARCHICAL, *CAPACITY]
     said, _ = run_on_ranks(
-        train_and_listen, 2, ci_settings(tmp_path / "two", ci_data, "parallel.ep=2", "parallel.node_size=1", *short)
+        train_and_listen,
+        2,
+        ci_settings(tmp_path / "two", ci_data, "parallel.ep=2", "parallel.node_size=1", *short),
     )
     assert "all-to-all over ep_inter=2, then ep_intra=1 " in said
     (line,) = [line for line in said.splitlines() if line.startswith("step      2  loss")]
@@ -71,7 +77,9 @@ def train_without_memory(settings: Settings, rank: int) -> None:
         nonlocal seen
         if torch.distributed.get_rank() == rank and x.is_floating_point() and rest[2].name == "ep":
             seen += 1
-            if seen == 13:  # gates and tokens there, results back, their gradients, in two layers or micro-batches: the first again
+            if (
+                seen == 13
+            ):  # gates and tokens there, results back, their gradients, in two layers or micro-batches: the first again
                 torch.empty(1 << 46)
         return real(x, *rest)
 
@@ -79,8 +87,12 @@ def train_without_memory(settings: Settings, rank: int) -> None:
     train_here(settings, resume=False)
 
 
-@pytest.mark.parametrize("layout", [(2, "parallel.ep=2"), (4, "parallel.ep=2", "parallel.pp=2", "train.micro_batches=2")])
-def test_a_rank_without_memory_for_its_tokens_names_them(ci_data: Path, tmp_path: Path, layout: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "layout", [(2, "parallel.ep=2"), (4, "parallel.ep=2", "parallel.pp=2", "train.micro_batches=2")]
+)
+def test_a_rank_without_memory_for_its_tokens_names_them(
+    ci_data: Path, tmp_path: Path, layout: tuple[int, ...]
+) -> None:
     world, *overrides = layout
     settings = ci_settings(tmp_path / "run", ci_data, "train.steps=3", *map(str, overrides))
     even = f"{24 * 80 // 2 * 2 // settings.train.micro_batches:,}"  # tokens of a rank in a micro-batch, two experts each

@@ -34,7 +34,12 @@ RUNS = {
         "engram.optimizer=rowwise_adagrad",
         "engram.fetch=overlap",
     ],
-    "narrow rows": ["engram.dtype=bfloat16", "engram.wire=float8", "engram.wire_gradients=float8", "train.micro_batches=2"],
+    "narrow rows": [
+        "engram.dtype=bfloat16",
+        "engram.wire=float8",
+        "engram.wire_gradients=float8",
+        "train.micro_batches=2",
+    ],
 }
 
 
@@ -49,7 +54,9 @@ def test_a_run_on_triton_alone_equals_one_on_torch(
     name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda parts, split, *_: evaluate(parts, split, 1))  # not all of it, interpreted
+    monkeypatch.setattr(
+        loop, "evaluate", lambda parts, split, *_: evaluate(parts, split, 1)
+    )  # not all of it, interpreted
 
     def curve(how: str) -> list[tuple[float, float, float]]:
         kernels = [f"kernels.{op}={how}" for op in KernelSettings.model_fields]
@@ -66,7 +73,9 @@ def test_a_run_on_triton_alone_equals_one_on_torch(
         choose.use({})
     assert {table[op] for op in KernelSettings.model_fields} == {"triton"}
     header = dict(re.findall(r"op (\S+)\s+│ (.*?)\s+│", capsys.readouterr().out))
-    assert {op for op in KernelSettings.model_fields if header.get(op) != "triton"} == {"cross_entropy"}  # head and loss
+    assert {op for op in KernelSettings.model_fields if header.get(op) != "triton"} == {
+        "cross_entropy"
+    }  # head and loss
     assert len(plain) == 3
     for mine, theirs in zip(fused, plain, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)

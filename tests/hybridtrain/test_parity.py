@@ -49,7 +49,9 @@ def assert_same_state(run: Path, reference: Path) -> None:
     for step in (10, 20):
         ours, theirs = state(run, step), state(reference, step)
         assert ours.keys() == theirs.keys()
-        assert torch.equal(ours["table.state.last"], theirs["table.state.last"])  # the same rows were touched at the same steps
+        assert torch.equal(
+            ours["table.state.last"], theirs["table.state.last"]
+        )  # the same rows were touched at the same steps
         rows = (ours["table.rows"] - theirs["table.rows"]).abs().amax(1)
         assert float(rows.max()) < STEP / 100  # 1 % of what one update moves a row by
         # a wrong factor in the gradient, which Adam hides from the table, is bare here
@@ -71,7 +73,13 @@ def test_layouts_train_alike(trained: Callable[..., Path], layout: tuple[int, ..
 
 def test_micro_batches_and_exchange_groups_change_nothing(trained: Callable[..., Path]) -> None:
     one, two = (
-        trained(2, "parallel.ep=2", "train.micro_batches=2", f"engram.exchange_groups={groups}", "engram.checksum=true")
+        trained(
+            2,
+            "parallel.ep=2",
+            "train.micro_batches=2",
+            f"engram.exchange_groups={groups}",
+            "engram.checksum=true",
+        )
         for groups in (1, 2)
     )
     for run in (one, two):

@@ -69,7 +69,9 @@ def assert_close(ours: Trace, theirs: Trace) -> None:
 
 def test_layouts_compute_alike(ci_data: Path) -> None:
     settings = [ci_settings(Path("unused"), ci_data, *SHORT, HALF, *layout) for layout in LAYOUTS]
-    single, half = run_on_ranks(traces, 1, [ci_settings(Path("unused"), ci_data, *SHORT, *p) for p in ([], [HALF])])[0]
+    single, half = run_on_ranks(
+        traces, 1, [ci_settings(Path("unused"), ci_data, *SHORT, *p) for p in ([], [HALF])]
+    )[0]
     assert half.losses != single.losses
     assert_close(half, single)
     assert {grad.dtype for grad in half.gradients[0].values()} == {torch.float32}
@@ -77,7 +79,9 @@ def test_layouts_compute_alike(ci_data: Path) -> None:
         name: float((g - single.gradients[0][name]).norm() / single.gradients[0][name].norm())
         for name, g in half.gradients[0].items()
     }
-    assert max(off.values()) < 0.2, off  # gates near zero and tokens that go to other experts magnify rounding
+    assert max(off.values()) < 0.2, (
+        off
+    )  # gates near zero and tokens that go to other experts magnify rounding
     assert median(off.values()) < 0.05
     for traced, reduced, gathered in run_on_ranks(spied, 2, settings):
         assert reduced == {torch.float32}
@@ -96,7 +100,14 @@ def train_here_alone(settings: Settings, store: str) -> None:
 def test_a_run_its_checkpoint_and_its_use(ci_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ci_settings(
-        run, ci_data, *SHORT, HALF, "train.steps=4", "optim.backbone=muon", "checkpoint.every=2", "train.eval_every=4"
+        run,
+        ci_data,
+        *SHORT,
+        HALF,
+        "train.steps=4",
+        "optim.backbone=muon",
+        "checkpoint.every=2",
+        "train.eval_every=4",
     )
     run_on_ranks(train_here_alone, 1, settings, str(tmp_path / "store"))
     assert len(loss_curve(run)) == 4

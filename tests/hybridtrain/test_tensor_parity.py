@@ -35,7 +35,11 @@ def optimizer_state(run: Path) -> dict[str, Tensor]:
     """First moments after ten steps, by parameter."""
     run, _, _ = open_checkpoint(run / "checkpoints" / "step-00000010")
     names: dict[Tensor, str] = {parameter: name for name, parameter in run.model.named_parameters()}
-    return {names[p]: state["exp_avg"] for optimizer in run.engine.optimizers for p, state in optimizer.state.items()}
+    return {
+        names[p]: state["exp_avg"]
+        for optimizer in run.engine.optimizers
+        for p, state in optimizer.state.items()
+    }
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *SLOW], ids=lambda layout: " ".join(map(str, layout)))
@@ -47,12 +51,16 @@ def test_layouts_train_alike(trained: Callable[..., Path], layout: tuple[int, ..
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         scale = float(theirs[name].abs().max())
-        torch.testing.assert_close(value, theirs[name], rtol=0, atol=2e-3 * scale, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            value, theirs[name], rtol=0, atol=2e-3 * scale, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run, reference)]
     for key in ("validation_loss", "validation_bits_per_byte", "validation_tokens"):
         assert summaries[0][key] == pytest.approx(summaries[1][key], rel=1e-5), key
-    lines, reference_lines = ([line for line in read_metrics(folder) if "loss" in line] for folder in (run, reference))
+    lines, reference_lines = (
+        [line for line in read_metrics(folder) if "loss" in line] for folder in (run, reference)
+    )
     for line, other in zip(lines[:10], reference_lines[:10], strict=True):
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         for name, value in other.items():  # statistics count every token once
@@ -67,5 +75,9 @@ def test_a_run_goes_on_at_another_tp(trained: Callable[..., Path], tmp_path: Pat
     shutil.rmtree(folder / "step-00000020")
     (folder / "latest").write_text("step-00000010")
     settings = read_info(folder / "step-00000010")["settings"]
-    train_on(2, parse_settings(settings, [f"run.dir={tmp_path / 'run'}", "parallel.tp=2"], source="test"), resume=True)
+    train_on(
+        2,
+        parse_settings(settings, [f"run.dir={tmp_path / 'run'}", "parallel.tp=2"], source="test"),
+        resume=True,
+    )
     assert loss_curve(tmp_path / "run") == pytest.approx(loss_curve(trained(1)), rel=1e-5)

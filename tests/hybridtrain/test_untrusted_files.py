@@ -53,14 +53,22 @@ def resume(run: Path, out: Path) -> Any:
 
 
 def init_from(run: Path, out: Path) -> Any:
-    return train(load_settings(out / SETTINGS, [f"run.dir={out / 'new'}", "train.steps=1", f"train.init_from={run}"]))
+    return train(
+        load_settings(out / SETTINGS, [f"run.dir={out / 'new'}", "train.steps=1", f"train.init_from={run}"])
+    )
 
 
 READERS: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
     "eval": ("memory", lambda run, out: evaluate_checkpoint(run, "validation", None, 1)),
     "generate": ("memory", lambda run, out: generate_text(run, "The", 1, 0.0, 0, 0)),
-    "export to hf": ("memory", lambda run, out: export_model(run, out / "hf", "hf", None, None, "5GB", "float32")),
-    "export to megatron": ("plain", lambda run, out: export_model(run, out / "m", "megatron", None, None, "5GB", "float32")),
+    "export to hf": (
+        "memory",
+        lambda run, out: export_model(run, out / "hf", "hf", None, None, "5GB", "float32"),
+    ),
+    "export to megatron": (
+        "plain",
+        lambda run, out: export_model(run, out / "m", "megatron", None, None, "5GB", "float32"),
+    ),
     "reshard": ("memory", lambda run, out: reshard(run, out / "resharded")),
     "train.init_from": ("memory", init_from),
     "--resume": ("memory", resume),
@@ -96,17 +104,26 @@ def in_an_archive(folder: Path, file: str, trap: Trap) -> bytes:
 
 def traps(root: Path, folder: Path, trap: Trap) -> dict[str, tuple[Path, bytes]]:
     """What to replace in a copy of `root`, by name: each file by the trap, each index and file of tensors also by one around it."""
-    out = {str(path.relative_to(root)): (path.relative_to(root), pickle.dumps(trap)) for path in files_of(root)}
+    out = {
+        str(path.relative_to(root)): (path.relative_to(root), pickle.dumps(trap)) for path in files_of(root)
+    }
     for index in folder.rglob(METADATA):
         below = index.parent.relative_to(root)
         out[f"hidden in {below / METADATA}"] = below / METADATA, hidden(index.parent, trap)
         for file in sorted(index.parent.glob("*.distcp")):
-            out[f"in an archive in {below / file.name}"] = below / file.name, in_an_archive(index.parent, file.name, trap)
+            out[f"in an archive in {below / file.name}"] = (
+                below / file.name,
+                in_an_archive(index.parent, file.name, trap),
+            )
     return out
 
 
 def files_of(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file() and not set(path.relative_to(root).parts) & set(NOT_READ))
+    return sorted(
+        path
+        for path in root.rglob("*")
+        if path.is_file() and not set(path.relative_to(root).parts) & set(NOT_READ)
+    )
 
 
 def harmless(act: Callable[[], Any], trap: Trap, where: str) -> bool:
@@ -126,7 +143,9 @@ def test_no_file_of_a_run_folder_runs_code(name: str, runs: dict[str, Path], tmp
     which, read = READERS[name]
     trap, went_through = Trap(tmp_path / "sprung"), set()
     shutil.copy(runs[which] / SETTINGS, tmp_path / SETTINGS)
-    for number, (what, (file, content)) in enumerate(traps(runs[which], runs[which] / "checkpoints", trap).items()):
+    for number, (what, (file, content)) in enumerate(
+        traps(runs[which], runs[which] / "checkpoints", trap).items()
+    ):
         run, out = Path(shutil.copytree(runs[which], tmp_path / f"run-{number}")), tmp_path / f"out-{number}"
         (run / file).write_bytes(content)
         if file.name != checkpoint.INFO and "checkpoints" in file.parts:
@@ -142,12 +161,16 @@ def test_no_file_of_a_run_folder_runs_code(name: str, runs: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize("file", [METADATA, "__0_0.distcp", checkpoint.INFO])
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(file: str, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(
+    file: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(runs["plain"], tmp_path / "run"))
     saved = find_checkpoint(run)[1]
     (saved / file).unlink()
     os.mkfifo(saved / file)
-    with pytest.raises(UserError, match=rf"{re.escape(file)}.* is no regular file|{re.escape(file)} is missing"):
+    with pytest.raises(
+        UserError, match=rf"{re.escape(file)}.* is no regular file|{re.escape(file)} is missing"
+    ):
         evaluate_checkpoint(run, "validation", None, 1)
 
 
@@ -166,7 +189,9 @@ def test_no_file_of_anothers_folder_runs_code(kind: str, runs: dict[str, Path], 
         folder = Path(shutil.copytree(whole, tmp_path / f"folder-{number}"))
         (folder / file).write_bytes(content)
         out = tmp_path / f"imported-{number}"
-        if harmless(lambda folder=folder, out=out: import_model(folder, out, None, None, None, None), trap, what):  # type: ignore[misc]
+        if harmless(
+            lambda folder=folder, out=out: import_model(folder, out, None, None, None, None), trap, what
+        ):  # type: ignore[misc]
             went_through.add(what)
     # a generation config is passed on, and names in Megatron's index may be foreign ones
     passed = {

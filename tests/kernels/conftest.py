@@ -17,7 +17,11 @@ import torch
 def _same_numbers() -> Iterator[None]:
     """On a GPU (make test-gpu) what a test makes lies there, so that a kernel's tests run compiled as they do interpreted."""
     torch.manual_seed(0)
-    with torch.device("cuda") if os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available() else nullcontext():
+    with (
+        torch.device("cuda")
+        if os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available()
+        else nullcontext()
+    ):
         yield
 
 
@@ -30,7 +34,13 @@ if importlib.util.find_spec("triton") is not None:
     def rounding(data: Any, source: Any, target: Any, mode: Any) -> Any:
         """To nearest even, where the interpreter cuts off, or loses the carry into FP8's exponent."""
         if source == tl.float32 and target == tl.float8e4nv:
-            return torch.from_numpy(np.ascontiguousarray(data)).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+            return (
+                torch.from_numpy(np.ascontiguousarray(data))
+                .clamp(-448, 448)
+                .to(torch.float8_e4m3fn)
+                .view(torch.uint8)
+                .numpy()
+            )
         if source != tl.float32 or target != tl.bfloat16:
             return convert(data, source, target, mode)
         bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)

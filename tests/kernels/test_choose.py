@@ -57,7 +57,10 @@ def test_fp8_needs_an_nvidia_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(choose.KernelChoiceError, match=r"grouped_mlp=fp8 needs an NVIDIA GPU of compute capability 8.9 or higher"):
+    with pytest.raises(
+        choose.KernelChoiceError,
+        match=r"grouped_mlp=fp8 needs an NVIDIA GPU of compute capability 8.9 or higher",
+    ):
         choose.resolve({"grouped_mlp": "fp8"}, "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert choose.resolve({"grouped_mlp": "fp8"}, "cuda")["grouped_mlp"] == "fp8"
@@ -71,7 +74,9 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
 
     def liger_rms_norm(X, W, eps, offset=0.0, casting_mode="llama", in_place=True):  # type: ignore[no-untyped-def]
-        calls.append(f"liger_rms_norm {in_place=}")  # in place it would write the gradient over what others may still read
+        calls.append(
+            f"liger_rms_norm {in_place=}"
+        )  # in place it would write the gradient over what others may still read
         return rms_norm.rms_norm(X, W, eps)
 
     def liger_swiglu(a, b):  # type: ignore[no-untyped-def]

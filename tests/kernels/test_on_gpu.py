@@ -23,7 +23,10 @@ from tests.training import loss_curve, make_data
 CI_GPU = Path(__file__).parents[2] / "configs" / "ci_gpu.toml"
 has_triton = importlib.util.find_spec("triton") is not None
 ready = torch.cuda.is_available() and has_triton and os.environ["TRITON_INTERPRET"] == "0"
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not ready, reason="needs a CUDA device, triton and TRITON_INTERPRET=0")]
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not ready, reason="needs a CUDA device, triton and TRITON_INTERPRET=0"),
+]
 gpu = lambda test: on_gpu[0](on_gpu[1](test))  # noqa: E731
 
 
@@ -40,13 +43,17 @@ def test_segment_sum_is_bit_exact() -> None:
     from hybridtrain.kernels.segment_sum import kernel
 
     values, segment = torch.randn(3000, 80, device="cpu"), torch.randint(0, 200, (3000,), device="cpu")
-    assert torch.equal(kernel.segment_sum(values.cuda(), segment.cuda(), 200).cpu(), segment_sum(values, segment, 200))
+    assert torch.equal(
+        kernel.segment_sum(values.cuda(), segment.cuda(), 200).cpu(), segment_sum(values, segment, 200)
+    )
 
 
 def miniature(folder: Path, data: Path, *overrides: str) -> tuple[list[float], dict[str, str]]:
     """Losses of configs/ci_gpu.toml, and what carried each op, in this process, alone in a world of one rank."""
     with torch.device("cpu"):  # what the run puts elsewhere it says itself
-        loop.train(load_settings(CI_GPU, [f"run.dir={folder}", f"data.path={data}", "data.source=[]", *overrides]))
+        loop.train(
+            load_settings(CI_GPU, [f"run.dir={folder}", f"data.path={data}", "data.source=[]", *overrides])
+        )
     return loss_curve(folder), choose.table()
 
 
@@ -56,7 +63,9 @@ def within_noise(losses: list[float], half: list[float], single: list[float]) ->
     noise = 0.0
     for step, (mine, rounded, exact) in enumerate(zip(losses, half, single, strict=True), 1):
         noise = max(noise, abs(rounded - exact), 1e-4 * exact)
-        assert abs(mine - exact) <= 3 * noise, f"step {step}: loss {mine}, {exact} in float32; bfloat16 is off by {noise:.2g} here"
+        assert abs(mine - exact) <= 3 * noise, (
+            f"step {step}: loss {mine}, {exact} in float32; bfloat16 is off by {noise:.2g} here"
+        )
 
 
 def stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,9 +85,13 @@ def test_the_miniature_trains_as_on_the_cpu(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(not has_triton, reason="needs triton")
-def test_the_same_on_the_cpu_with_what_a_gpu_would_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_on_the_cpu_with_what_a_gpu_would_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, evaluate = make_data(tmp_path / "data"), loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda parts, split, *_: evaluate(parts, split, 1))  # not all of it, interpreted
+    monkeypatch.setattr(
+        loop, "evaluate", lambda parts, split, *_: evaluate(parts, split, 1)
+    )  # not all of it, interpreted
     stay_on_the_cpu(monkeypatch)
     small = ["train.steps=3", "train.seq_len=16", "train.global_batch=2"]
     small += ['model.layers=["engram+attention+moe", "attention+dense"]']

@@ -41,5 +41,7 @@ def test_hardware_threads_of_a_core_stand_together(monkeypatch: pytest.MonkeyPat
     for core in range(8):
         folder = tmp_path / f"cpu{core}" / "topology"
         folder.mkdir(parents=True)
-        (folder / "thread_siblings_list").write_text(f"{core % 4},{core % 4 + 4}\n" if core % 2 else f"{core % 4}-{core % 4 + 4}\n")
+        (folder / "thread_siblings_list").write_text(
+            f"{core % 4},{core % 4 + 4}\n" if core % 2 else f"{core % 4}-{core % 4 + 4}\n"
+        )
     assert usable_cores() == [0, 4, 1, 5, 2, 6, 7]

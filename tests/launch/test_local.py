@@ -36,7 +36,10 @@ def note_environment(folder: str) -> None:
     import torch
 
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", RENDEZVOUS)
-    noted = {name: os.environ[name] for name in names} | {"threads": torch.get_num_threads(), "frozen": gc.get_freeze_count()}
+    noted = {name: os.environ[name] for name in names} | {
+        "threads": torch.get_num_threads(),
+        "frozen": gc.get_freeze_count(),
+    }
     noted["cores"] = sorted(os.sched_getaffinity(0))
     (Path(folder) / f"rank-{rank()}.json").write_text(json.dumps(noted))
 
@@ -124,7 +127,10 @@ def test_ranks_get_torchruns_environment(tmp_path: Path) -> None:
 @pytest.mark.skipif(len(usable_cores()) < 2, reason="needs two cores")
 def test_ranks_keep_to_their_own_cores(tmp_path: Path) -> None:
     def cores(bind: bool) -> list[list[int]]:
-        assert run_ranks(f"{HERE}:note_environment", (str(tmp_path),), 2, threads=1, bind=bind, preload=PRELOAD) == 0
+        assert (
+            run_ranks(f"{HERE}:note_environment", (str(tmp_path),), 2, threads=1, bind=bind, preload=PRELOAD)
+            == 0
+        )
         return [json.loads((tmp_path / f"rank-{i}.json").read_text())["cores"] for i in range(2)]
 
     own, all_cores = cores(bind=True), sorted(usable_cores())
@@ -137,7 +143,11 @@ def test_ranks_keep_to_their_own_cores(tmp_path: Path) -> None:
     ("kind", "status", "message"),
     [
         ("user", USER_ERROR, "error: the loss is nan\n"),
-        ("layout", USER_ERROR, "error: layout does not fit 2 ranks\n  parallel.ep=3 does not divide dp_shard x cp x tp = 2; "),
+        (
+            "layout",
+            USER_ERROR,
+            "error: layout does not fit 2 ranks\n  parallel.ep=3 does not divide dp_shard x cp x tp = 2; ",
+        ),
         ("bug", 1, "rank 1 failed:\nTraceback (most recent call last):\n"),
         ("exit", 7, ""),
         ("kill", 128 + signal.SIGKILL, "rank 1 was ended by SIGKILL\n"),
@@ -158,7 +168,10 @@ def test_the_failing_rank_decides_and_ends_the_others(
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize(
     ("kind", "status", "message"),
-    [("bug", 1, "rank {} failed first, 1 other(s) after it:\nTraceback"), ("user", USER_ERROR, "error: the reason\n")],
+    [
+        ("bug", 1, "rank {} failed first, 1 other(s) after it:\nTraceback"),
+        ("user", USER_ERROR, "error: the reason\n"),
+    ],
 )
 def test_the_first_failure_is_the_one_that_is_told(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], first: int, kind: str, status: int, message: str
@@ -218,21 +231,34 @@ class Ending:
 @pytest.mark.parametrize(
     ("codes", "status", "said"),
     [
-        ((1, -signal.SIGKILL), 137, "rank 1 was ended by SIGKILL\n"),  # killed first; its end was seen later, on a busy machine
+        (
+            (1, -signal.SIGKILL),
+            137,
+            "rank 1 was ended by SIGKILL\n",
+        ),  # killed first; its end was seen later, on a busy machine
         ((1, -signal.SIGTERM), 1, ""),  # by the launcher, since rank 0 failed
         ((-signal.SIGSEGV, 1), 139, "rank 0 was ended by SIGSEGV\n"),
         ((1, 3), 1, ""),
     ],
 )
 def test_a_killed_rank_is_the_cause_also_where_its_end_is_seen_after_that_of_others(
-    codes: tuple[int, int], status: int, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    codes: tuple[int, int],
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(local, "_POLL_SECONDS", 0.0)
-    assert local._wait([Ending(f"rank {number}", code, 3 + 4 * number) for number, code in enumerate(codes)]) == status  # type: ignore[misc]
+    assert (
+        local._wait([Ending(f"rank {number}", code, 3 + 4 * number) for number, code in enumerate(codes)])
+        == status
+    )  # type: ignore[misc]
     assert capfd.readouterr().err == said
 
 
-def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_rank_that_does_not_end_is_killed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(local, "_GRACE_SECONDS", 1.0)
     begin = time.monotonic()
     assert launch("ignore_termination") == USER_ERROR
@@ -246,7 +272,9 @@ def test_a_signal_to_the_launcher_reaches_every_rank(tmp_path: Path) -> None:
         f"if __name__ == '__main__': sys.exit(run_ranks({HERE + ':wait_for_a_signal'!r}, ({str(tmp_path)!r},), 2, threads=1))"
     )
     root = str(Path(__file__).parents[2])
-    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": root})
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": root}
+    )
     try:
         deadline = time.monotonic() + 60
         while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
@@ -263,7 +291,16 @@ def test_a_launched_run_saves_on_sigusr1_and_stops_on_sigterm_and_says_how_to_go
     from tests.training import make_data
 
     data, run = make_data(tmp_path / "data"), tmp_path / "run"
-    arguments = ["launch", "--nproc", "2", str(CI), f"run.dir={run}", f"data.path={data}", "train.steps=2000", "train.eval_every=0"]
+    arguments = [
+        "launch",
+        "--nproc",
+        "2",
+        str(CI),
+        f"run.dir={run}",
+        f"data.path={data}",
+        "train.steps=2000",
+        "train.eval_every=0",
+    ]
     arguments += ["checkpoint.every=0"]
     launcher = subprocess.Popen(
         [sys.executable, "-m", "hybridtrain", *arguments, "parallel.ep=2"],

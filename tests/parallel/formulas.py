@@ -28,7 +28,9 @@ class Facts:
     experts: int = 0
     uncut: int = 0  # of those that tp does not cut
     embedding: int = 0
-    asked: dict[int, int] = field(default_factory=Counter)  # (token, expert rank) pairs of all layers and micro-batches
+    asked: dict[int, int] = field(
+        default_factory=Counter
+    )  # (token, expert rank) pairs of all layers and micro-batches
     calls_of_experts: int = 0
     needed: set[int] = field(default_factory=set)  # distinct rows that its tokens need
     num_rows: int = 0  # of the whole table
@@ -78,7 +80,9 @@ class Formulas:
     def fsdp(self) -> int:
         """Gathers, and one reduce-scatter whatever M: (n-1)/n of the parameters each, so n-1 parts."""
         others, (layers, root) = self.layout.fsdp - 1, self.gathers()
-        return others * ((layers + 1) * self.padded("layers", "fsdp") + (root + 1) * self.padded("root", "fsdp"))
+        return others * (
+            (layers + 1) * self.padded("layers", "fsdp") + (root + 1) * self.padded("root", "fsdp")
+        )
 
     def edp(self) -> int:
         return (self.layout.edp - 1) * (self.gathers()[0] + 1) * self.padded("experts", "edp")
@@ -110,7 +114,10 @@ class Formulas:
         if n == 1:
             return 0
         moved = {"attention": 2, "feedforward": 2, "memory": 3}
-        moves = sum(moved["attention"] + moved["feedforward"] + (moved["memory"] if spec.engram else 0) for spec in self.specs)
+        moves = sum(
+            moved["attention"] + moved["feedforward"] + (moved["memory"] if spec.engram else 0)
+            for spec in self.specs
+        )
         moves += ("first" in self.ends()) + ("last" in self.ends())
         routed = 0
         if self.layout.etp > 1:
@@ -124,7 +131,9 @@ class Formulas:
 
     def ends(self) -> set[str]:
         low, high = min(self.mine.columns), max(self.mine.columns)
-        return ({"first"} if low == 0 else set()) | ({"last"} if high == len(layer_specs(self.s)) - 1 else set())
+        return ({"first"} if low == 0 else set()) | (
+            {"last"} if high == len(layer_specs(self.s)) - 1 else set()
+        )
 
     def cp(self) -> int:
         """Keys and values of this rank's tokens to the n-1 others, and the edges of its two chunks; backward as much again."""
@@ -142,7 +151,10 @@ class Formulas:
         group = self.group("pp")
         where = {stage: rank for rank in group for stage in self.ranks[rank].stages}
         borders = sum(
-            1 for stage in self.mine.stages for other in (stage - 1, stage + 1) if where.get(other, self.rank) != self.rank
+            1
+            for stage in self.mine.stages
+            for other in (stage - 1, stage + 1)
+            if where.get(other, self.rank) != self.rank
         )
         ends = {where[0], where[max(where)]}
         swap = self.mine.embedding if self.rank in ends and len(ends) == 2 else 0
@@ -155,7 +167,11 @@ class Formulas:
 
     def foreign(self, rank: int) -> int:
         """Distinct rows that this rank has of others."""
-        return sum(len(self.owned(rank, self.layout.coordinate(other, "mem"))) for other in self.group("mem") if other != rank)
+        return sum(
+            len(self.owned(rank, self.layout.coordinate(other, "mem")))
+            for other in self.group("mem")
+            if other != rank
+        )
 
     def mem(self) -> int:
         """Asked rows to other ranks, and gradients of the rows had from others."""
@@ -185,6 +201,7 @@ class Formulas:
         """float64: loss, the flags to stop and to save, and the layers' statistics; then two squared norms."""
         n, moe = self.layout.world, self.s.model.moe
         statistics = 3 + sum(
-            (moe.num_experts + 4 if spec.feedforward == "moe" else 0) + (2 if spec.engram else 0) for spec in layer_specs(self.s)
+            (moe.num_experts + 4 if spec.feedforward == "moe" else 0) + (2 if spec.engram else 0)
+            for spec in layer_specs(self.s)
         )
         return 2 * (n - 1) * statistics * 8 // n + 2 * (n - 1) * 2 * 8 // n

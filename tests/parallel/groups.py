@@ -15,7 +15,9 @@ from hybridtrain.parallel.mesh import Mesh, make_mesh
 
 def mesh_here(**degrees: Any) -> Mesh:
     """A mesh of this world's ranks on the CPU."""
-    return make_mesh(Layout.resolve(dist.get_world_size(), **degrees), dist.get_rank(), torch.device("cpu"), timeout=60)
+    return make_mesh(
+        Layout.resolve(dist.get_world_size(), **degrees), dist.get_rank(), torch.device("cpu"), timeout=60
+    )
 
 
 def clip_by_global_norm(

@@ -24,7 +24,9 @@ class Experts(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(EXPERTS, DIM, DIM))
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, absent: bool = False, present: int = 0) -> Tensor:
+    def forward(
+        self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, absent: bool = False, present: int = 0
+    ) -> Tensor:
         """Each token through its one expert, where that is here."""
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
         here_EN = experts_NK[:, 0] == torch.arange(len(weight))[:, None]
@@ -32,7 +34,9 @@ class Experts(nn.Module):
         return torch.einsum("nd,edf,en->nf", x_ND, weight, here_EN.to(x_ND.dtype)) * gates_NK
 
 
-def local_dispatch(x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Callable[..., Tensor]) -> Callable[[], Tensor]:
+def local_dispatch(
+    x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Callable[..., Tensor]
+) -> Callable[[], Tensor]:
     return lambda: experts(x_ND, experts_NK, gates_NK)
 
 
@@ -79,12 +83,20 @@ def build(degrees: dict[str, int] | None, reshard: bool = False) -> Model:
     """The model on one rank, or over this world's ranks; its parameters are the same however it is cut."""
     with torch.device("meta"):
         model = Model()
-    mesh = mesh_here(**degrees) if degrees is not None else make_mesh(Layout.resolve(1), 0, torch.device("cpu"), 60)
-    parallelize(model, list(model.layers), mesh, num_experts=EXPERTS, reshard_after_forward=reshard, context=None)
+    mesh = (
+        mesh_here(**degrees)
+        if degrees is not None
+        else make_mesh(Layout.resolve(1), 0, torch.device("cpu"), 60)
+    )
+    parallelize(
+        model, list(model.layers), mesh, num_experts=EXPERTS, reshard_after_forward=reshard, context=None
+    )
     materialize(model, mesh.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            write_local(parameter, lambda rows, within=(), n=name, s=parameter.shape: whole(n, s)[(rows, *within)])  # type: ignore[misc]
+            write_local(
+                parameter, lambda rows, within=(), n=name, s=parameter.shape: whole(n, s)[(rows, *within)]
+            )  # type: ignore[misc]
     return model
 
 
@@ -112,7 +124,9 @@ def check(degrees: dict[str, int], reshard: bool) -> None:
         dispatch = model.layers[0].moe.dispatch  # type: ignore[union-attr]
         assert isinstance(dispatch, AllToAllDispatch)
         assert dispatch.layer == "layers.0.moe"
-        assert [group.name for group in dispatch.groups] == (["ep_inter", "ep_intra"] if layout.ep_inter > 1 else ["ep"])
+        assert [group.name for group in dispatch.groups] == (
+            ["ep_inter", "ep_intra"] if layout.ep_inter > 1 else ["ep"]
+        )
 
     for step in range(2):
         losses = [alone(tokens(i, m)) for i in range(size) for m in range(2)]
@@ -131,13 +145,19 @@ def check(degrees: dict[str, int], reshard: bool) -> None:
         for name in theirs:
             scale = float(full(theirs[name].grad).abs().max())
             torch.testing.assert_close(
-                full(ours[name].grad), full(theirs[name].grad), rtol=1e-5, atol=1e-5 * scale, msg=lambda t, n=name: f"{n}: {t}"
+                full(ours[name].grad),
+                full(theirs[name].grad),
+                rtol=1e-5,
+                atol=1e-5 * scale,
+                msg=lambda t, n=name: f"{n}: {t}",
             )
         with torch.no_grad():
             for parameters in (ours, theirs):
                 for parameter in parameters.values():
                     parameter -= 1e-3 * parameter.grad  # type: ignore[operator]
-        assert step == 0 or not torch.equal(full(ours["embed.weight"]), whole("embed.weight", ours["embed.weight"].shape))
+        assert step == 0 or not torch.equal(
+            full(ours["embed.weight"]), whole("embed.weight", ours["embed.weight"].shape)
+        )
 
 
 def check_all(cases: list[tuple[dict[str, int], bool]]) -> None:
@@ -153,7 +173,9 @@ def test_two_ranks() -> None:
 
 
 def test_four_ranks() -> None:
-    run_on_ranks(check_all, 4, [({"ep": 2}, False), ({"ep": 4}, False), ({"ep": 4, "node_size": 2}, True), ({}, True)])
+    run_on_ranks(
+        check_all, 4, [({"ep": 2}, False), ({"ep": 4}, False), ({"ep": 4, "node_size": 2}, True), ({}, True)]
+    )
 
 
 def test_a_world_of_one_is_left_as_it_is() -> None:
@@ -180,5 +202,14 @@ def test_another_precision_needs_a_mesh() -> None:
     with torch.device("meta"):
         model = Model()
     mesh = make_mesh(Layout.resolve(1), 0, torch.device("cpu"), 60)
-    with pytest.raises(ValueError, match=r"torch.bfloat16 needs a mesh, also of one rank: make_mesh\(…, always=True\)"):
-        parallelize(model, list(model.layers), mesh, num_experts=EXPERTS, reshard_after_forward=False, dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"torch.bfloat16 needs a mesh, also of one rank: make_mesh\(…, always=True\)"
+    ):
+        parallelize(
+            model,
+            list(model.layers),
+            mesh,
+            num_experts=EXPERTS,
+            reshard_after_forward=False,
+            dtype=torch.bfloat16,
+        )

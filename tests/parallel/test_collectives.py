@@ -47,7 +47,9 @@ def check_collectives() -> None:
         assert torch.equal(x.grad, x.detach())  # every row's gradient came back to where the row came from
         assert c.exchange_counts(torch.tensor(send), group).tolist() == receive
         pairs = torch.tensor(send)[:, None] * torch.tensor([1, 10])
-        assert torch.equal(c.exchange_counts(pairs, group), torch.tensor(receive)[:, None] * torch.tensor([1, 10]))
+        assert torch.equal(
+            c.exchange_counts(pairs, group), torch.tensor(receive)[:, None] * torch.tensor([1, 10])
+        )
         away, back = sum(send) - send[rank], sum(receive) - receive[rank]
         sent += (2 * away + back) * 3 * 8 + (size - 1) * (1 + 2) * 8
     not_contiguous = torch.arange(2.0 * size).view(2, size).T
@@ -115,4 +117,7 @@ def test_traffic_adds_up_by_group() -> None:
     assert traffic.entries()["ep", "all_to_all"] == (2, 12)
     assert traffic.bytes_by_group() == {"ep": 13, "mem": 2}
     assert traffic.calls == 4
-    assert [call[:4] for call in traffic.last_calls()] == [("ep", (0, 1), "all_reduce", 3), ("mem", (0, 1, 2, 3), "all_to_all", 1)]
+    assert [call[:4] for call in traffic.last_calls()] == [
+        ("ep", (0, 1), "all_reduce", 3),
+        ("mem", (0, 1, 2, 3), "all_to_all", 1),
+    ]

@@ -29,7 +29,8 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CXX", "no-such-compiler")
     check_compiler(Settings())
     with pytest.raises(
-        SettingsError, match="needs a C\\+\\+ compiler and there is no no-such-compiler; install one, name yours in CXX"
+        SettingsError,
+        match="needs a C\\+\\+ compiler and there is no no-such-compiler; install one, name yours in CXX",
     ):
         check_compiler(settings)
 
@@ -46,7 +47,9 @@ def assert_alike(ours: Trace, theirs: Trace) -> None:
 
 
 @pytest.mark.parity  # inductor compiles every kind of layer: a minute with a cold cache
-def test_a_compiled_layer_computes_the_same(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiled_layer_computes_the_same(
+    data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # so that it does compile
     plain = trace(ci_settings(Path("unused"), data, *SHORT, ONE_LAYER))
     compiled = trace(ci_settings(Path("unused"), data, *SHORT, ONE_LAYER, COMPILE))
@@ -57,7 +60,10 @@ def test_a_compiled_layer_computes_the_same(data: Path, monkeypatch: pytest.Monk
 @pytest.mark.parity
 def test_compiled_layers_of_every_kind(data: Path) -> None:
     plain, compiled, recomputed = traces(
-        [ci_settings(Path("unused"), data, *SHORT, *also) for also in ([], [COMPILE], [COMPILE, "train.recompute=full"])]
+        [
+            ci_settings(Path("unused"), data, *SHORT, *also)
+            for also in ([], [COMPILE], [COMPILE, "train.recompute=full"])
+        ]
     )
     assert_alike(compiled, plain)
     assert recomputed.losses == compiled.losses
@@ -66,7 +72,9 @@ def test_compiled_layers_of_every_kind(data: Path) -> None:
 
 @pytest.mark.parity
 def test_bfloat16_is_as_far_from_float32_compiled_as_not(data: Path) -> None:
-    single, half, compiled = traces([ci_settings(Path("unused"), data, *SHORT, *also) for also in ([], [HALF], [HALF, COMPILE])])
+    single, half, compiled = traces(
+        [ci_settings(Path("unused"), data, *SHORT, *also) for also in ([], [HALF], [HALF, COMPILE])]
+    )
     assert compiled.losses == pytest.approx(single.losses, rel=1e-3)
     assert compiled.losses != half.losses
     for name, exact in single.gradients[0].items():
@@ -82,13 +90,22 @@ QUICK = {
 }
 TWO = {
     "cp": ["parallel.cp=2", 'model.layers=["engram+attention+dense"]'],
-    "pp": ["parallel.pp=2", "parallel.schedule=gpipe", 'model.layers=["attention+dense", "engram+attention+moe"]'],
+    "pp": [
+        "parallel.pp=2",
+        "parallel.schedule=gpipe",
+        'model.layers=["attention+dense", "engram+attention+moe"]',
+    ],
 }
 FOUR = {
     "tp, cp": ["parallel.tp=2", "parallel.cp=2", "parallel.ep=4", "train.recompute=full"],
     "pp, tp": ["parallel.pp=2", "parallel.schedule=interleaved", "parallel.tp=2", "train.recompute=full"],
     "pp, cp": ["parallel.pp=2", "parallel.cp=2", "parallel.mem=2"],
-    "hsdp": ["parallel.dp_replicate=2", "parallel.ep=2", "parallel.reshard_after_forward=true", "train.recompute=full"],
+    "hsdp": [
+        "parallel.dp_replicate=2",
+        "parallel.ep=2",
+        "parallel.reshard_after_forward=true",
+        "train.recompute=full",
+    ],
 }
 
 
@@ -101,7 +118,11 @@ def traces_op_by_op(runs: list[Settings]) -> tuple[list[Trace], int]:
 
 def assert_bitwise_over(nproc: int, data: Path, layouts: dict[str, list[str]]) -> None:
     """What is compiled, exchanged and run again is the same, bit for bit, where no operations are fused."""
-    runs = [ci_settings(Path("unused"), data, *SHORT, *layout, *c) for layout in layouts.values() for c in ([], [COMPILE])]
+    runs = [
+        ci_settings(Path("unused"), data, *SHORT, *layout, *c)
+        for layout in layouts.values()
+        for c in ([], [COMPILE])
+    ]
     for rank, graphs in run_on_ranks(traces_op_by_op, nproc, runs, timeout=280):
         assert graphs >= 4 * len(layouts)
         for number, name in enumerate(layouts):

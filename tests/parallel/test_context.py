@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain.kernels.short_conv.op import short_conv
-from hybridtrain.model import context as context_module
+from hybridtrain.model import common as context_module
 from hybridtrain.model.common import make_context
 from hybridtrain.model.feedforwards.moe import position_in_expert
 from hybridtrain.model.mixers.attention import attend
@@ -41,7 +41,9 @@ def check(kind: str) -> None:
     def here(whole: Tensor) -> Tensor:
         return whole.detach()[:, places].clone().requires_grad_()
 
-    q, k, v = (randn(SEQUENCES, TOKENS, heads, WIDTH).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS))
+    q, k, v = (
+        randn(SEQUENCES, TOKENS, heads, WIDTH).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
     grad = randn(SEQUENCES, TOKENS, HEADS, WIDTH)
     expected = attend(q, k, v, make_context(docs, TOKENS, WIDTH, 1e4, q.device))
     expected.backward(grad)
@@ -85,7 +87,9 @@ def check_bytes_and_balance() -> None:
     local, size = TOKENS // mesh.cp.size, mesh.cp.size
     q = torch.randn(SEQUENCES, local, HEADS, WIDTH)
     kv = [torch.randn(SEQUENCES, local, KV_HEADS, WIDTH, requires_grad=True) for _ in range(2)]
-    context.attend(q, *kv, make_context(documents("one"), local, WIDTH, 1e4, q.device, context.positions())).sum().backward()
+    context.attend(
+        q, *kv, make_context(documents("one"), local, WIDTH, 1e4, q.device, context.positions())
+    ).sum().backward()
     payload = 2 * SEQUENCES * local * KV_HEADS * WIDTH * 4  # keys and values of this rank
     assert mesh.traffic.entries() == {
         ("cp", "all_gather"): (1, (size - 1) * payload),

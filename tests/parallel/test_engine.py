@@ -47,7 +47,9 @@ def sharded_gradient() -> float:
     grads = local_gradients([param, nn.Parameter(torch.zeros(1))])
     assert [type(g) for g in grads] == [Tensor]
     norm, _ = clip_by_global_norm(grads, None, mesh, 1.0)
-    assert torch.allclose(param.grad.to_local(), torch.full((2, 3), 2.0 / norm))  # the parameter's own gradient was scaled
+    assert torch.allclose(
+        param.grad.to_local(), torch.full((2, 3), 2.0 / norm)
+    )  # the parameter's own gradient was scaled
     return norm
 
 
@@ -59,7 +61,9 @@ TABLE = math.sqrt(float(ROWS.double().square().sum()))
 def test_is_the_norm_of_the_whole_at_every_layout(size: int, mems: list[int]) -> None:
     by_rank = run_on_ranks(on_layouts, size, mems, 0.0)
     for per_layout in by_rank:
-        assert [part[:2] for part in per_layout] == [part[:2] for part in by_rank[0]]  # bitwise the same on all ranks
+        assert [part[:2] for part in per_layout] == [
+            part[:2] for part in by_rank[0]
+        ]  # bitwise the same on all ranks
         for norm, table, _, _ in per_layout:
             assert norm == pytest.approx(EXPECTED, rel=1e-6)
             assert table == pytest.approx(TABLE, rel=1e-6)

@@ -26,9 +26,9 @@ Choice = Callable[[torch.Generator, int], Tensor]
 
 def spread(generator: torch.Generator, tokens: int) -> Tensor:
     """Any three experts of the eight."""
-    return torch.stack([torch.randperm(EXPERTS, generator=generator)[:3] for _ in range(tokens)] or [torch.empty(3)])[
-        :tokens
-    ].long()
+    return torch.stack(
+        [torch.randperm(EXPERTS, generator=generator)[:3] for _ in range(tokens)] or [torch.empty(3)]
+    )[:tokens].long()
 
 
 def to_one_expert(generator: torch.Generator, tokens: int) -> Tensor:
@@ -62,7 +62,15 @@ def all_dropped(generator: torch.Generator, tokens: int) -> Tensor:
     return torch.full((tokens, 2), DROPPED)
 
 
-CHOICES: list[Choice] = [spread, to_one_expert, to_one_rank, by_token, to_every_rank, partly_dropped, all_dropped]
+CHOICES: list[Choice] = [
+    spread,
+    to_one_expert,
+    to_one_rank,
+    by_token,
+    to_every_rank,
+    partly_dropped,
+    all_dropped,
+]
 
 
 def experts_of(first: int, count: int) -> GroupedExperts:
@@ -97,7 +105,9 @@ def expected_rows(experts: list[Tensor], each: int, node_size: int, rank: int) -
     if not node_size:
         return {"ep": rows_of_a_hop(owners, world, rank)}
     nodes, (node, index) = world // node_size, divmod(rank, node_size)
-    across = [[{o // node_size for o in token} for token in owners[n * node_size + index]] for n in range(nodes)]
+    across = [
+        [{o // node_size for o in token} for token in owners[n * node_size + index]] for n in range(nodes)
+    ]
     inside = [
         [
             on_node
@@ -130,12 +140,18 @@ def check_dispatch(choice: Choice, node_size: int) -> None:
     and_back = mesh.traffic.entries()
 
     here = slice(sum(TOKENS[:rank]), sum(TOKENS[: rank + 1]))
-    pairs = [("y", y_ND, expected[here]), ("x.grad", x_ND.grad, x.grad[here]), ("gates.grad", gates_NK.grad, gates.grad[here])]  # type: ignore[index]
+    pairs = [
+        ("y", y_ND, expected[here]),
+        ("x.grad", x_ND.grad, x.grad[here]),
+        ("gates.grad", gates_NK.grad, gates.grad[here]),
+    ]  # type: ignore[index]
     mine = slice(rank * each, (rank + 1) * each)
     pairs += [(n, p.grad, whole.get_parameter(n).grad[mine]) for n, p in own.named_parameters()]  # type: ignore[index]
     for name, ours, theirs in pairs:
         # float32 sums of at most 8 outputs, or of 15 tokens' gradients, in another order
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{choice.__name__} {n}: {text}")
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{choice.__name__} {n}: {text}"
+        )
     assert bool((gates_NK.grad[experts_NK == DROPPED] == 0).all())  # type: ignore[index]
 
     # counts of tokens and pairs; a token with its gates and expert numbers to each place that has any of its experts; one row back
@@ -145,7 +161,10 @@ def check_dispatch(choice: Choice, node_size: int) -> None:
     for group, (sent, received) in rows.items():
         others = (size if group == "ep" else node_size if group == "ep_intra" else size // node_size) - 1
         forward, both = there[group, "all_to_all"], and_back[group, "all_to_all"]
-        assert forward == (5, others * 16 + sent * (DIM * 4 + k * 4 + k * 8) + received * DIM * 4), (choice.__name__, group)
+        assert forward == (5, others * 16 + sent * (DIM * 4 + k * 4 + k * 8) + received * DIM * 4), (
+            choice.__name__,
+            group,
+        )
         assert both[0] == 8
         assert both[1] - forward[1] == sent * DIM * 4 + received * (DIM * 4 + k * 4), (choice.__name__, group)
 
@@ -238,7 +257,12 @@ def run_beside_shared(mesh: Any, events: list[str], overlapped: bool) -> list[Te
     (y_ND + shared_ND).backward(grad_ND)
     assert x_ND.grad is not None
     assert gates_NK.grad is not None
-    return [y_ND + shared_ND, x_ND.grad, gates_NK.grad, *(p.grad for p in own.parameters() if p.grad is not None)]
+    return [
+        y_ND + shared_ND,
+        x_ND.grad,
+        gates_NK.grad,
+        *(p.grad for p in own.parameters() if p.grad is not None),
+    ]
 
 
 def check_overlap() -> None:
@@ -305,7 +329,9 @@ def check_memory_errors() -> None:
         with pytest.raises(DispatchMemoryError) as caught:
             run(own)
         assert str(caught.value).startswith(said)
-        assert str(caught.value).endswith("(OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.)")
+        assert str(caught.value).endswith(
+            "(OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.)"
+        )
         assert len(seen) == place
     collectives.launch_all_to_all = real
     with pytest.raises(DispatchMemoryError) as caught:

@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridtrain.parallel.layout import DENSE_AXES, EXPERT_AXES, MEMORY_AXES, NODE_AXES, Layout, LayoutError, ModelFacts
+from hybridtrain.parallel.layout import (
+    DENSE_AXES,
+    EXPERT_AXES,
+    MEMORY_AXES,
+    NODE_AXES,
+    Layout,
+    LayoutError,
+    ModelFacts,
+)
 
 FACTS = ModelFacts(
     global_batch=24,
@@ -37,15 +45,39 @@ def coordinates(layout: Layout, rank: int, axes: tuple[str, ...]) -> dict[str, i
     ("degrees", "rank", "expected"),
     [
         ({"world": 1}, 0, dict.fromkeys((*AXES, "dp"), 0)),
-        ({"world": 4, "ep": 2, "mem": 2}, 3, {"dp_shard": 3, "dp": 3, "edp": 1, "ep": 1, "mem_replicate": 1, "mem": 1}),
-        ({"world": 4, "ep": 2, "mem": 2}, 1, {"dp_shard": 1, "dp": 1, "edp": 0, "ep": 1, "mem_replicate": 0, "mem": 1}),
-        ({"world": 4, "ep": 4, "mem": 1}, 2, {"dp_shard": 2, "edp": 0, "ep": 2, "mem_replicate": 2, "mem": 0}),
+        (
+            {"world": 4, "ep": 2, "mem": 2},
+            3,
+            {"dp_shard": 3, "dp": 3, "edp": 1, "ep": 1, "mem_replicate": 1, "mem": 1},
+        ),
+        (
+            {"world": 4, "ep": 2, "mem": 2},
+            1,
+            {"dp_shard": 1, "dp": 1, "edp": 0, "ep": 1, "mem_replicate": 0, "mem": 1},
+        ),
+        (
+            {"world": 4, "ep": 4, "mem": 1},
+            2,
+            {"dp_shard": 2, "edp": 0, "ep": 2, "mem_replicate": 2, "mem": 0},
+        ),
         # tp is innermost: neighbours on tp are neighbouring ranks
-        ({"world": 8, "tp": 2, "cp": 2}, 5, {"dp_shard": 1, "cp": 0, "tp": 1, "dp": 1, "edp": 5, "ep": 0, "mem": 5}),
+        (
+            {"world": 8, "tp": 2, "cp": 2},
+            5,
+            {"dp_shard": 1, "cp": 0, "tp": 1, "dp": 1, "edp": 5, "ep": 0, "mem": 5},
+        ),
         # ep folds over dp_shard x cp x tp, tp first
         ({"world": 8, "tp": 2, "cp": 2, "ep": 4}, 6, {"dp_shard": 1, "cp": 1, "tp": 0, "edp": 1, "ep": 2}),
-        ({"world": 16, "pp": 2, "dp_replicate": 2, "ep": 4, "mem": 8}, 13, {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "ep": 1}),
-        ({"world": 16, "pp": 2, "dp_replicate": 2, "ep": 2, "mem": 8}, 14, {"dp": 6, "edp": 1, "ep": 0, "mem_replicate": 1}),
+        (
+            {"world": 16, "pp": 2, "dp_replicate": 2, "ep": 4, "mem": 8},
+            13,
+            {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "ep": 1},
+        ),
+        (
+            {"world": 16, "pp": 2, "dp_replicate": 2, "ep": 2, "mem": 8},
+            14,
+            {"dp": 6, "edp": 1, "ep": 0, "mem_replicate": 1},
+        ),
     ],
 )
 def test_coordinates(degrees: dict[str, int], rank: int, expected: dict[str, int]) -> None:
@@ -77,11 +109,23 @@ def test_coordinates(degrees: dict[str, int], rank: int, expected: dict[str, int
         ({"world": 8, "ep": 8, "node_size": 4}, "ep_intra", [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ({"world": 8, "ep": 4, "node_size": 2}, "ep_inter", [[0, 2], [1, 3], [4, 6], [5, 7]]),
         ({"world": 8, "ep": 4, "node_size": 1}, "ep_inter", [[0, 1, 2, 3], [4, 5, 6, 7]]),
-        ({"world": 8, "tp": 2, "etp": 2, "ep": 4, "node_size": 4}, "ep_inter", [[0, 4], [1, 5], [2, 6], [3, 7]]),
-        ({"world": 8, "tp": 2, "etp": 2, "ep": 4, "node_size": 4}, "ep_intra", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        (
+            {"world": 8, "tp": 2, "etp": 2, "ep": 4, "node_size": 4},
+            "ep_inter",
+            [[0, 4], [1, 5], [2, 6], [3, 7]],
+        ),
+        (
+            {"world": 8, "tp": 2, "etp": 2, "ep": 4, "node_size": 4},
+            "ep_intra",
+            [[0, 2], [1, 3], [4, 6], [5, 7]],
+        ),
         # far: spread evenly over the world, so over the stages too
         ({"world": 8, "pp": 2, "mem": 4, "mem_placement": "strided"}, "mem", [[0, 2, 4, 6], [1, 3, 5, 7]]),
-        ({"world": 8, "pp": 2, "mem": 4, "mem_placement": "strided"}, "mem_replicate", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        (
+            {"world": 8, "pp": 2, "mem": 4, "mem_placement": "strided"},
+            "mem_replicate",
+            [[0, 1], [2, 3], [4, 5], [6, 7]],
+        ),
         ({"world": 4, "mem": 4, "mem_placement": "strided"}, "mem", [[0, 1, 2, 3]]),
     ],
 )
@@ -91,9 +135,9 @@ def test_groups(degrees: dict[str, int], axis: str, expected: list[list[int]]) -
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
-    dense = {axis: draw(st.sampled_from([1, 2, 4] if axis == "dp_shard" else [1, 1, 2])) for axis in DENSE_AXES} | {
-        draw(st.sampled_from(["pp", "tp"])): 3
-    }
+    dense = {
+        axis: draw(st.sampled_from([1, 2, 4] if axis == "dp_shard" else [1, 1, 2])) for axis in DENSE_AXES
+    } | {draw(st.sampled_from(["pp", "tp"])): 3}
     world = prod(dense.values())
     folded = dense["dp_shard"] * dense["cp"] * dense["tp"]
     ep = draw(st.sampled_from([d for d in range(1, folded + 1) if folded % d == 0]))
@@ -125,7 +169,9 @@ def test_groups_partition_the_ranks_and_agree_with_coordinates(layout: Layout) -
 def test_an_expert_group_lies_inside_one_stage_and_one_replica(layout: Layout) -> None:
     for group in layout.groups("ep"):
         assert len({(layout.coordinate(r, "pp"), layout.coordinate(r, "dp_replicate")) for r in group}) == 1
-        assert group == list(range(group[0], group[0] + layout.ep))  # neighbours: the narrowest part of the network
+        assert group == list(
+            range(group[0], group[0] + layout.ep)
+        )  # neighbours: the narrowest part of the network
 
 
 @pytest.mark.parametrize("node_size", [0, 4, 8, 12])
@@ -147,7 +193,13 @@ def test_row_bounds_cover_every_row_once(layout: Layout, num_rows: int) -> None:
 
 @pytest.mark.parametrize(
     ("mem", "num_rows", "bounds"),
-    [(4, 10, [0, 3, 6, 9, 10]), (4, 3, [0, 1, 2, 3, 3]), (4, 5, [0, 2, 4, 5, 5]), (1, 7, [0, 7]), (2, 0, [0, 0, 0])],
+    [
+        (4, 10, [0, 3, 6, 9, 10]),
+        (4, 3, [0, 1, 2, 3, 3]),
+        (4, 5, [0, 2, 4, 5, 5]),
+        (1, 7, [0, 7]),
+        (2, 0, [0, 0, 0]),
+    ],
 )
 def test_row_bounds_are_the_chunks_of_shard_0(mem: int, num_rows: int, bounds: list[int]) -> None:
     assert Layout.resolve(4, mem=mem).row_bounds(num_rows) == bounds
@@ -162,8 +214,12 @@ def test_minus_one_takes_what_is_left() -> None:
     assert Layout.resolve(8, ep=4, node_size=2).describe() == "dp_shard 8 · ep 4 · ep_inter 2 · edp 2 · mem 8"
     assert Layout.resolve(1).describe() == "one rank"
     far = {"mem_placement": "strided"}
-    assert Layout.resolve(4, mem=2, **far).describe() == "dp_shard 4 · edp 4 · mem 2 · mem_replicate 2 · mem far"
-    assert Layout.resolve(4, **far).describe() == Layout.resolve(4).describe()  # all ranks: near and far are the same
+    assert (
+        Layout.resolve(4, mem=2, **far).describe() == "dp_shard 4 · edp 4 · mem 2 · mem_replicate 2 · mem far"
+    )
+    assert (
+        Layout.resolve(4, **far).describe() == Layout.resolve(4).describe()
+    )  # all ranks: near and far are the same
 
 
 @pytest.mark.parametrize(
@@ -173,13 +229,28 @@ def test_minus_one_takes_what_is_left() -> None:
             {"world": 16, "dp_shard": 3, "tp": 4},
             ["parallel: dp_shard 3 x tp 4 = 12 ranks, not 16; set dp_shard=4 or dp_shard=-1"],
         ),
-        ({"world": 4, "dp_shard": 8}, ["parallel: dp_shard 8 = 8 ranks, not 4; set dp_shard=4 or dp_shard=-1"]),
-        ({"world": 4, "dp_shard": 1}, ["parallel: all axes 1 = 1 ranks, not 4; set dp_shard=4 or dp_shard=-1"]),
+        (
+            {"world": 4, "dp_shard": 8},
+            ["parallel: dp_shard 8 = 8 ranks, not 4; set dp_shard=4 or dp_shard=-1"],
+        ),
+        (
+            {"world": 4, "dp_shard": 1},
+            ["parallel: all axes 1 = 1 ranks, not 4; set dp_shard=4 or dp_shard=-1"],
+        ),
         ({"world": 4, "tp": 3}, ["parallel: tp 3 = 3 ranks, not 4; tp = 3 fits 3 or 6 ranks"]),
-        ({"world": 2, "tp": 2, "pp": 2}, ["parallel: pp 2 x tp 2 = 4 ranks, not 2; pp x tp = 4 fits 4 ranks"]),
-        ({"world": 4, "ep": 3}, ["parallel.ep=3 does not divide dp_shard x cp x tp = 4; ep may be 1, 2 or 4"]),
+        (
+            {"world": 2, "tp": 2, "pp": 2},
+            ["parallel: pp 2 x tp 2 = 4 ranks, not 2; pp x tp = 4 fits 4 ranks"],
+        ),
+        (
+            {"world": 4, "ep": 3},
+            ["parallel.ep=3 does not divide dp_shard x cp x tp = 4; ep may be 1, 2 or 4"],
+        ),
         ({"world": 2, "ep": 0}, ["parallel.ep=0 does not divide dp_shard x cp x tp = 2; ep may be 1 or 2"]),
-        ({"world": 4, "ep": 8}, ["parallel.ep=8 does not divide dp_shard x cp x tp = 4; ep may be 1, 2 or 4"]),
+        (
+            {"world": 4, "ep": 8},
+            ["parallel.ep=8 does not divide dp_shard x cp x tp = 4; ep may be 1, 2 or 4"],
+        ),
         (
             {"world": 4, "dp_replicate": 2, "ep": 4},
             ["parallel.ep=4 does not divide dp_shard x cp x tp = 2; ep may be 1 or 2"],
@@ -189,7 +260,10 @@ def test_minus_one_takes_what_is_left() -> None:
             ["parallel.etp=2 is neither 1 nor tp; etp may be 1 or 4"],
         ),
         ({"world": 2, "etp": 2}, ["parallel.etp=2 is neither 1 nor tp; etp may be 1"]),
-        ({"world": 8, "tp": 4, "etp": 4, "ep": 4}, ["parallel.ep=4 does not divide dp_shard x cp = 2; ep may be 1 or 2"]),
+        (
+            {"world": 8, "tp": 4, "etp": 4, "ep": 4},
+            ["parallel.ep=4 does not divide dp_shard x cp = 2; ep may be 1 or 2"],
+        ),
         (
             {"world": 4, "ep": 4, "node_size": 3},
             [
@@ -224,11 +298,15 @@ def test_minus_one_takes_what_is_left() -> None:
         ),
     ],
 )
-def test_impossible_arithmetic_is_refused_with_every_violation(degrees: dict[str, int], violations: list[str]) -> None:
+def test_impossible_arithmetic_is_refused_with_every_violation(
+    degrees: dict[str, int], violations: list[str]
+) -> None:
     with pytest.raises(LayoutError) as caught:
         Layout.resolve(**degrees)
     assert caught.value.violations == violations
-    assert str(caught.value) == "\n".join([f"layout does not fit {degrees['world']} ranks", *(f"  {v}" for v in violations)])
+    assert str(caught.value) == "\n".join(
+        [f"layout does not fit {degrees['world']} ranks", *(f"  {v}" for v in violations)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -255,13 +333,23 @@ def test_impossible_arithmetic_is_refused_with_every_violation(degrees: dict[str
             {},
             ["parallel.ep=3 does not divide model.moe.num_experts=8; ep may be 1, 2, 4 or 8"],
         ),
-        ({"world": 2, "ep": 2}, {"num_experts": None}, ["parallel.ep=2 but no layer of model.layers is moe; ep may be 1"]),
+        (
+            {"world": 2, "ep": 2},
+            {"num_experts": None},
+            ["parallel.ep=2 but no layer of model.layers is moe; ep may be 1"],
+        ),
         (
             {"world": 6, "ep": 2},
             {"dim": 44},
-            ["parallel: edp = dp_shard x cp x tp / ep = 3 does not divide model.dim=44; edp may be 1, 2, 4, 11, 22 or 44"],
+            [
+                "parallel: edp = dp_shard x cp x tp / ep = 3 does not divide model.dim=44; edp may be 1, 2, 4, 11, 22 or 44"
+            ],
         ),
-        ({"world": 4}, {"memory_rows": 3}, ["parallel.mem=4 exceeds the table's 3 rows; set engram.rows_per_head higher or mem=1"]),
+        (
+            {"world": 4},
+            {"memory_rows": 3},
+            ["parallel.mem=4 exceeds the table's 3 rows; set engram.rows_per_head higher or mem=1"],
+        ),
         (
             {"world": 4, "cp": 4},
             {"conv_reach": 9},
@@ -353,13 +441,19 @@ def test_models_that_do_not_fit_are_refused_with_every_violation(
 def test_what_others_found_is_told_with_the_layouts_own() -> None:
     with pytest.raises(LayoutError) as caught:
         Layout.resolve(10, pp=5, dp_shard=2).check(FACTS, ["of the schedule", "of the stages"])
-    expected = ["parallel.pp=5 exceeds the model's 4 layers; pp may be 1 to 4", "of the schedule", "of the stages"]
+    expected = [
+        "parallel.pp=5 exceeds the model's 4 layers; pp may be 1 to 4",
+        "of the schedule",
+        "of the stages",
+    ]
     assert caught.value.violations == expected
     with pytest.raises(LayoutError, match="of the schedule"):
         Layout.resolve(2).check(FACTS, ["of the schedule"])
 
 
-@pytest.mark.parametrize("degrees", [{"world": 2, "tp": 2}, {"world": 4, "tp": 4}, {"world": 8, "tp": 4, "ep": 8, "mem": 2}])
+@pytest.mark.parametrize(
+    "degrees", [{"world": 2, "tp": 2}, {"world": 4, "tp": 4}, {"world": 8, "tp": 4, "ep": 8, "mem": 2}]
+)
 def test_models_that_fit_pass_under_tp(degrees: dict[str, int]) -> None:
     Layout.resolve(**degrees).check(replace(FACTS, dense_hidden=96, shared_hidden=48, memory_slots=8))
 

@@ -33,8 +33,14 @@ def check_mesh(ep: int, mem: int) -> None:
     assert mesh.expert_mesh is not None
     assert mesh.memory_mesh is not None
     assert mesh.dense_mesh.get_coordinate() == (layout.coordinate(rank, "dp_shard"),)
-    assert mesh.expert_mesh.get_coordinate() == (layout.coordinate(rank, "edp"), layout.coordinate(rank, "ep"))
-    assert mesh.memory_mesh.get_coordinate() == (layout.coordinate(rank, "mem_replicate"), layout.coordinate(rank, "mem"))
+    assert mesh.expert_mesh.get_coordinate() == (
+        layout.coordinate(rank, "edp"),
+        layout.coordinate(rank, "ep"),
+    )
+    assert mesh.memory_mesh.get_coordinate() == (
+        layout.coordinate(rank, "mem_replicate"),
+        layout.coordinate(rank, "mem"),
+    )
     assert mesh.expert_mesh["ep"].mesh.tolist() == list(mesh.ep.ranks)
 
     own = [mesh.planning_groups(name) for name in ("plan", "eval_plan")]
@@ -115,4 +121,7 @@ def test_one_rank_needs_no_torch_distributed(monkeypatch: pytest.MonkeyPatch) ->
     mesh = make_mesh(Layout.resolve(1), 0, torch.device("cpu"), timeout=60)
     assert not dist.is_initialized()
     assert (mesh.dense_mesh, mesh.expert_mesh, mesh.memory_mesh) == (None, None, None)
-    assert all(g.ranks == (0,) and g.process_group is None for g in (mesh.world, mesh.ep, *mesh.planning_groups("plan")))
+    assert all(
+        g.ranks == (0,) and g.process_group is None
+        for g in (mesh.world, mesh.ep, *mesh.planning_groups("plan"))
+    )

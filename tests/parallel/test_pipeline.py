@@ -48,8 +48,19 @@ SLOW_WORLDS = {  # five steps of such layouts are in the fast part of the parity
     4: {
         "pp 4": ["parallel.pp=4", "parallel.mem=2"],
         "tp 2": ["parallel.pp=2", "parallel.tp=2", "parallel.ep=2", "parallel.etp=1"],
-        "zbv, cp 2": ["parallel.pp=2", "parallel.schedule=zbv", "parallel.cp=2", "parallel.ep=2", "parallel.mem=2"],
-        "zero_bubble, dp_shard 2, ep 2": ["parallel.pp=2", "parallel.schedule=zero_bubble", "parallel.ep=2", "parallel.mem=1"],
+        "zbv, cp 2": [
+            "parallel.pp=2",
+            "parallel.schedule=zbv",
+            "parallel.cp=2",
+            "parallel.ep=2",
+            "parallel.mem=2",
+        ],
+        "zero_bubble, dp_shard 2, ep 2": [
+            "parallel.pp=2",
+            "parallel.schedule=zero_bubble",
+            "parallel.ep=2",
+            "parallel.mem=1",
+        ],
     },
 }
 AUX = ("model.moe.aux_weight=0.01", "model.moe.z_weight=0.001")  # losses that arise inside stages
@@ -74,7 +85,9 @@ def build(settings: Settings) -> tuple[Run, Batch]:
     run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train, layout = settings.train, mesh.layout
     place = layout.coordinate(rank, "dp")
-    loader = BatchLoader(dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, layout.dp, 0)
+    loader = BatchLoader(
+        dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, layout.dp, 0
+    )
     return run, loader.load(0)
 
 
@@ -127,11 +140,15 @@ def assert_same_gradients(ranks: list[dict[str, Tensor]], reference: dict[str, T
             name = full.split("@")[0]
             found.add(name)
             if name not in ("loss", "rows", "touched"):
-                torch.testing.assert_close(value, reference[name], rtol=2e-4, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
+                torch.testing.assert_close(
+                    value, reference[name], rtol=2e-4, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}"
+                )
     assert found == reference.keys()
     touched, order = torch.cat([rank["touched"] for rank in ranks]).sort()
     assert torch.equal(touched, reference["touched"])
-    torch.testing.assert_close(torch.cat([rank["rows"] for rank in ranks])[order], reference["rows"], rtol=2e-4, atol=1e-8)
+    torch.testing.assert_close(
+        torch.cat([rank["rows"] for rank in ranks])[order], reference["rows"], rtol=2e-4, atol=1e-8
+    )
     assert sum(float(rank["loss"]) for rank in ranks) == pytest.approx(float(reference["loss"]), rel=1e-6)
 
 
@@ -140,7 +157,11 @@ def test_gradients_of_every_schedule(data: Path, tied: bool) -> None:
     model = (*AUX, f"model.tie_embeddings={str(tied).lower()}")
     reference = first_step(settings_of(data, *model))
     schedules = list(SCHEDULES)
-    runs = run_on_ranks(first_steps, 2, [settings_of(data, *model, "parallel.pp=2", f"parallel.schedule={s}") for s in schedules])
+    runs = run_on_ranks(
+        first_steps,
+        2,
+        [settings_of(data, *model, "parallel.pp=2", f"parallel.schedule={s}") for s in schedules],
+    )
     for number in range(len(schedules)):
         ranks = [rank[number] for rank in runs]
         assert_same_gradients(ranks, reference)
@@ -152,7 +173,9 @@ def test_gradients_of_every_schedule_with_cut_sequences(data: Path, axis: str) -
     reference = first_step(settings_of(data, *model))
     layout = ("parallel.pp=2", f"parallel.{axis}=2", "parallel.ep=2")
     schedules = list(SCHEDULES)
-    runs = run_on_ranks(first_steps, 4, [settings_of(data, *model, *layout, f"parallel.schedule={s}") for s in schedules])
+    runs = run_on_ranks(
+        first_steps, 4, [settings_of(data, *model, *layout, f"parallel.schedule={s}") for s in schedules]
+    )
     for number in range(len(schedules)):
         assert_same_gradients([rank[number] for rank in runs], reference)
 
@@ -173,7 +196,13 @@ def train_all(worlds: dict[int, dict[str, list[str]]], folder: Path, data: Path)
         return ci_settings(folder / name, data, "train.micro_batches=4", *overrides)
 
     for nproc, each in worlds.items():
-        run_on_ranks(train_each, nproc, [settings(n, *o) for n, o in each.items()], str(folder / f"store{nproc}-"), timeout=240)
+        run_on_ranks(
+            train_each,
+            nproc,
+            [settings(n, *o) for n, o in each.items()],
+            str(folder / f"store{nproc}-"),
+            timeout=240,
+        )
     return {name: folder / name for each in worlds.values() for name in each}
 
 
@@ -256,14 +285,18 @@ def test_a_run_goes_on_at_another_layout(
     assert_same_state(again, runs["one"])
 
 
-def test_tied_embeddings_are_saved_once_and_stay_equal(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_tied_embeddings_are_saved_once_and_stay_equal(
+    runs: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
     again = resumed(runs["tied"], tmp_path / "run", 2, data, TIED, "parallel.pp=2", "parallel.schedule=zbv")
     for run in (runs["tied"], again):
         assert_same_curve(run, runs["tied one"])
         assert_same_state(run, runs["tied one"])
     ours, theirs = (read_metrics(runs[name]) for name in ("tied", "tied one"))
     for mine, other in zip(ours[:5], theirs[:5], strict=True):
-        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)  # the copy's gradient is not counted
+        assert mine["grad_norm"] == pytest.approx(
+            other["grad_norm"], rel=1e-4
+        )  # the copy's gradient is not counted
 
 
 @pytest.mark.parametrize(
@@ -273,7 +306,10 @@ def test_tied_embeddings_are_saved_once_and_stay_equal(runs: dict[str, Path], da
             ["engram.exchange_groups=2"],
             "engram.exchange_groups=2: a pipeline needs the rows of all micro-batches at once; it may be 1",
         ),
-        (["parallel.schedule=dualpipev", "train.micro_batches=3"], "train.micro_batches=3 is below the 4 stages"),
+        (
+            ["parallel.schedule=dualpipev", "train.micro_batches=3"],
+            "train.micro_batches=3 is below the 4 stages",
+        ),
         (["parallel.stage_cuts=[3]"], "parallel.stage_cuts=\\[3\\] has 1 stages with 3 layers, not 2 with 4"),
         (
             ["parallel.schedule=zbv", "parallel.reshard_after_forward=true"],
@@ -301,6 +337,8 @@ def test_the_source_of_what_is_not_finite_is_named_on_every_rank(data: Path, tmp
         "optim.warmup_steps=0",
         "optim.clip_norm=0",
     ]
-    first, second = run_on_ranks(diverge, 2, ci_settings(tmp_path / "run", data, "train.micro_batches=4", *run))
+    first, second = run_on_ranks(
+        diverge, 2, ci_settings(tmp_path / "run", data, "train.micro_batches=4", *run)
+    )
     assert first == second
     assert "the first values that are not finite come out of layers." in first

@@ -35,7 +35,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_of(data: Path, *overrides: str) -> Settings:
-    return ci_settings(Path("unused"), data, "train.micro_batches=2", "train.global_batch=8", *LOSSES, *overrides)
+    return ci_settings(
+        Path("unused"), data, "train.micro_batches=2", "train.global_batch=8", *LOSSES, *overrides
+    )
 
 
 def test_one_rank_is_bitwise_equal(data: Path) -> None:
@@ -46,9 +48,13 @@ def test_one_rank_is_bitwise_equal(data: Path) -> None:
     assert_bitwise(full, plain)
 
 
-@pytest.mark.parametrize("layouts", [LAYOUTS, pytest.param(MORE, marks=pytest.mark.parity)], ids=["few", "more"])
+@pytest.mark.parametrize(
+    "layouts", [LAYOUTS, pytest.param(MORE, marks=pytest.mark.parity)], ids=["few", "more"]
+)
 def test_layouts_are_bitwise_equal_and_send_the_same(data: Path, layouts: dict[str, list[str]]) -> None:
-    runs = [settings_of(data, *overrides, f"train.recompute={m}") for overrides in layouts.values() for m in MODES]
+    runs = [
+        settings_of(data, *overrides, f"train.recompute={m}") for overrides in layouts.values() for m in MODES
+    ]
     for rank in run_on_ranks(traces, 2, runs, 2):
         for number, name in enumerate(layouts):
             plain, selective, full = rank[3 * number : 3 * number + 3]
@@ -56,15 +62,23 @@ def test_layouts_are_bitwise_equal_and_send_the_same(data: Path, layouts: dict[s
                 assert_bitwise(run, plain)
                 assert run.traffic == plain.traffic, name
             exchanged = {group for group, _ in plain.traffic}
-            assert exchanged >= {group for group in ("ep", "tp", "cp") if f"parallel.{group}=2" in layouts[name]}
+            assert exchanged >= {
+                group for group in ("ep", "tp", "cp") if f"parallel.{group}=2" in layouts[name]
+            }
 
 
 def test_less_is_kept(data: Path) -> None:
     """At most so many bytes of tensors at a time in a step, forward to optimizer."""
-    model = ("model.layers=['4*attention+dense','2*memory+attention+moe']", "train.micro_batches=1", "engram.rows_per_head=100")
+    model = (
+        "model.layers=['4*attention+dense','2*memory+attention+moe']",
+        "train.micro_batches=1",
+        "engram.rows_per_head=100",
+    )
     peaks = []
     for mode in MODES:
-        run, loader = build_here(settings_of(data, *model, "train.global_batch=16", f"train.recompute={mode}"))
+        run, loader = build_here(
+            settings_of(data, *model, "train.global_batch=16", f"train.recompute={mode}")
+        )
         assert run.table is not None
         for step in range(2):  # optimizers make their state in the first
             batch = loader.load(step)

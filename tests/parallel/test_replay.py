@@ -28,13 +28,20 @@ def test_the_second_pass_gets_the_first_ones_results() -> None:
         refuse_again("an exchange")
     with replay:
         again = [double(torch.full((3,), float(n))) for n in range(2)]  # it may end early
-        with pytest.raises(RuntimeError, match="an exchange would run a second time in the backward pass; mark it `replayed`"):
+        with pytest.raises(
+            RuntimeError, match="an exchange would run a second time in the backward pass; mark it `replayed`"
+        ):
             refuse_again("an exchange")
     assert calls == [0.0, 1.0, 2.0]
     assert all(torch.equal(a, b) and a is not b for a, b in zip(again, first, strict=False))
     assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))  # outside nothing is kept
     assert calls[-1] == 1.0
-    with replay, pytest.raises(RuntimeError, match="asks for more results than its forward pass had, or for the third time"):
+    with (
+        replay,
+        pytest.raises(
+            RuntimeError, match="asks for more results than its forward pass had, or for the third time"
+        ),
+    ):
         double(torch.ones(3))
 
 
@@ -50,7 +57,10 @@ def test_what_is_begun_is_not_begun_again() -> None:
     for _ in range(2):
         with replay:
             first, second = start(1), start(2)
-            assert [float(finish()[0]) for finish in (second, first)] == [2.0, 1.0]  # kept in the order in which they ended
+            assert [float(finish()[0]) for finish in (second, first)] == [
+                2.0,
+                1.0,
+            ]  # kept in the order in which they ended
     assert begun == [1, 2]
     assert float(start(3)()[0]) == 3.0
 

@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 
 from hybridtrain.kernels.row_gather.op import pack, unpack
-from hybridtrain.parallel import rows as module
+from hybridtrain.parallel import row_exchange as module
 from hybridtrain.parallel.collectives import Group, gather_objects
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.row_exchange import CommDtypes, ExchangeError, RowExchange, RowPlanner, StepPlan, checked_all_to_all
+from hybridtrain.parallel.row_exchange import (
+    CommDtypes,
+    ExchangeError,
+    RowExchange,
+    RowPlanner,
+    StepPlan,
+    checked_all_to_all,
+)
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
 
@@ -53,10 +60,14 @@ IDS: list[Callable[[int, int], Tensor]] = [scattered, one_owner, one_row, own_ro
 
 
 def gradients(rank: int) -> Tensor:
-    return torch.randint(-9, 10, (*SHAPE, WIDTH), generator=torch.Generator().manual_seed(100 + rank)).double()
+    return torch.randint(
+        -9, 10, (*SHAPE, WIDTH), generator=torch.Generator().manual_seed(100 + rank)
+    ).double()
 
 
-def run_step(planner: RowPlanner, exchange: RowExchange, ids: Tensor, grads: Tensor) -> tuple[list[Tensor], StepPlan, Tensor]:
+def run_step(
+    planner: RowPlanner, exchange: RowExchange, ids: Tensor, grads: Tensor
+) -> tuple[list[Tensor], StepPlan, Tensor]:
     """One step as training does it: the rows that every micro-batch looked up, the plan, and the touched rows' gradient."""
     plan, looked_up = planner.plan(ids), []
     total_ND = exchange.table.new_zeros(len(plan.touched_N), WIDTH)
@@ -67,7 +78,9 @@ def run_step(planner: RowPlanner, exchange: RowExchange, ids: Tensor, grads: Ten
         for index, select in zip(part.index, part.select, strict=True):
             leaf = rows_UD[select]
             looked_up.append(leaf[index])
-            grad_leaf = torch.zeros_like(leaf).index_add_(0, index.flatten(), next(grads_of).reshape(-1, WIDTH))
+            grad_leaf = torch.zeros_like(leaf).index_add_(
+                0, index.flatten(), next(grads_of).reshape(-1, WIDTH)
+            )
             grad_UD.index_add_(0, select, grad_leaf)
         exchange.push(part, grad_UD, total_ND)
     exchange.reduce_replicas(total_ND)
@@ -88,7 +101,9 @@ def check_against_whole_table(mem: int, num_rows: int, exchange_groups: int, che
     low, high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
     whole = table(num_rows)
     plan_groups = mesh.planning_groups("plan")
-    planner = RowPlanner(bounds, *plan_groups, mesh.device, exchange_groups=exchange_groups, checksum=checksum)
+    planner = RowPlanner(
+        bounds, *plan_groups, mesh.device, exchange_groups=exchange_groups, checksum=checksum
+    )
     exchange = RowExchange(whole[low:high].clone(), mesh.mem, mesh.mem_replicate, checksum)
     for make_ids in IDS:
         ids = make_ids(rank, num_rows)
@@ -154,7 +169,9 @@ def check_replicas() -> None:
     for step in range(3):
         noise = torch.randn((*SHAPE, WIDTH), generator=torch.Generator().manual_seed(10 * step + mesh.rank))
         _, plan, total_ND = run_step(planner, exchange, scattered(10 * step + mesh.rank, 16), noise)
-        totals = gather_objects((plan.touched_N.numpy().tobytes(), total_ND.numpy().tobytes()), mesh.mem_replicate)
+        totals = gather_objects(
+            (plan.touched_N.numpy().tobytes(), total_ND.numpy().tobytes()), mesh.mem_replicate
+        )
         assert totals[0] == totals[1]
 
 
@@ -180,7 +197,9 @@ def check_wires() -> None:
         def seen(x: Tensor, wire: str) -> Tensor:
             return unpack(pack(x, None, wire), WIDTH, wire)
 
-        exchange = RowExchange(whole[low:high].clone(), mesh.mem, mesh.mem_replicate, checksum=False, wires=wires)
+        exchange = RowExchange(
+            whole[low:high].clone(), mesh.mem, mesh.mem_replicate, checksum=False, wires=wires
+        )
         before = mesh.traffic.entries()
         assert torch.equal(exchange.fetch(part), seen(whole[unique], wires.rows))
         arrived = exchange.complete(part, exchange.begin(part, exchange.table[part.wanted_Q]))
@@ -256,7 +275,9 @@ def exchange_damaged(checksum: bool) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         x = table(6).to(dtype) + mesh.rank
-        found[f"sound {name}"] = message(lambda x=x: checked_all_to_all(x, send, send, mesh.mem, "rows", checksum))  # type: ignore[misc]
+        found[f"sound {name}"] = message(
+            lambda x=x: checked_all_to_all(x, send, send, mesh.mem, "rows", checksum)
+        )  # type: ignore[misc]
         for harm in (flip_a_bit, swap_rows):
             with damaged(1, harm):
                 found[f"{harm.__name__} {name}"] = message(
@@ -272,7 +293,9 @@ def test_a_damaged_payload_is_found() -> None:
     sound, harmed = run_on_ranks(exchange_damaged, 2, True)
     assert set(sound.values()) == {None}
     rows = "rows from rank 0 arrived damaged at rank 1 (group mem)"
-    expected = {f"{harm} {dtype}": rows for harm in ("flip_a_bit", "swap_rows") for dtype in ("float32", "bfloat16")}
+    expected = {
+        f"{harm} {dtype}": rows for harm in ("flip_a_bit", "swap_rows") for dtype in ("float32", "bfloat16")
+    }
     expected |= {"row ids": "row ids from rank 0 arrived damaged at rank 1 (group mem_plan)"}
     assert {what: text for what, text in harmed.items() if text is not None} == expected
 
@@ -312,7 +335,10 @@ def check_ahead() -> list[str | None]:
     planner = RowPlanner(bounds, *mesh.planning_groups("plan"), mesh.device, exchange_groups=2, ahead=True)
     own, ahead = whole[low:high].clone(), mesh.own_mem_group("ahead")
     exchange = RowExchange(own, mesh.mem, mesh.mem_replicate, checksum=True, ahead=ahead)
-    ids = [torch.randint(num_rows, (2, 1, 4, 1, 1), generator=torch.Generator().manual_seed(10 * i + mesh.rank)) for i in range(5)]
+    ids = [
+        torch.randint(num_rows, (2, 1, 4, 1, 1), generator=torch.Generator().manual_seed(10 * i + mesh.rank))
+        for i in range(5)
+    ]
     everyones = gather_objects(ids, mesh.world)
     plans = [planner.plan(i) for i in ids]
     assert [plan.number for plan in plans] == [1, 2, 3, 4, 5]

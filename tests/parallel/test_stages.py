@@ -59,7 +59,9 @@ def test_embedding_and_head_count() -> None:
 
 
 def test_many_layers_are_cut_at_once() -> None:
-    assert balance([1.0] * 256, 0.5, 2.0, 64)[-1] == 3  # 3 layers and the head's 2 cost as much as the 5 layers of another
+    assert (
+        balance([1.0] * 256, 0.5, 2.0, 64)[-1] == 3
+    )  # 3 layers and the head's 2 cost as much as the 5 layers of another
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,9 @@ def test_our_rules_and_rank_order_are_torchs(schedule: str) -> None:
         if each < rule.least or (rule.most and each > rule.most):
             continue
         stages = [
-            SimpleNamespace(num_stages=pp * each, group_size=pp, group_rank=0, stage_index=i, submod=nn.Identity())
+            SimpleNamespace(
+                num_stages=pp * each, group_size=pp, group_rank=0, stage_index=i, submod=nn.Identity()
+            )
             for i in range(each)
         ]
         problems = stage_problems(schedule, pp, each, (), pp * each, micro_batches)
@@ -101,24 +105,42 @@ def test_our_rules_and_rank_order_are_torchs(schedule: str) -> None:
             assert problems, (pp, each, micro_batches)
         else:
             assert not problems, (pp, each, micro_batches)
-            ours = {stage.number: stage.pp_rank for stage in plan_stages(schedule, pp, each, [1] * (pp * each))}
+            ours = {
+                stage.number: stage.pp_rank for stage in plan_stages(schedule, pp, each, [1] * (pp * each))
+            }
             assert built.stage_index_to_group_rank == ours
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (("1f1b", 2, 2, (), 8, 4), ["parallel.stages_per_rank=2 does not go with parallel.schedule=1f1b; it may be 1"]),
-        (("zbv", 2, 3, (), 8, 4), ["parallel.stages_per_rank=3 does not go with parallel.schedule=zbv; it may be 2"]),
+        (
+            ("1f1b", 2, 2, (), 8, 4),
+            ["parallel.stages_per_rank=2 does not go with parallel.schedule=1f1b; it may be 1"],
+        ),
+        (
+            ("zbv", 2, 3, (), 8, 4),
+            ["parallel.stages_per_rank=3 does not go with parallel.schedule=zbv; it may be 2"],
+        ),
         (
             ("interleaved", 2, 1, (), 8, 4),
-            ["parallel.stages_per_rank=1 does not go with parallel.schedule=interleaved; it may be 2 or more"],
+            [
+                "parallel.stages_per_rank=1 does not go with parallel.schedule=interleaved; it may be 2 or more"
+            ],
         ),
-        (("zbv", 4, 0, (), 4, 8), ["parallel.pp=4 x stages_per_rank 2 = 8 stages exceed the model's 4 layers; pp may be 1 or 2"]),
-        (("zbv", 2, 0, (), 3, 8), ["parallel.pp=2 x stages_per_rank 2 = 4 stages exceed the model's 3 layers; set parallel.pp=1"]),
+        (
+            ("zbv", 4, 0, (), 4, 8),
+            ["parallel.pp=4 x stages_per_rank 2 = 8 stages exceed the model's 4 layers; pp may be 1 or 2"],
+        ),
+        (
+            ("zbv", 2, 0, (), 3, 8),
+            ["parallel.pp=2 x stages_per_rank 2 = 4 stages exceed the model's 3 layers; set parallel.pp=1"],
+        ),
         (
             ("1f1b", 2, 0, (2, 3), 4, 4),
-            ["parallel.stage_cuts=[2, 3] has 2 stages with 5 layers, not 2 with 4; e.g. [2, 2], or [] to balance them"],
+            [
+                "parallel.stage_cuts=[2, 3] has 2 stages with 5 layers, not 2 with 4; e.g. [2, 2], or [] to balance them"
+            ],
         ),
         (
             ("interleaved", 2, 0, (4, 1), 5, 5),
@@ -130,7 +152,9 @@ def test_our_rules_and_rank_order_are_torchs(schedule: str) -> None:
         ),
         (
             ("dualpipev", 2, 0, (), 4, 3),
-            ["train.micro_batches=3 is below the 4 stages of parallel.schedule=dualpipev; it may be 4 or more"],
+            [
+                "train.micro_batches=3 is below the 4 stages of parallel.schedule=dualpipev; it may be 4 or more"
+            ],
         ),
         (("dualpipev", 1, 5, (7,), 4, 3), []),
         (

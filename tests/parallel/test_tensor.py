@@ -73,7 +73,10 @@ def sequences(mesh: Mesh) -> None:
     torch.testing.assert_close(x_BSD.grad, part(everyone_BTD, mesh))
     summed_BSD.backward(part(x_BTD, mesh))
     assert torch.equal(full(y_BTD.grad), x_BTD)
-    assert mesh.traffic.entries()["tp", "all_gather"] == (2, 2 * (mesh.tp.size - 1) * part(x_BTD, mesh).numel() * 4)
+    assert mesh.traffic.entries()["tp", "all_gather"] == (
+        2,
+        2 * (mesh.tp.size - 1) * part(x_BTD, mesh).numel() * 4,
+    )
 
 
 def vocabulary(mesh: Mesh) -> None:
@@ -113,7 +116,9 @@ def vocabulary(mesh: Mesh) -> None:
     x_BSD = embed(tokens_BT)
     assert torch.equal(x_BSD, part(weight_VD[tokens_BT], mesh))
     x_BSD.backward(part(h_BTD, mesh))
-    torch.testing.assert_close(full(embed.weight.grad), torch.zeros(V, D).index_add_(0, tokens_BT.flatten(), h_BTD.flatten(0, 1)))
+    torch.testing.assert_close(
+        full(embed.weight.grad), torch.zeros(V, D).index_add_(0, tokens_BT.flatten(), h_BTD.flatten(0, 1))
+    )
 
 
 def convolution(mesh: Mesh) -> None:
@@ -121,7 +126,10 @@ def convolution(mesh: Mesh) -> None:
     x_BTD, drawn_weights = drawn(0, B, T, D), (drawn(2, D), drawn(1, 4, D))
     documents_BT = torch.tensor([0] * 5 + [1] * 7).expand(B, T)
     for documents in (None, documents_BT):
-        x_BSD, own = part(x_BTD, mesh).clone().requires_grad_(), [w.clone().requires_grad_() for w in drawn_weights]
+        x_BSD, own = (
+            part(x_BTD, mesh).clone().requires_grad_(),
+            [w.clone().requires_grad_() for w in drawn_weights],
+        )
         whole, weights = x_BTD.clone().requires_grad_(), [w.clone().requires_grad_() for w in drawn_weights]
         out_BSD = SequenceConvolution(short_conv, mesh.tp)(x_BSD, *own, documents, 3, 1e-6)
         reference_BTD = short_conv(whole, *weights, documents, 3, 1e-6)
@@ -161,13 +169,22 @@ def test_the_heads_gradient_in_bfloat16_is_as_near_over_128_blocks_as_in_one_pro
             VocabularyLoss(Group("tp", (0,), 0))(h_ND.to(dtype)[None], weight, targets_N[None]).backward()
         return full(weight.grad).double()
 
-    exact, whole, blocks = gradient(torch.float64, 1), gradient(torch.bfloat16, V * count), gradient(torch.bfloat16, 1)
+    exact, whole, blocks = (
+        gradient(torch.float64, 1),
+        gradient(torch.bfloat16, V * count),
+        gradient(torch.bfloat16, 1),
+    )
     assert (blocks - exact).abs().max() <= (whole - exact).abs().max() + 2.0**-9 * exact.abs().max()
     assert (whole - exact).abs().max() < 2.0**-8 * exact.abs().max()
 
 
 VOCABULARY = 1021  # a prime: no tp divides it
-OVERRIDES = ["model.moe.num_shared=1", "model.moe.aux_weight=0.1", "model.attention.num_kv_heads=2", "train.global_batch=4"]
+OVERRIDES = [
+    "model.moe.num_shared=1",
+    "model.moe.aux_weight=0.1",
+    "model.attention.num_kv_heads=2",
+    "train.global_batch=4",
+]
 
 
 def build(mesh: Mesh, *overrides: str) -> Run:
@@ -177,7 +194,9 @@ def build(mesh: Mesh, *overrides: str) -> Run:
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
             if name.endswith(".conv"):  # zeros at the start, behind which there is no gradient
-                write_local(parameter, lambda rows, within=(), p=parameter: drawn(0, *p.shape)[(rows, *within)])  # type: ignore[misc]
+                write_local(
+                    parameter, lambda rows, within=(), p=parameter: drawn(0, *p.shape)[(rows, *within)]
+                )  # type: ignore[misc]
     return run
 
 
@@ -195,12 +214,21 @@ def gradients(run: Run, batch: Batch) -> dict[str, Any]:
     table.exchange.reduce_replicas(rows)
     params = [p for o in run.engine.optimizers for g in o.param_groups for p in g["params"]]
     sum_over_tp(params, mesh.tp)
-    norm, table_norm = clip_by_global_norm(local_gradients(params), rows, mesh, 0.0, tp_copies(params, mesh.tp))
+    norm, table_norm = clip_by_global_norm(
+        local_gradients(params), rows, mesh, 0.0, tp_copies(params, mesh.tp)
+    )
     grads = {name: full(p.grad) for name, p in model.named_parameters()}
     table.fetch(plan, plan.exchanges[0])
     logits = model.eval()(*args)
     table.rows.clear()
-    return {"loss": loss.detach(), "norm": norm, "table_norm": table_norm, "rows": rows, "logits": logits.detach(), "grads": grads}
+    return {
+        "loss": loss.detach(),
+        "norm": norm,
+        "table_norm": table_norm,
+        "rows": rows,
+        "logits": logits.detach(),
+        "grads": grads,
+    }
 
 
 def whole_model(degrees: dict[str, int], *overrides: str) -> None:
@@ -218,7 +246,9 @@ def whole_model(degrees: dict[str, int], *overrides: str) -> None:
 
     loss = ours["loss"].clone()
     torch.distributed.all_reduce(loss)
-    torch.testing.assert_close(loss / mesh.tp.size, theirs["loss"], rtol=1e-6, atol=0)  # the same on all ranks of tp
+    torch.testing.assert_close(
+        loss / mesh.tp.size, theirs["loss"], rtol=1e-6, atol=0
+    )  # the same on all ranks of tp
     torch.testing.assert_close(ours["logits"], theirs["logits"].chunk(dp)[place], rtol=1e-4, atol=1e-5)
     assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-5)
     assert ours["table_norm"] == pytest.approx(theirs["table_norm"], rel=1e-4)
@@ -226,7 +256,9 @@ def whole_model(degrees: dict[str, int], *overrides: str) -> None:
     for name, grad in {**theirs["grads"], "table": theirs["rows"]}.items():
         got = ours["rows"] if name == "table" else ours["grads"][name]
         assert float(grad.abs().max()) > 0, name
-        torch.testing.assert_close(got, grad, rtol=0, atol=1e-4 * float(grad.abs().max()), msg=lambda t, n=name: f"{n}: {t}")
+        torch.testing.assert_close(
+            got, grad, rtol=0, atol=1e-4 * float(grad.abs().max()), msg=lambda t, n=name: f"{n}: {t}"
+        )
 
 
 def whole_models(cases: list[tuple[dict[str, int], tuple[str, ...]]]) -> None:

@@ -128,26 +128,40 @@ def reports(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
     out: dict[str, list[Facts]] = {}
     for world, cases in CASES.items():
         store = tmp_path_factory.mktemp("stores") / "store"
-        ranks = run_on_ranks(run_all, world, data, [with_batches(o) for o in cases.values()], str(store), timeout=240)
+        ranks = run_on_ranks(
+            run_all, world, data, [with_batches(o) for o in cases.values()], str(store), timeout=240
+        )
         out |= {name: [rank[i] for rank in ranks] for i, name in enumerate(cases)}
     return out
 
 
 def with_batches(overrides: list[str]) -> list[str]:
-    return overrides if any(o.startswith("train.micro") for o in overrides) else [*overrides, "train.micro_batches=2"]
+    return (
+        overrides
+        if any(o.startswith("train.micro") for o in overrides)
+        else [*overrides, "train.micro_batches=2"]
+    )
 
 
-@pytest.mark.parametrize(("world", "name"), [(world, name) for world, cases in CASES.items() for name in cases])
-def test_bytes_of_a_step_are_those_of_the_formulas(reports: dict[str, list[Facts]], world: int, name: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "name"), [(world, name) for world, cases in CASES.items() for name in cases]
+)
+def test_bytes_of_a_step_are_those_of_the_formulas(
+    reports: dict[str, list[Facts]], world: int, name: str
+) -> None:
     settings = settings_of("unused", *with_batches(CASES[world][name]))
     layout = resolve_layout(settings, world)
     ranks = reports[name]
     for rank, facts in enumerate(ranks):
         expected = Formulas(settings, layout, ranks, rank).all()
-        assert {k: v for k, v in facts.bytes.items() if v} == {k: v for k, v in expected.items() if v}, f"rank {rank}"
+        assert {k: v for k, v in facts.bytes.items() if v} == {k: v for k, v in expected.items() if v}, (
+            f"rank {rank}"
+        )
 
 
-def test_gradients_are_reduced_once_a_step_and_parameters_gathered_for_every_micro_batch(reports: dict[str, list[Facts]]) -> None:
+def test_gradients_are_reduced_once_a_step_and_parameters_gathered_for_every_micro_batch(
+    reports: dict[str, list[Facts]],
+) -> None:
     """By calls: one per layer, and the root. With reshard_after_forward layers are gathered twice."""
     parameters = sum(p.numel() for p in HybridLM(settings_of("unused"), 1024).parameters())
     for name, gathers in (("dp_shard", [2, 2]), ("dp_shard, resharded", [4, 2])):
@@ -155,6 +169,8 @@ def test_gradients_are_reduced_once_a_step_and_parameters_gathered_for_every_mic
             layers = facts.modules - 1
             assert facts.calls["fsdp", "reduce_scatter"] == layers + 1
             assert facts.calls["fsdp", "all_gather"] == gathers[0] * layers + gathers[1]
-            assert 2 * (facts.layers + facts.root) == parameters * FLOAT  # each of the two ranks sends the half that it has
+            assert (
+                2 * (facts.layers + facts.root) == parameters * FLOAT
+            )  # each of the two ranks sends the half that it has
     for facts in reports["dp_shard"]:
         assert facts.bytes["fsdp"] == (2 + 1) * parameters * FLOAT // 2

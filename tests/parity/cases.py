@@ -93,7 +93,8 @@ VARIANTS = {
     "far, overlap": Variant(("parallel.mem_placement=strided", "engram.fetch=overlap")),
     "stale": Variant(("engram.fetch=stale",), other_numbers=True),
     "hierarchical": Variant(
-        ("parallel.dispatch=hierarchical", "parallel.node_size=2"), where=lambda case: case["ep"] == 4 and case["mem"] == 2
+        ("parallel.dispatch=hierarchical", "parallel.node_size=2"),
+        where=lambda case: case["ep"] == 4 and case["mem"] == 2,
     ),
 }
 
@@ -120,7 +121,12 @@ class Case:
     def overrides(self) -> tuple[str, ...]:
         out = [f"parallel.{axis}={degree}" for axis, degree in zip(AXES, self.degrees, strict=True)]
         out += [f"parallel.schedule={self.schedule}"] if self.schedule else []
-        return (*out, f"train.micro_batches={micro_batches(self['pp'])}", *self.numbers, *VARIANTS[self.variant].overrides)
+        return (
+            *out,
+            f"train.micro_batches={micro_batches(self['pp'])}",
+            *self.numbers,
+            *VARIANTS[self.variant].overrides,
+        )
 
     @property
     def layout(self) -> str:
@@ -129,7 +135,9 @@ class Case:
         return " · ".join([*named, f"mem {self['mem']}"])
 
     def __str__(self) -> str:
-        return ", ".join(part for part in (f"{self.world} ranks: {self.layout}", self.schedule, self.variant) if part)
+        return ", ".join(
+            part for part in (f"{self.world} ranks: {self.layout}", self.schedule, self.variant) if part
+        )
 
 
 def micro_batches(pp: int) -> int:
@@ -177,7 +185,11 @@ def with_schedules(cases: Sequence[Case]) -> list[Case]:
         out.append(case)
     for case in cases:
         for schedule in SCHEDULES:
-            if case["pp"] > 1 and not given[case["pp"], schedule] and is_legal(c := replace(case, schedule=schedule)):
+            if (
+                case["pp"] > 1
+                and not given[case["pp"], schedule]
+                and is_legal(c := replace(case, schedule=schedule))
+            ):
                 given[case["pp"], schedule] += 1
                 out.append(c)
     return out
@@ -191,7 +203,11 @@ def matrix() -> tuple[Case, ...]:
     base = [*with_schedules(two), *with_schedules(four), *with_schedules(sample)]
     others = []
     for name, variant in VARIANTS.items():
-        chosen = covering() if variant.where is None else [case for case in with_schedules(four) if variant.where(case)]
+        chosen = (
+            covering()
+            if variant.where is None
+            else [case for case in with_schedules(four) if variant.where(case)]
+        )
         others += [other for case in chosen if name and is_legal(other := replace(case, variant=name))]
     return (*base, *others)
 
@@ -210,5 +226,7 @@ def covering() -> tuple[Case, ...]:
 
 
 def _pairs(case: Case) -> set[object]:
-    spread = [axis for axis in AXES if case[axis] > 1] + (["mem_replicate"] if case["mem"] < case.world else [])
+    spread = [axis for axis in AXES if case[axis] > 1] + (
+        ["mem_replicate"] if case["mem"] < case.world else []
+    )
     return set[object](itertools.combinations(spread, 2)) | ({case.schedule} if case.schedule else set())

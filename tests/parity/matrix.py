@@ -53,7 +53,9 @@ def kind_of(name: str) -> str:
     """Which of KINDS a number is."""
     if name == "table.rows":
         return "rows"
-    return {"curve": "losses", "model": "parameters", "optim": "moments", "table": "row state"}[name.split(".")[0]]
+    return {"curve": "losses", "model": "parameters", "optim": "moments", "table": "row state"}[
+        name.split(".")[0]
+    ]
 
 
 def assert_meaningful(references: References) -> None:
@@ -76,21 +78,33 @@ def make_references(data: Path, cases: Sequence[Case]) -> References:
 
 
 def run_matrix(
-    data: Path, cases: Sequence[Case], references: References, folder: Path, faults: Sequence[str] = (), timeout: float = 280
+    data: Path,
+    cases: Sequence[Case],
+    references: References,
+    folder: Path,
+    faults: Sequence[str] = (),
+    timeout: float = 280,
 ) -> list[Outcome]:
     """Every case's outcome, in order; `faults` are mistakes to make in them. `timeout` in seconds is for each start of ranks."""
     files = {key: str(folder / f"reference-{i}.pt") for i, key in enumerate(references)}
     for key, file in files.items():
         torch.save(references[key].run, file)
     found: dict[int, Outcome] = {}
-    worlds = [[i for i, case in enumerate(cases) if case.world == world] for world in sorted({case.world for case in cases})]
+    worlds = [
+        [i for i, case in enumerate(cases) if case.world == world]
+        for world in sorted({case.world for case in cases})
+    ]
     for start, places in enumerate(part for world in worlds for part in _parts(world)):
         given = [(cases[i], faults[i] if faults else "") for i in places]
         store = str(folder / f"store{start}")
-        ranks = run_on_ranks(run_cases, cases[places[0]].world, str(data), files, given, store, timeout=timeout)
+        ranks = run_on_ranks(
+            run_cases, cases[places[0]].world, str(data), files, given, store, timeout=timeout
+        )
         for number, place in enumerate(places):
             reference = references[cases[place].numbers]
-            found[place] = Outcome(cases[place], _merge([rank[number] for rank in ranks], reference), reference.noise)
+            found[place] = Outcome(
+                cases[place], _merge([rank[number] for rank in ranks], reference), reference.noise
+            )
     return [found[i] for i in range(len(cases))]
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.data.batches import Batch
-from hybridtrain.model import moe
+from hybridtrain.model.feedforwards import moe
 from hybridtrain.parallel import engine
 from tests.parity.cases import settings_of
 from tests.parity.runs import Record, curves, distances, scale_of, stage_states, start_run, train_steps
@@ -42,7 +42,10 @@ class Reference:
 
 def run_alone(data: str, runs: Sequence[tuple[tuple[str, ...], Order]]) -> list[Record]:
     """On one of several ranks, each of which works alone: every so-many-th run, given by settings and order."""
-    return [_one_rank(data, overrides, order) for overrides, order in runs[dist.get_rank() :: dist.get_world_size()]]
+    return [
+        _one_rank(data, overrides, order)
+        for overrides, order in runs[dist.get_rank() :: dist.get_world_size()]
+    ]
 
 
 def _one_rank(data: str, overrides: tuple[str, ...], order: Order) -> Record:
@@ -53,7 +56,9 @@ def _one_rank(data: str, overrides: tuple[str, ...], order: Order) -> Record:
         if not order.permutation:
             return batch
         places = torch.randperm(settings.train.global_batch, generator=generator)
-        return Batch(*(x.flatten(0, 1)[places].view_as(x) for x in (batch.tokens, batch.targets, batch.starts)))
+        return Batch(
+            *(x.flatten(0, 1)[places].view_as(x) for x in (batch.tokens, batch.targets, batch.starts))
+        )
 
     parts, load = start_run(settings, 1, 0, reorder=reorder)
     (start,) = stage_states(parts)
@@ -75,7 +80,9 @@ def _in_parts(parts: int) -> Iterator[None]:
 
     def linear_in_parts(x: Tensor, weight: Tensor, bias: None = None) -> Tensor:
         outputs = [
-            torch.stack([linear(a, b) for a, b in zip(x.chunk(parts, -1), rows.chunk(parts, 1), strict=True)]).sum(0)
+            torch.stack(
+                [linear(a, b) for a, b in zip(x.chunk(parts, -1), rows.chunk(parts, 1), strict=True)]
+            ).sum(0)
             for rows in weight.chunk(parts, 0)
         ]
         return torch.cat(outputs, -1)
@@ -85,7 +92,10 @@ def _in_parts(parts: int) -> Iterator[None]:
         halves = min(parts, 2)  # grouped products have widths of multiples of 4
         cut = zip(*(w.chunk(halves, dim) for w, dim in zip(weights, (2, 2, 1), strict=True)), strict=True)
         return torch.stack(
-            [swiglu(x_ND, experts_NK, gates_NK, *(w.contiguous() for w in part), absent, present) for part in cut]
+            [
+                swiglu(x_ND, experts_NK, gates_NK, *(w.contiguous() for w in part), absent, present)
+                for part in cut
+            ]
         ).sum(0)
 
     def gradients_in_parts(params: Any) -> list[Tensor]:
@@ -104,7 +114,9 @@ def make_reference(runs: Sequence[Record]) -> Reference:
     """The first run; the noise of every number is the farthest of the others from it, and no less than its own rounding."""
     first = runs[0]
     others = [distances(run.curve, [run.end], first) for run in runs[1:]]
-    return Reference(first, {name: max(_rounding(name, first), *(other[name] for other in others)) for name in others[0]})
+    return Reference(
+        first, {name: max(_rounding(name, first), *(other[name] for other in others)) for name in others[0]}
+    )
 
 
 def _rounding(name: str, run: Record) -> float:

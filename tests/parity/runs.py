@@ -44,7 +44,11 @@ class Record:
 
 
 def start_run(
-    settings: Settings, world: int, rank: int, rendezvous: str = "", reorder: Callable[[Batch], Batch] = lambda batch: batch
+    settings: Settings,
+    world: int,
+    rank: int,
+    rendezvous: str = "",
+    reorder: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> tuple[Run, Load]:
     """A run's parts on this rank, and its steps' batches; wired as `train` does it, without the background thread."""
     mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, rendezvous)
@@ -54,7 +58,13 @@ def start_run(
     train, layout = settings.train, mesh.layout
     place = layout.coordinate(rank, "dp")
     loader = BatchLoader(
-        dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, layout.dp, settings.run.seed
+        dataset.split("train"),
+        train.seq_len,
+        train.global_batch,
+        train.micro_batches,
+        place,
+        layout.dp,
+        settings.run.seed,
     )
 
     def load(step: int) -> tuple[Batch, StepPlan | None, Batch]:
@@ -85,7 +95,10 @@ def new_world(store: str) -> str:
 
 def stage_states(run: Run) -> list[State]:
     """Every tensor of each of this rank's stages, whole; copies that other ranks hold too are among them."""
-    return [{name: whole(value) for name, value in _state(run, stage).items()} for stage in range(len(run.model_parts))]
+    return [
+        {name: whole(value) for name, value in _state(run, stage).items()}
+        for stage in range(len(run.model_parts))
+    ]
 
 
 def _state(run: Run, stage: int) -> State:
@@ -127,7 +140,9 @@ def _distance(name: str, value: Tensor, reference: Record) -> float:
 
 def scale_of(name: str, run: Record) -> float:
     moved = name.startswith("model.") or name == "table.rows"
-    return float(torch.linalg.vector_norm((run.end[name] - run.start[name] if moved else run.end[name]).double()))
+    return float(
+        torch.linalg.vector_norm((run.end[name] - run.start[name] if moved else run.end[name]).double())
+    )
 
 
 def run_cases(

@@ -83,7 +83,9 @@ def test_the_matrix_has_every_layout_and_every_schedule() -> None:
 
 
 def test_the_few_layouts_cover_all_pairs_of_axes() -> None:
-    pairs = {pair for case in covering() for pair in itertools.combinations([a for a in AXES if case[a] > 1], 2)}
+    pairs = {
+        pair for case in covering() for pair in itertools.combinations([a for a in AXES if case[a] > 1], 2)
+    }
     assert pairs >= set(itertools.combinations(DENSE, 2))
     assert pairs >= {(axis, "mem") for axis in AXES[:-1]}
     assert pairs >= {(axis, "ep") for axis in ("dp_replicate", "pp", "dp_shard", "cp", "tp")}

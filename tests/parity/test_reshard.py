@@ -57,11 +57,15 @@ def test_from_what_a_run_wrote(source: str, data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", LAYOUTS)
-def test_the_next_steps_are_those_of_a_load_of_the_old_files(target: str, run: Path, data: Path, tmp_path: Path) -> None:
+def test_the_next_steps_are_those_of_a_load_of_the_old_files(
+    target: str, run: Path, data: Path, tmp_path: Path
+) -> None:
     ranks = LAYOUTS[target][0]
     reshard(run, tmp_path / "out", overrides(target), nproc=ranks)
     reshard(run, tmp_path / "one", overrides("one rank"), nproc=1)
     (alone,) = run_on_ranks(next_losses, 1, tmp_path / "one" / "settings.toml", [run])
-    for losses in run_on_ranks(next_losses, ranks, tmp_path / "out" / "settings.toml", [run, tmp_path / "out"]):
+    for losses in run_on_ranks(
+        next_losses, ranks, tmp_path / "out" / "settings.toml", [run, tmp_path / "out"]
+    ):
         assert losses[:2] == losses[2:]
         assert losses[:2] == pytest.approx(alone, rel=1e-5)

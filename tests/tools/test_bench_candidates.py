@@ -12,7 +12,11 @@ from tools import bench_candidates as tool
 
 def test_formulations_agree_and_one_that_does_not_is_named() -> None:
     races = list(tool.races(N=256, D=8, V=64))
-    elsewhere = {"grouped_mlp", "rowwise_adam", "depth_attention"}  # moe_swiglu on the CPU; tools/bench_rows.py; no model has it
+    elsewhere = {
+        "grouped_mlp",
+        "rowwise_adam",
+        "depth_attention",
+    }  # moe_swiglu on the CPU; tools/bench_rows.py; no model has it
     assert {race.op.partition(":")[0] for race in races} >= set(OPS) - elsewhere
     for race in races:
         tool.check(race)

@@ -12,20 +12,42 @@ from hybridtrain.model.cost import flops_per_token
 from tools.bench_peers import main, render, summarise
 from tools.peers import MATMUL_FLOPS, Case
 
-SIZES = ["--cases", "4,2,16", "--dim", "32", "--layers", "1", "--heads", "2", "--seq-len", "16", "--batch", "4", "--vocab", "64"]
+SIZES = [
+    "--cases",
+    "4,2,16",
+    "--dim",
+    "32",
+    "--layers",
+    "1",
+    "--heads",
+    "2",
+    "--seq-len",
+    "16",
+    "--batch",
+    "4",
+    "--vocab",
+    "64",
+]
 TINY = [*SIZES, "--rounds", "2", "--steps", "1", "--warmup", "0"]
 
-with_peers = pytest.mark.skipif(not (find_spec("deepspeed") and find_spec("transformers")), reason="needs the extra bench")
+with_peers = pytest.mark.skipif(
+    not (find_spec("deepspeed") and find_spec("transformers")), reason="needs the extra bench"
+)
 
 
 def test_ratios_and_shares_are_taken_round_by_round() -> None:
     case = Case(ranks=2, threads=1)
 
     def answer(seconds: float) -> list[dict[str, float]]:
-        return [{"seconds": seconds, "cpu": seconds, "bytes": 5e6}, {"seconds": seconds / 2, "cpu": seconds / 2, "bytes": 5e6}]
+        return [
+            {"seconds": seconds, "cpu": seconds, "bytes": 5e6},
+            {"seconds": seconds / 2, "cpu": seconds / 2, "bytes": 5e6},
+        ]
 
     speeds = [1.0, 2.0, 4.0]  # the machine slows down fourfold, no ratio does
-    rounds = [{"hybridtrain": answer(s), "transformers": answer(1.5 * s), "matmul": answer(s)} for s in speeds]
+    rounds = [
+        {"hybridtrain": answer(s), "transformers": answer(1.5 * s), "matmul": answer(s)} for s in speeds
+    ]
     result = summarise(case, rounds, steps=2)
     ours, peer = result["subjects"]["hybridtrain"], result["subjects"]["transformers"]
     assert peer["ratio"] == peer["cpu_ratio"] == [1.5, 1.5, 1.5]

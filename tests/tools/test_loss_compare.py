@@ -12,7 +12,9 @@ from tools.loss_compare import main
 
 def run_folder(path: Path, losses: dict[int, float]) -> str:
     path.mkdir()
-    (path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "loss": v}) + "\n" for s, v in losses.items()))
+    (path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "loss": v}) + "\n" for s, v in losses.items())
+    )
     return str(path)
 
 

@@ -27,7 +27,9 @@ def test_a_page_that_is_not_the_matrix_is_told(tmp_path: Path, monkeypatch: pyte
     assert "which is no run of the matrix" in foreign
     changed = Row.read(lines[-1])
     page.write_text("".join([*lines[:-1], str(Row(*changed.key, changed.loss, ("99.0",) * 5))]))
-    assert problems() == ["the table of docs/parallelism.md is not that of docs/parity.md; run: python -m tools.parity_matrix"]
+    assert problems() == [
+        "the table of docs/parallelism.md is not that of docs/parity.md; run: python -m tools.parity_matrix"
+    ]
 
 
 def test_a_line_reads_back() -> None:

@@ -33,7 +33,9 @@ def run(tmp_path: Path) -> Path:
         {"step": 200, "loss": 4.5},
         {"step": 200, "validation_bits_per_byte": 1.625},
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 300, "lo')
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 300, "lo'
+    )
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
     return folder
 
@@ -83,7 +85,9 @@ def test_refusals_are_one_message(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert 'no "los" in metrics.jsonl; it has loss, validation_bits_per_byte' in message
     assert "must end in .svg or .png" in refused(capsys, tmp_path / "x.pdf", run)
     assert "at least one run folder" in refused(capsys, tmp_path / "x.svg")
-    assert "2 --label for 1 run(s)" in refused(capsys, tmp_path / "x.svg", run, "--label", "a", "--label", "b")
+    assert "2 --label for 1 run(s)" in refused(
+        capsys, tmp_path / "x.svg", run, "--label", "a", "--label", "b"
+    )
     assert "cannot be written" in refused(capsys, tmp_path / "nowhere" / "x.svg", run)
     (run / "summary.json").write_text("{")
     assert "is damaged" in refused(capsys, "--table", run)

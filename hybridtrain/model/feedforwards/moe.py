@@ -33,7 +33,9 @@ class Router(nn.Module):
     def __init__(self, dim: int, moe: MoESettings, tokens_per_step: int) -> None:
         super().__init__()
         self.moe = moe
-        self.rule = Rule(moe.top_k, moe.score, moe.normalize_gates, moe.gate_scale, moe.num_groups, moe.top_groups)
+        self.rule = Rule(
+            moe.top_k, moe.score, moe.normalize_gates, moe.gate_scale, moe.num_groups, moe.top_groups
+        )
         self.tokens_per_step = tokens_per_step
         self.counters = Counters()
         self.weight = nn.Parameter(torch.empty(moe.num_experts, dim))
@@ -110,7 +112,12 @@ class GroupedExperts(nn.Module):
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden, dim))
 
     def forward(
-        self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, absent: bool = False, present: int | None = None
+        self,
+        x_ND: Tensor,
+        experts_NK: Tensor,
+        gates_NK: Tensor,
+        absent: bool = False,
+        present: int | None = None,
     ) -> Tensor:
         """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 count nothing; `present` is how
         many are inside, where that is known."""
@@ -129,7 +136,9 @@ class Dispatch(Protocol):
     What is computed in between runs while the tokens travel, if they do.
     """
 
-    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts) -> Callable[[], Tensor]: ...
+    def __call__(
+        self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts
+    ) -> Callable[[], Tensor]: ...
 
 
 class LocalDispatch:
@@ -138,7 +147,9 @@ class LocalDispatch:
     def __init__(self, drops: bool = False) -> None:
         self.drops = drops
 
-    def __call__(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts) -> Callable[[], Tensor]:
+    def __call__(
+        self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts
+    ) -> Callable[[], Tensor]:
         y_ND: Tensor = experts(x_ND, experts_NK, gates_NK, absent=self.drops)
         return lambda: y_ND
 
@@ -167,7 +178,11 @@ class MoE(nn.Module):
         self.router = Router(dim, moe, tokens_per_step=settings.train.global_batch * settings.train.seq_len)
         self.experts = GroupedExperts(moe.num_experts, dim, moe.hidden)
         self.shared = SwiGLU(dim, moe.num_shared * moe.hidden) if moe.num_shared else None
-        self.most = math.ceil(moe.capacity * settings.train.seq_len * moe.top_k / moe.num_experts) if moe.capacity else None
+        self.most = (
+            math.ceil(moe.capacity * settings.train.seq_len * moe.top_k / moe.num_experts)
+            if moe.capacity
+            else None
+        )
         self.counters = Counters()
         # A parallel layout may hand in others.
         self.dispatch: Dispatch = LocalDispatch(drops=self.most is not None)

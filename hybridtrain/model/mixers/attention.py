@@ -30,7 +30,9 @@ class Attention(nn.Module):
         self.attend = attend
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
-        q_BTHC, k_BTHC, v_BTHC = (w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q_BTHC, k_BTHC, v_BTHC = (
+            w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv)
+        )
         turn_q, turn_k = self.q_norm or rope, self.k_norm or rope
         q_BTHC, k_BTHC = turn_q(q_BTHC, context.rotation_TR), turn_k(k_BTHC, context.rotation_TR)
         out_BTD: Tensor = self.wo(self.attend(q_BTHC, k_BTHC, v_BTHC, context).flatten(-2))

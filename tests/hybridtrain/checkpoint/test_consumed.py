@@ -11,7 +11,16 @@ from hybridtrain.data.position import Position
 from hybridtrain.errors import UserError
 from hybridtrain.settings.tree import Settings
 
-GOOD = {"sequences": 9, "tokens": 90, "seed": 0, "train": "a", "validation": "", "epoch": 2, "window": 10, "read": 30}
+GOOD = {
+    "sequences": 9,
+    "tokens": 90,
+    "seed": 0,
+    "train": "a",
+    "validation": "",
+    "epoch": 2,
+    "window": 10,
+    "read": 30,
+}
 OLD = {"step": 4, "sequences": 5 * 32, "settings": Settings().model_dump(mode="json")}
 
 
@@ -23,7 +32,9 @@ def test_it_is_read_as_it_was_written() -> None:
 def test_older_checkpoints_had_one_batch_and_length_throughout() -> None:
     consumed = Consumed.of(OLD)
     assert (consumed.sequences, consumed.tokens, consumed.train) == (160, 4 * 32 * 128, None)
-    assert consumed.position(100 * 128 + 5) == Position(1, 128, 60 * 128)  # sample 160 of epochs of 100 windows
+    assert consumed.position(100 * 128 + 5) == Position(
+        1, 128, 60 * 128
+    )  # sample 160 of epochs of 100 windows
 
 
 @pytest.mark.parametrize(
@@ -38,7 +49,9 @@ def test_older_checkpoints_had_one_batch_and_length_throughout() -> None:
     ],
 )
 def test_nonsense_is_named(changed: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=f"the entry data of checkpoint.json: is not what it should be\n  {named}: "):
+    with pytest.raises(
+        UserError, match=f"the entry data of checkpoint.json: is not what it should be\n  {named}: "
+    ):
         Consumed.of({"data": GOOD | changed})
 
 

@@ -34,16 +34,24 @@ TENSORS = {
 def save(path: Path, tensors: dict[str, Tensor], sources: dict[str, Any] | None = None) -> Writer:
     writer = Writer(path)
     with quiet():
-        state_dict_saver.save(dict(tensors), storage_writer=writer, planner=BlockPlanner(sources or tensors), no_dist=True)
+        state_dict_saver.save(
+            dict(tensors), storage_writer=writer, planner=BlockPlanner(sources or tensors), no_dist=True
+        )
     return writer
 
 
 @pytest.fixture(params=["folder", "url"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return tmp_path / "c" if request.param == "folder" else checkpoint.open_storage(f"memory://{tmp_path.name}/c")
+    return (
+        tmp_path / "c"
+        if request.param == "folder"
+        else checkpoint.open_storage(f"memory://{tmp_path.name}/c")
+    )
 
 
-def test_what_is_written_in_blocks_is_read_whole_and_in_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_in_blocks_is_read_whole_and_in_part(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
     writer = save(folder, TENSORS)
     assert set(writer.records) == {"__0_0.distcp", ".metadata"}
@@ -123,6 +131,9 @@ def test_a_disk_that_is_full_at_any_byte_is_named(monkeypatch: pytest.MonkeyPatc
     rooms = range(0, len(whole.getvalue()), 13)
     for room in rooms:
         monkeypatch.setattr(Path, "open", lambda path, mode, room=room: _SmallDisk(room))
-        with pytest.raises(OSError, match="No space left on device"), _Files().create_stream(tmp_path / "x", "wb") as stream:
+        with (
+            pytest.raises(OSError, match="No space left on device"),
+            _Files().create_stream(tmp_path / "x", "wb") as stream,
+        ):
             torch.save(torch.arange(100.0), stream)
     assert len(rooms) > 50

@@ -43,7 +43,11 @@ def commit(folder: Path, step: int, base: int | None = None, content: str = "", 
 
 @pytest.fixture(params=["folder", "url"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return tmp_path / "c" if request.param == "folder" else checkpoint.open_storage(f"memory://{tmp_path.name}/c")
+    return (
+        tmp_path / "c"
+        if request.param == "folder"
+        else checkpoint.open_storage(f"memory://{tmp_path.name}/c")
+    )
 
 
 def test_a_commit_makes_it_the_latest(folder: Path) -> None:
@@ -91,8 +95,12 @@ def test_without_a_latest_all_are_candidates(folder: Path, content: str | None) 
     assert [p.name for p in checkpoint.candidates(folder)] == ["step-00000002", "step-00000001"]
 
 
-@pytest.mark.parametrize("harm", [lambda path: (path / checkpoint.INFO).unlink(), remove_folder], ids=["its info", "all of it"])
-def test_a_latest_that_is_lost_is_a_candidate_and_what_was_given_up_is_none(folder: Path, harm: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "harm", [lambda path: (path / checkpoint.INFO).unlink(), remove_folder], ids=["its info", "all of it"]
+)
+def test_a_latest_that_is_lost_is_a_candidate_and_what_was_given_up_is_none(
+    folder: Path, harm: Callable[[Path], None]
+) -> None:
     for step in (1, 2, 3):
         commit(folder, step)
     harm(commit(folder, 2))  # of the new line

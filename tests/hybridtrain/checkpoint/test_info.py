@@ -20,7 +20,10 @@ def make(path: Path, base: Path | None = None, **more: object) -> Path:
     """A finished folder of three files beside its index, with nothing of a run in it."""
     path.mkdir(parents=True)
     tensors = {
-        f"t{i}": checkpoint.LazyTensor((100 * i,), torch.float32, lambda i=i: torch.full((100 * i,), float(i))) for i in (1, 2, 3)
+        f"t{i}": checkpoint.LazyTensor(
+            (100 * i,), torch.float32, lambda i=i: torch.full((100 * i,), float(i))
+        )
+        for i in (1, 2, 3)
     }
     info = DESCRIPTION | {"step": 1, "files": checkpoint.write_tensors(path, tensors), **more}
     if base is not None:
@@ -47,7 +50,11 @@ def test_an_untouched_one_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "full", "sizes"),
     [
-        (flip, r"is damaged: it has \d+ bytes with xxh3 [0-9a-f]{32}, must have \d+ with xxh3 [0-9a-f]{32}$", None),
+        (
+            flip,
+            r"is damaged: it has \d+ bytes with xxh3 [0-9a-f]{32}, must have \d+ with xxh3 [0-9a-f]{32}$",
+            None,
+        ),
         (
             lambda p: p.write_bytes(p.read_bytes()[:-1]),
             r"is damaged: it has \d+ bytes with xxh3 [0-9a-f]{32}, must have \d+ with xxh3 [0-9a-f]{32}$",
@@ -61,7 +68,9 @@ def test_an_untouched_one_is_whole(tmp_path: Path) -> None:
     ],
     ids=["flipped", "truncated", "missing"],
 )
-def test_harm_to_any_file_is_named(tmp_path: Path, harm: Callable[[Path], None], full: str, sizes: str | None) -> None:
+def test_harm_to_any_file_is_named(
+    tmp_path: Path, harm: Callable[[Path], None], full: str, sizes: str | None
+) -> None:
     import re
 
     for name in ("__0_1.distcp", ".metadata"):
@@ -103,7 +112,9 @@ def test_its_own_content_is_under_a_checksum(tmp_path: Path) -> None:
     assert checkpoint.read_info(path)["rates"] == [0.1, 1e-9, None]
     text = (path / checkpoint.INFO).read_text()
     (path / checkpoint.INFO).write_text(text.replace("1e-09", "2e-09"))
-    with pytest.raises(DamagedCheckpoint, match=r"checkpoint.json is damaged: its content has xxh3 [0-9a-f]{32}, it says "):
+    with pytest.raises(
+        DamagedCheckpoint, match=r"checkpoint.json is damaged: its content has xxh3 [0-9a-f]{32}, it says "
+    ):
         checkpoint.read_info(path)
     (path / checkpoint.INFO).write_text(text[:50])
     with pytest.raises(DamagedCheckpoint, match=r"checkpoint.json is damaged: "):

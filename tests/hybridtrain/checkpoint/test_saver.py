@@ -39,7 +39,9 @@ TABLE = (
 TWO = ("parallel.ep=2", "parallel.mem=2")
 
 
-def steps(run: tuple[Run, BatchLoader], first: int, last: int, before_update: Callable[[], None] | None = None) -> list[float]:
+def steps(
+    run: tuple[Run, BatchLoader], first: int, last: int, before_update: Callable[[], None] | None = None
+) -> list[float]:
     """The losses of steps `first` to `last-1`."""
     run, loader = run
     out = []
@@ -54,7 +56,9 @@ def steps(run: tuple[Run, BatchLoader], first: int, last: int, before_update: Ca
 def all_state(run: Run) -> dict[str, Tensor]:
     assert run.table is not None
     state = {**run.engine.state(0), **run.table.row_tensors()}
-    return {name: (v.to_local() if hasattr(v, "to_local") else v).detach().clone() for name, v in state.items()}
+    return {
+        name: (v.to_local() if hasattr(v, "to_local") else v).detach().clone() for name, v in state.items()
+    }
 
 
 def loaded(settings: Settings, path: Path) -> tuple[Run, BatchLoader]:
@@ -95,7 +99,9 @@ def save_in_every_way(settings: dict[str, Settings], folder: Path) -> dict[str, 
         dist.destroy_process_group()
     blocks.BLOCK_BYTES = 4096
     out: dict[str, Any] = {}
-    undisturbed, beside, changes = (build_here(settings[name]) for name in ("plain", "background", "incremental"))
+    undisturbed, beside, changes = (
+        build_here(settings[name]) for name in ("plain", "background", "incremental")
+    )
     savers = {
         name: checkpoint.Saver(run[0], folder / name, "digest")
         for name, run in (("plain", undisturbed), ("background", beside), ("incremental", changes))
@@ -151,14 +157,22 @@ def load_both(settings: Settings, folder: Path) -> tuple[list[str], list[int]]:
     """On a rank of another layout: what differs between the whole and the incremental checkpoint, and the owner's rows."""
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
-    plain, incremental = (loaded(settings, folder / name / "step-00000006")[0] for name in ("plain", "incremental"))
+    plain, incremental = (
+        loaded(settings, folder / name / "step-00000006")[0] for name in ("plain", "incremental")
+    )
     assert plain.memory is not None
     return equal(all_state(plain), all_state(incremental)), [plain.table.low, plain.table.high]
 
 
-@pytest.mark.parametrize("mem", [2, pytest.param(1, marks=pytest.mark.parity)], ids=["owners of unequal parts", "copies"])
-def test_every_way_to_save_gives_the_same_bits_at_every_layout(ci_data: Path, tmp_path: Path, mem: int) -> None:
-    for out in run_on_ranks(save_in_every_way, 2, settings_of(ci_data, "parallel.ep=2", f"parallel.mem={mem}"), tmp_path):
+@pytest.mark.parametrize(
+    "mem", [2, pytest.param(1, marks=pytest.mark.parity)], ids=["owners of unequal parts", "copies"]
+)
+def test_every_way_to_save_gives_the_same_bits_at_every_layout(
+    ci_data: Path, tmp_path: Path, mem: int
+) -> None:
+    for out in run_on_ranks(
+        save_in_every_way, 2, settings_of(ci_data, "parallel.ep=2", f"parallel.mem={mem}"), tmp_path
+    ):
         assert out["rest"]
         assert out["same"] == [True, True]
         assert out["not yet"] is None
@@ -171,7 +185,9 @@ def test_every_way_to_save_gives_the_same_bits_at_every_layout(ci_data: Path, tm
     base = checkpoint.read_info(tmp_path / "incremental/step-00000002")
     assert info["base"] == {"name": "step-00000002", "xxh3": base["xxh3"], "age": 2}
     names = set(checkpoint.StoredTensors(tmp_path / "plain/step-00000006").shapes)
-    plain, incremental = (checkpoint.StoredTensors(tmp_path / name / "step-00000006") for name in ("plain", "incremental"))
+    plain, incremental = (
+        checkpoint.StoredTensors(tmp_path / name / "step-00000006") for name in ("plain", "incremental")
+    )
     assert set(incremental.shapes) == names
     for name in names:
         assert torch.equal(plain.read(name), incremental.read(name)), name
@@ -180,9 +196,15 @@ def test_every_way_to_save_gives_the_same_bits_at_every_layout(ci_data: Path, tm
     for low, high in ((0, 1), (rows // 2 - 5, rows // 2 + 5), (rows - 1, rows), (3, 3)):
         assert torch.equal(incremental.read("table.rows", low, high), plain.read("table.rows", low, high))
     others = {1: (), 2: ("parallel.ep=1", f"parallel.mem={3 - mem}")}
-    found = {n: run_on_ranks(load_both, n, settings_of(ci_data, *more)["plain"], tmp_path) for n, more in others.items()}
+    found = {
+        n: run_on_ranks(load_both, n, settings_of(ci_data, *more)["plain"], tmp_path)
+        for n, more in others.items()
+    }
     half = -(-rows // 2)
-    assert found == {1: [([], [0, rows])], 2: [([], [0, half]), ([], [half, rows])] if mem == 1 else [([], [0, rows])] * 2}
+    assert found == {
+        1: [([], [0, rows])],
+        2: [([], [0, half]), ([], [half, rows])] if mem == 1 else [([], [0, rows])] * 2,
+    }
 
 
 def at_urls(settings: dict[str, Settings], where: str) -> list[Any]:
@@ -213,7 +235,10 @@ def at_urls(settings: dict[str, Settings], where: str) -> list[Any]:
         content[len(content) // 2] ^= 1
         (path / "__0_0.distcp").write_bytes(bytes(content))
     barrier(world)
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: is damaged: it has [0-9]+ bytes with xxh3 [0-9a-f]{32}, must have"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"__0_0\.distcp: is damaged: it has [0-9]+ bytes with xxh3 [0-9a-f]{32}, must have",
+    ):
         checkpoint.verify(path, "full", world)
     return [found, differ, same]
 
@@ -221,7 +246,9 @@ def at_urls(settings: dict[str, Settings], where: str) -> list[Any]:
 @pytest.mark.parametrize(("nproc", "where"), [(1, "memory://runs/one"), (2, "local://{}/two")])
 def test_checkpoints_may_lie_at_any_url(ci_data: Path, tmp_path: Path, nproc: int, where: str) -> None:
     overrides = TWO if nproc == 2 else ()
-    for found, differ, same in run_on_ranks(at_urls, nproc, settings_of(ci_data, *overrides), where.format(tmp_path)):
+    for found, differ, same in run_on_ranks(
+        at_urls, nproc, settings_of(ci_data, *overrides), where.format(tmp_path)
+    ):
         # 1 and 4 are whole; 5 and 4 are the last two
         assert found == ["step-00000005", "step-00000004"]
         assert differ == []
@@ -229,7 +256,9 @@ def test_checkpoints_may_lie_at_any_url(ci_data: Path, tmp_path: Path, nproc: in
 
 
 def test_a_table_that_changes_as_a_whole_is_copied_before_it_does(ci_data: Path, tmp_path: Path) -> None:
-    settings = ci_settings(Path("unused"), ci_data, *TABLE, "engram.optimizer=adam", "checkpoint.background=true")
+    settings = ci_settings(
+        Path("unused"), ci_data, *TABLE, "engram.optimizer=adam", "checkpoint.background=true"
+    )
     run = build_here(settings)
     with checkpoint.Saver(run[0], tmp_path, "digest") as saver, slow_writes(0.5):
         steps(run, 0, 2)

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain.checkpoint.storage import free_space, is_local, names_in, open_storage, remove_folder, write_whole
+from hybridtrain.checkpoint.storage import (
+    free_space,
+    is_local,
+    names_in,
+    open_storage,
+    remove_folder,
+    write_whole,
+)
 from hybridtrain.errors import SettingsError
 
 
@@ -34,7 +41,9 @@ def test_a_url_has_the_methods_of_a_path(tmp_path: Path, where: str) -> None:
 
 
 def test_what_cannot_be_opened_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match=r"checkpoint.dir=nowhere://x: 1 problem\(s\)\n  cannot be opened: .*nowhere"):
+    with pytest.raises(
+        SettingsError, match=r"checkpoint.dir=nowhere://x: 1 problem\(s\)\n  cannot be opened: .*nowhere"
+    ):
         open_storage("nowhere://x")
     monkeypatch.setitem(sys.modules, "upath", None)
     with pytest.raises(SettingsError, match=r"URLs need the extra hybridtrain\[url\]"):

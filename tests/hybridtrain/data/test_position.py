@@ -33,15 +33,23 @@ class Places(Split):
         return np.arange(start, start + length), np.zeros(length, np.bool_)
 
 
-def loaders(batch: int, length: int, layout: tuple[int, int], begin: Position | None, step: int) -> list[BatchLoader]:
+def loaders(
+    batch: int, length: int, layout: tuple[int, int], begin: Position | None, step: int
+) -> list[BatchLoader]:
     ranks, micro_batches = layout
-    return [BatchLoader(Places(TOKENS), length, batch, micro_batches, rank, ranks, 3, begin, step) for rank in range(ranks)]
+    return [
+        BatchLoader(Places(TOKENS), length, batch, micro_batches, rank, ranks, 3, begin, step)
+        for rank in range(ranks)
+    ]
 
 
 def read(parts: list[BatchLoader], step: int) -> list[Batch]:
     """The sequences of a step's global batch in their order, out of all ranks' parts."""
     batches = [part.load(step) for part in parts]
-    whole = (torch.cat([getattr(b, name) for b in batches], 1).flatten(0, 1) for name in ("tokens", "targets", "starts"))
+    whole = (
+        torch.cat([getattr(b, name) for b in batches], 1).flatten(0, 1)
+        for name in ("tokens", "targets", "starts")
+    )
     return [Batch(*one) for one in zip(*whole, strict=True)]
 
 
@@ -51,7 +59,9 @@ def targets_of(sequences: list[Batch]) -> list[int]:
 
 @pytest.mark.parametrize("before", GRID)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_resume_at_any_batch_length_and_layout_reads_each_target_of_an_epoch_once(before: Setting, length: int) -> None:
+def test_a_resume_at_any_batch_length_and_layout_reads_each_target_of_an_epoch_once(
+    before: Setting, length: int
+) -> None:
     for batch, layout in itertools.product(BATCHES, LAYOUTS):
         read_an_epoch(before, (batch, length, layout))
 

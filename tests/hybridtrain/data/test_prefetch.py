@@ -86,7 +86,10 @@ def test_finish_ends_two_processes_at_the_same_step_however_far_each_has_loaded(
         loaded[name].append(step)
         return step
 
-    sources = {name: Prefetcher(lambda step, name=name: load(name, step), 0, depth=2, stop_step=50) for name in loaded}
+    sources = {
+        name: Prefetcher(lambda step, name=name: load(name, step), 0, depth=2, stop_step=50)
+        for name in loaded
+    }
     for source in sources.values():
         assert source.get(0) == 0
     deadline = time.monotonic() + 10
@@ -108,7 +111,12 @@ def test_a_feed_goes_on_elsewhere_and_ends_where_the_run_does() -> None:
 
     with StepPrefetcher(load, steps=6) as feed:
         assert [feed.begin(0, 0), feed.get(1), feed.get(2), feed.get(3)] == [0, 1, 2, 3]
-        assert [feed.begin(2, 2), feed.get(3), feed.get(4), feed.get(5)] == [4, 5, 6, 7]  # back by two steps, and on in the data
+        assert [feed.begin(2, 2), feed.get(3), feed.get(4), feed.get(5)] == [
+            4,
+            5,
+            6,
+            7,
+        ]  # back by two steps, and on in the data
         with pytest.raises(ValueError, match="not the next one"):
             feed.get(6)
         feed.finish()
@@ -135,7 +143,9 @@ def test_a_feed_that_goes_on_elsewhere_waits_for_the_load_under_way_however_long
         assert feed.begin(0, 0) == 0
         assert slow.wait(10)
         hours = itertools.count(0.0, 3600.0)
-        monkeypatch.setattr(time, "monotonic", lambda: next(hours))  # nobody's patience lasts longer than the load
+        monkeypatch.setattr(
+            time, "monotonic", lambda: next(hours)
+        )  # nobody's patience lasts longer than the load
         threading.Timer(0.3, go.set).start()
         assert feed.begin(2, 2) == 4
     assert most == 1

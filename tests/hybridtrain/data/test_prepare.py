@@ -21,7 +21,12 @@ from hybridtrain.errors import DataError
 from hybridtrain.settings.tree import DataSettings
 from tests.console import hybridtrain, refused
 
-SETTINGS: dict[str, Any] = {"vocab_size": 320, "validation_fraction": 0.2, "shard_tokens": 1500, "progress": False}
+SETTINGS: dict[str, Any] = {
+    "vocab_size": 320,
+    "validation_fraction": 0.2,
+    "shard_tokens": 1500,
+    "progress": False,
+}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -60,7 +65,9 @@ def manifest_compressed(folder: Path) -> int:
     return len(np.unique(np.load(folder / "compression.npy")))
 
 
-def test_a_second_call_does_nothing(folder: Path, corpus: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_call_does_nothing(
+    folder: Path, corpus: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"}
     prepare([corpus[0]], folder, **SETTINGS)
     assert "nothing to do" in capsys.readouterr().err
@@ -73,7 +80,10 @@ def test_overwrite_replaces_everything(folder: Path, corpus: tuple[Path, list[st
     out = tmp_path / "out"
     shutil.copytree(folder, out)
     prepare([corpus[0]], out, **(SETTINGS | {"shard_tokens": 10**6}), overwrite=True)
-    assert sorted(path.name for path in out.glob("*.tokens")) == ["train-00000.tokens", "validation-00000.tokens"]
+    assert sorted(path.name for path in out.glob("*.tokens")) == [
+        "train-00000.tokens",
+        "validation-00000.tokens",
+    ]
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(corpus[0].read_bytes() + b"oops\n")
     with pytest.raises(DataError, match=r"bad.jsonl:61: is not JSON"):
@@ -104,7 +114,9 @@ def test_a_long_text_is_one_document(tmp_path: Path) -> None:
     manifest = prepare([tmp_path], tmp_path / "out", **SETTINGS)
     assert (manifest.train.documents, manifest.validation.documents) == (1, 1)
     assert len(manifest.train.shards) > 1
-    assert sorted(split_documents(tmp_path / "out", "train") + split_documents(tmp_path / "out", "validation")) == [
+    assert sorted(
+        split_documents(tmp_path / "out", "train") + split_documents(tmp_path / "out", "validation")
+    ) == [
         text + "a",
         text + "b",
     ]
@@ -113,7 +125,12 @@ def test_a_long_text_is_one_document(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after", [0, 1, 7, 23, 59])
 @pytest.mark.parametrize("commit_bytes", [1, 2500, 1 << 30])
 def test_a_resumed_preparation_gives_the_same_bytes(
-    folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, commit_bytes: int
+    folder: Path,
+    corpus: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+    commit_bytes: int,
 ) -> None:
     monkeypatch.setattr(encode, "_COMMIT_BYTES", commit_bytes)
     real = encode._encoded
@@ -134,7 +151,9 @@ def test_a_resumed_preparation_gives_the_same_bytes(
     for _ in range(2):
         with pytest.raises(Killed):
             prepare([corpus[0]], out, **SETTINGS)
-        with pytest.raises(DataError, match=r"preparation is unfinished; run the same `hybridtrain data` command again"):
+        with pytest.raises(
+            DataError, match=r"preparation is unfinished; run the same `hybridtrain data` command again"
+        ):
             TokenDataset.open(out)
         if after > 29:
             break
@@ -143,12 +162,19 @@ def test_a_resumed_preparation_gives_the_same_bytes(
     prepare([corpus[0]], out, **SETTINGS)
     assert contents(out) == contents(folder)
     if commit_bytes == 1:
-        assert len(encoded) == 60 - (2 * after if after <= 29 else after), "committed documents are not encoded again"
+        assert len(encoded) == 60 - (2 * after if after <= 29 else after), (
+            "committed documents are not encoded again"
+        )
 
 
 @pytest.mark.parametrize("renamed", [0, 1, 2])
 def test_killed_between_a_shard_and_its_commit(
-    folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, renamed: int
+    folder: Path,
+    corpus: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    renamed: int,
 ) -> None:
     monkeypatch.setattr(encode, "_COMMIT_BYTES", 1)
     out = tmp_path / "out"
@@ -192,7 +218,9 @@ def _prepare_and_die(source: Path, out: Path) -> None:
     prepare([source], out, **SETTINGS)
 
 
-def test_a_killed_process_is_resumed(folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path, capsys: Any) -> None:
+def test_a_killed_process_is_resumed(
+    folder: Path, corpus: tuple[Path, list[str]], tmp_path: Path, capsys: Any
+) -> None:
     out = tmp_path / "out"
     process = multiprocessing.get_context("fork").Process(target=_prepare_and_die, args=(corpus[0], out))
     process.start()
@@ -205,7 +233,9 @@ def test_a_killed_process_is_resumed(folder: Path, corpus: tuple[Path, list[str]
     assert contents(out) == contents(folder)
 
 
-@pytest.mark.parametrize("change", ["source", "settings", "tokenizer", "compression", "shard", "shorter", "journal"])
+@pytest.mark.parametrize(
+    "change", ["source", "settings", "tokenizer", "compression", "shard", "shorter", "journal"]
+)
 def test_what_no_longer_fits_is_started_over(
     corpus: tuple[Path, list[str]],
     folder: Path,
@@ -227,7 +257,11 @@ def test_what_no_longer_fits_is_started_over(
     elif change == "settings":
         settings["shard_tokens"] = 1600
     else:
-        names = {"tokenizer": "tokenizer.json", "compression": "compression.npy", "shard": "train-00001.tokens"}
+        names = {
+            "tokenizer": "tokenizer.json",
+            "compression": "compression.npy",
+            "shard": "train-00001.tokens",
+        }
         opened = [path for path in out.glob("*.tokens.part") if path.stat().st_size]
         path = out / (names | {"journal": "journal.json", "shorter": opened[0].name})[change]
         content = bytearray(path.read_bytes())
@@ -246,7 +280,9 @@ def test_what_no_longer_fits_is_started_over(
         assert contents(out) == contents(fresh)
 
 
-def test_a_source_that_changes_while_read_is_refused(corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_source_that_changes_while_read_is_refused(
+    corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: Any
+) -> None:
     source = tmp_path / "corpus.jsonl"
     shutil.copy(corpus[0], source)
     real = encode._encoded
@@ -273,13 +309,23 @@ def test_validation_sources_are_held_out_whole(tmp_path: Path) -> None:
     assert TokenDataset.open(tmp_path / "zero", verify=True).split("validation").num_tokens == 0
 
 
-def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path, corpus: tuple[Path, list[str]], deepseek_tokenizer: Path) -> None:
+def test_a_given_tokenizer_is_used_and_kept(
+    tmp_path: Path, corpus: tuple[Path, list[str]], deepseek_tokenizer: Path
+) -> None:
     settings = {"validation_fraction": 0.2, "progress": False}
-    manifest = prepare([corpus[0]], tmp_path / "out", tokenizer=deepseek_tokenizer, separator="<｜end▁of▁sentence｜>", **settings)
+    manifest = prepare(
+        [corpus[0]],
+        tmp_path / "out",
+        tokenizer=deepseek_tokenizer,
+        separator="<｜end▁of▁sentence｜>",
+        **settings,
+    )
     assert (manifest.vocab_size, manifest.compressed_size, manifest.dtype) == (129_280, 99_092, "uint32")
     assert (manifest.separator, manifest.separator_id) == ("<｜end▁of▁sentence｜>", 1)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == deepseek_tokenizer.read_bytes()
-    assert sorted(split_documents(tmp_path / "out", "train") + split_documents(tmp_path / "out", "validation")) == sorted(corpus[1])
+    assert sorted(
+        split_documents(tmp_path / "out", "train") + split_documents(tmp_path / "out", "validation")
+    ) == sorted(corpus[1])
 
 
 @pytest.mark.parametrize(
@@ -293,7 +339,9 @@ def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path, corpus: tuple[Path, 
         ({"text_field": "body"}, r"has no field 'body'; its fields are 'id', 'text' \(--text-field\)"),
     ],
 )
-def test_bad_settings_are_refused(corpus: tuple[Path, list[str]], tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_refused(
+    corpus: tuple[Path, list[str]], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         prepare([corpus[0]], tmp_path / "out", **(SETTINGS | settings))
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -301,10 +349,19 @@ def test_bad_settings_are_refused(corpus: tuple[Path, list[str]], tmp_path: Path
 
 def test_a_text_that_comes_out_as_the_separator_is_refused(tmp_path: Path) -> None:
     """Of a tokenizer that knows how to spell its separator, which also stands for all it does not know."""
-    tokenizer = Tokenizer(models.BPE({"<unk>": 0} | {char: n for n, char in enumerate("<unk>abAUNKB ", 1)}, [], unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.BPE(
+            {"<unk>": 0} | {char: n for n, char in enumerate("<unk>abAUNKB ", 1)}, [], unk_token="<unk>"
+        )
+    )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a.jsonl").write_text('{"text": "a b"}\n{"text": "a ☃"}\n', encoding="utf-8")
-    arguments = {"tokenizer": tmp_path / "tokenizer.json", "separator": "<unk>", "validation_fraction": 0.0, "progress": False}
+    arguments = {
+        "tokenizer": tmp_path / "tokenizer.json",
+        "separator": "<unk>",
+        "validation_fraction": 0.0,
+        "progress": False,
+    }
     with pytest.raises(DataError, match=r"a.jsonl: document 2 of all has the separator in its text"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "out", **arguments)
 
@@ -352,12 +409,16 @@ def test_ensure_prepared_leaves_finished_and_sourceless_folders_alone(folder: Pa
 def test_a_folder_in_use_is_refused(corpus: tuple[Path, list[str]], tmp_path: Path) -> None:
     with (
         prepare_module.locked(tmp_path / "out"),
-        pytest.raises(DataError, match=r"out is in use by process \d+ on .* since .* UTC \(.*\); wait for it, end it"),
+        pytest.raises(
+            DataError, match=r"out is in use by process \d+ on .* since .* UTC \(.*\); wait for it, end it"
+        ),
     ):
         prepare([corpus[0]], tmp_path / "out", **SETTINGS)
 
 
-def test_empty_names_are_refused_and_not_taken_for_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_names_are_refused_and_not_taken_for_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
     for arguments, name in ((["", "--out", "o"], "SOURCE"), (["a.txt", "--out", ""], "--out")):
@@ -366,8 +427,20 @@ def test_empty_names_are_refused_and_not_taken_for_this_folder(tmp_path: Path, m
 
 
 def test_options_that_leave_each_other_nothing_to_say_are_refused(tmp_path: Path) -> None:
-    options = ["--vocab-size", "300", "--tokenizer", "t.json", "--validation", "held.txt", "--validation-fraction", "0.1"]
+    options = [
+        "--vocab-size",
+        "300",
+        "--tokenizer",
+        "t.json",
+        "--validation",
+        "held.txt",
+        "--validation-fraction",
+        "0.1",
+    ]
     message = refused(hybridtrain("data", "a.txt", "--out", str(tmp_path / "out"), *options))
-    assert "--vocab-size 300 and --tokenizer t.json: a loaded tokenizer has its own vocabulary, leave one out" in message
+    assert (
+        "--vocab-size 300 and --tokenizer t.json: a loaded tokenizer has its own vocabulary, leave one out"
+        in message
+    )
     assert "--validation-fraction 0.1 and --validation held.txt: either is held out, leave one out" in message
     assert not (tmp_path / "out").exists()

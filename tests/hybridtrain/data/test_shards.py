@@ -44,7 +44,11 @@ def test_windows_of_any_place_and_length(folder: Path, name: str) -> None:
     assert len(ends) > 1
     borders = {int(end) + shift for end in ends for shift in (-1, 0, 1)}
     for length in (0, 1, 7, 499, 5000, len(tokens)):
-        for start in {place for place in (*borders, 0, 1, 333, len(tokens) - length) if 0 <= place <= len(tokens) - length}:
+        for start in {
+            place
+            for place in (*borders, 0, 1, 333, len(tokens) - length)
+            if 0 <= place <= len(tokens) - length
+        }:
             got_tokens, got_starts = split.window(start, length)
             assert got_tokens.dtype == np.int64
             assert got_starts.dtype == np.bool_
@@ -62,7 +66,10 @@ def test_opened_data_says_what_it_is(folder: Path) -> None:
     assert dataset.compression.max() + 1 == dataset.manifest.compressed_size
     train, validation = dataset.split("train"), dataset.split("validation")
     assert isinstance(train, Split)
-    assert (train.num_bytes, validation.num_bytes) == (dataset.manifest.train.bytes, dataset.manifest.validation.bytes)
+    assert (train.num_bytes, validation.num_bytes) == (
+        dataset.manifest.train.bytes,
+        dataset.manifest.validation.bytes,
+    )
 
 
 def flip_last_byte(path: Path) -> None:
@@ -121,28 +128,49 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (lambda path: path.unlink(), r"has no manifest.json; make the data with `hybridtrain data"),
-        (lambda path: path.rename(path.with_name("journal.json")), r"preparation is unfinished; run the same `hybridtrain data`"),
+        (
+            lambda path: path.rename(path.with_name("journal.json")),
+            r"preparation is unfinished; run the same `hybridtrain data`",
+        ),
         (lambda path: path.write_text("{"), r"manifest.json: cannot be read"),
         (lambda path: path.write_bytes(b"\xff"), r"manifest.json: cannot be read"),
         (edit(lambda tree: tree.update(format=99)), r"has format 99, this version reads format 1"),
         (edit(lambda tree: tree.pop("dtype")), r"is damaged: dtype: Field required"),
-        (edit(lambda tree: tree["train"]["shards"][0].update(tokens="x")), r"is damaged: train.shards.0.tokens: "),
+        (
+            edit(lambda tree: tree["train"]["shards"][0].update(tokens="x")),
+            r"is damaged: train.shards.0.tokens: ",
+        ),
         (
             edit(lambda tree: tree["train"]["shards"][0].update(name="../train-00000")),
             r"train.shards.0.name: String should match pattern",
         ),
-        (edit(lambda tree: tree["train"]["shards"][0].update(name="validation-00000")), r"validation-00000 is no shard of train"),
+        (
+            edit(lambda tree: tree["train"]["shards"][0].update(name="validation-00000")),
+            r"validation-00000 is no shard of train",
+        ),
         (
             edit(lambda tree: tree["train"]["shards"].append(tree["train"]["shards"][0])),
             r"train: .*its shards have \d+ tokens, not ",
         ),
-        (edit(lambda tree: tree["train"].update(tokens=-5)), r"train.tokens: Input should be greater than or equal to 0"),
-        (edit(lambda tree: tree["validation"].update(bytes=1.5)), r"validation.bytes: Input should be a valid integer"),
+        (
+            edit(lambda tree: tree["train"].update(tokens=-5)),
+            r"train.tokens: Input should be greater than or equal to 0",
+        ),
+        (
+            edit(lambda tree: tree["validation"].update(bytes=1.5)),
+            r"validation.bytes: Input should be a valid integer",
+        ),
         (edit(lambda tree: tree.update(separator_id=320)), r"separator_id=320 is none of the 320 tokens"),
         (edit(lambda tree: tree.update(vocab_size=70_000)), r"dtype=uint16 holds no 70000 tokens"),
-        (lambda path: path.write_text("[" * 100_000), r"manifest.json: cannot be read: is nested deeper than"),
+        (
+            lambda path: path.write_text("[" * 100_000),
+            r"manifest.json: cannot be read: is nested deeper than",
+        ),
         (lambda path: path.write_text('{"format": 1, "format": 1}'), r"the key 'format' stands twice"),
-        (edit(lambda tree: tree.update(vocab_size=321)), r"compression.npy: is int64 \[320\], not int64 \[321\]"),
+        (
+            edit(lambda tree: tree.update(vocab_size=321)),
+            r"compression.npy: is int64 \[320\], not int64 \[321\]",
+        ),
     ],
 )
 def test_bad_manifests_are_refused(copy: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -156,16 +184,20 @@ def reseal(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     shard, suffix = name.split(".")
     digest = file_digest(folder / name)
-    edit(lambda tree: next(s for s in tree["train"]["shards"] if s["name"] == shard).update({f"{suffix}_xxh3": digest}))(
-        folder / "manifest.json"
-    )
+    edit(
+        lambda tree: next(s for s in tree["train"]["shards"] if s["name"] == shard).update(
+            {f"{suffix}_xxh3": digest}
+        )
+    )(folder / "manifest.json")
 
 
 def test_starts_that_leave_their_shard_are_refused(copy: Path) -> None:
     starts = np.fromfile(copy / "train-00001.starts", "<i8")
     for wrong in (starts[::-1], starts - starts[0] - 1, starts + 10**6):
         reseal(copy, "train-00001.starts", wrong.astype("<i8").tobytes())
-        with pytest.raises(DataError, match=r"train-00001.starts: is no rising list of places in [\d,]+ tokens"):
+        with pytest.raises(
+            DataError, match=r"train-00001.starts: is no rising list of places in [\d,]+ tokens"
+        ):
             TokenDataset.open(copy, verify=True)
 
 
@@ -175,7 +207,9 @@ def test_tokens_that_are_none_are_refused_where_they_are_read(copy: Path) -> Non
     reseal(copy, "train-00000.tokens", tokens.tobytes())
     split = TokenDataset.open(copy, verify=True).split("train")
     split.window(6, 100)
-    with pytest.raises(DataError, match=r"train has tokens that its tokenizer has not, or no separator at a start"):
+    with pytest.raises(
+        DataError, match=r"train has tokens that its tokenizer has not, or no separator at a start"
+    ):
         split.window(0, 100)
 
 
@@ -184,7 +218,10 @@ def test_tokens_that_are_none_are_refused_where_they_are_read(copy: Path) -> Non
     [
         (b"no array", "is no array of numpy"),
         (pickle.dumps([1]), "is no array of numpy"),
-        (np.arange(320).astype(np.float64), r"says float64 \[320\] of 2560 bytes; it must be int64 \[tokens\]"),
+        (
+            np.arange(320).astype(np.float64),
+            r"says float64 \[320\] of 2560 bytes; it must be int64 \[tokens\]",
+        ),
         (np.arange(320) - 1, "holds -1 to 318, of 320 tokens"),
         (np.arange(320) + 1, "holds 1 to 320, of 320 tokens"),
         (np.zeros(10**5, np.int64), "is of 100000 tokens, the model of 320"),
@@ -202,7 +239,10 @@ def test_bad_compression_maps_are_refused(tmp_path: Path, content: bytes | np.nd
 
 
 def test_a_missing_folder_tells_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere: no such data folder; make it with `hybridtrain data SOURCE --out .*nowhere`"):
+    with pytest.raises(
+        DataError,
+        match=r"nowhere: no such data folder; make it with `hybridtrain data SOURCE --out .*nowhere`",
+    ):
         TokenDataset.open(tmp_path / "nowhere", verify=True)
 
 

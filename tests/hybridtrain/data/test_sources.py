@@ -43,7 +43,9 @@ def documents(source: Path | str, text_field: str = "text") -> list[str]:
 @pytest.mark.parametrize("compression", COMPRESS)
 def test_every_form_gives_its_documents(tmp_path: Path, compression: str) -> None:
     pack = COMPRESS[compression]
-    lines = "".join(json.dumps({"text": t, "body": t.upper()}) + "\n" for t in ("one\r\n", "zw\u00f6lf")) + "\n"
+    lines = (
+        "".join(json.dumps({"text": t, "body": t.upper()}) + "\n" for t in ("one\r\n", "zw\u00f6lf")) + "\n"
+    )
     (tmp_path / f"a.txt{compression}").write_bytes(pack(b"a text,\r\nwhole\n"))
     (tmp_path / f"b.jsonl{compression}").write_bytes(pack(b"\xef\xbb\xbf" + lines.encode()))
     (tmp_path / f"c.ndjson{compression}").write_bytes(pack(lines.rstrip("\n").encode()))
@@ -98,28 +100,50 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
 LINE = b'{"text": "fine"}\n'
 BAD_FILES = [
     ("a.txt", b"ab\xffcd", "a.txt: is not UTF-8 at byte 2 (0xff: invalid start byte)"),
-    ("a.txt", b"x" * (1 << 20) + b"\xc3", "a.txt: is not UTF-8 at byte 1048576 (0xc3: unexpected end of data)"),
+    (
+        "a.txt",
+        b"x" * (1 << 20) + b"\xc3",
+        "a.txt: is not UTF-8 at byte 1048576 (0xc3: unexpected end of data)",
+    ),
     ("a.txt", "ä".encode() * 600_000 + b"\x80", "a.txt: is not UTF-8 at byte 1200000 (0x80"),
     ("a.txt", b" \n\t", "a.txt: has no text, only white space"),
     ("a.txt.gz", gzip.compress(b""), "a.txt.gz: is empty (0 bytes of text)"),
     ("a.txt.gz", b"not gzip", "a.txt.gz: cannot be read beyond byte 0 of its text: Not a gzipped file"),
     ("a.jsonl", LINE + b'{"text": "\xe4"}\n', "a.jsonl: is not UTF-8 at byte 27 (0xe4"),
-    ("a.jsonl", LINE + '{"text": "ä" oops}\n'.encode(), "a.jsonl:2: is not JSON at byte 31: Expecting ',' delimiter"),
+    (
+        "a.jsonl",
+        LINE + '{"text": "ä" oops}\n'.encode(),
+        "a.jsonl:2: is not JSON at byte 31: Expecting ',' delimiter",
+    ),
     ("a.jsonl", LINE + LINE + b'{"text": "cut', "a.jsonl:3: is not JSON at byte 43: Unterminated string"),
     ("a.jsonl", LINE + b'["text"]\n', "a.jsonl:2: (byte 17) is a JSON list, not an object"),
-    ("a.jsonl", LINE + b'{"body": "x"}\n', "a.jsonl:2: (byte 17) has no field 'text'; its fields are 'body' (--text-field)"),
+    (
+        "a.jsonl",
+        LINE + b'{"body": "x"}\n',
+        "a.jsonl:2: (byte 17) has no field 'text'; its fields are 'body' (--text-field)",
+    ),
     ("a.jsonl", LINE + b'{"text": " "}\n', "a.jsonl:2: (byte 17) field 'text' is empty"),
     ("a.jsonl", b'\n{"text": 3}\n', "a.jsonl:2: (byte 1) field 'text' is not a string"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: (byte 0) field 'text' has the lone surrogate \\ud800"),
     ("a.jsonl", b'{"text": "a", "id": 1, "text": "b"}\n', "a.jsonl:1: (byte 0) has the field 'text' twice"),
-    ("a.jsonl", LINE + b'{"text": ' + b"[" * 100_000 + b"\n", "a.jsonl:2: (byte 17) is nested too deeply to be read"),
-    ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n", "a.jsonl:1: (byte 0) cannot be read: Exceeds the limit"),
+    (
+        "a.jsonl",
+        LINE + b'{"text": ' + b"[" * 100_000 + b"\n",
+        "a.jsonl:2: (byte 17) is nested too deeply to be read",
+    ),
+    (
+        "a.jsonl",
+        b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n",
+        "a.jsonl:1: (byte 0) cannot be read: Exceeds the limit",
+    ),
     ("a.jsonl", b"\n\n", "a.jsonl: has no documents, only blank lines"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=[m for _, _, m in BAD_FILES])
-def test_bad_contents_are_refused_with_their_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_bad_contents_are_refused_with_their_place(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=re.escape(message)):
         documents(tmp_path / name)
@@ -137,7 +161,9 @@ def test_every_file_of_a_folder_is_read_once_or_told(tmp_path: Path) -> None:
         "elsewhere/d.txt",
         "elsewhere/deep/e.txt",
     ):
-        (tmp_path / name).write_text('{"text": "b"}' if name.endswith("L") else Path(name).stem, encoding="utf-8")
+        (tmp_path / name).write_text(
+            '{"text": "b"}' if name.endswith("L") else Path(name).stem, encoding="utf-8"
+        )
     (folder / "f.txt.GZ").write_bytes(gzip.compress(b"f"))
     for name in ("notes.md", "book.pdf", "README"):
         (folder / name).write_text("x", encoding="utf-8")
@@ -168,7 +194,9 @@ def test_every_file_of_a_folder_is_read_once_or_told(tmp_path: Path) -> None:
 
 def test_a_folder_that_gives_nothing_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("x", encoding="utf-8")
-    with pytest.raises(DataError, match=r"no file in this folder ends in .txt, .* left out: 1 file: 1 unknown suffix \(.md\)"):
+    with pytest.raises(
+        DataError, match=r"no file in this folder ends in .txt, .* left out: 1 file: 1 unknown suffix \(.md\)"
+    ):
         list_files([tmp_path])
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DataError, match=r"pipe.txt: is no regular file"):
@@ -207,7 +235,8 @@ def test_a_line_that_unpacks_to_too_much_is_refused_in_bounded_memory(
     tracemalloc.start()
     try:
         with pytest.raises(
-            DataError, match=rf"bomb.jsonl{compression}:2: is longer than 1,048,576 bytes, the most that a line may"
+            DataError,
+            match=rf"bomb.jsonl{compression}:2: is longer than 1,048,576 bytes, the most that a line may",
         ):
             documents(path)
         assert tracemalloc.get_traced_memory()[1] < 16 << 20  # of which xz has a dictionary of 8
@@ -233,12 +262,15 @@ def test_cut_compressed_files_are_refused(tmp_path: Path, compression: str) -> N
     whole = COMPRESS[compression](str(list(range(500_000))).encode())
     path.write_bytes(whole[: len(whole) * 2 // 3])
     with pytest.raises(
-        DataError, match=rf"cut.txt{compression}: the {compression} stream is truncated; its text ends at byte [1-9]\d+"
+        DataError,
+        match=rf"cut.txt{compression}: the {compression} stream is truncated; its text ends at byte [1-9]\d+",
     ):
         documents(path)
 
 
-@pytest.mark.parametrize("words", ["It's 1,234  words —  and\n\n\tspaces 世界, naïve! ", "word" + " " * 30 + "and (word)!\n\n  "])
+@pytest.mark.parametrize(
+    "words", ["It's 1,234  words —  and\n\n\tspaces 世界, naïve! ", "word" + " " * 30 + "and (word)!\n\n  "]
+)
 def test_pieces_encode_as_the_whole_text(words: str) -> None:
     text = words * 2000
     tokenizer = train_tokenizer([text], 400)
@@ -265,7 +297,9 @@ def test_memory_does_not_grow_with_a_text_file(tmp_path: Path) -> None:
         path.write_bytes(b"some words of text " * (megabytes * 1_000_000 // 19))
         tracemalloc.start()
         try:
-            assert sum(len(piece.text) for piece in read_pieces(list_files([path])[0][0])) == path.stat().st_size
+            assert (
+                sum(len(piece.text) for piece in read_pieces(list_files([path])[0][0])) == path.stat().st_size
+            )
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()

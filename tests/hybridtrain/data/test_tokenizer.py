@@ -92,7 +92,9 @@ def test_separator_choice(tmp_path: Path, deepseek_tokenizer: Path) -> None:
     assert find_separator(deepseek) == ("<｜begin▁of▁sentence｜>", 0)
     assert find_separator(deepseek, "<｜end▁of▁sentence｜>") == ("<｜end▁of▁sentence｜>", 1)
     assert vocabulary_size(deepseek) == 129_280
-    with pytest.raises(DataError, match=r"separator '<eod>' is no token of the tokenizer; .* it has <｜begin▁of▁sentence｜>"):
+    with pytest.raises(
+        DataError, match=r"separator '<eod>' is no token of the tokenizer; .* it has <｜begin▁of▁sentence｜>"
+    ):
         find_separator(deepseek, "<eod>")
     plain = json.loads(train_tokenizer(TEXTS, 300).to_str())
     plain["added_tokens"] = []
@@ -100,7 +102,9 @@ def test_separator_choice(tmp_path: Path, deepseek_tokenizer: Path) -> None:
     (tmp_path / "plain.json").write_text(json.dumps(plain), encoding="utf-8")
     with pytest.raises(DataError, match=r"separator '\\udcff': .* surrogates not allowed"):
         find_separator(deepseek, "\udcff")  # what a command line makes of a byte that is no UTF-8
-    with pytest.raises(DataError, match=r"none of <\|endoftext\|>, .*; name its separator token with --separator"):
+    with pytest.raises(
+        DataError, match=r"none of <\|endoftext\|>, .*; name its separator token with --separator"
+    ):
         find_separator(load_tokenizer(tmp_path / "plain.json"))
 
 
@@ -153,7 +157,8 @@ def test_an_entry_of_the_vocabulary_may_be_the_separator(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "separator"), [("gpt-4", "e"), ("metaspace never", "l"), ("words", "<unk>"), ("unigram", "<unk>")]
+    ("kind", "separator"),
+    [("gpt-4", "e"), ("metaspace never", "l"), ("words", "<unk>"), ("unigram", "<unk>")],
 )
 def test_a_separator_that_texts_consist_of_is_refused(kind: str, separator: str) -> None:
     with pytest.raises(DataError, match=rf"separator '{separator}' is a token that texts are encoded with"):

@@ -40,7 +40,9 @@ def byte_level(pattern: str | None = None, prefix: bool = False, added: Added = 
     if pattern is not None:
         words = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), words])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     return _trained(models.BPE(), trainer, None, words, added)
 
 
@@ -64,7 +66,9 @@ def wordpiece() -> Tokenizer:
 
 
 def unigram(normalizer: Any = None, added: Added = ()) -> Tokenizer:
-    trainer = trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", special_tokens=SPECIAL, show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, unk_token="<unk>", special_tokens=SPECIAL, show_progress=False
+    )
     return _trained(models.Unigram(), trainer, normalizer, pre_tokenizers.Metaspace(), added)
 
 
@@ -102,7 +106,8 @@ MAKE: dict[str, Callable[[], Tokenizer]] = {
         normalizers.NFC(), pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
     ),
     "nfd, stripped, punctuation": lambda: bpe(
-        normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Strip()]), pre_tokenizers.Punctuation()
+        normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Strip()]),
+        pre_tokenizers.Punctuation(),
     ),
     "white space squeezed": lambda: bpe(normalizers.Replace(Regex(r"\s+"), " "), pre_tokenizers.Metaspace()),
     "scripts": lambda: bpe(None, pre_tokenizers.UnicodeScripts()),
@@ -123,7 +128,9 @@ UNCUTTABLE: dict[str, Callable[[], Tokenizer]] = {
     "three of a class": partial(_then_words, r"[\w\W]{3}"),
     "half a thousand": partial(byte_level, r".{1,500}\s"),
     "unigram of one word": lambda: _one_word(unigram()),
-    "comments removed": lambda: bpe(normalizers.Replace(Regex(r"/\*[\s\S]*?\*/"), ""), pre_tokenizers.WhitespaceSplit()),
+    "comments removed": lambda: bpe(
+        normalizers.Replace(Regex(r"/\*[\s\S]*?\*/"), ""), pre_tokenizers.WhitespaceSplit()
+    ),
 }
 
 

@@ -59,7 +59,9 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process of this machine that holds tmp_path / "run"."""
     code = "import sys, time\nfrom pathlib import Path\nfrom hybridtrain.files.lock import locked\n"
     code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
-    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
     yield child
@@ -68,7 +70,9 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     child.stdout.close()
 
 
-def test_the_second_is_refused_and_told_who_holds_it_and_the_file_goes_with_the_holder(tmp_path: Path) -> None:
+def test_the_second_is_refused_and_told_who_holds_it_and_the_file_goes_with_the_holder(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "run"
     with locked(folder):
         assert names(folder) == [NAME]
@@ -86,7 +90,9 @@ def test_the_second_is_refused_and_told_who_holds_it_and_the_file_goes_with_the_
     assert names(tmp_path) == ["run"]  # a folder made for nothing but the lock goes as well
 
 
-def test_a_killed_holder_holds_nothing_and_a_stopped_one_does(tmp_path: Path, other: subprocess.Popen[str]) -> None:
+def test_a_killed_holder_holds_nothing_and_a_stopped_one_does(
+    tmp_path: Path, other: subprocess.Popen[str]
+) -> None:
     other.send_signal(signal.SIGSTOP)
     with pytest.raises(FolderInUse, match=f"process {other.pid} on"), locked(tmp_path / "run"):
         pass
@@ -113,7 +119,9 @@ def test_on_this_machine_a_dead_holder_is_known_at_once(tmp_path: Path, changes:
 
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("changes", [OTHER_HOST, {"kernel": ""}], ids=["another host", "no /proc"])
-def test_a_holder_that_cannot_be_seen_is_dead_once_it_does_not_beat(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_holder_that_cannot_be_seen_is_dead_once_it_does_not_beat(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     lie_there(tmp_path, age=3600, **changes)
     with locked(tmp_path):
         pass
@@ -144,7 +152,9 @@ def test_a_holder_on_another_host_that_beats_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize(
-    "content", [b"", b"[" * 5000, b'{"token": "../../x"}', b"\x80\x02c"], ids=["empty", "deep", "path", "pickle"]
+    "content",
+    [b"", b"[" * 5000, b'{"token": "../../x"}', b"\x80\x02c"],
+    ids=["empty", "deep", "path", "pickle"],
 )
 def test_a_file_that_is_no_lock_holds_nothing_for_long(tmp_path: Path, content: bytes) -> None:
     (tmp_path / NAME).write_bytes(content)
@@ -155,9 +165,15 @@ def test_a_file_that_is_no_lock_holds_nothing_for_long(tmp_path: Path, content: 
 def test_of_many_that_find_a_dead_holder_one_gets_the_folder(tmp_path: Path) -> None:
     for _ in range(20):
         lie_there(tmp_path, began="1")
-        locks, taken, start = [FolderLock(tmp_path / NAME) for _ in range(8)], list[FolderLock](), threading.Barrier(8)
+        locks, taken, start = (
+            [FolderLock(tmp_path / NAME) for _ in range(8)],
+            list[FolderLock](),
+            threading.Barrier(8),
+        )
 
-        def attempt(lock: FolderLock, taken: list[FolderLock] = taken, start: threading.Barrier = start) -> None:
+        def attempt(
+            lock: FolderLock, taken: list[FolderLock] = taken, start: threading.Barrier = start
+        ) -> None:
             start.wait()
             for _ in range(5):
                 if lock.attempt().taken:
@@ -179,17 +195,24 @@ def test_an_heir_that_died_on_the_way_keeps_nobody_out(tmp_path: Path) -> None:
     dead = lie_there(tmp_path, began="1")
     (left := tmp_path / f"{NAME}.0123").touch()
     os.utime(left, (0, 0))
-    (tmp_path / f"{NAME}.{dead.token}.heir").write_text(Holder.here().model_copy(update={"began": "2"}).model_dump_json())
+    (tmp_path / f"{NAME}.{dead.token}.heir").write_text(
+        Holder.here().model_copy(update={"began": "2"}).model_dump_json()
+    )
     with locked(tmp_path):
         assert names(tmp_path) == [NAME]
 
 
 @pytest.mark.usefixtures("soon")
-def test_a_holder_that_was_taken_over_while_it_stood_still_ends_and_leaves_the_heirs_lock(tmp_path: Path) -> None:
+def test_a_holder_that_was_taken_over_while_it_stood_still_ends_and_leaves_the_heirs_lock(
+    tmp_path: Path,
+) -> None:
     with locked(tmp_path) as mine:
         mine.confirm()
         heir = lie_there(tmp_path, **OTHER_HOST)
-        with pytest.raises(LockLost, match=r"was taken over by process \d+ on node7 since .*It ends, so that no two write there"):
+        with pytest.raises(
+            LockLost,
+            match=r"was taken over by process \d+ on node7 since .*It ends, so that no two write there",
+        ):
             mine.confirm(at_once=True)
         with pytest.raises(LockLost):
             mine.confirm()
@@ -209,7 +232,9 @@ def test_a_holder_beats_and_takes_its_lock_again_where_somebody_removed_it(tmp_p
         assert names(tmp_path) == [NAME]
 
 
-def test_without_hard_links_the_file_is_made_exclusively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_hard_links_the_file_is_made_exclusively(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def link(*_: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
@@ -252,7 +277,10 @@ def test_at_a_url_the_lock_is_an_object_that_changes(monkeypatch: pytest.MonkeyP
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FolderInUse, match="file: cannot be written: Not a directory"), locked(tmp_path / "file"):
+    with (
+        pytest.raises(FolderInUse, match="file: cannot be written: Not a directory"),
+        locked(tmp_path / "file"),
+    ):
         pass
 
 
@@ -279,7 +307,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("held", ["run", "there", "elsewhere/run", "elsewhere/linked", "elsewhere/new"])
-def test_a_run_is_refused_while_another_holds_its_folder_or_its_checkpoints(ci_data: Path, tmp_path: Path, held: str) -> None:
+def test_a_run_is_refused_while_another_holds_its_folder_or_its_checkpoints(
+    ci_data: Path, tmp_path: Path, held: str
+) -> None:
     """Whose own checkpoints they are, as well: that one holds its run folder, which may be no more than begun."""
     key = "run.dir" if held == "run" else "checkpoint.dir"
     where = [f"checkpoint.dir={tmp_path / held}"] if held == "there" else []
@@ -302,7 +332,9 @@ def test_a_run_is_refused_while_another_holds_its_folder_or_its_checkpoints(ci_d
     assert not isinstance(signal.getsignal(signal.SIGTERM), FunctionType)  # as it was
 
 
-def test_two_runs_whose_checkpoints_are_links_to_one_folder_do_not_run_at_once(ci_data: Path, tmp_path: Path) -> None:
+def test_two_runs_whose_checkpoints_are_links_to_one_folder_do_not_run_at_once(
+    ci_data: Path, tmp_path: Path
+) -> None:
     (tmp_path / "disk").mkdir()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -310,7 +342,10 @@ def test_two_runs_whose_checkpoints_are_links_to_one_folder_do_not_run_at_once(c
     lock = RunLocks(ci_settings(tmp_path / "one", ci_data), Group("world", (0,), 0))
     lock.take()
     try:
-        with pytest.raises(FolderInUse, match=rf"^{tmp_path}/two/checkpoints, a link to {tmp_path}/disk, is in use by process"):
+        with pytest.raises(
+            FolderInUse,
+            match=rf"^{tmp_path}/two/checkpoints, a link to {tmp_path}/disk, is in use by process",
+        ):
             train(ci_settings(tmp_path / "two", ci_data))
     finally:
         lock.release()
@@ -337,22 +372,32 @@ def taken_over(settings: Settings, step: int) -> str:
 
 
 @pytest.mark.parametrize("background", ["false", "true"])
-def test_a_run_that_was_taken_over_does_not_save_and_ends(ci_data: Path, tmp_path: Path, background: str) -> None:
+def test_a_run_that_was_taken_over_does_not_save_and_ends(
+    ci_data: Path, tmp_path: Path, background: str
+) -> None:
     run, ways = (
         tmp_path / "run",
         [*TINY, "train.steps=6", "train.eval_every=0", "checkpoint.every=2"],
     )
-    settings = ci_settings(run, ci_data, *ways, f"checkpoint.background={background}", "parallel.ep=2", "parallel.mem=2")
+    settings = ci_settings(
+        run, ci_data, *ways, f"checkpoint.background={background}", "parallel.ep=2", "parallel.mem=2"
+    )
     for message in run_on_ranks(taken_over, 2, settings, 4):
-        assert re.match(r"CheckpointError: .*/step-00000004: the checkpoint of step 4 could not be written", message), message
-        assert re.search(r"rank 0: LockLost: .* was taken over by process \d+ on node7 since ", message), message
+        assert re.match(
+            r"CheckpointError: .*/step-00000004: the checkpoint of step 4 could not be written", message
+        ), message
+        assert re.search(r"rank 0: LockLost: .* was taken over by process \d+ on node7 since ", message), (
+            message
+        )
     assert names(run / "checkpoints") == ["latest", "step-00000002"]
     assert b"node7" in (run / NAME).read_bytes()
     if background == "false":
         assert not hybridtrain("eval", run).status  # who only reads needs no lock
 
 
-def test_after_a_crash_the_next_run_goes_on_at_once_and_lets_go_at_its_end(ci_data: Path, tmp_path: Path) -> None:
+def test_after_a_crash_the_next_run_goes_on_at_once_and_lets_go_at_its_end(
+    ci_data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     settings = ci_settings(run, ci_data, *TINY, "train.steps=2", "train.eval_every=0")
     lie_there(run, pid=2**22 + 1)

@@ -42,7 +42,9 @@ def test_plain_data_are_what_they_were(protocol: int) -> None:
 
 
 def test_objects_are_read_as_what_is_said_of_them() -> None:
-    made = unpickle(pickle.dumps([argparse.Namespace(a=1), torch.float32, collections.OrderedDict(b=2)]), "it", None)
+    made = unpickle(
+        pickle.dumps([argparse.Namespace(a=1), torch.float32, collections.OrderedDict(b=2)]), "it", None
+    )
     assert (made[0].name, made[0].state) == ("argparse.Namespace", {"a": 1})
     assert made[1] == Named("torch", "float32")
     assert (made[2].name, made[2].items) == ("collections.OrderedDict", [("b", 2)])
@@ -51,7 +53,9 @@ def test_objects_are_read_as_what_is_said_of_them() -> None:
 def test_what_is_named_is_not_run_and_unless_known_refused(tmp_path: Path) -> None:
     trap = Trap(tmp_path / "sprung")
     content = pickle.dumps({"a": [trap]})
-    with pytest.raises(UntrustedFileError, match=r"^it: names posix\.system, which is not part of such a file"):
+    with pytest.raises(
+        UntrustedFileError, match=r"^it: names posix\.system, which is not part of such a file"
+    ):
         unpickle(content, "it", {"torch.Size"})
     made = unpickle(content, "it", None)["a"][0]
     assert isinstance(made, Made)
@@ -124,7 +128,13 @@ def named(name: str) -> bytes:
 
 def said(tensors: bytes) -> bytes:
     """An index of the tensors in a pickled dict, and of no places."""
-    return b"\x80\x04" + named("Metadata") + b")\x81}(\x8c\x13state_dict_metadata" + tensors + b"\x8c\x0cstorage_data}ub."
+    return (
+        b"\x80\x04"
+        + named("Metadata")
+        + b")\x81}(\x8c\x13state_dict_metadata"
+        + tensors
+        + b"\x8c\x0cstorage_data}ub."
+    )
 
 
 def tensor(chunks: bytes) -> bytes:
@@ -133,14 +143,26 @@ def tensor(chunks: bytes) -> bytes:
     return named("TensorStorageMetadata") + b")\x81" + said + b"bq\x00"
 
 
-CHUNK = named("ChunkStorageMetadata") + b")\x81}(\x8c\x07offsets(" + b"K\x01" * 100 + b"t\x8c\x05sizes)ubq\x01" + b"h\x01" * 99
+CHUNK = (
+    named("ChunkStorageMetadata")
+    + b")\x81}(\x8c\x07offsets("
+    + b"K\x01" * 100
+    + b"t\x8c\x05sizes)ubq\x01"
+    + b"h\x01" * 99
+)
 NUMBERS = [b"\x8c\x04%04d" % number for number in range(1000)]
 SHARED = {
     "a name of pairs of pairs": said(
         b"}" + named("MetadataIndex") + b"N" + b"q\x00h\x00\x86" * 18 + b"\x85R" + tensor(b"N") + b"s"
     ),
-    "one list of chunks of many tensors": said(b"}(" + NUMBERS[0] + tensor(CHUNK) + b"h\x00".join([*NUMBERS[1:], b""]) + b"u"),
-    "one module of many names": b"\x80\x04X\x40\x42\x0f\x00" + b"m" * 1_000_000 + b"q\x00" + b"\x93h\x00".join(NUMBERS) + b"\x93.",
+    "one list of chunks of many tensors": said(
+        b"}(" + NUMBERS[0] + tensor(CHUNK) + b"h\x00".join([*NUMBERS[1:], b""]) + b"u"
+    ),
+    "one module of many names": b"\x80\x04X\x40\x42\x0f\x00"
+    + b"m" * 1_000_000
+    + b"q\x00"
+    + b"\x93h\x00".join(NUMBERS)
+    + b"\x93.",
 }
 
 
@@ -159,9 +181,13 @@ def index(size: Any = (4, 2), chunks: Any = (((0, 0), (2, 2)), ((2, 0), (2, 2)))
     """An index of one tensor of two chunks, with something else."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-    tensor = dcp.TensorStorageMetadata(dcp.TensorProperties(torch.float32), size, [dcp.ChunkStorageMetadata(*c) for c in chunks])
+    tensor = dcp.TensorStorageMetadata(
+        dcp.TensorProperties(torch.float32), size, [dcp.ChunkStorageMetadata(*c) for c in chunks]
+    )
     places = {
-        dcp.MetadataIndex("t", c[0]): _StorageInfo(**({"relative_path": "f", "offset": 100 * i, "length": 100} | place))
+        dcp.MetadataIndex("t", c[0]): _StorageInfo(
+            **({"relative_path": "f", "offset": 100 * i, "length": 100} | place)
+        )
         for i, c in enumerate(chunks)
     }
     return pickle.dumps(dcp.Metadata({"t": tensor}, storage_data=places))
@@ -180,7 +206,10 @@ def check(content: bytes) -> None:
         (index(size=(5, 2)), r"its chunks leave out a part of \[5, 2\]"),
         (index(chunks=(((0, 0), (2, 2)), ((1, 0), (2, 2)))), "its chunks leave out a part"),
         (index(chunks=(((0, 0), (2, 2)), ((0, 0), (2, 2)))), "its chunks leave out a part"),
-        (index(chunks=(((0, 0), (2, 2)), ((3, 0), (2, 2)))), r"the chunk \[2, 2\] at \[3, 0\] leaves \[4, 2\]"),
+        (
+            index(chunks=(((0, 0), (2, 2)), ((3, 0), (2, 2)))),
+            r"the chunk \[2, 2\] at \[3, 0\] leaves \[4, 2\]",
+        ),
         (index(chunks=(((0, 0), (2, 2)), ((2,), (2,)))), "another number of dims"),
         (index(size=(-4, 2)), "a size or offset is none"),
         (index(size="44"), "sizes or offsets are none"),
@@ -199,6 +228,11 @@ def test_an_index_that_contradicts_itself_is_refused(content: bytes, why: str) -
 
 
 def test_chunks_of_any_cut_may_fill_a_tensor() -> None:
-    check(index(size=(3, 3), chunks=(((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1)))))
+    check(
+        index(
+            size=(3, 3),
+            chunks=(((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))),
+        )
+    )
     check(index(size=(0, 3), chunks=()))
     check(index(size=(), chunks=(((), ()),)))

@@ -46,7 +46,8 @@ def test_a_long_file_is_not_read_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/etc/passwd", "a/../../x", "", "..", "a\0b", "..\\x", "c:\\x", "file:///etc/passwd", "\ud800"]
+    "name",
+    ["../x", "/etc/passwd", "a/../../x", "", "..", "a\0b", "..\\x", "c:\\x", "file:///etc/passwd", "\ud800"],
 )
 def test_paths_outside_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UntrustedFileError, match=r"index\.json: names the file"):

@@ -40,7 +40,11 @@ class Job:
 
 
 LAYOUTS: dict[str, dict[str, int]] = {
-    "tp2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    "tp2": {
+        "tensor_model_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
+    },
     "etp2": {"tensor_model_parallel_size": 2},
     "pp2": {"pipeline_model_parallel_size": 2},
 }
@@ -57,7 +61,9 @@ def run(jobs: list[Job], tokens_BT: Tensor, folder: Path, world: int = 2) -> dic
         for rank, log in enumerate(logs):
             with log.open("w") as stream:
                 arguments = [str(rank), str(world), str(folder)]
-                ranks.append(subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stderr=stream))
+                ranks.append(
+                    subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stderr=stream)
+                )
         status = [rank.wait(timeout=250) for rank in ranks]
     finally:
         for process in ranks:
@@ -71,7 +77,9 @@ def main(rank: int, world: int, folder: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     without_cuda()
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world
+    )
     jobs, tokens_BT = torch.load(folder / "jobs.pt", weights_only=False)
     for job in jobs:
         spread(parallel_state)
@@ -102,7 +110,9 @@ def without_cuda() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *_: None
     torch.Tensor.cuda = lambda self, *_, **__: self
-    random.CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()  # nothing is random in a forward pass
+    random.CudaRNGStatesTracker.fork = lambda *_: (
+        contextlib.nullcontext()
+    )  # nothing is random in a forward pass
     moe_utils.te_general_gemm = None  # not defined in 0.16.1 without Transformer Engine, and asked for
 
 
@@ -119,12 +129,25 @@ def make_model(args: Namespace, **degrees: int) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     assert args.swiglu
-    values = {key: value for key, value in vars(args).items() if key in TransformerConfig.__dataclass_fields__}
-    values |= {"num_moe_experts": getattr(args, "num_experts", None), "layernorm_epsilon": args.norm_epsilon} | degrees
-    values |= {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu, "bias_activation_fusion": False}
+    values = {
+        key: value for key, value in vars(args).items() if key in TransformerConfig.__dataclass_fields__
+    }
+    values |= {
+        "num_moe_experts": getattr(args, "num_experts", None),
+        "layernorm_epsilon": args.norm_epsilon,
+    } | degrees
+    values |= {
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "bias_activation_fusion": False,
+    }
     values |= {"moe_grouped_gemm": False, "use_cpu_initialization": True, "params_dtype": torch.float32}
     values |= {"masked_softmax_fusion": False, "bias_dropout_fusion": False, "persist_layer_norm": False}
-    values |= {"gradient_accumulation_fusion": False, "moe_router_load_balancing_type": "none", "pipeline_dtype": torch.float32}
+    values |= {
+        "gradient_accumulation_fusion": False,
+        "moe_router_load_balancing_type": "none",
+        "pipeline_dtype": torch.float32,
+    }
     if not args.group_query_attention:
         values["num_query_groups"] = None
     config = TransformerConfig(**values)
@@ -132,7 +155,9 @@ def make_model(args: Namespace, **degrees: int) -> Any:
     if args.transformer_impl == "transformer_engine":
         for layer in spec.layer_specs:
             if config.num_moe_experts and layer.submodules.mlp.module.__name__ == "MoELayer":
-                layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)  # layers share it
+                layer.submodules.sharded_state_dict_keys_map.pop(
+                    "pre_mlp_layernorm.", None
+                )  # layers share it
     return GPTModel(
         config,
         spec,
@@ -161,7 +186,12 @@ def save(model: Any, folder: Path, args: Namespace, metadata: dict[str, bool]) -
     from megatron.core import dist_checkpointing
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {"model": model.sharded_state_dict(metadata=dict(metadata)), "args": args, "iteration": 3, "checkpoint_version": 3.0}
+    state = {
+        "model": model.sharded_state_dict(metadata=dict(metadata)),
+        "args": args,
+        "iteration": 3,
+        "checkpoint_version": 3.0,
+    }
     dist_checkpointing.save(state, str(folder), content_metadata=metadata)
 
 

@@ -38,8 +38,12 @@ def test_a_value_of_every_refused_key_is_refused_by_name(name: str) -> None:
     others = {"hidden_act": "gelu", "attention_bias": True, "mlp_bias": True, "is_encoder_decoder": True}
     for key, _, what in LACKING:
         changes = {key: others.get(key, 7), "use_sliding_window": True}
-        assert [p for p in problems_of(resolve(tree | changes, Path("config.json"))) if p.startswith(f"{key}=")], (key, what)
-    problems = problems_of(resolve(tree | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, Path("c")))
+        assert [
+            p for p in problems_of(resolve(tree | changes, Path("config.json"))) if p.startswith(f"{key}=")
+        ], (key, what)
+    problems = problems_of(
+        resolve(tree | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, Path("c"))
+    )
     assert problems[0].startswith(
         'layer_types=["full_attention", "sliding_attention", "full_attention"]: "full_attention" for each'
     )
@@ -48,11 +52,16 @@ def test_a_value_of_every_refused_key_is_refused_by_name(name: str) -> None:
 def fields_of_megatron(root: Path) -> set[str]:
     """Of its TransformerConfig, read from its source: to import it takes seconds."""
     fields = set()
-    classes = {"ModelParallelConfig": "model_parallel_config.py", "TransformerConfig": "transformer/transformer_config.py"}
+    classes = {
+        "ModelParallelConfig": "model_parallel_config.py",
+        "TransformerConfig": "transformer/transformer_config.py",
+    }
     for name, file in classes.items():
         tree = ast.parse((root / "core" / file).read_text(encoding="utf-8"))
         (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-        fields |= {n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+        fields |= {
+            n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+        }
     return fields
 
 
@@ -71,12 +80,18 @@ def test_every_field_of_megatrons_config_is_named() -> None:
 
 def test_a_key_under_two_names_with_two_values_is_refused() -> None:
     tree = {"model_type": "mixtral", **BASE, **THEIRS["mixtral"], "num_experts": 8}
-    assert problems_of(resolve(tree, Path("config.json"))) == ["num_experts=8 and num_local_experts=4 are the same key"]
+    assert problems_of(resolve(tree, Path("config.json"))) == [
+        "num_experts=8 and num_local_experts=4 are the same key"
+    ]
     assert problems_of(resolve(tree | {"num_experts": 4}, Path("config.json"))) == []
 
 
 def test_rotations_of_layers_of_two_kinds_are_refused() -> None:
-    tree = {"model_type": "qwen3", **BASE, "rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": None}}
+    tree = {
+        "model_type": "qwen3",
+        **BASE,
+        "rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": None},
+    }
     with pytest.raises(Exception, match="rope_parameters"):
         resolve(tree, Path("config.json"))
     with pytest.raises(FormatError, match=r'model_type="nonesuch" is none of llama, qwen3'):

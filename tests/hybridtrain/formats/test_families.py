@@ -43,7 +43,9 @@ def own_error(model: Any, tokens_BT: Tensor) -> tuple[Tensor, float]:
 
 
 @pytest.mark.parametrize("case", THEIRS)
-def test_an_imported_model_has_their_logits_and_goes_back_bit_for_bit(case: str, ci_data: Path, tmp_path: Path) -> None:
+def test_an_imported_model_has_their_logits_and_goes_back_bit_for_bit(
+    case: str, ci_data: Path, tmp_path: Path
+) -> None:
     model = their_model(case)
     folder = save_theirs(model, tmp_path / "theirs", ci_data)
     assert len(list(folder.glob("*.safetensors"))) > 1
@@ -118,9 +120,22 @@ def refusal(folder: Path, out: Path) -> list[str]:
 
 def test_what_our_model_lacks_is_refused_by_name_all_at_once(ci_data: Path, tmp_path: Path) -> None:
     folder = save_theirs(their_model("llama"), tmp_path / "theirs", ci_data)
-    scaled = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled = {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
     scaled["original_max_position_embeddings"] = 64
-    edit_config(folder, attention_bias=True, hidden_act="gelu", num_key_value_heads=3, vocab_size=1000, rope_parameters=scaled)
+    edit_config(
+        folder,
+        attention_bias=True,
+        hidden_act="gelu",
+        num_key_value_heads=3,
+        vocab_size=1000,
+        rope_parameters=scaled,
+    )
     assert refusal(folder, tmp_path / "ours") == [
         "attention_bias=true: biases in attention",
         'hidden_act="gelu": an activation other than SiLU',
@@ -131,7 +146,9 @@ def test_what_our_model_lacks_is_refused_by_name_all_at_once(ci_data: Path, tmp_
 
 
 def test_deepseek_v3_is_refused_for_its_attention(tmp_path: Path) -> None:
-    transformers.DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"]).save_pretrained(tmp_path / "theirs")
+    transformers.DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"]).save_pretrained(
+        tmp_path / "theirs"
+    )
     problems = refusal(tmp_path / "theirs", tmp_path / "ours")
     assert problems[0].startswith("architecture DeepseekV3ForCausalLM is none of LlamaForCausalLM, ")
     assert problems[1:] == [
@@ -169,11 +186,15 @@ def test_a_family_that_is_another_model_is_refused_with_every_reason(ci_data: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_no_tensor_is_left_behind_unsaid(ci_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_is_left_behind_unsaid(
+    ci_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llama = FAMILIES["llama"]
     layer = {ours: theirs for ours, theirs in llama.layer.items() if ours != "mixer.wo.weight"}
     monkeypatch.setitem(FAMILIES, "llama", dataclasses.replace(llama, layer=layer))
     run = random_run(tmp_path / "run", ci_data, NO_MEMORY, *OURS["llama"])
     with pytest.raises(FormatError) as caught:
         export_hf(run, tmp_path / "out")
-    assert caught.value.problems == [f"layers.{i}.mixer.wo.weight has no place in LlamaForCausalLM" for i in (0, 1)]
+    assert caught.value.problems == [
+        f"layers.{i}.mixer.wo.weight has no place in LlamaForCausalLM" for i in (0, 1)
+    ]

@@ -66,7 +66,9 @@ def test_a_stored_head_beside_tied_embeddings_counts_as_in_transformers(
     assert not settings.model.tie_embeddings
     assert "lm_head.weight differs from model.embed_tokens.weight: imported untied" in capsys.readouterr().err
     with torch.no_grad():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(random_tokens()).logits
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+            random_tokens()
+        ).logits
     ours = our_logits(open_checkpoint(tmp_path / "untied")[0], random_tokens(), -1)
     assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
     export_hf(tmp_path / "untied", tmp_path / "back")
@@ -102,14 +104,23 @@ def test_tensors_are_looked_at_and_not_taken_by_name(copied: Callable[[str], Pat
     message = refusal(folder)
     for name, dtype in ((up, "I8"), (norm, "F8_E4M3"), (bias, "BOOL"), (HEAD, "C64")):
         assert f"{name} is {dtype}: weights may be float32, bfloat16, float16, float64" in message
-    for name in (f"{layer}mlp.experts.8.up_proj.weight", "model.layers.2.input_layernorm.weight", f"{up}_scale_inv"):
+    for name in (
+        f"{layer}mlp.experts.8.up_proj.weight",
+        "model.layers.2.input_layernorm.weight",
+        f"{up}_scale_inv",
+    ):
         assert f"{name} has no place in our model" in message
     assert "extra.rotary_emb.inv_freq has no place in our model" in message
 
 
-def test_values_that_are_no_numbers_are_refused_with_their_tensor_and_number(copied: Callable[[str], Path]) -> None:
+def test_values_that_are_no_numbers_are_refused_with_their_tensor_and_number(
+    copied: Callable[[str], Path],
+) -> None:
     folder = copied("mixtral")
-    gate, down = "model.layers.0.block_sparse_moe.gate.weight", "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    gate, down = (
+        "model.layers.0.block_sparse_moe.gate.weight",
+        "model.layers.1.block_sparse_moe.experts.2.w2.weight",
+    )
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[gate][0, :3] = torch.nan
@@ -131,7 +142,9 @@ def test_halves_are_carried_and_doubles_with_a_word(
     assert "1 float64 tensors are rounded to float32" in capsys.readouterr().err
     for dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        edit_tensors(folder, lambda tensors, dtype=dtype: tensors.update({k: v.to(dtype) for k, v in tensors.items()}))
+        edit_tensors(
+            folder, lambda tensors, dtype=dtype: tensors.update({k: v.to(dtype) for k, v in tensors.items()})
+        )
         edit_config(folder, dtype=name)
         import_hf(folder, tmp_path / name)
         export_hf(tmp_path / name, tmp_path / f"{name} back")
@@ -139,10 +152,14 @@ def test_halves_are_carried_and_doubles_with_a_word(
         assert before.keys() == after.keys()
         assert all(torch.equal(after[key].float(), value.float()) for key, value in before.items())
         assert {value.dtype for value in after.values() if value.ndim > 1} == {dtype}
-        assert json.loads((tmp_path / f"{name} back/config.json").read_text()) == json.loads((folder / "config.json").read_text())
+        assert json.loads((tmp_path / f"{name} back/config.json").read_text()) == json.loads(
+            (folder / "config.json").read_text()
+        )
 
 
-def test_stored_rotation_frequencies_must_be_those_of_the_config(copied: Callable[[str], Path], tmp_path: Path) -> None:
+def test_stored_rotation_frequencies_must_be_those_of_the_config(
+    copied: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder, name = copied("llama"), "model.layers.0.self_attn.rotary_emb.inv_freq"
     right = 500.0 ** (-torch.arange(0, 8, 2) / 8)
     edit_tensors(folder, lambda tensors: tensors.update({name: right.bfloat16()}))
@@ -173,7 +190,10 @@ def test_of_a_single_file_and_an_index_that_is_read_which_transformers_read(
     assert not theirs.lm_head.weight.any()
     read = SafetensorsFolder(folder)
     assert not read.read(HEAD).any()
-    assert f"{SINGLE} is read, as transformers do; not read: a.safetensors, b.safetensors, {INDEX}" in capsys.readouterr().err
+    assert (
+        f"{SINGLE} is read, as transformers do; not read: a.safetensors, b.safetensors, {INDEX}"
+        in capsys.readouterr().err
+    )
     (folder / SINGLE).unlink()
     assert SafetensorsFolder(folder).read(HEAD).any()
 
@@ -203,7 +223,10 @@ ODD_INDEXES: tuple[tuple[Any, str], ...] = (
     ({"weight_map": {"t": "../other/model.safetensors"}}, "which is not one below"),
     ({"weight_map": {"t": "/etc/passwd"}}, "which is not one below"),
     ({"weight_map": {"t": "config.json"}}, "only .safetensors files are read"),
-    ({"weight_map": {"t": "no.safetensors"}}, "no.safetensors: is named in model.safetensors.index.json and missing"),
+    (
+        {"weight_map": {"t": "no.safetensors"}},
+        "no.safetensors: is named in model.safetensors.index.json and missing",
+    ),
     ({"weight_map": {"t": "folder.safetensors"}}, "folder.safetensors: is damaged: is not a file"),
 )
 
@@ -220,7 +243,11 @@ THREE_ODD = '{"num_attention_heads": 0, "hidden_size": -4, "rms_norm_eps": "1e-5
 ODD_CONFIGS: tuple[tuple[str, str, str], ...] = (
     ("llama", "[]", "the whole: Input should be a valid dictionary"),
     ("llama", '{"model_type": ["llama"]}', "model_type: Input should be a valid string"),
-    ("llama", '{"model_type": "llama", "architectures": "LlamaForCausalLM"}', "architectures: Input should be a valid list"),
+    (
+        "llama",
+        '{"model_type": "llama", "architectures": "LlamaForCausalLM"}',
+        "architectures: Input should be a valid list",
+    ),
     ("llama", '{"model_type": "llama", "hidden_size": ' + "9" * 5000 + "}", "is not JSON"),
     (
         "llama",
@@ -239,7 +266,11 @@ ODD_CONFIGS: tuple[tuple[str, str, str], ...] = (
         '{"max_position_embeddings": null, "tie_word_embeddings": null}',
         "tie_word_embeddings: Input should be a valid bool",
     ),
-    ("llama", '{"num_hidden_layers": 9000}', "config.json promises 9000 layers or experts, and 21 tensors are stored"),
+    (
+        "llama",
+        '{"num_hidden_layers": 9000}',
+        "config.json promises 9000 layers or experts, and 21 tensors are stored",
+    ),
     ("llama", '{"num_hidden_layers": 1e3}', "num_hidden_layers: Input should be a valid integer"),
     ("llama", '{"head_dim": 7}', "RoPE requires an even rotary dimension"),
     ("llama", '{"vocab_size": true}', "vocab_size: Input should be a valid integer"),
@@ -247,20 +278,36 @@ ODD_CONFIGS: tuple[tuple[str, str, str], ...] = (
     ("llama", '{"rope_parameters": {"rope_theta": "10000"}}', "rope_theta: Input should be a valid number"),
     ("llama", '{"rope_parameters": {"rope_theta": 10000.0, "rope_type": ["default"]}}', "rope"),
     ("llama", '{"rope_scaling": "linear"}', "rope_scaling: Input should be a valid dictionary"),
-    ("llama", '{"rope_scaling": {"type": "linear", "factor": 2.0}}', 'rope_parameters.rope_type="linear": scaled rotations'),
+    (
+        "llama",
+        '{"rope_scaling": {"type": "linear", "factor": 2.0}}',
+        'rope_parameters.rope_type="linear": scaled rotations',
+    ),
     ("llama", '{"dtype": "no such"}', "dtype: Value error, is no dtype of torch"),
     ("llama", '{"rms_norm_eps": NaN}', "rms_norm_eps: Input should be"),
-    ("qwen3_moe", '{"decoder_sparse_step": 0}', "decoder_sparse_step: Input should be greater than or equal to 1"),
+    (
+        "qwen3_moe",
+        '{"decoder_sparse_step": 0}',
+        "decoder_sparse_step: Input should be greater than or equal to 1",
+    ),
     ("qwen3_moe", '{"mlp_only_layers": [true]}', "mlp_only_layers.0: Input should be a valid integer"),
     ("qwen3_moe", '{"mlp_only_layers": 1}', "mlp_only_layers: Input should be a valid list"),
-    ("glm4_moe", '{"first_k_dense_replace": -1}', "first_k_dense_replace: Input should be greater than or equal to 0"),
+    (
+        "glm4_moe",
+        '{"first_k_dense_replace": -1}',
+        "first_k_dense_replace: Input should be greater than or equal to 0",
+    ),
     ("glm4_moe", '{"n_group": 3}', "num_groups"),
     ("mixtral", '{"num_local_experts": 50000}', "config.json promises 50000 layers or experts"),
 )
 
 
-@pytest.mark.parametrize(("name", "changes", "message"), ODD_CONFIGS, ids=[f"{n} {c[:40]}" for n, c, _ in ODD_CONFIGS])
-def test_odd_configs_end_in_a_message(name: str, changes: str, message: str, copied: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes", "message"), ODD_CONFIGS, ids=[f"{n} {c[:40]}" for n, c, _ in ODD_CONFIGS]
+)
+def test_odd_configs_end_in_a_message(
+    name: str, changes: str, message: str, copied: Callable[[str], Path]
+) -> None:
     folder = copied(name)
     config = json.loads((folder / "config.json").read_text())
     if "model_type" in changes or not changes.startswith("{"):
@@ -277,12 +324,16 @@ def test_a_damaged_generation_config_is_refused_at_import(copied: Callable[[str]
     assert "generation_config.json: is not what it should be" in refusal(folder)
 
 
-def test_keys_that_nobody_knows_are_told(copied: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_that_nobody_knows_are_told(
+    copied: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = copied("llama")
     edit_config(folder, clip_qkv=8.0, use_turbo=False, temperature=0.7)
     import_hf(folder, tmp_path / "ours")
     said = capsys.readouterr().err
-    assert "keys of config.json that transformers' LlamaForCausalLM does not know either: clip_qkv=8.0\n" in said
+    assert (
+        "keys of config.json that transformers' LlamaForCausalLM does not know either: clip_qkv=8.0\n" in said
+    )
 
 
 def test_an_adapter_and_code_of_its_own_are_refused(copied: Callable[[str], Path]) -> None:

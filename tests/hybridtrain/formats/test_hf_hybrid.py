@@ -59,7 +59,10 @@ for folder in map(Path, sys.argv[1:]):
 def use_in_transformers(folders: list[Path], tokens_BT: Tensor, home: Path) -> None:
     """What transformers make of the folders in a process that cannot see this project, offline: `outputs.pt` in each."""
     torch.save(tokens_BT, home / "tokens.pt")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-c", USE, *map(str, folders)]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -101,7 +104,9 @@ def used(tmp_path_factory: pytest.TempPathFactory, ci_data: Path) -> tuple[Path,
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_exported_folder_alone_gives_our_logits(name: str, used: tuple[Path, Tensor], ci_data: Path) -> None:
+def test_the_exported_folder_alone_gives_our_logits(
+    name: str, used: tuple[Path, Tensor], ci_data: Path
+) -> None:
     home, tokens_BT = used
     theirs = torch.load(home / name / "outputs.pt")
     run, _, separator = open_checkpoint(home / f"{name} run")
@@ -126,14 +131,20 @@ def test_the_exported_folder_alone_gives_our_logits(name: str, used: tuple[Path,
 
 
 def test_a_stored_head_beside_tied_embeddings_counts(ci_data: Path, tmp_path: Path) -> None:
-    run = random_run(tmp_path / "run", ci_data, "model.tie_embeddings=true", 'model.layers=["attention+dense"]')
+    run = random_run(
+        tmp_path / "run", ci_data, "model.tie_embeddings=true", 'model.layers=["attention+dense"]'
+    )
     export_hf(run, tmp_path / "out", family="hybridtrain")
     config = HybridTrainConfig.from_pretrained(tmp_path / "out")
     tokens_BT = torch.arange(1, 9)[None]
     tied = HybridTrainForCausalLM.from_pretrained(tmp_path / "out", config=config)
     assert tied.head.weight is tied.embed.weight
     tensors = load_file(tmp_path / "out/model.safetensors")
-    save_file(tensors | {"head.weight": 2 * tensors["embed.weight"]}, tmp_path / "out/model.safetensors", {"format": "pt"})
+    save_file(
+        tensors | {"head.weight": 2 * tensors["embed.weight"]},
+        tmp_path / "out/model.safetensors",
+        {"format": "pt"},
+    )
     untied = HybridTrainForCausalLM.from_pretrained(tmp_path / "out", config=config)
     with torch.no_grad():
         assert torch.allclose(untied(tokens_BT).logits, 2 * tied(tokens_BT).logits, rtol=1e-5)
@@ -148,7 +159,9 @@ def test_rows_are_exported_with_the_decay_that_they_owe(trained: Callable[..., P
     run.table.optimizer.catch_up(torch.arange(len(before)))
     assert not torch.equal(before, run.table.table)
     tensors = load_file(tmp_path / "out/model.safetensors")
-    names = [f"layers.{layer}.engram.tables.{slot}" for layer in run.table.addressing.layers for slot in range(8)]
+    names = [
+        f"layers.{layer}.engram.tables.{slot}" for layer in run.table.addressing.layers for slot in range(8)
+    ]
     assert torch.equal(torch.cat([tensors[name] for name in names]), run.table.table)
     assert torch.equal(tensors["layers.1.engram.conv"], run.model.state_dict()["layers.1.engram.conv"])
     config = json.loads((tmp_path / "out/config.json").read_text())

@@ -21,9 +21,24 @@ from hybridtrain.formats.command import export_model, import_model
 from hybridtrain.formats.megatron_export import export_megatron
 from hybridtrain.formats.megatron_import import import_megatron
 from hybridtrain.formats.megatron_names import join_qkv, split_qkv
-from hybridtrain.formats.torch_dist import COMMON, RELEASE, TRACKER, Region, TorchDist, read_common, write_torch_dist
+from hybridtrain.formats.torch_dist import (
+    COMMON,
+    RELEASE,
+    TRACKER,
+    Region,
+    TorchDist,
+    read_common,
+    write_torch_dist,
+)
 from hybridtrain.run.run_folder import find_checkpoint
-from tests.hybridtrain.formats.tiny import MEGATRON_RUNS, equal_weights, megatron_refusal, random_run, whole, write_args
+from tests.hybridtrain.formats.tiny import (
+    MEGATRON_RUNS,
+    equal_weights,
+    megatron_refusal,
+    random_run,
+    whole,
+    write_args,
+)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "softmax first"])
@@ -92,7 +107,12 @@ def rewrite(folder: Path, cut: Callable[[Region], list[tuple[str, Region]]]) -> 
             if stacked:
                 offsets, sizes, whole_shape = offsets[1:], sizes[1:], whole_shape[1:]
             value = old.read(part).view(sizes)
-            pieces.append((Region(new, whole_shape, offsets, sizes), LazyTensor(sizes, value.dtype, partial(torch.clone, value))))
+            pieces.append(
+                (
+                    Region(new, whole_shape, offsets, sizes),
+                    LazyTensor(sizes, value.dtype, partial(torch.clone, value)),
+                )
+            )
     common = read_common(folder)
     shutil.rmtree(folder)
     folder.mkdir()
@@ -126,7 +146,11 @@ def apart(region: Region) -> list[tuple[str, Region]]:
     if not region.key.endswith("linear_fc1.weight"):
         return experts
     rows = len(region.sizes) - 2
-    return [(new + suffix, half) for new, one in experts for suffix, half in zip(("_w", "_v"), halves(one, rows), strict=True)]
+    return [
+        (new + suffix, half)
+        for new, one in experts
+        for suffix, half in zip(("_w", "_v"), halves(one, rows), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("cut", [across, apart])
@@ -191,13 +215,17 @@ def test_a_settings_file_stands_in_for_args_and_a_tokenizer_must_be_named(
     del common["args"]
     torch.save(common, exported / RELEASE / COMMON)
     (exported / TOKENIZER).unlink()
-    with pytest.raises(UserError, match=r"has no tokenizer\.json, and Megatron keeps none: name one with --tokenizer"):
+    with pytest.raises(
+        UserError, match=r"has no tokenizer\.json, and Megatron keeps none: name one with --tokenizer"
+    ):
         import_megatron(exported, tmp_path / "back")
     tokenizer = ci_data / TOKENIZER
     with pytest.raises(UserError, match=r"common\.pt has no args, .* --settings FILE"):
         import_megatron(exported, tmp_path / "back", tokenizer=tokenizer)
     import_megatron(moe[1], tmp_path / "first")
-    import_megatron(exported, tmp_path / "back", tokenizer=tokenizer, settings_file=tmp_path / "first/settings.toml")
+    import_megatron(
+        exported, tmp_path / "back", tokenizer=tokenizer, settings_file=tmp_path / "first/settings.toml"
+    )
     assert equal_weights(moe[0], tmp_path / "back")
 
 
@@ -236,16 +264,22 @@ def test_damaged_and_other_folders_are_refused(exported: Path, tmp_path: Path) -
     with pytest.raises(DataError, match=r"\.metadata: cannot be read"):
         import_megatron(exported, back)
     (saved / "metadata.json").write_text('{"sharded_backend": "zarr"}')
-    assert megatron_refusal(exported, back) == ['sharded_backend="zarr": of Megatron\'s formats torch_dist is read']
+    assert megatron_refusal(exported, back) == [
+        'sharded_backend="zarr": of Megatron\'s formats torch_dist is read'
+    ]
     (exported / TRACKER).write_text("7")
-    assert megatron_refusal(exported, back) == ["metadata.json is missing: of Megatron's formats torch_dist is read"]
+    assert megatron_refusal(exported, back) == [
+        "metadata.json is missing: of Megatron's formats torch_dist is read"
+    ]
     with pytest.raises(UserError, match="iter_0000007"):
         import_model(exported, back, None, None, None, None)
 
 
 def test_a_model_that_is_not_megatrons_is_refused_with_every_reason(ci_data: Path, tmp_path: Path) -> None:
     changes = ("model.moe.top_groups=2", "model.moe.num_groups=4", "model.moe.capacity=1.5")
-    run = random_run(tmp_path / "run", ci_data, 'model.moe.score="sigmoid"', "model.moe.normalize_gates=false", *changes)
+    run = random_run(
+        tmp_path / "run", ci_data, 'model.moe.score="sigmoid"', "model.moe.normalize_gates=false", *changes
+    )
     name = "Megatron-core's GPT model"
     with pytest.raises(FormatError) as caught:
         export_megatron(run, tmp_path / "out")

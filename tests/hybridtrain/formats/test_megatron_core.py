@@ -17,7 +17,14 @@ from hybridtrain.formats.torch_dist import RELEASE, TorchDist
 from hybridtrain.run.generate import open_checkpoint
 from tests.hybridtrain.formats import megatron_core
 from tests.hybridtrain.formats.megatron_core import Job
-from tests.hybridtrain.formats.tiny import MEGATRON_RUNS, equal_weights, our_logits, random_run, random_tokens, whole
+from tests.hybridtrain.formats.tiny import (
+    MEGATRON_RUNS,
+    equal_weights,
+    our_logits,
+    random_run,
+    random_tokens,
+    whole,
+)
 
 pytestmark = [
     pytest.mark.parity,
@@ -64,14 +71,25 @@ SIGMOID = {
 MIXED = {"moe_layer_freq": [0, 1, 1, 1], "transformer_impl": "transformer_engine"}
 THEIRS: dict[str, dict[str, Any]] = {
     "dense": {"qk_layernorm": True},
-    "dense, tied": {"untie_embeddings_and_output_weights": False, "group_query_attention": False, "rotary_base": 10_000},
+    "dense, tied": {
+        "untie_embeddings_and_output_weights": False,
+        "group_query_attention": False,
+        "rotary_base": 10_000,
+    },
     "softmax": SOFTMAX,
-    "softmax first, apart": {**SOFTMAX, "moe_router_pre_softmax": True, "transformer_impl": "transformer_engine"},
+    "softmax first, apart": {
+        **SOFTMAX,
+        "moe_router_pre_softmax": True,
+        "transformer_impl": "transformer_engine",
+    },
     "sigmoid": {**SIGMOID, "qk_layernorm": True},
     "sigmoid, mixed": {**SIGMOID, **MIXED},
 }
 SPREAD = ("sigmoid", "sigmoid, mixed")
-IMPLEMENTATIONS = {"mixtral": "transformer_engine", "glm4_moe": "transformer_engine"}  # of ours; the others local
+IMPLEMENTATIONS = {
+    "mixtral": "transformer_engine",
+    "glm4_moe": "transformer_engine",
+}  # of ours; the others local
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +100,9 @@ def given(tmp_path_factory: pytest.TempPathFactory, ci_data: Path) -> tuple[Path
     for name, changes in THEIRS.items():
         layouts = tuple(megatron_core.LAYOUTS) if name in SPREAD else ()
         folder = root / "theirs" / name / "saved"
-        jobs.append(Job(name, folder, Namespace(**{**BASE, **changes}), apart="apart" in name, layouts=layouts))
+        jobs.append(
+            Job(name, folder, Namespace(**{**BASE, **changes}), apart="apart" in name, layouts=layouts)
+        )
     for name, overrides in MEGATRON_RUNS.items():
         run = random_run(root / f"our {name}", ci_data, *overrides)
         implementation = IMPLEMENTATIONS.get(name, "local")
@@ -126,4 +146,7 @@ def test_megatron_core_loads_every_key_of_an_export_and_has_our_logits(
     assert len(list((root / "exported" / name / RELEASE).glob("*.distcp"))) > 1
     run, _, _ = open_checkpoint(root / f"our {name}")
     result = results[f"our {name}"]
-    assert float((our_logits(run, random_tokens(), NO_SEPARATOR) - result["logits"]).abs().max()) < 4 * result["noise"]
+    assert (
+        float((our_logits(run, random_tokens(), NO_SEPARATOR) - result["logits"]).abs().max())
+        < 4 * result["noise"]
+    )

@@ -43,15 +43,28 @@ def test_a_scale_of_attention_scores_other_than_the_usual_is_refused(exported: P
     assert from_args({**args, "softmax_scale": 0.5})[1] == [scaled]
 
 
-def test_arguments_may_have_the_names_of_megatron_cores_fields(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_may_have_the_names_of_megatron_cores_fields(
+    exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = vars(read_common(exported / RELEASE)["args"])
-    renamed = {key: value for key, value in args.items() if key not in ("norm_epsilon", "apply_layernorm_1p", "num_experts")}
-    renamed |= {"layernorm_epsilon": 3e-6, "layernorm_zero_centered_gamma": True, "num_moe_experts": 8, "some_new_thing": 2}
+    renamed = {
+        key: value
+        for key, value in args.items()
+        if key not in ("norm_epsilon", "apply_layernorm_1p", "num_experts")
+    }
+    renamed |= {
+        "layernorm_epsilon": 3e-6,
+        "layernorm_zero_centered_gamma": True,
+        "num_moe_experts": 8,
+        "some_new_thing": 2,
+    }
     model, problems = from_args(renamed)
     assert (model["norm_eps"], model["moe"]["num_experts"]) == (3e-6, 8)
     assert problems == ["apply_layernorm_1p=true: norm weights less one"]
     assert "not known here, and taken for harmless: some_new_thing=2\n" in capsys.readouterr().err
-    with pytest.raises(FormatError, match="layernorm_epsilon=3e-06 and norm_epsilon=1e-06 are the same argument"):
+    with pytest.raises(
+        FormatError, match="layernorm_epsilon=3e-06 and norm_epsilon=1e-06 are the same argument"
+    ):
         from_args({**args, "layernorm_epsilon": 3e-6})
 
 
@@ -71,8 +84,14 @@ ODD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"norm_epsilon": float("nan")}, "norm_epsilon: Input should be"),
     ({"rotary_base": None, "swiglu": [True]}, "swiglu=[true]: an activation other than SwiGLU"),
     ({"window_size": (127, 0)}, "window_size=[127, 0]: attention to a sliding window"),
-    ({"moe_router_score_function": "softplus"}, "moe_router_score_function: Input should be 'softmax' or 'sigmoid'"),
-    ({"untie_embeddings_and_output_weights": 1}, "untie_embeddings_and_output_weights: Input should be a valid boolean"),
+    (
+        {"moe_router_score_function": "softplus"},
+        "moe_router_score_function: Input should be 'softmax' or 'sigmoid'",
+    ),
+    (
+        {"untie_embeddings_and_output_weights": 1},
+        "untie_embeddings_and_output_weights: Input should be a valid boolean",
+    ),
 )
 
 
@@ -84,13 +103,17 @@ def test_odd_arguments_end_in_a_message(exported: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=re.escape(message)):
             import_megatron(exported, tmp_path / "back")
     torch.save({**common, "args": [args]}, exported / RELEASE / COMMON)
-    assert megatron_refusal(exported, tmp_path / "back") == ["they are list, must be a namespace or a dict of names"]
+    assert megatron_refusal(exported, tmp_path / "back") == [
+        "they are list, must be a namespace or a dict of names"
+    ]
     torch.save({**common, "args": args}, exported / RELEASE / COMMON)
     import_megatron(exported, tmp_path / "back")  # a dict is as good
 
 
 def test_what_json_has_not_is_not_given_back(exported: Path, tmp_path: Path) -> None:
-    write_args(exported, init_method_std=[torch.float32], tokenizer_type=[["a"]], moe_aux_loss_coeff=[0.1, 0.2])
+    write_args(
+        exported, init_method_std=[torch.float32], tokenizer_type=[["a"]], moe_aux_loss_coeff=[0.1, 0.2]
+    )
     import_megatron(exported, tmp_path / "back")
     args = json.loads((tmp_path / "back/origin.json").read_text())["args"]
     assert args["moe_aux_loss_coeff"] == [0.1, 0.2]
@@ -116,7 +139,9 @@ def edit(folder: Path, change: Callable[[str, torch.Tensor], dict[str, torch.Ten
     values = {new: value for key in old.shapes for new, value in change(key, whole(old, key)).items()}
     shapes = {key: tuple(value.shape) for key, value in values.items()}
     regions = [Region(key, shape, (0,) * len(shape), shape) for key, shape in shapes.items()]
-    tensors = [LazyTensor(shapes[key], value.dtype, partial(torch.clone, value)) for key, value in values.items()]
+    tensors = [
+        LazyTensor(shapes[key], value.dtype, partial(torch.clone, value)) for key, value in values.items()
+    ]
     common = read_common(folder)
     shutil.rmtree(folder)
     folder.mkdir()
@@ -127,7 +152,9 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 FC1, NORM = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight", "decoder.final_layernorm.weight"
 
 
-def test_tensors_are_looked_at_and_not_taken_by_name(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensors_are_looked_at_and_not_taken_by_name(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def odd_dtypes(key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
         return {key: value.to({NORM: torch.complex64, HEAD: torch.int8}.get(key, torch.float32))}
 

@@ -47,7 +47,12 @@ SPELLED: dict[str, dict[str, Any]] = {
         "custom_note": "kept",
         "custom_number": math.inf,
     },
-    "qwen3": {"max_window_layers": 28, "use_sliding_window": False, "sliding_window": None, "eos_token_id": [7, 8]},
+    "qwen3": {
+        "max_window_layers": 28,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "eos_token_id": [7, 8],
+    },
     "llama, untied": {"dtype": "bfloat16"},  # beside float32 weights
     "mixtral": {
         "max_position_embeddings": ABSENT,
@@ -59,8 +64,18 @@ SPELLED: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "eos_token_id": 5,
     },
-    "qwen3_moe": {"mlp_only_layers": [], "decoder_sparse_step": 2, "num_local_experts": 8, "eos_token_id": [3]},
-    "glm4_moe": {"num_nextn_predict_layers": 1, "eos_token_id": [1, 2, 3], "pad_token_id": 9, "routed_scaling_factor": 2.5},
+    "qwen3_moe": {
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 2,
+        "num_local_experts": 8,
+        "eos_token_id": [3],
+    },
+    "glm4_moe": {
+        "num_nextn_predict_layers": 1,
+        "eos_token_id": [1, 2, 3],
+        "pad_token_id": 9,
+        "routed_scaling_factor": 2.5,
+    },
 }
 
 
@@ -81,7 +96,11 @@ def their_folder(case: str, folder: Path, data: Path) -> Path:
 
 
 def companions(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors"}
+    return {
+        str(p.relative_to(folder)): p.read_text()
+        for p in folder.rglob("*")
+        if p.is_file() and p.suffix != ".safetensors"
+    }
 
 
 @pytest.mark.parametrize("case", THEIRS)
@@ -98,7 +117,13 @@ def test_config_and_companions_come_back_as_they_came(case: str, ci_data: Path, 
 def test_of_a_trained_model_only_what_training_changed_is_another(ci_data: Path, tmp_path: Path) -> None:
     folder = their_folder("llama", tmp_path / "theirs", ci_data)
     import_hf(folder, tmp_path / "ours", seq_len=32)
-    changes = ("train.steps=1", "train.global_batch=1", "train.micro_batches=1", f"data.path={ci_data}", "train.eval_every=0")
+    changes = (
+        "train.steps=1",
+        "train.global_batch=1",
+        "train.micro_batches=1",
+        f"data.path={ci_data}",
+        "train.eval_every=0",
+    )
     for name in (TOKENIZER, COMPRESSION):  # the data were made with the tokenizer of the import
         assert (ci_data / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
     train(load_settings(tmp_path / "ours/settings.toml", changes))
@@ -111,14 +136,34 @@ def test_of_a_trained_model_only_what_training_changed_is_another(ci_data: Path,
 def test_what_a_model_changed_is_written_and_nothing_else(ci_data: Path, tmp_path: Path) -> None:
     came = json.loads((their_folder("llama", tmp_path / "theirs", ci_data) / "config.json").read_text())
     came["torch_dtype"] = "bfloat16"
-    overrides = (*OURS["llama"], "engram.enabled=false", "model.attention.rope_theta=700", "train.seq_len=8192")
+    overrides = (
+        *OURS["llama"],
+        "engram.enabled=false",
+        "model.attention.rope_theta=700",
+        "train.seq_len=8192",
+    )
     run = random_run(tmp_path / "run", ci_data, *overrides, 'model.layers=["3*attention+dense"]')
     (run / ORIGIN).write_text(json.dumps({"config": came, "dtype": "bfloat16", "positions": 4096}))
     export_hf(run, tmp_path / "out", dtype="float32")
     out = json.loads((tmp_path / "out/config.json").read_text())
-    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 96}
-    changed = {"num_hidden_layers": 3, "vocab_size": 1024, "max_position_embeddings": 8192, "torch_dtype": "float32"}
-    changed |= {"tie_word_embeddings": False, "rope_theta": 700.0, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}
+    sizes = {
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "intermediate_size": 96,
+    }
+    changed = {
+        "num_hidden_layers": 3,
+        "vocab_size": 1024,
+        "max_position_embeddings": 8192,
+        "torch_dtype": "float32",
+    }
+    changed |= {
+        "tie_word_embeddings": False,
+        "rope_theta": 700.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
+    }
     changed |= sizes | {"rms_norm_eps": 1e-6}
     assert {key: value for key, value in out.items() if came.get(key) != value} == {
         key: value for key, value in changed.items() if came.get(key) != value
@@ -131,7 +176,9 @@ def test_what_a_model_changed_is_written_and_nothing_else(ci_data: Path, tmp_pat
     assert hybrid["max_position_embeddings"] == 8192
 
 
-def test_without_an_origin_the_config_agrees_with_the_generation_config_of_the_folder(ci_data: Path, tmp_path: Path) -> None:
+def test_without_an_origin_the_config_agrees_with_the_generation_config_of_the_folder(
+    ci_data: Path, tmp_path: Path
+) -> None:
     run = random_run(tmp_path / "run", ci_data, "engram.enabled=false", *OURS["qwen3"])
     (run / "generation_config.json").write_text('{"eos_token_id": [3, 4], "pad_token_id": 1}')
     export_hf(run, tmp_path / "out")
@@ -144,9 +191,17 @@ def test_megatrons_arguments_come_back_as_they_came(ci_data: Path, tmp_path: Pat
     run = random_run(tmp_path / "run", ci_data, *MEGATRON_RUNS["softmax first"])
     export_megatron(run, tmp_path / "theirs", dtype="bfloat16")
     common = torch.load(tmp_path / "theirs" / RELEASE / COMMON, weights_only=False)
-    said = {"max_position_embeddings": 4096, "seq_length": 2048, "init_method_std": 0.008, "hidden_dropout": 0.1}
+    said = {
+        "max_position_embeddings": 4096,
+        "seq_length": 2048,
+        "init_method_std": 0.008,
+        "hidden_dropout": 0.1,
+    }
     said |= {"moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "aux_loss", "vocab_size": 1000}
-    torch.save({**common, "args": Namespace(**{**vars(common["args"]), **said})}, tmp_path / "theirs" / RELEASE / COMMON)
+    torch.save(
+        {**common, "args": Namespace(**{**vars(common["args"]), **said})},
+        tmp_path / "theirs" / RELEASE / COMMON,
+    )
     import_megatron(tmp_path / "theirs", tmp_path / "ours", seq_len=32)
     export_megatron(tmp_path / "ours", tmp_path / "back")
     came, back = (vars(read_common(tmp_path / name / RELEASE)["args"]) for name in ("theirs", "back"))
@@ -164,7 +219,12 @@ def edit_origin(run: Path, part: str, **changes: Any) -> None:
 
 def test_an_origin_that_no_import_wrote_is_refused(ci_data: Path, tmp_path: Path) -> None:
     import_hf(small_folder("llama", tmp_path / "theirs", ci_data), tmp_path / "ours")
-    edit_origin(tmp_path / "ours", "config", auto_map={"AutoModelForCausalLM": "else--where.Model"}, attention_bias=True)
+    edit_origin(
+        tmp_path / "ours",
+        "config",
+        auto_map={"AutoModelForCausalLM": "else--where.Model"},
+        attention_bias=True,
+    )
     with pytest.raises(FormatError, match=r"origin\.json") as caught:
         export_hf(tmp_path / "ours", tmp_path / "back")
     assert [problem.partition("=")[0] for problem in caught.value.problems] == ["attention_bias", "auto_map"]

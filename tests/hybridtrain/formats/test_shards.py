@@ -13,7 +13,10 @@ from hybridtrain.errors import DataError, UserError
 from hybridtrain.formats.folder import parse_size
 from hybridtrain.formats.shards import SafetensorsFolder, write_safetensors
 
-VALUES = {f"t{i}": torch.arange(rows * 4, dtype=torch.float32).view(rows, 4) + i for i, rows in enumerate((3, 1, 20, 2, 2))}
+VALUES = {
+    f"t{i}": torch.arange(rows * 4, dtype=torch.float32).view(rows, 4) + i
+    for i, rows in enumerate((3, 1, 20, 2, 2))
+}
 
 
 def lazy(name: str, made: list[str]) -> LazyTensor:
@@ -30,7 +33,13 @@ def test_shards_keep_to_their_size_and_each_tensor_is_made_once(tmp_path: Path) 
     assert made == list(VALUES)
     weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     files = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert [weight_map[name] for name in VALUES] == [files[0], files[0], files[1], files[2], files[2]]  # t2 alone is larger
+    assert [weight_map[name] for name in VALUES] == [
+        files[0],
+        files[0],
+        files[1],
+        files[2],
+        files[2],
+    ]  # t2 alone is larger
     read = SafetensorsFolder(tmp_path)
     assert all(torch.equal(read.read(name), value) for name, value in VALUES.items())
     assert read.shapes["t2"] == (20, 4)
@@ -47,7 +56,9 @@ def test_one_shard_needs_no_index(tmp_path: Path) -> None:
     write_safetensors(tmp_path, {name: lazy(name, []) for name in VALUES}, max_shard_bytes=10**6)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
     assert torch.equal(SafetensorsFolder(tmp_path).read("t4"), VALUES["t4"])
-    with pytest.raises(DataError, match=r"has neither model\.safetensors\.index\.json nor model\.safetensors"):
+    with pytest.raises(
+        DataError, match=r"has neither model\.safetensors\.index\.json nor model\.safetensors"
+    ):
         SafetensorsFolder(tmp_path / "nothing")
 
 

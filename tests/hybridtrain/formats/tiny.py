@@ -70,7 +70,11 @@ THEIRS: dict[str, dict[str, Any]] = {
 }
 
 OURS = {  # overrides of models of ours that are also a family's
-    "llama": ('model.layers=["2*attention+dense"]', "model.attention.qk_norm=false", "model.attention.num_kv_heads=2"),
+    "llama": (
+        'model.layers=["2*attention+dense"]',
+        "model.attention.qk_norm=false",
+        "model.attention.num_kv_heads=2",
+    ),
     "qwen3": ('model.layers=["2*attention+dense"]', "model.tie_embeddings=true", "model.norm_eps=1e-5"),
     "mixtral": ('model.layers=["2*attention+moe"]', "model.attention.qk_norm=false"),
     "qwen3_moe": ("model.attention.rope_theta=500", "model.vocab_size=1100"),
@@ -108,20 +112,30 @@ def their_model(case: str, **changes: Any) -> Any:
     return model
 
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
 SMALL |= {"intermediate_size": 16, "moe_intermediate_size": 8}
 
 
 def small_folder(case: str, folder: Path, data: Path, **changes: Any) -> Path:
     """A folder of transformers of a model of two narrow layers."""
-    sizes = {key: size for key, size in SMALL.items() if key != "moe_intermediate_size" or key in THEIRS[case]}
+    sizes = {
+        key: size for key, size in SMALL.items() if key != "moe_intermediate_size" or key in THEIRS[case]
+    }
     return save_theirs(their_model(case, **{**sizes, **changes}), folder, data, shard="1GB")
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
     """Other values of keys of config.json; None is null, "absent" takes a key away."""
     config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value != "absent"})
+    )
 
 
 def save_theirs(model: Any, folder: Path, data: Path, shard: str = "200KB") -> Path:
@@ -191,7 +205,9 @@ def equal_weights(one: Path, other: Path) -> bool:
 def write_args(folder: Path, **changes: Any) -> None:
     """Other values of arguments in an export to Megatron's format."""
     common = torch.load(folder / RELEASE / COMMON, weights_only=False)
-    torch.save({**common, "args": Namespace(**{**vars(common["args"]), **changes})}, folder / RELEASE / COMMON)
+    torch.save(
+        {**common, "args": Namespace(**{**vars(common["args"]), **changes})}, folder / RELEASE / COMMON
+    )
 
 
 def megatron_refusal(folder: Path, out: Path, **options: Any) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridtrain.model import context
+from hybridtrain.model import common as context
 from hybridtrain.model.common import make_context
 from hybridtrain.model.mixers.attention import attend
 
@@ -21,10 +21,15 @@ def test_long_sequences_read_what_short_ones_do(starts: list[int], monkeypatch: 
     assert masked.spans is None
     assert make_context(documents, tokens, 4, 1e4, q.device, here).mask_B1TT is not None
     monkeypatch.setattr(context, "MASKED_TOKENS", tokens - 1)
-    long, part = make_context(documents, tokens, 4, 1e4, q.device), make_context(documents, tokens, 4, 1e4, q.device, here)
+    long, part = (
+        make_context(documents, tokens, 4, 1e4, q.device),
+        make_context(documents, tokens, 4, 1e4, q.device, here),
+    )
     assert long.mask_B1TT is None
     assert part.mask_B1TT is None
-    assert (long.spans is not None) == bool(starts)  # of one document each the plain causal attention makes no mask
+    assert (long.spans is not None) == bool(
+        starts
+    )  # of one document each the plain causal attention makes no mask
     torch.testing.assert_close(attend(q, k, v, long), attend(q, k, v, masked))
     torch.testing.assert_close(attend(q, k, v, part), attend(q, k, v, masked))
     assert torch.equal(long.rotation_TR, masked.rotation_TR)

@@ -17,7 +17,10 @@ B, T, DIM, SLOTS, WIDTH = 2, 20, 12, 6, 5
 
 def build(conv: bool) -> EngramLayer:
     settings = Settings.model_validate(
-        {"model": {"dim": DIM}, "engram": {"orders": (2, 3), "heads": 3, "head_dim": WIDTH, "conv": conv, "conv_kernel": 4}}
+        {
+            "model": {"dim": DIM},
+            "engram": {"orders": (2, 3), "heads": 3, "head_dim": WIDTH, "conv": conv, "conv_kernel": 4},
+        }
     )
     memory = EngramLayer(settings)
     generator = torch.Generator().manual_seed(0)
@@ -43,7 +46,9 @@ def formula(memory: EngramLayer, p: dict[str, Tensor], h: Tensor, rows: Tensor, 
     for b in range(B):
         for t in range(T):
             sources = [(j, t - (3 - j) * 3) for j in range(4)]
-            terms = [p["conv"][j] * x[b, i] for j, i in sources if i >= 0 and documents[b, i] == documents[b, t]]
+            terms = [
+                p["conv"][j] * x[b, i] for j, i in sources if i >= 0 and documents[b, i] == documents[b, t]
+            ]
             out.append(F.silu(torch.stack(terms).sum(0)) + u[b, t])
     return torch.stack(out).view(B, T, DIM)
 

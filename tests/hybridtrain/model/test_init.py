@@ -18,7 +18,9 @@ from hybridtrain.settings.load import parse_settings
 from hybridtrain.settings.tree import Settings
 
 
-@pytest.mark.parametrize("name", ["layers.1.feedforward.experts.w_up", "layers.1.mixer.wq.weight", "norm.weight", "x.conv"])
+@pytest.mark.parametrize(
+    "name", ["layers.1.feedforward.experts.w_up", "layers.1.mixer.wq.weight", "norm.weight", "x.conv"]
+)
 def test_a_slice_is_a_slice_of_the_whole(name: str) -> None:
     std = {"norm.weight": None, "x.conv": 0.0}.get(name, 0.5)
     whole = draw(name, (6, 4, 3), 7, std)
@@ -31,14 +33,22 @@ def test_a_slice_is_a_slice_of_the_whole(name: str) -> None:
 
 def test_what_fits_one_generator_is_drawn_by_one() -> None:
     """These values are those of every release: runs of the same seed start alike."""
-    for name, key, shape in (("embed.weight", "7:embed.weight", (1024, 1024)), ("x.experts.w", "7:x.experts.w:1", (1024, 1024))):
+    for name, key, shape in (
+        ("embed.weight", "7:embed.weight", (1024, 1024)),
+        ("x.experts.w", "7:x.experts.w:1", (1024, 1024)),
+    ):
         generator = torch.Generator().manual_seed(xxhash.xxh64_intdigest(key.encode()) >> 1)
         expected = torch.empty(shape).normal_(0.0, 0.5, generator=generator)
         drawn = draw(name, shape, 7, 0.5) if name == "embed.weight" else draw(name, (2, *shape), 7, 0.5)[1]
         assert torch.equal(drawn, expected)
 
 
-LARGE = {"embed.weight": (1100, 1500), "x.experts.w_up": (2, 1100, 1500), "x.bias": (1_500_000,), "narrow.weight": (600_000, 3)}
+LARGE = {
+    "embed.weight": (1100, 1500),
+    "x.experts.w_up": (2, 1100, 1500),
+    "x.bias": (1_500_000,),
+    "narrow.weight": (600_000, 3),
+}
 
 
 @pytest.mark.parametrize("name", list(LARGE))
@@ -51,7 +61,9 @@ def test_parts_of_what_is_large_are_drawn_by_themselves(name: str, monkeypatch: 
     assert len(whole.flatten().unique()) > 0.9 * whole.numel()  # no tile has the values of another
     drawn, normal = [], init._normal
     monkeypatch.setattr(init, "_normal", lambda *args: drawn.append(math.prod(args[1])) or normal(*args))  # type: ignore[func-returns-value]
-    for cuts in itertools.product(*([(0, 1), (size // 2, size // 2 + max(1, size // 8)), (size, size)] for size in shape)):
+    for cuts in itertools.product(
+        *([(0, 1), (size // 2, size // 2 + max(1, size // 8)), (size, size)] for size in shape)
+    ):
         drawn.clear()
         rows, *within = (slice(*cut) for cut in cuts)
         part = draw(name, shape, 7, 0.5, rows, tuple(within))
@@ -106,7 +118,12 @@ def test_a_writer_can_take_slices() -> None:
     [
         [],
         ["model.tie_embeddings=true", "engram.conv=false", "model.moe.num_shared=2"],
-        ["engram.enabled=false", "model.attention.qk_norm=false", "model.attention.num_kv_heads=2", "model.attention.head_dim=48"],
+        [
+            "engram.enabled=false",
+            "model.attention.qk_norm=false",
+            "model.attention.num_kv_heads=2",
+            "model.attention.head_dim=48",
+        ],
     ],
 )
 def test_counts_agree_with_the_model(overrides: list[str]) -> None:

@@ -47,7 +47,9 @@ def build(settings: Settings) -> HybridLM:
 
 def batch(seq_len: int = 24) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(VOCAB, (2, seq_len), generator=generator), torch.randint(ROWS, (2, seq_len, 1, 4), generator=generator)
+    return torch.randint(VOCAB, (2, seq_len), generator=generator), torch.randint(
+        ROWS, (2, seq_len, 1, 4), generator=generator
+    )
 
 
 def test_a_step_reaches_every_parameter_and_the_leaf() -> None:
@@ -74,7 +76,8 @@ def test_parameter_names_are_the_contract() -> None:
     layer1 |= {f"layers.1.feedforward.experts.{n}" for n in ("w_gate", "w_up", "w_down")}
     layer1 |= {f"layers.1.feedforward.shared.{n}.weight" for n in ("w_gate", "w_up", "w_down")}
     layer1 |= {
-        f"layers.1.engram.{n}" for n in ("wk.weight", "wv.weight", "h_norm.weight", "k_norm.weight", "conv_norm.weight", "conv")
+        f"layers.1.engram.{n}"
+        for n in ("wk.weight", "wv.weight", "h_norm.weight", "k_norm.weight", "conv_norm.weight", "conv")
     }
     assert names == {"embed.weight", "head.weight", "norm.weight"} | layer0 | layer1
 
@@ -203,7 +206,9 @@ def test_the_model_imports_nothing_distributed() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                assert not name.startswith(("torch.distributed", "hybridtrain.parallel", "hybridtrain.launch")), f"{path}: {name}"
+                assert not name.startswith(
+                    ("torch.distributed", "hybridtrain.parallel", "hybridtrain.launch")
+                ), f"{path}: {name}"
                 file = root / (name.replace(".", "/") + ".py")
                 pending += [file] if name.startswith("hybridtrain.") and file.exists() else []
     assert any("kernels" in str(path) for path in seen)

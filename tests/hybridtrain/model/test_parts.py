@@ -68,7 +68,9 @@ def test_the_statistics_of_a_step_are_known_ahead() -> None:
     model.rows.set([rows_UD])
     model(tokens, documents, index, 0, tokens)
     taken, ahead = collect(model), no_statistics(s)
-    assert {k: (v.shape, v.dtype) for k, v in taken.items()} == {k: (v.shape, v.dtype) for k, v in ahead.items()}
+    assert {k: (v.shape, v.dtype) for k, v in taken.items()} == {
+        k: (v.shape, v.dtype) for k, v in ahead.items()
+    }
 
 
 def test_stage_costs_are_shares_of_parameters_and_operations() -> None:

@@ -23,7 +23,12 @@ from hybridtrain.settings.tree import Settings, TrainSettings
 from tests.ranks import run_on_ranks
 from tests.training import TINY, ci_settings, loss_curve
 
-STEPS, EVERY, BAD, STOP = 10, 3, 5, 8  # the step numbered 5 (from 1) is refused: back to 3, where 5 steps of data are read
+STEPS, EVERY, BAD, STOP = (
+    10,
+    3,
+    5,
+    8,
+)  # the step numbered 5 (from 1) is refused: back to 3, where 5 steps of data are read
 TWO = ("parallel.ep=2", "engram.weight_decay=0.1")
 SHORT = (f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "train.eval_every=0")
 
@@ -43,7 +48,10 @@ def test_a_spike_stands_out_of_the_last_losses() -> None:
     assert watch.accepts(5.0 + 5.9 * deviation, 1.0)
     assert not watch.accepts(5.0 + 6.1 * deviation, 1.0)
     assert watch.accepts(0.0, 1.0)  # below is none
-    assert "the loss 6.0000 is 9.0 robust deviations above 5.0000, the median of the last 8" in watch.describe(6.0, 1.0)
+    assert (
+        "the loss 6.0000 is 9.0 robust deviations above 5.0000, the median of the last 8"
+        in watch.describe(6.0, 1.0)
+    )
 
 
 def test_losses_that_hardly_move_have_no_spikes_within_a_thousandth() -> None:
@@ -168,7 +176,9 @@ def test_a_skipped_step_leaves_no_trace_but_its_note(runs: Callable[[str], Path]
 
 
 @pytest.mark.parametrize("mode", MODES[:2])
-def test_a_rollback_goes_on_behind_the_batch_bitwise_and_so_does_a_resumed_run(runs: Callable[[str], Path], mode: str) -> None:
+def test_a_rollback_goes_on_behind_the_batch_bitwise_and_so_does_a_resumed_run(
+    runs: Callable[[str], Path], mode: str
+) -> None:
     """As a run that was never there would: its checkpoint, and then the data that lie behind what was refused."""
     assert loss_curve(runs(f"back {mode}")) == loss_curve(runs("want step"))
     notes = [line for line in read_metrics(runs(f"back {mode}")) if "refused" in line]

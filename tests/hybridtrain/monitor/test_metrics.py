@@ -16,7 +16,9 @@ def test_a_list_is_one_entry_of_the_board_and_whole_in_the_file(tmp_path: Path) 
     log, load = MetricsLog(tmp_path, 0, 0, 2), [0.5, 0.25, 0.125, 0.125]
     log.write(1, {"loss": 2.0, "layers.1/expert_load": load, "slowest/rank": 3})
     log.close()
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0, "layers.1/expert_load": load, "slowest/rank": 3}]
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 2.0, "layers.1/expert_load": load, "slowest/rank": 3}
+    ]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = board.Tags()
     assert sorted(tags["scalars"]) == ["loss", "slowest/rank"]

@@ -35,7 +35,9 @@ def test_the_first_is_a_request_and_the_handler_before_comes_back(number: signal
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_ends_at_once(number: signal.Signals) -> None:
-    done = subprocess.run([sys.executable, "-c", TWICE.format(number=int(number))], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE.format(number=int(number))], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout) == (-number, "asked\n")
 
 

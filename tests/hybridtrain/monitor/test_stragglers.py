@@ -25,7 +25,9 @@ from tests.training import TINY, ci_settings, train_here
         ([0.0, 0.0], [0, 1], (0, 1.0)),
     ],
 )
-def test_the_slowest_rank_is_measured_by_its_stage(own: list[float], stages: list[int], expected: tuple[int, float]) -> None:
+def test_the_slowest_rank_is_measured_by_its_stage(
+    own: list[float], stages: list[int], expected: tuple[int, float]
+) -> None:
     rank, ratio = slowest(own, stages)
     assert (rank, round(ratio, 6)) == expected
 
@@ -48,8 +50,16 @@ def train_slowly(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("fetch", ["step", "overlap"])
-def test_a_slow_rank_is_named_though_all_ranks_take_as_long(ci_data: Path, tmp_path: Path, fetch: str) -> None:
-    overrides = ["train.steps=4", "train.log_every=2", "train.eval_every=0", "parallel.ep=2", f"engram.fetch={fetch}"]
+def test_a_slow_rank_is_named_though_all_ranks_take_as_long(
+    ci_data: Path, tmp_path: Path, fetch: str
+) -> None:
+    overrides = [
+        "train.steps=4",
+        "train.log_every=2",
+        "train.eval_every=0",
+        "parallel.ep=2",
+        f"engram.fetch={fetch}",
+    ]
     run_on_ranks(train_slowly, 2, ci_settings(tmp_path / "run", ci_data, *TINY, *overrides))
     lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert [line["slowest/rank"] for line in lines] == [1, 1]

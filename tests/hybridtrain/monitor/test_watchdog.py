@@ -34,10 +34,16 @@ def test_a_rank_that_writes_nothing_is_named() -> None:
 
 def test_a_rank_that_others_wait_for_is_named_with_the_collective_and_its_stack() -> None:
     waits = record(0, ("ep", PAIR, "all_to_all", 57, 4.0), ("world", PAIR, "all_reduce", 3, 6.0))
-    hangs = record(1, ("world", PAIR, "all_reduce", 3, 6.0), ("ep", PAIR, "all_to_all", 56, 6.5), phase="optimizer")
+    hangs = record(
+        1, ("world", PAIR, "all_reduce", 3, 6.0), ("ep", PAIR, "all_to_all", 56, 6.5), phase="optimizer"
+    )
     text = explain([waits, hangs], 2)
-    assert text.startswith("rank 1 has not come to all_to_all number 57 of group ep (ranks 0, 1), where others wait\n")
-    assert "rank 1 on host: step 7, optimizer; its last collective is all_reduce number 3 of group world" in text
+    assert text.startswith(
+        "rank 1 has not come to all_to_all number 57 of group ep (ranks 0, 1), where others wait\n"
+    )
+    assert (
+        "rank 1 on host: step 7, optimizer; its last collective is all_reduce number 3 of group world" in text
+    )
     assert text.endswith("stack of rank 1's main thread:\nstack of 1")
 
 
@@ -92,7 +98,10 @@ def go_on(watched: Watchdog, seconds: float) -> None:
 def test_ranks_that_stand_still_end_their_run_and_say_where_they_are(tmp_path: Path) -> None:
     """Two ranks in one process: rank 0 waits in a collective that rank 1, which goes on for a while, does not come to."""
     ends: dict[int, list[tuple[str, int]]] = {0: [], 1: []}
-    with dog(0, tmp_path / "stalls", 2.0, ends[0]) as waits, dog(1, tmp_path / "stalls", 2.0, ends[1]) as moving:
+    with (
+        dog(0, tmp_path / "stalls", 2.0, ends[0]) as waits,
+        dog(1, tmp_path / "stalls", 2.0, ends[1]) as moving,
+    ):
         ep = Group("ep", (0, 1), 0, None, waits.world.traffic)
         waits.world.traffic.add(ep, "all_to_all", 8)
         go_on(moving, 4.0)
@@ -104,7 +113,10 @@ def test_ranks_that_stand_still_end_their_run_and_say_where_they_are(tmp_path: P
     text, status = ends[0][0]
     assert status == STALLED
     assert text.startswith("error: no progress for ")
-    assert " s (parallel.timeout=2): rank 1 has not come to all_to_all number 1 of group ep (ranks 0, 1)" in text.splitlines()[0]
+    assert (
+        " s (parallel.timeout=2): rank 1 has not come to all_to_all number 1 of group ep (ranks 0, 1)"
+        in text.splitlines()[0]
+    )
     assert "rank 0 on" in text
     assert "test_ranks_that_stand_still" in text  # where the main thread was
     assert (tmp_path / "stalls/report-of-rank-00000.txt").read_text() == text.removeprefix("error: ")

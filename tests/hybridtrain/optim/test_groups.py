@@ -15,7 +15,12 @@ DECAY = [
     "layers.0.feedforward.w_up.weight",
     "layers.1.engram.wk.weight",
 ]
-NO_DECAY = ["embed.weight", "layers.0.mixer_norm.weight", "layers.1.engram.conv", "layers.0.mixer.q_norm.weight"]
+NO_DECAY = [
+    "embed.weight",
+    "layers.0.mixer_norm.weight",
+    "layers.1.engram.conv",
+    "layers.0.mixer.q_norm.weight",
+]
 EXPERTS = ["layers.1.feedforward.experts.w_gate", "layers.1.feedforward.experts.w_down"]
 
 
@@ -50,7 +55,9 @@ def groups_of(model, optimizers):
 
 def test_adamw_decays_matrices_only():
     model = Named(DECAY + NO_DECAY + EXPERTS)
-    (optimizer,) = build_optimizers(model, OptimSettings(lr=0.1, weight_decay=0.2, beta1=0.8, beta2=0.7, eps=1e-6))
+    (optimizer,) = build_optimizers(
+        model, OptimSettings(lr=0.1, weight_decay=0.2, beta1=0.8, beta2=0.7, eps=1e-6)
+    )
     assert groups_of(model, [optimizer]) == {"decay": sorted(DECAY + EXPERTS), "no_decay": sorted(NO_DECAY)}
     by_name = {g["name"]: g for g in optimizer.param_groups}
     assert (by_name["decay"]["weight_decay"], by_name["no_decay"]["weight_decay"]) == (0.2, 0.0)
@@ -61,7 +68,9 @@ def test_adamw_decays_matrices_only():
 
 def test_muon_takes_hidden_matrices_and_experts():
     model = Named(DECAY + NO_DECAY + EXPERTS)
-    muon, adamw = build_optimizers(model, OptimSettings(backbone="muon", lr=0.1, muon_lr=0.3, muon_momentum=0.9))
+    muon, adamw = build_optimizers(
+        model, OptimSettings(backbone="muon", lr=0.1, muon_lr=0.3, muon_momentum=0.9)
+    )
     assert isinstance(muon, Muon)
     kept = ["head.weight", "layers.1.feedforward.router.weight"]
     assert groups_of(model, [muon, adamw]) == {
@@ -70,7 +79,9 @@ def test_muon_takes_hidden_matrices_and_experts():
         "decay": kept,
         "no_decay": sorted(NO_DECAY),
     }
-    assert [(g["peak_lr"], g["momentum"], g["weight_decay"], g["input_first"]) for g in muon.param_groups] == [
+    assert [
+        (g["peak_lr"], g["momentum"], g["weight_decay"], g["input_first"]) for g in muon.param_groups
+    ] == [
         (0.3, 0.9, 0.1, False),
         (0.3, 0.9, 0.1, True),
     ]
@@ -81,7 +92,11 @@ def test_muon_takes_hidden_matrices_and_experts():
 def test_memory_rows_and_frozen_parameters_are_left_out(backbone):
     model = Named([*DECAY, "rows.leaf0", "rows.leaf1"])
     model.head.weight.requires_grad = False
-    names = [n for members in groups_of(model, build_optimizers(model, OptimSettings(backbone=backbone))).values() for n in members]
+    names = [
+        n
+        for members in groups_of(model, build_optimizers(model, OptimSettings(backbone=backbone))).values()
+        for n in members
+    ]
     assert sorted(names) == sorted(set(DECAY) - {"head.weight"})
 
 
@@ -103,11 +118,17 @@ def test_prefixes_do_not_hide_a_name(name, ndim, kind):
 def test_meshes_do_not_share_groups():
     dense, experts, twin = FakeMesh("dp_shard", "tp"), FakeMesh("edp"), FakeMesh("edp")
     of = {"experts.w_gate": experts, "experts.w_down": twin, "mixer.wq.weight": dense, "head.weight": dense}
-    model = Named(DECAY + EXPERTS, mesh=lambda name: next((m for end, m in of.items() if name.endswith(end)), None))
+    model = Named(
+        DECAY + EXPERTS, mesh=lambda name: next((m for end, m in of.items() if name.endswith(end)), None)
+    )
     optimizers = build_optimizers(model, OptimSettings())
     assert groups_of(model, optimizers) == {
         "decay@dp_shardxtp": ["head.weight", "layers.0.mixer.wq.weight"],
-        "decay": ["layers.0.feedforward.w_up.weight", "layers.1.feedforward.router.weight", "layers.1.engram.wk.weight"],
+        "decay": [
+            "layers.0.feedforward.w_up.weight",
+            "layers.1.feedforward.router.weight",
+            "layers.1.engram.wk.weight",
+        ],
         "decay@edp": ["layers.1.feedforward.experts.w_gate"],
         "decay@edp#2": ["layers.1.feedforward.experts.w_down"],
     }
@@ -118,7 +139,11 @@ def test_set_learning_rates():
     optimizers = build_optimizers(model, OptimSettings(backbone="muon", lr=0.1, muon_lr=0.4))
     for scale in (0.5, 0.25):
         set_learning_rates(optimizers, scale)
-    assert {g["name"]: g["lr"] for o in optimizers for g in o.param_groups} == {"muon": 0.1, "decay": 0.025, "no_decay": 0.025}
+    assert {g["name"]: g["lr"] for o in optimizers for g in o.param_groups} == {
+        "muon": 0.1,
+        "decay": 0.025,
+        "no_decay": 0.025,
+    }
 
 
 @pytest.mark.parametrize("backbone", ["adamw", "muon"])

@@ -22,11 +22,15 @@ PLACEMENTS = {"uneven": Shard(0), "wide": Shard(1), "experts": Shard(0), "cut ex
 
 
 def draw(name, round_number):
-    return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(100 * round_number + list(SHAPES).index(name)))
+    return torch.randn(
+        SHAPES[name], generator=torch.Generator().manual_seed(100 * round_number + list(SHAPES).index(name))
+    )
 
 
 def run(parameters, distribute, rounds=3):
-    optimizer = Muon([{"params": [p], "input_first": p.ndim == 3} for p in parameters.values()], lr=0.1, weight_decay=0.1)
+    optimizer = Muon(
+        [{"params": [p], "input_first": p.ndim == 3} for p in parameters.values()], lr=0.1, weight_decay=0.1
+    )
     for number in range(1, rounds + 1):
         for name, parameter in parameters.items():
             parameter.grad = distribute(name, draw(name, number))
@@ -36,7 +40,9 @@ def run(parameters, distribute, rounds=3):
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4), (3, 5, 7), (2, 3, 9, 4)])
 def test_orthogonalize_brings_singular_values_near_one(shape):
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    values = torch.linalg.svdvals(
+        orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    )
     assert values.min() > 0.5
     assert values.max() < 1.3
 
@@ -50,9 +56,14 @@ def test_orthogonalize_keeps_zero_and_works_matrix_by_matrix():
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
 def test_is_torchs_muon_up_to_its_bfloat16(shape):
-    ours, theirs = (torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2))
+    ours, theirs = (
+        torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2)
+    )
     start = ours.detach().clone()
-    optimizers = [Muon([ours], lr=0.1, weight_decay=0.3), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3)]
+    optimizers = [
+        Muon([ours], lr=0.1, weight_decay=0.3),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3),
+    ]
     for number in range(3):
         grad = torch.randn(shape, generator=torch.Generator().manual_seed(number))
         for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -85,7 +96,10 @@ def test_sharded_updates_are_the_unsharded_ones_bitwise(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path / "store")], env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, __file__, str(rank), str(tmp_path / "store")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]

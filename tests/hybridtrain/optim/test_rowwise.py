@@ -64,7 +64,9 @@ def test_touched_rows_only_equals_the_rule_on_every_row(kind, weight_decay, catc
     for rows, grad, lr in steps:
         if catch_up:
             optimizer.catch_up(rows)
-            optimizer.catch_up(torch.arange(0, R, 3))  # rows that are read and not updated, as in a validation
+            optimizer.catch_up(
+                torch.arange(0, R, 3)
+            )  # rows that are read and not updated, as in a validation
         optimizer.step(rows, grad, lr)
     optimizer.catch_up(torch.arange(R))
     assert optimizer.step_count == len(steps)
@@ -128,7 +130,9 @@ def test_values_are_the_bits_that_catch_up_will_write(make, weight_decay, dtype)
         others = everything[~torch.isin(everything, rows)]
         kept = [tensor.clone() for tensor in (table, *optimizer.state.values())]
         now, later = optimizer.values(everything), optimizer.values(others, lr)
-        assert all(torch.equal(a, b) for a, b in zip(kept, (table, *optimizer.state.values()), strict=True))  # only read
+        assert all(
+            torch.equal(a, b) for a, b in zip(kept, (table, *optimizer.state.values()), strict=True)
+        )  # only read
         if number % 3 == 0:
             optimizer.catch_up(rows)
             assert torch.equal(table[rows], now[rows])

@@ -38,9 +38,19 @@ def overrides(name: str) -> list[str]:
     """All axes, so that none stays from the layout before."""
     chosen = LAYOUTS[name][1]
     defaults = [f"parallel.{axis}=1" for axis in AXES[:-1]]
-    rest = ["parallel.mem=-1", "parallel.schedule=1f1b", "parallel.stage_cuts=[]", "parallel.mem_placement=contiguous"]
+    rest = [
+        "parallel.mem=-1",
+        "parallel.schedule=1f1b",
+        "parallel.stage_cuts=[]",
+        "parallel.mem_placement=contiguous",
+    ]
     stages = next((int(o.partition("=")[2]) for o in chosen if o.startswith("pp=")), 1)
-    return [*defaults, *rest, *(f"parallel.{override}" for override in chosen), f"train.micro_batches={stages}"]
+    return [
+        *defaults,
+        *rest,
+        *(f"parallel.{override}" for override in chosen),
+        f"train.micro_batches={stages}",
+    ]
 
 
 def latest(run: Path) -> Path:
@@ -66,6 +76,8 @@ def next_losses(settings_file: Path, runs: list[Path], extra: tuple[str, ...] = 
             batch = loader.load(number)
             assert run.table is not None
             plan = run.table.plan(batch)
-            losses.append(train_step(run, number, batch.at(run.positions), plan, Clock(torch.device("cpu"))).loss)
+            losses.append(
+                train_step(run, number, batch.at(run.positions), plan, Clock(torch.device("cpu"))).loss
+            )
     close_mesh()
     return losses

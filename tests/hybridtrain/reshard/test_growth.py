@@ -50,7 +50,9 @@ def test_with_all_copies_chosen_the_model_computes_what_it_did(run: Path, tmp_pa
     for name in (f"model.{EXPERTS}", f"optim.{EXPERTS}.exp_avg_sq", f"model.{ROUTER}.weight"):
         old, new = before.read(name), after.read(name)
         assert torch.equal(new, torch.cat([old, old])), name
-    assert torch.equal(after.read(f"model.{ROUTER}.bias_E"), before.read(f"model.{ROUTER}.bias_E").repeat(2) / 2)
+    assert torch.equal(
+        after.read(f"model.{ROUTER}.bias_E"), before.read(f"model.{ROUTER}.bias_E").repeat(2) / 2
+    )
     load = after.read(f"model.{ROUTER}.load_E")
     assert torch.equal(load, before.read(f"model.{ROUTER}.load_E").repeat(2) / 2)
     assert after.shapes[f"optim.{EXPERTS}.step"] == ()
@@ -99,7 +101,9 @@ def larger_tokenizer(run: Path, file: Path, *tokens: str) -> Path:
     return file
 
 
-def test_a_larger_tokenizer_keeps_every_row_of_the_memory_and_training_goes_on(run: Path, ci_data: Path, tmp_path: Path) -> None:
+def test_a_larger_tokenizer_keeps_every_row_of_the_memory_and_training_goes_on(
+    run: Path, ci_data: Path, tmp_path: Path
+) -> None:
     file = larger_tokenizer(run, tmp_path / "more.json", "THE", "zzyx", "Zzyx")
     data, out = tmp_path / "data", tmp_path / "out"
     prepare([ci_data.with_suffix(".jsonl")], data, tokenizer=file, validation_fraction=0.1, progress=False)
@@ -131,16 +135,23 @@ def test_another_tokenizer_is_refused_with_what_it_does_not_keep(run: Path, tmp_
     with pytest.raises(UserError) as error:
         reshard(run, tmp_path / "out", nproc=2, growth=Growth(tokenizer=file))
     assert "it has 1025 tokens, the model rows for 1024; give --extend-vocab 1025 or more" in str(error.value)
-    assert "is of another tokenizer; give that of data made with `hybridtrain data --tokenizer" in str(error.value)
+    assert "is of another tokenizer; give that of data made with `hybridtrain data --tokenizer" in str(
+        error.value
+    )
     tree = json.loads(file.read_text())
     vocabulary = tree["model"]["vocab"]
     vocabulary["Ġthe"], vocabulary["Ġof"] = vocabulary["Ġof"], vocabulary["Ġthe"]
     file.write_text(json.dumps(tree))
-    with pytest.raises(UserError, match=rf"'Ġthe' is {vocabulary['Ġthe']} of its tokens, and {vocabulary['Ġof']} of the run's"):
+    with pytest.raises(
+        UserError,
+        match=rf"'Ġthe' is {vocabulary['Ġthe']} of its tokens, and {vocabulary['Ġof']} of the run's",
+    ):
         reshard(run, tmp_path / "out", nproc=2, growth=Growth(vocab=1040, tokenizer=file))
     tree["model"]["vocab"] = json.loads((run / "tokenizer.json").read_text())["model"]["vocab"]
     tree["decoder"] = None  # the same tokens, read otherwise
     file.write_text(json.dumps(tree))
-    with pytest.raises(UserError, match=r"(?s)token \d+, '\S+', is spelt otherwise than the run's.*\n  and \d+ more"):
+    with pytest.raises(
+        UserError, match=r"(?s)token \d+, '\S+', is spelt otherwise than the run's.*\n  and \d+ more"
+    ):
         reshard(run, tmp_path / "out", nproc=2, growth=Growth(vocab=1040, tokenizer=file))
     assert not (tmp_path / "out").exists()

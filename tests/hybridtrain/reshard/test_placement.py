@@ -37,7 +37,9 @@ def parts_here(settings: Settings) -> Run:
     for stage in run.model_parts:
         for name, value in stage.state_dict().items():
             if isinstance(value, DTensor):
-                sizes, offsets = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+                sizes, offsets = compute_local_shape_and_global_offset(
+                    value.shape, value.device_mesh, value.placements
+                )
                 found[name] = (tuple(sizes), tuple(offsets))
             else:
                 found[name] = (tuple(value.shape), (0,) * value.dim())
@@ -56,8 +58,12 @@ def test_paper_and_ranks_agree(ci_data: Path, tmp_path: Path) -> None:
     assert {box.rank for box in placement.parameters["embed.weight"]} == {0, 1}  # tied: the first stage's
     num_rows = sum(ranks[rank]["table"][0][0] for rank in (0, 2))  # far: the copies of rows are neighbours
     boxes = placement.boxes("table.rows", (num_rows, 12))
-    assert [(box.rank, box.sizes, box.offsets) for box in boxes] == [(rank, *ranks[rank]["table"]) for rank in (0, 2)]
-    assert [box.rank for box in placement.boxes("optim.norm.weight.step", ())] == [placement.parameters["norm.weight"][0].rank]
+    assert [(box.rank, box.sizes, box.offsets) for box in boxes] == [
+        (rank, *ranks[rank]["table"]) for rank in (0, 2)
+    ]
+    assert [box.rank for box in placement.boxes("optim.norm.weight.step", ())] == [
+        placement.parameters["norm.weight"][0].rank
+    ]
 
 
 def test_a_process_among_others_has_no_paper(tmp_path: Path) -> None:

@@ -63,7 +63,9 @@ def _assert_files_are_the_ranks_own(path: Path, ranks: int, mem: int) -> None:
     """There are files of these ranks alone, and the table's rows lie in as many of them as it has owners, in order."""
     places = pickle.loads((path / ".metadata").read_bytes()).storage_data
     assert {int(place.relative_path.split("_")[2]) for place in places.values()} <= set(range(ranks))
-    rows = sorted((index.offset[0], place.relative_path) for index, place in places.items() if index.fqn == "table.rows")
+    rows = sorted(
+        (index.offset[0], place.relative_path) for index, place in places.items() if index.fqn == "table.rows"
+    )
     assert len(list(itertools.groupby(rows, lambda row: row[1]))) == len({file for _, file in rows}) == mem
 
 
@@ -86,7 +88,9 @@ def _interrupt(_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_one_that_was_killed_goes_on_where_it_stopped(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_was_killed_goes_on_where_it_stopped(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, extra = tmp_path / "out", overrides("tp 2 · ep 4")
     with pytest.raises(RankFailure, match="died"):
         run_on_ranks(die_after, 1, 3, run, out, extra)
@@ -116,7 +120,9 @@ def test_one_that_was_killed_goes_on_where_it_stopped(run: Path, tmp_path: Path,
         reshard(run, out, extra, nproc=4)
 
 
-def test_damage_is_noticed_before_and_behind(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_is_noticed_before_and_behind(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(run, broken)
     file = sorted(latest(broken).glob("*.distcp"))[0]
@@ -139,16 +145,27 @@ def test_damage_is_noticed_before_and_behind(run: Path, tmp_path: Path, monkeypa
         return rows
 
     monkeypatch.setattr(copy.Copy, "_read_back", flip)
-    with pytest.raises(DamagedCheckpoint, match=r"table.rows, rows 0 to \d+, was read back from __0_0.distcp"):
+    with pytest.raises(
+        DamagedCheckpoint, match=r"table.rows, rows 0 to \d+, was read back from __0_0.distcp"
+    ):
         reshard(run, tmp_path / "b", nproc=2)
     assert checkpoint.latest(tmp_path / "b" / "checkpoints") is None
 
 
 def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(LayoutError, match=r"parallel.tp=3 does not divide model.attention.num_kv_heads=4; tp may be 1, 2 or 4"):
+    with pytest.raises(
+        LayoutError,
+        match=r"parallel.tp=3 does not divide model.attention.num_kv_heads=4; tp may be 1, 2 or 4",
+    ):
         reshard(run, out, ["parallel.tp=3", "parallel.ep=1", "parallel.mem=-1"], nproc=3)
-    others = ["model.moe.num_experts=16", "engram.rows_per_head=2000", "model.moe.top_k=3", "optim.backbone=muon", "run.dir=x"]
+    others = [
+        "model.moe.num_experts=16",
+        "engram.rows_per_head=2000",
+        "model.moe.top_k=3",
+        "optim.backbone=muon",
+        "run.dir=x",
+    ]
     with pytest.raises(UserError) as error:
         reshard(run, out, others, nproc=2, growth=Growth(vocab=7))
     for line in (
@@ -167,7 +184,15 @@ def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path:
     message = refused(hybridtrain("reshard", run, out, "parallel.ep=3", "--grow-experts", 4))
     assert "--grow-experts 4: the model has 8, and none can be taken away; it may be more" in message
     done = hybridtrain(
-        "reshard", run, out, "parallel.tp=2", "parallel.pp=2", "parallel.ep=1", "train.micro_batches=2", "--max-memory", "64M"
+        "reshard",
+        run,
+        out,
+        "parallel.tp=2",
+        "parallel.pp=2",
+        "parallel.ep=1",
+        "train.micro_batches=2",
+        "--max-memory",
+        "64M",
     )
     assert done.status == 0, done
     assert "for pp 2 · tp 2 · edp 2 · mem 2 · mem_replicate 2; every tensor's xxh3 is what it was" in done.out
@@ -205,7 +230,9 @@ def test_memory_is_bounded_for_a_table_larger_than_the_bound(run: Path, tmp_path
         shape, dtype = stored.shapes[name], stored.dtype(name)
         if name.startswith("memory."):
             wide = (rows, *shape[1:])
-            return LazyTensor(wide, dtype, lambda: torch.arange(rows * (dim if len(wide) > 1 else 1)).view(wide).to(dtype))
+            return LazyTensor(
+                wide, dtype, lambda: torch.arange(rows * (dim if len(wide) > 1 else 1)).view(wide).to(dtype)
+            )
         return LazyTensor(shape, dtype, lambda: stored.read(name))
 
     tensors = {name: tensor(name) for name in stored.shapes}

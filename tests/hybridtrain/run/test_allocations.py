@@ -51,7 +51,9 @@ def build(tmp_path: Path, data: Path, *overrides: str) -> tuple[Run, BatchLoader
     mesh = make_mesh(resolve_layout(settings, 1), 0, torch.device("cpu"), 60)
     run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train = settings.train
-    return run, BatchLoader(dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, 0, 1, 0)
+    return run, BatchLoader(
+        dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, 0, 1, 0
+    )
 
 
 def largest_of_steps(run: Run, loader: BatchLoader, steps: int = 2) -> LargestStorage:
@@ -78,10 +80,16 @@ def largest_of_steps(run: Run, loader: BatchLoader, steps: int = 2) -> LargestSt
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("engram.weight_decay=0.1",), ("engram.optimizer=rowwise_adagrad", "train.micro_batches=2", "engram.exchange_groups=2")],
+    [
+        (),
+        ("engram.weight_decay=0.1",),
+        ("engram.optimizer=rowwise_adagrad", "train.micro_batches=2", "engram.exchange_groups=2"),
+    ],
     ids=["adam", "decay", "adagrad, two exchanges"],
 )
-def test_no_tensor_of_the_tables_size_is_made(tmp_path: Path, ci_data: Path, overrides: tuple[str, ...]) -> None:
+def test_no_tensor_of_the_tables_size_is_made(
+    tmp_path: Path, ci_data: Path, overrides: tuple[str, ...]
+) -> None:
     run, loader = build(tmp_path, ci_data, *overrides)
     assert run.table is not None
     table = run.table.table

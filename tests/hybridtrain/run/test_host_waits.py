@@ -30,7 +30,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_of(folder: Path, data: Path, layers: int, micro_batches: int, *overrides: str) -> Settings:
     kinds = ["engram+attention+dense", *["attention+moe"] * layers]
-    sizes = [f"model.layers={kinds}", f"train.micro_batches={micro_batches}", "train.global_batch=8", "train.seq_len=16"]
+    sizes = [
+        f"model.layers={kinds}",
+        f"train.micro_batches={micro_batches}",
+        "train.global_batch=8",
+        "train.seq_len=16",
+    ]
     return ci_settings(folder, data, *sizes, "train.steps=4", "train.log_every=2", *overrides)
 
 
@@ -71,6 +76,17 @@ def test_one_rank_waits_once_however_many_layers_and_micro_batches(tmp_path: Pat
 def test_ranks_of_experts_wait_once_per_layer_and_micro_batch(tmp_path: Path, data: Path) -> None:
     runs = [run_of(tmp_path, data, *size, "parallel.ep=2") for size in (SIZES[0], SIZES[2])]
     runs.append(run_of(tmp_path, data, *SIZES[2], "parallel.ep=2", "train.recompute=full"))
-    runs.append(run_of(tmp_path, data, *SIZES[2], "parallel.ep=2", "parallel.dispatch=hierarchical", "parallel.node_size=1"))
+    runs.append(
+        run_of(
+            tmp_path,
+            data,
+            *SIZES[2],
+            "parallel.ep=2",
+            "parallel.dispatch=hierarchical",
+            "parallel.node_size=1",
+        )
+    )
     for rank in run_on_ranks(waits_of, 2, runs):
-        assert [plain for _, plain in rank] == [{"tolist": 1 + exchanges} for exchanges in (1, 4, 4, 8)]  # two hops of the last
+        assert [plain for _, plain in rank] == [
+            {"tolist": 1 + exchanges} for exchanges in (1, 4, 4, 8)
+        ]  # two hops of the last

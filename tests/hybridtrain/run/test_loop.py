@@ -32,8 +32,18 @@ KINDS = {
         "model.moe.aux_weight=0.01",
         "model.moe.z_weight=0.001",
     ],
-    "decay": ["engram.optimizer=rowwise_adagrad", "engram.weight_decay=0.1", "engram.boundary=stream", "engram.conv=false"],
-    "dense table": ["engram.optimizer=adam", "model.tie_embeddings=true", "optim.clip_norm=0.1", "train.micro_batches=3"],
+    "decay": [
+        "engram.optimizer=rowwise_adagrad",
+        "engram.weight_decay=0.1",
+        "engram.boundary=stream",
+        "engram.conv=false",
+    ],
+    "dense table": [
+        "engram.optimizer=adam",
+        "model.tie_embeddings=true",
+        "optim.clip_norm=0.1",
+        "train.micro_batches=3",
+    ],
 }
 
 
@@ -54,7 +64,12 @@ def curves(ci_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
     for world in (1, 2):
         runs[world] = {kind: folder / f"{kind} {world}" for kind in KINDS}
         overrides = {kind: [*common, f"parallel.ep={world}", *KINDS[kind]] for kind in KINDS}
-        run_on_ranks(train_kinds, world, [ci_settings(runs[world][k], ci_data, *overrides[k]) for k in KINDS], str(folder))
+        run_on_ranks(
+            train_kinds,
+            world,
+            [ci_settings(runs[world][k], ci_data, *overrides[k]) for k in KINDS],
+            str(folder),
+        )
     return runs
 
 
@@ -122,7 +137,9 @@ def test_ranks_on_the_cpu_flush_denormal_numbers(ci_data: Path, tmp_path: Path) 
 def test_metrics_hold_every_step_and_validation(trained: Callable[..., Path]) -> None:
     lines = read_metrics(trained(1))
     assert [(line["step"], "validation_loss" in line) for line in lines] == [
-        (step, validation) for step in range(1, 21) for validation in ((False, True) if step in (10, 20) else (False,))
+        (step, validation)
+        for step in range(1, 21)
+        for validation in ((False, True) if step in (10, 20) else (False,))
     ]
     rates = [line["learning_rate"] for line in lines if "loss" in line]
     assert rates[:5] == pytest.approx([0.001 * n / 5 for n in range(1, 6)])

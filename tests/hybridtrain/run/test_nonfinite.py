@@ -75,16 +75,24 @@ def train_poisoned(settings: Settings, where: str) -> str:
         ("gradient", 1, "every layer's output is finite, so it arose in the backward pass"),
     ],
 )
-def test_the_run_stops_and_says_where(ci_data: Path, tmp_path: Path, where: str, nproc: int, place: str) -> None:
+def test_the_run_stops_and_says_where(
+    ci_data: Path, tmp_path: Path, where: str, nproc: int, place: str
+) -> None:
     run = tmp_path / "run"
     overrides = ["checkpoint.every=2", "train.steps=6", "train.eval_batches=1", "parallel.mem=-1"]
     overrides += ["parallel.ep=2", "train.micro_batches=2", "engram.exchange_groups=2"] if nproc == 2 else []
-    overrides += ["engram.fetch=overlap"] if where == "expert" else []  # rows of the next step are then still under way
+    overrides += (
+        ["engram.fetch=overlap"] if where == "expert" else []
+    )  # rows of the next step are then still under way
     messages = run_on_ranks(train_poisoned, nproc, ci_settings(run, ci_data, *overrides), where)
     assert len(set(messages)) == 1  # every rank ends with the same words
     loss = "[0-9.]+" if where == "gradient" else "(nan|inf)"
-    assert re.match(rf"step {STEP}: the loss is {loss} and the gradient norm (nan|inf); ", messages[0]), messages[0]
+    assert re.match(rf"step {STEP}: the loss is {loss} and the gradient norm (nan|inf); ", messages[0]), (
+        messages[0]
+    )
     assert place in messages[0]
-    assert messages[0].endswith(f"The last good checkpoint is {run}/checkpoints/step-00000002; nothing of this step was kept")
+    assert messages[0].endswith(
+        f"The last good checkpoint is {run}/checkpoints/step-00000002; nothing of this step was kept"
+    )
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["latest", "step-00000002"]
     assert max(line["step"] for line in read_metrics(run)) == STEP - 1

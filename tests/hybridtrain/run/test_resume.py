@@ -25,7 +25,9 @@ TWO = ("parallel.ep=2", "parallel.mem=2")
 
 
 def launch(settings: object, resume: bool, rank: int, step: int, during: str) -> int:
-    return run_ranks("tests.training:train_and_kill", (settings, resume, rank, step, during), 2, threads=1, preload=PRELOAD)
+    return run_ranks(
+        "tests.training:train_and_kill", (settings, resume, rank, step, during), 2, threads=1, preload=PRELOAD
+    )
 
 
 def assert_same_end(run: Path, reference: Path) -> None:
@@ -49,7 +51,9 @@ def test_killed_in_a_step_and_in_a_save_a_run_resumes_bitwise(
     assert "rank 1 was ended by SIGKILL" in capfd.readouterr().err
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-00000010"]
 
-    assert launch(settings, True, 0, 20, "save") == 128 + 9  # resumed, and killed when rank 0 begins the last checkpoint
+    assert (
+        launch(settings, True, 0, 20, "save") == 128 + 9
+    )  # resumed, and killed when rank 0 begins the last checkpoint
     assert checkpoint.latest(tmp_path / "run/checkpoints") == tmp_path / "run/checkpoints/step-00000010"
 
     assert [s["steps"] for s in train_on(2, settings, resume=True)] == [20, 20]
@@ -62,17 +66,24 @@ def test_killed_before_the_first_checkpoint_there_is_nothing_to_resume(ci_data: 
     assert launch(settings, False, 0, 3, "step") == 128 + 9
     arguments = [CI, f"run.dir={tmp_path / 'run'}", f"data.path={ci_data}"]
     message = refused(hybridtrain("train", *arguments, "--resume"))
-    assert f"{tmp_path / 'run/checkpoints'}: no finished checkpoint to resume from; start without --resume" in message
+    assert (
+        f"{tmp_path / 'run/checkpoints'}: no finished checkpoint to resume from; start without --resume"
+        in message
+    )
 
 
-def test_auto_resume_goes_on_where_there_is_a_checkpoint(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:
+def test_auto_resume_goes_on_where_there_is_a_checkpoint(
+    trained: Callable[..., Path], ci_data: Path, tmp_path: Path
+) -> None:
     run = shutil.copytree(trained(1), tmp_path / "run")
     outcome = hybridtrain("train", CI, f"run.dir={run}", f"data.path={ci_data}", "--auto-resume")
     assert outcome.status == 0, outcome
     assert f"{run} has done 20 steps of train.steps=20: nothing is left to do" in outcome.out
 
 
-def test_a_signal_stops_cleanly_and_the_run_resumes_bitwise(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:
+def test_a_signal_stops_cleanly_and_the_run_resumes_bitwise(
+    trained: Callable[..., Path], ci_data: Path, tmp_path: Path
+) -> None:
     settings = ci_settings(tmp_path / "run", ci_data, *TWO)
     step = random.Random(2).randint(3, 7)
     assert launch(settings, False, 1, step, "sigterm") == 0
@@ -112,7 +123,14 @@ def resumable(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> Ca
 
     def resume(*overrides: str, resume: bool = True) -> str:
         before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
-        arguments = [CI, f"run.dir={run}", f"data.path={ci_data}", "data.source=[]", *overrides, *(["--resume"] if resume else [])]
+        arguments = [
+            CI,
+            f"run.dir={run}",
+            f"data.path={ci_data}",
+            "data.source=[]",
+            *overrides,
+            *(["--resume"] if resume else []),
+        ]
         message = refused(hybridtrain("train", *arguments))
         after = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
         assert after == before  # a refusal leaves the run as it was
@@ -121,9 +139,15 @@ def resumable(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> Ca
     return resume
 
 
-def test_a_checkpoint_of_another_model_is_refused_with_every_difference(resumable: Callable[..., str], tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused_with_every_difference(
+    resumable: Callable[..., str], tmp_path: Path
+) -> None:
     message = resumable(
-        "model.dim=32", 'model.layers=["engram+attention+moe"]', "engram.heads=2", 'optim.backbone="muon"', "engram.beta2=0.9"
+        "model.dim=32",
+        'model.layers=["engram+attention+moe"]',
+        "engram.heads=2",
+        'optim.backbone="muon"',
+        "engram.beta2=0.9",
     )
     lines = message.splitlines()
     assert lines[0] == f"error: {tmp_path / 'run/checkpoints/step-00000010'} is a checkpoint of another model"
@@ -137,12 +161,17 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(resumabl
 
 
 def test_other_primes_of_the_same_size_are_refused(resumable: Callable[..., str]) -> None:
-    assert "memory: the checkpoint's multipliers, primes or compression map are others" in resumable("engram.hash_seed=7")
+    assert "memory: the checkpoint's multipliers, primes or compression map are others" in resumable(
+        "engram.hash_seed=7"
+    )
 
 
 def test_a_new_run_does_not_overwrite_an_old_one(resumable: Callable[..., str]) -> None:
     message = resumable(resume=False)
-    assert "holds a run with the checkpoint step-00000010; go on with --resume or choose another run.dir" in message
+    assert (
+        "holds a run with the checkpoint step-00000010; go on with --resume or choose another run.dir"
+        in message
+    )
 
 
 def flip(path: Path) -> None:
@@ -156,12 +185,17 @@ def flip(path: Path) -> None:
     [
         (lambda data: flip(data / "train-00000.tokens"), "train-00000.tokens: is damaged (xxh3"),
         (lambda data: (data / "train-00000.tokens").unlink(), "train-00000.tokens: is missing"),
-        (lambda data: flip(data / "tokenizer.json"), "tokenizer.json: is not the one this data was made with"),
+        (
+            lambda data: flip(data / "tokenizer.json"),
+            "tokenizer.json: is not the one this data was made with",
+        ),
         (shutil.rmtree, "no such data folder; make it with `hybridtrain data SOURCE --out"),
     ],
     ids=["damaged shard", "missing shard", "changed tokenizer", "no data"],
 )
-def test_data_that_cannot_be_used_is_refused(ci_data: Path, tmp_path: Path, harm: Callable[[Path], None], expected: str) -> None:
+def test_data_that_cannot_be_used_is_refused(
+    ci_data: Path, tmp_path: Path, harm: Callable[[Path], None], expected: str
+) -> None:
     data = shutil.copytree(ci_data, tmp_path / "data")
     harm(data)
     arguments = [CI, f"run.dir={tmp_path / 'run'}", f"data.path={data}", "data.source=[]"]
@@ -176,13 +210,20 @@ def test_another_tokenizer_is_refused(resumable: Callable[..., str], ci_data: Pa
     assert "tokenizer.json is another tokenizer than the one this run was trained with" in message
 
 
-def test_another_token_before_each_document_is_refused(resumable: Callable[..., str], ci_data: Path, tmp_path: Path) -> None:
+def test_another_token_before_each_document_is_refused(
+    resumable: Callable[..., str], ci_data: Path, tmp_path: Path
+) -> None:
     from hybridtrain.data.prepare import prepare
 
     source, tokenizer = ci_data.with_suffix(".jsonl"), ci_data / "tokenizer.json"
-    other = prepare([source], tmp_path / "other", tokenizer=tokenizer, separator="ÿ", progress=False)  # byte 255: in no text
+    other = prepare(
+        [source], tmp_path / "other", tokenizer=tokenizer, separator="ÿ", progress=False
+    )  # byte 255: in no text
     message = resumable(f"data.path={tmp_path / 'other'}")
-    assert f"separator: the checkpoint has token 0 before each document, the data {other.separator_id}" in message
+    assert (
+        f"separator: the checkpoint has token 0 before each document, the data {other.separator_id}"
+        in message
+    )
 
 
 def cut_in_half(path: Path) -> None:
@@ -203,7 +244,11 @@ def cut_in_half(path: Path) -> None:
     ids=["truncated", "flipped", "missing part", "no metadata", "truncated info", "no info"],
 )
 def test_a_damaged_checkpoint_is_refused(
-    trained: Callable[..., Path], tmp_path: Path, resumable: Callable[..., str], harm: Callable[[Path], None], expected: str
+    trained: Callable[..., Path],
+    tmp_path: Path,
+    resumable: Callable[..., str],
+    harm: Callable[[Path], None],
+    expected: str,
 ) -> None:
     harm(tmp_path / "run/checkpoints/step-00000010")
     message = resumable()
@@ -239,9 +284,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
 def test_a_run_that_saves_in_the_background_elsewhere_and_in_parts_is_the_same(
     trained: Callable[..., Path], ci_data: Path, tmp_path: Path
 ) -> None:
-    ways = ("checkpoint.background=true", "checkpoint.table_full_every=3", "checkpoint.every=2", "checkpoint.keep_last=1")
+    ways = (
+        "checkpoint.background=true",
+        "checkpoint.table_full_every=3",
+        "checkpoint.every=2",
+        "checkpoint.keep_last=1",
+    )
     settings = ci_settings(
-        tmp_path / "run", ci_data, *TWO, *ways, "checkpoint.keep_every=6", f"checkpoint.dir={tmp_path / 'there'}"
+        tmp_path / "run",
+        ci_data,
+        *TWO,
+        *ways,
+        "checkpoint.keep_every=6",
+        f"checkpoint.dir={tmp_path / 'there'}",
     )
     assert launch(settings, False, 1, 10, "sigterm") == 0
     assert checkpoint.latest(tmp_path / "there") == tmp_path / "there/step-00000010"
@@ -259,7 +314,10 @@ def small_disk(folder: Path, size: str) -> Iterator[bool]:
     """Mount a file system of that size there; False where that is not permitted."""
     folder.mkdir()
     mounted = (
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True).returncode == 0
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+        == 0
     )
     try:
         yield mounted
@@ -268,11 +326,15 @@ def small_disk(folder: Path, size: str) -> Iterator[bool]:
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    trained: Callable[..., Path], ci_data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "disk/run"
     with small_disk(tmp_path / "disk", "8m") as mounted:  # a checkpoint has 4.8 MiB
         if not mounted:
-            pytest.skip("mounting a small file system is not permitted here; the next test fakes the full disk")
+            pytest.skip(
+                "mounting a small file system is not permitted here; the next test fakes the full disk"
+            )
         message = refused(hybridtrain("train", CI, f"run.dir={run}", f"data.path={ci_data}"))
         assert f"{run}/checkpoints/step-00000020: the checkpoint of step 20 could not be written (" in message
         assert f"the last good one stays: {run}/checkpoints/step-00000010" in message
@@ -287,10 +349,15 @@ def test_a_disk_that_is_full_on_one_rank_ends_all_with_one_message(
     ci_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = ci_settings(tmp_path / "run", ci_data, "checkpoint.every=2", "train.steps=6", *TWO)
-    assert run_ranks("tests.training:train_on_a_full_disk", (settings, 1, 4), 2, threads=1, preload=PRELOAD) == 2
+    assert (
+        run_ranks("tests.training:train_on_a_full_disk", (settings, 1, 4), 2, threads=1, preload=PRELOAD) == 2
+    )
     err = capfd.readouterr().err
     assert "Traceback" not in err
-    assert f"error: {tmp_path}/run/checkpoints/step-00000004: the checkpoint of step 4 could not be written (" in err
+    assert (
+        f"error: {tmp_path}/run/checkpoints/step-00000004: the checkpoint of step 4 could not be written ("
+        in err
+    )
     assert f"the last good one stays: {tmp_path}/run/checkpoints/step-00000002" in err
     assert "rank 1: " in err
     assert "No space left on device" in err
@@ -302,10 +369,16 @@ def test_a_save_in_the_background_that_fails_ends_all_ranks_after_the_same_step(
 ) -> None:
     ways = ("checkpoint.background=true", "checkpoint.every=20", "train.steps=500", "train.eval_every=0")
     settings = ci_settings(tmp_path / "run", ci_data, *ways, *TWO)
-    assert run_ranks("tests.training:train_on_a_full_disk", (settings, 1, 20), 2, threads=1, preload=PRELOAD) == 2
+    assert (
+        run_ranks("tests.training:train_on_a_full_disk", (settings, 1, 20), 2, threads=1, preload=PRELOAD)
+        == 2
+    )
     err = capfd.readouterr().err
     assert "Traceback" not in err
-    assert f"error: {tmp_path}/run/checkpoints/step-00000020: the checkpoint of step 20 could not be written (" in err
+    assert (
+        f"error: {tmp_path}/run/checkpoints/step-00000020: the checkpoint of step 20 could not be written ("
+        in err
+    )
     assert "the last good one stays: none\n  rank 1: OSError: [Errno 28] No space left on device" in err
     assert 20 < len(loss_curve(tmp_path / "run")) < 40  # it did not wait for the next one
     assert not list((tmp_path / "run/checkpoints").iterdir())

@@ -33,7 +33,9 @@ EPOCH = 720  # of windows of 16
 
 def words_in_order(folder: Path, name: str, shift: int = 0, **held_out: Any) -> Path:
     """A data folder whose train split is every word of the vocabulary once: a token's id says where it stands."""
-    tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, **{f"w{i}": i for i in range(1, WORDS + 1)}}, unk_token="w1"))
+    tokenizer = Tokenizer(
+        models.WordLevel({"<|endoftext|>": 0, **{f"w{i}": i for i in range(1, WORDS + 1)}}, unk_token="w1")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "words.json"))
     (folder / f"{name}.txt").write_text(" ".join(f"w{(i + shift) % WORDS + 1}" for i in range(WORDS)))
@@ -48,8 +50,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words_settings(run: Path, data: Path, *overrides: str) -> Settings:
-    small = ['model.layers=["engram+attention+moe"]', "checkpoint.every=0", "data.vocab_size=4096", "engram.rows_per_head=50"]
-    return ci_settings(run, data, *TINY, "train.eval_every=0", "train.global_batch=6", "train.seq_len=16", *small, *overrides)
+    small = [
+        'model.layers=["engram+attention+moe"]',
+        "checkpoint.every=0",
+        "data.vocab_size=4096",
+        "engram.rows_per_head=50",
+    ]
+    return ci_settings(
+        run, data, *TINY, "train.eval_every=0", "train.global_batch=6", "train.seq_len=16", *small, *overrides
+    )
 
 
 def read_by(settings: Settings, resume: bool, allow: Collection[str] = ()) -> list[list[int]]:
@@ -83,7 +92,9 @@ def test_batches_lengths_and_layouts_may_change_and_each_target_of_an_epoch_is_r
 ) -> None:
     run, seen = shutil.copytree(begun[0], tmp_path / "run"), list(begun[1])
     assert len(seen) == 2 * 6 * 16
-    seen += itertools.chain(*read_by(words_settings(run, data, "train.steps=3", "train.global_batch=12"), True))
+    seen += itertools.chain(
+        *read_by(words_settings(run, data, "train.steps=3", "train.global_batch=12"), True)
+    )
     assert capsys.readouterr().err.splitlines()[:5] == [
         f"note: data.path={data} holds nothing out: this run is not validated",
         f"going on from {run}/checkpoints/step-00000002 with changes:",
@@ -91,7 +102,9 @@ def test_batches_lengths_and_layouts_may_change_and_each_target_of_an_epoch_is_r
         "  train.steps=3, and the checkpoint was written with 2",
         "  train.global_batch=12, and the checkpoint was written with 6",
     ]
-    two = words_settings(run, data, "train.steps=5", "train.seq_len=20", "train.global_batch=4", "parallel.ep=2")
+    two = words_settings(
+        run, data, "train.steps=5", "train.seq_len=20", "train.global_batch=4", "parallel.ep=2"
+    )
     for steps in zip(*run_on_ranks(read_by, 2, two, True), strict=True):
         seen += itertools.chain(*steps)
     longer = ("train.seq_len=48", "train.global_batch=2", "train.micro_batches=2")
@@ -133,8 +146,12 @@ def refusal(begun: tuple[Path, list[int]], data: Path, tmp_path: Path) -> Callab
         run = shutil.copytree(begun[0], tmp_path / "run")
         before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
         with pytest.raises(CheckpointError) as error:
-            module.train(words_settings(run, data, "train.steps=3", *overrides), True, parse_allow(allow, True))
-        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts} == before
+            module.train(
+                words_settings(run, data, "train.steps=3", *overrides), True, parse_allow(allow, True)
+            )
+        assert {
+            p: p.read_bytes() for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts
+        } == before
         shutil.rmtree(run)
         first, *lines = str(error.value).splitlines()
         assert first == f"{run}/checkpoints/step-00000002: its data and their order cannot go on"
@@ -172,7 +189,9 @@ def test_what_is_allowed_goes_on_with_a_new_epoch_and_says_so(
     assert len(set(flat)) == len(flat) == 7 * 6 * 16  # no sample of the new order twice
     consumed = checkpoint.Consumed.of(checkpoint.read_info(run / "checkpoints/step-00000009"))
     assert (consumed.seed, consumed.epoch, consumed.read, consumed.tokens) == (5, 1, 7 * 6 * 16, 9 * 6 * 16)
-    module.train(words_settings(run, data, "run.seed=5", "train.steps=10"), True)  # it is this run's own from now on
+    module.train(
+        words_settings(run, data, "run.seed=5", "train.steps=10"), True
+    )  # it is this run's own from now on
 
 
 def test_a_checkpoint_that_does_not_say_what_it_read_goes_on_where_it_stood(
@@ -185,17 +204,24 @@ def test_a_checkpoint_that_does_not_say_what_it_read_goes_on_where_it_stood(
     checkpoint.write_info(saved, info)
     more = read_by(words_settings(run, data, "train.steps=5", "train.global_batch=12"), True)
     assert sorted([*seen, *itertools.chain(*more)][:EPOCH]) == list(range(1, EPOCH + 1))
-    assert "  the checkpoint does not say which data it was trained on, so they could not be compared" in capsys.readouterr().err
+    assert (
+        "  the checkpoint does not say which data it was trained on, so they could not be compared"
+        in capsys.readouterr().err
+    )
 
 
-def test_an_unchanged_resume_says_nothing(begun: tuple[Path, list[int]], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unchanged_resume_says_nothing(
+    begun: tuple[Path, list[int]], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     read_by(load_settings(begun[0] / "settings.toml"), True)
     told = capsys.readouterr().err
     assert "with changes" not in told
     assert f"note: data.path={data} holds nothing out: this run is not validated" in told
 
 
-def test_a_change_of_beta2_at_a_resume_counts_from_there_on(begun: tuple[Path, list[int]], data: Path, tmp_path: Path) -> None:
+def test_a_change_of_beta2_at_a_resume_counts_from_there_on(
+    begun: tuple[Path, list[int]], data: Path, tmp_path: Path
+) -> None:
     """Rows that are not touched any more keep, in the checkpoint, the moments that their own steps gave them."""
     run = shutil.copytree(begun[0], tmp_path / "run")
     scalars = checkpoint.read_info(run / "checkpoints/step-00000002")["table_scalars"]
@@ -215,13 +241,19 @@ def test_a_change_of_beta2_at_a_resume_counts_from_there_on(begun: tuple[Path, l
 
 def test_names_that_cannot_be_allowed_are_refused() -> None:
     assert parse_allow(" seed,validation,", True) == {"seed", "validation"}
-    with pytest.raises(Exception, match="--allow sed,data: sed cannot be allowed; it may be seed, data, validation"):
+    with pytest.raises(
+        Exception, match="--allow sed,data: sed cannot be allowed; it may be seed, data, validation"
+    ):
         parse_allow("sed,data", True)
-    with pytest.raises(Exception, match="--allow data says what a resumed run may do; it goes with --resume or --auto-resume"):
+    with pytest.raises(
+        Exception, match="--allow data says what a resumed run may do; it goes with --resume or --auto-resume"
+    ):
         parse_allow("data", False)
 
 
-def test_folders_that_cannot_be_written_to_are_refused_before_anything_is_made(data: Path, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_written_to_are_refused_before_anything_is_made(
+    data: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError) as error:
         module.train(words_settings(tmp_path / "file", data, f"checkpoint.dir={tmp_path / 'file/below'}"))
@@ -231,20 +263,28 @@ def test_folders_that_cannot_be_written_to_are_refused_before_anything_is_made(d
     ]
 
 
-def test_the_command_takes_what_is_allowed_to_the_ranks(begun: tuple[Path, list[int]], tmp_path: Path) -> None:
+def test_the_command_takes_what_is_allowed_to_the_ranks(
+    begun: tuple[Path, list[int]], tmp_path: Path
+) -> None:
     run = shutil.copytree(begun[0], tmp_path / "run")
     arguments = [run / "settings.toml", f"run.dir={run}", "run.seed=5", "train.steps=3"]
-    assert "--allow seed says what a resumed run may do" in refused(hybridtrain("train", *arguments, "--allow", "seed"))
+    assert "--allow seed says what a resumed run may do" in refused(
+        hybridtrain("train", *arguments, "--allow", "seed")
+    )
     outcome = hybridtrain("launch", *arguments, "--resume", "--allow", "seed")
     assert outcome.status == 0, outcome
     assert checkpoint.Consumed.of(checkpoint.read_info(run / "checkpoints/step-00000003")).seed == 5
 
 
-def test_a_reshard_with_other_settings_hides_nothing_of_what_was_read(begun: tuple[Path, list[int]], tmp_path: Path) -> None:
+def test_a_reshard_with_other_settings_hides_nothing_of_what_was_read(
+    begun: tuple[Path, list[int]], tmp_path: Path
+) -> None:
     run = shutil.copytree(begun[0], tmp_path / "run")
     info = checkpoint.read_info(run / "checkpoints/step-00000002")
     reshard(run, tmp_path / "out", ["run.seed=5", "train.seq_len=20", "engram.beta2=0.5"], nproc=1)
     moved = checkpoint.read_info(tmp_path / "out/checkpoints/step-00000002")
     assert (moved["data"], moved["table_scalars"]["beta2"]) == (info["data"], 0.95)
-    with pytest.raises(CheckpointError, match=r"run\.seed=5: the samples come in another order than with the checkpoint's 0"):
+    with pytest.raises(
+        CheckpointError, match=r"run\.seed=5: the samples come in another order than with the checkpoint's 0"
+    ):
         module.train(load_settings(tmp_path / "out/settings.toml", ["train.steps=3"]), True)

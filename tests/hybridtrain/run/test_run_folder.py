@@ -27,13 +27,19 @@ def test_the_latest_of_a_run_is_found_here_or_elsewhere(tmp_path: Path) -> None:
     assert find_checkpoint(run) == (run, five)
 
 
-@pytest.mark.parametrize("where", ["memory://x/c", "s3://bucket/run", "simplecache::http://host/x", "nowhere://x"])
-def test_a_url_is_not_opened_on_a_files_word(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "where", ["memory://x/c", "s3://bucket/run", "simplecache::http://host/x", "nowhere://x"]
+)
+def test_a_url_is_not_opened_on_a_files_word(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     commit(run / "checkpoints", 1)
     (run / SETTINGS).write_text(f'[checkpoint]\ndir = "{where}"\n')
     monkeypatch.setattr(checkpoint, "place", lambda *_: pytest.fail("it was opened"))
-    with pytest.raises(CheckpointError, match=re.escape(f"{SETTINGS} says that the checkpoints lie at {where}, which is not")):
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"{SETTINGS} says that the checkpoints lie at {where}, which is not")
+    ):
         find_checkpoint(run)
 
 
@@ -47,7 +53,15 @@ def test_a_url_is_opened_where_it_is_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["\x00", "= 3", "a = " + "[" * 5000, ".".join("a" * 3000) + " = 1", "a = " + "9" * 5000, "checkpoint.dir = 3", "#" * 2**21],
+    [
+        "\x00",
+        "= 3",
+        "a = " + "[" * 5000,
+        ".".join("a" * 3000) + " = 1",
+        "a = " + "9" * 5000,
+        "checkpoint.dir = 3",
+        "#" * 2**21,
+    ],
 )
 def test_settings_that_cannot_be_read_are_named(text: str, tmp_path: Path) -> None:
     commit(tmp_path / "checkpoints", 1)
@@ -73,7 +87,9 @@ def test_a_latest_that_names_no_checkpoint_is_passed_over(name: str, tmp_path: P
 
 
 def test_where_there_is_none_it_is_said(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="neither a run folder with a finished checkpoint nor a checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="neither a run folder with a finished checkpoint nor a checkpoint"
+    ):
         find_checkpoint(tmp_path)
 
 

@@ -21,7 +21,10 @@ def found(*overrides: str) -> list[str]:
 
 def test_new_and_old_folders_and_urls_can_be_used(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    assert found(f"run.dir={tmp_path / 'a/b'}", f"data.path={tmp_path / 'data'}", "checkpoint.dir=memory://run") == []
+    assert (
+        found(f"run.dir={tmp_path / 'a/b'}", f"data.path={tmp_path / 'data'}", "checkpoint.dir=memory://run")
+        == []
+    )
     assert found(f"run.dir={tmp_path}", f"data.path={tmp_path / 'new'}", 'data.source=["shipped:sotu"]') == []
 
 
@@ -44,7 +47,8 @@ def test_files_in_the_place_of_a_runs_own_folders_are_named(tmp_path: Path) -> N
     for name in ("checkpoints", "tensorboard"):
         (tmp_path / name).write_text("")
     expected = [
-        f"run.dir={tmp_path}: {tmp_path / n} is not a folder; choose another run.dir" for n in ("checkpoints", "tensorboard")
+        f"run.dir={tmp_path}: {tmp_path / n} is not a folder; choose another run.dir"
+        for n in ("checkpoints", "tensorboard")
     ]
     assert found(f"run.dir={tmp_path}") == expected
     assert found(f"run.dir={tmp_path}", f"checkpoint.dir={tmp_path / 'there'}") == expected[1:]
@@ -76,7 +80,9 @@ def test_runs_do_not_lie_in_their_data(tmp_path: Path) -> None:
     assert len(found(f"run.dir={tmp_path}", f"data.path={tmp_path}")) == 1
 
 
-def test_a_folder_that_may_not_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "kept").mkdir(mode=0o555)
     if os.geteuid() == 0:  # root may write anywhere: asked as another user would be
         monkeypatch.setattr(folders.os, "access", lambda path, mode: bool(Path(path).stat().st_mode & 0o222))
@@ -87,5 +93,7 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path: Path, monkeypatc
 
 def test_a_folder_in_the_place_of_a_runs_file_ends_it_with_a_message(ci_data: Path, tmp_path: Path) -> None:
     (tmp_path / "run/metrics.jsonl").mkdir(parents=True)
-    with pytest.raises(TrainingError, match=r"run/metrics.*: Is a directory; the last good checkpoint is none$"):
+    with pytest.raises(
+        TrainingError, match=r"run/metrics.*: Is a directory; the last good checkpoint is none$"
+    ):
         train(ci_settings(tmp_path / "run", ci_data, *TINY))

@@ -38,8 +38,12 @@ def test_shipped_configs_read_back_equal(path: Path, tmp_path: Path) -> None:
                     "schedule": st.sampled_from(["cosine", "wsd"]),
                 }
             ),
-            "engram": st.fixed_dictionaries({"orders": st.sampled_from([[2], [2, 3], [3, 5]]), "eps": st.floats(1e-30, 1)}),
-            "model": st.fixed_dictionaries({"moe": st.fixed_dictionaries({"gate_scale": st.floats(1e-3, 1e3)})}),
+            "engram": st.fixed_dictionaries(
+                {"orders": st.sampled_from([[2], [2, 3], [3, 5]]), "eps": st.floats(1e-30, 1)}
+            ),
+            "model": st.fixed_dictionaries(
+                {"moe": st.fixed_dictionaries({"gate_scale": st.floats(1e-3, 1e3)})}
+            ),
         }
     )
 )

@@ -20,9 +20,15 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ["model.attention.num_kv_heads=3"],
             ["model.attention.num_kv_heads=3 does not divide num_heads=4; it may be 1, 2 or 4"],
         ),
-        (["model.attention.head_dim=7"], ["model.attention.head_dim=7 is odd; RoPE needs an even one, e.g. 8"]),
+        (
+            ["model.attention.head_dim=7"],
+            ["model.attention.head_dim=7 is odd; RoPE needs an even one, e.g. 8"],
+        ),
         (["model.moe.top_k=9"], ["model.moe.top_k=9 exceeds num_experts=8; it may be 1 to 8"]),
-        (["model.moe.num_groups=3"], ["model.moe.num_groups=3 does not divide num_experts=8; it may be 1, 2, 4 or 8"]),
+        (
+            ["model.moe.num_groups=3"],
+            ["model.moe.num_groups=3 does not divide num_experts=8; it may be 1, 2, 4 or 8"],
+        ),
         (
             ["model.moe.num_groups=4", "model.moe.top_groups=5"],
             ["model.moe.top_groups=5 exceeds num_groups=4; it may be 1 to 4"],
@@ -31,9 +37,18 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ["model.moe.num_groups=4", "model.moe.top_groups=1", "model.moe.top_k=3"],
             ["model.moe.top_k=3 exceeds the 2 experts in top_groups=1 groups; it may be 1 to 2"],
         ),
-        (["engram.orders=[3,2]"], ["engram.orders=[3, 2] must be rising n-gram lengths from 2 on, e.g. [2, 3]"]),
-        (["engram.orders=[1,2]"], ["engram.orders=[1, 2] must be rising n-gram lengths from 2 on, e.g. [2, 3]"]),
-        (["engram.orders=[2,2]"], ["engram.orders=[2, 2] must be rising n-gram lengths from 2 on, e.g. [2, 3]"]),
+        (
+            ["engram.orders=[3,2]"],
+            ["engram.orders=[3, 2] must be rising n-gram lengths from 2 on, e.g. [2, 3]"],
+        ),
+        (
+            ["engram.orders=[1,2]"],
+            ["engram.orders=[1, 2] must be rising n-gram lengths from 2 on, e.g. [2, 3]"],
+        ),
+        (
+            ["engram.orders=[2,2]"],
+            ["engram.orders=[2, 2] must be rising n-gram lengths from 2 on, e.g. [2, 3]"],
+        ),
         (["engram.orders=[]"], ["engram.orders=[] must be rising n-gram lengths from 2 on, e.g. [2, 3]"]),
         (
             ["train.global_batch=6", "train.micro_batches=4"],
@@ -45,7 +60,9 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
         ),
         (
             ["checkpoint.table_full_every=2", "engram.optimizer=adam"],
-            ['checkpoint.table_full_every=2 saves the rows that changed, and engram.optimizer="adam" changes all; it may be 1'],
+            [
+                'checkpoint.table_full_every=2 saves the rows that changed, and engram.optimizer="adam" changes all; it may be 1'
+            ],
         ),
         (["checkpoint.keep=3"], ["checkpoint.keep: unknown key; did you mean checkpoint.keep_last?"]),
         (
@@ -60,7 +77,13 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ['engram.exchange_groups=2: engram.fetch="stale" reads all rows of a step at once; it may be 1'],
         ),
         (
-            ["optim.lr=0.1", "optim.backbone=muon", "optim.muon_lr=0.5", "optim.weight_decay=2", "engram.weight_decay=2.0"],
+            [
+                "optim.lr=0.1",
+                "optim.backbone=muon",
+                "optim.muon_lr=0.5",
+                "optim.weight_decay=2",
+                "engram.weight_decay=2.0",
+            ],
             [
                 "optim.muon_lr * optim.weight_decay = 0.5 * 2 = 1 turns weights to zero or round in one step; optim.weight_decay "
                 "may be below 2",
@@ -68,7 +91,10 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
                 "engram.weight_decay may be below 2",
             ],
         ),
-        (["optim.beta2=1.0", "optim.muon_momentum=1.0"], ["optim.beta2=1.0 would never take in a gradient; it may be below 1"]),
+        (
+            ["optim.beta2=1.0", "optim.muon_momentum=1.0"],
+            ["optim.beta2=1.0 would never take in a gradient; it may be below 1"],
+        ),
         (
             ["optim.beta1=1.0", "optim.muon_momentum=1.0", "optim.backbone=muon"],
             [
@@ -85,7 +111,9 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
         ),
         (
             ["train.on_spike=rollback", "checkpoint.every=0"],
-            ['train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it above 0'],
+            [
+                'train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it above 0'
+            ],
         ),
         (
             ["train.on_spike=skip", "train.engine=deepspeed"],
@@ -96,11 +124,15 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
         ),
         (
             ['data.validation=["held.txt"]', "data.validation_fraction=0.1"],
-            ["data.validation_fraction and data.validation are both given; either is held out, leave one out"],
+            [
+                "data.validation_fraction and data.validation are both given; either is held out, leave one out"
+            ],
         ),
         (
             ["data.tokenizer=t.json", "data.vocab_size=100"],
-            ["data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out"],
+            [
+                "data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out"
+            ],
         ),
         (
             ["parallel.pp=2", "train.micro_batches=4", "engram.exchange_groups=2"],
@@ -130,7 +162,9 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
         ),
         (
             ["train.precision=bfloat16", "model.dim=36"],
-            ["model.dim=36 is not a multiple of 8, as grouped products need (rows of 16 bytes); the next is 40"],
+            [
+                "model.dim=36 is not a multiple of 8, as grouped products need (rows of 16 bytes); the next is 40"
+            ],
         ),
         (
             ["train.engine=deepspeed", "train.init_from=runs/a", "engram.enabled=false"],
@@ -153,15 +187,21 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
         ),
     ],
 )
-def test_contradictions_are_all_told_with_what_would_be_legal(overrides: list[str], problems: list[str]) -> None:
+def test_contradictions_are_all_told_with_what_would_be_legal(
+    overrides: list[str], problems: list[str]
+) -> None:
     with pytest.raises(SettingsError) as caught:
         parse_settings({}, overrides)
     assert caught.value.problems == problems
-    assert str(caught.value) == "\n".join([f"settings: {len(problems)} problem(s)", *(f"  {p}" for p in problems)])
+    assert str(caught.value) == "\n".join(
+        [f"settings: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]
+    )
 
 
 @pytest.mark.parametrize(("key", "width"), [("model.dim", 50), ("model.moe.hidden", 30)])
-def test_widths_that_grouped_products_cannot_have_are_refused_where_there_are_experts(key: str, width: int) -> None:
+def test_widths_that_grouped_products_cannot_have_are_refused_where_there_are_experts(
+    key: str, width: int
+) -> None:
     text = f"{key}={width} is not a multiple of 4, as grouped products need (rows of 16 bytes); the next is {width + 2}"
     with pytest.raises(SettingsError) as caught:
         parse_settings({}, [f"{key}={width}"])
@@ -183,7 +223,12 @@ def test_widths_that_grouped_products_cannot_have_are_refused_where_there_are_ex
             ],
         ),
         (
-            ["optim.schedule=wsd", "optim.decay_fraction=0.95", "checkpoint.every=100", "checkpoint.keep_every=150"],
+            [
+                "optim.schedule=wsd",
+                "optim.decay_fraction=0.95",
+                "checkpoint.every=100",
+                "checkpoint.keep_every=150",
+            ],
             [
                 "optim.decay_fraction=0.95 of train.steps=500 begins within the warm-up: the decay has the 450 steps that "
                 "optim.warmup_steps=50 leaves",
@@ -202,7 +247,9 @@ def test_what_is_legal_and_hardly_wanted_is_told(overrides: list[str], told: lis
 
 
 def test_layers_are_read_in_order_and_repeated() -> None:
-    settings = parse_settings({}, ['model.layers=["attention+dense", "2 * engram+attention+moe", "attention+moe"]'])
+    settings = parse_settings(
+        {}, ['model.layers=["attention+dense", "2 * engram+attention+moe", "attention+moe"]']
+    )
     memory = LayerSpec(engram=True, mixer="attention", feedforward="moe")
     assert layer_specs(settings) == (
         LayerSpec(engram=False, mixer="attention", feedforward="dense"),

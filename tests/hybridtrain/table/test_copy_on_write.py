@@ -11,7 +11,10 @@ from hybridtrain.table.copy_on_write import CopyOnWrite
 
 def test_rows_are_those_of_the_moment_also_while_another_thread_changes_them() -> None:
     generator = torch.Generator().manual_seed(0)
-    live = {"table": torch.randn(5000, 3, generator=generator), "count": torch.arange(5000, dtype=torch.int32)}
+    live = {
+        "table": torch.randn(5000, 3, generator=generator),
+        "count": torch.arange(5000, dtype=torch.int32),
+    }
     then = {name: value.clone() for name, value in live.items()}
     snapshot, go_on = CopyOnWrite(live), threading.Event()
 
@@ -58,7 +61,9 @@ def test_a_row_is_kept_once_however_often_it_changes() -> None:
         for value in live.values():
             value.index_fill_(0, rows, float(number))
     kept = [tensor for rows, values in snapshot._kept for tensor in (rows, *values.values())]
-    assert sum(tensor.nbytes for tensor in kept) == 100 * (8 + 8 * 4 + 4)  # a hundred rows, each with its number
+    assert sum(tensor.nbytes for tensor in kept) == 100 * (
+        8 + 8 * 4 + 4
+    )  # a hundred rows, each with its number
     assert len(snapshot._kept) == 2  # nor does the reader go through every step
     for name, value in then.items():
         assert torch.equal(snapshot.read(name, 0, 1000), value)

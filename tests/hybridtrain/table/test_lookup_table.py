@@ -43,7 +43,13 @@ CASES = {  # by world and name: the ways of engram.fetch, of which "stale" twice
         "two exchanges": ("step overlap", DECAY, "train.micro_batches=2", "engram.exchange_groups=2"),
         "checksum, adagrad": ("step overlap", "engram.optimizer=rowwise_adagrad", "engram.checksum=true"),
         "replicas": ("step overlap stale", DECAY, "parallel.mem=1"),
-        "narrow": ("step overlap", DECAY, "engram.dtype=bfloat16", "engram.wire=float8", "engram.wire_gradients=bfloat16"),
+        "narrow": (
+            "step overlap",
+            DECAY,
+            "engram.dtype=bfloat16",
+            "engram.wire=float8",
+            "engram.wire_gradients=bfloat16",
+        ),
     },
     4: {
         "strided": ("step overlap stale", DECAY, "parallel.mem=2", FAR),
@@ -64,7 +70,9 @@ class Seen:
     due: list[int] = field(default_factory=list)  # the same, by the plans
     late: list[int | None] = field(default_factory=list)
     low: int = 0
-    state: dict[str, Tensor] = field(default_factory=dict)  # this rank's own part of everything that is trained
+    state: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # this rank's own part of everything that is trained
 
 
 class Rig:
@@ -74,7 +82,9 @@ class Rig:
         """On the mesh of another run of the same layout, or one of its own."""
         self.settings, device = settings, torch.device("cpu")
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        mesh = mesh or make_mesh(resolve_layout(settings, world), rank, device, 60, table_device=table_device(settings, device))
+        mesh = mesh or make_mesh(
+            resolve_layout(settings, world), rank, device, 60, table_device=table_device(settings, device)
+        )
         self.dataset = TokenDataset.open(settings.data.path, verify=False)
         vocabulary = Vocabulary.of(self.dataset)
         self.run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
@@ -82,7 +92,9 @@ class Rig:
         self.memory = self.run.table
         train, dp = settings.train, mesh.layout.coordinate(rank, "dp")
         split = self.dataset.split("train")
-        self.loader = BatchLoader(split, train.seq_len, train.global_batch, train.micro_batches, dp, mesh.layout.dp, 0)
+        self.loader = BatchLoader(
+            split, train.seq_len, train.global_batch, train.micro_batches, dp, mesh.layout.dp, 0
+        )
         self.clock = Clock(device)
         self.upcoming: tuple[Batch, StepPlan] | None = None
 
@@ -104,7 +116,11 @@ class Rig:
 
     def sent(self) -> int:
         entries = self.run.mesh.traffic.entries()
-        return sum(sent for (group, what), (_, sent) in entries.items() if group in ("mem", "mem_ahead") and what == "all_to_all")
+        return sum(
+            sent
+            for (group, what), (_, sent) in entries.items()
+            if group in ("mem", "mem_ahead") and what == "all_to_all"
+        )
 
     def plan(self, step: int) -> tuple[Batch, StepPlan]:
         batch = self.loader.load(step)
@@ -177,10 +193,18 @@ class Worlds(dict[int, tuple[Any, Any]]):
             name: [settings_of(self.data, f"engram.fetch={way}", *overrides) for way in ways.split()]
             for name, (ways, *overrides) in CASES[world].items()
         }
-        resumed = {name: settings_of(self.data, *overrides) for name, overrides in RESUMED.get(world, {}).items()}
+        resumed = {
+            name: settings_of(self.data, *overrides) for name, overrides in RESUMED.get(world, {}).items()
+        }
         ranks = run_on_ranks(run_modes, world, settings, resumed, str(self.folder / str(world)))
-        by_mode = {name: [[rank[0][name][i] for rank in ranks] for i in range(len(kinds))] for name, kinds in settings.items()}
-        self[world] = by_mode, {name: [rank[1][name] for rank in ranks] for name in ("undisturbed", *resumed) if resumed}
+        by_mode = {
+            name: [[rank[0][name][i] for rank in ranks] for i in range(len(kinds))]
+            for name, kinds in settings.items()
+        }
+        self[world] = (
+            by_mode,
+            {name: [rank[1][name] for rank in ranks] for name in ("undisturbed", *resumed) if resumed},
+        )
         return self[world]
 
 
@@ -218,7 +242,9 @@ def test_overlap_changes_no_bit(runs: Worlds, world: int, name: str) -> None:
     assert all(set(run.late) == {None} for run in step)
 
 
-@pytest.mark.parametrize(("world", "name"), marked([case for case in IDS if "checksum" not in case[1]]))  # checksums travel too
+@pytest.mark.parametrize(
+    ("world", "name"), marked([case for case in IDS if "checksum" not in case[1]])
+)  # checksums travel too
 def test_each_unique_row_travels_once_each_way(runs: Worlds, world: int, name: str) -> None:
     for mode in runs[world][0][name]:
         for run in mode:
@@ -242,7 +268,9 @@ def test_every_way_trains_alike_at_every_layout(runs: Worlds, world: int, name: 
             torch.testing.assert_close(run.state["table"], whole, rtol=0, atol=5e-5)
     step, _, (stale, *_), *_ = runs[world][0][name]
     assert stale.losses[0] == step[0].losses[0]
-    assert abs(stale.losses[1] - step[0].losses[1]) > 1e-5  # the first update has come to rows of the one only
+    assert (
+        abs(stale.losses[1] - step[0].losses[1]) > 1e-5
+    )  # the first update has come to rows of the one only
 
 
 RESUMED = {
@@ -268,7 +296,9 @@ def test_a_stale_run_resumes_with_other_owners(runs: Worlds, name: str) -> None:
     tables = {run.low: run.state["table"] for run in other}
     whole = torch.cat([tables[low] for low in sorted(tables)])
     for run in undisturbed:
-        torch.testing.assert_close(run.state["table"], whole[run.low : run.low + len(run.state["table"])], rtol=0, atol=5e-5)
+        torch.testing.assert_close(
+            run.state["table"], whole[run.low : run.low + len(run.state["table"])], rtol=0, atol=5e-5
+        )
 
 
 def test_stale_rows_are_those_of_one_update_ago(ci_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +326,9 @@ def test_a_run_reports_its_fetches_and_resumes_stale_bitwise(ci_data: Path, tmp_
     assert outcome.status == 0, outcome.err
     written = [line for line in read_metrics(run) if "loss" in line]
     for line in written:
-        assert 0 < line["table/fetch_exposed_seconds"] <= line["table/fetch_seconds"] < line["seconds_per_step"]
+        assert (
+            0 < line["table/fetch_exposed_seconds"] <= line["table/fetch_seconds"] < line["seconds_per_step"]
+        )
         assert line["table/fetch_exposed_seconds"] == line["seconds/fetch"]
     mean = sum(line["table/fetch_seconds"] for line in written) / len(written)
     summary = json.loads((run / "summary.json").read_text())
@@ -313,4 +345,9 @@ def test_a_run_reports_its_fetches_and_resumes_stale_bitwise(ci_data: Path, tmp_
     outcome = hybridtrain("train", CI, f"run.dir={again}", *overrides, "--resume")
     assert outcome.status == 0, outcome.err
     assert loss_curve(again) == loss_curve(run)
-    assert evaluate_checkpoint(again, "validation", None, 1).keys() == {"loss", "perplexity", "bits_per_byte", "tokens"}
+    assert evaluate_checkpoint(again, "validation", None, 1).keys() == {
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "tokens",
+    }

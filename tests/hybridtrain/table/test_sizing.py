@@ -17,7 +17,12 @@ def test_published_figures():
     assert paper["wire_bytes_per_token"] == 5120
     flash = report(16_000_000, [2, 3, 4], 8, 256, [1, 14])
     assert [layer["rows"] for layer in flash["layers"]] == [384_006_168, 384_016_682]
-    assert flash["layers"][0]["multipliers"] == [76632096046245, 4839876093313, 35959672319349, 73987337458391]
+    assert flash["layers"][0]["multipliers"] == [
+        76632096046245,
+        4839876093313,
+        35959672319349,
+        73987337458391,
+    ]
     assert flash["wire_bytes_per_token"] == 24_576
     assert round(flash["bytes"]["dense_adam_total"] / 1e12, 2) == 2.75
     assert round(flash["bytes"]["rows_bf16"] / 1e9) == 393
@@ -28,7 +33,11 @@ def test_figures_belong_together_and_fit_the_addressing():
     assert json.loads(json.dumps(figures)) == figures
     drawn = Addressing.draw([0, 2, 7], [2, 4], 3, 100, list(range(50)), pad_id=0, seed=9)
     for i, layer in enumerate(figures["layers"]):
-        assert layer["rows"] == drawn.rows_per_layer[i] == sum(sum(primes) for primes in layer["primes"].values())
+        assert (
+            layer["rows"]
+            == drawn.rows_per_layer[i]
+            == sum(sum(primes) for primes in layer["primes"].values())
+        )
         assert layer["primes"] == {"2": drawn.primes[i, 0].tolist(), "4": drawn.primes[i, 1].tolist()}
         assert layer["multipliers"] == drawn.multipliers[i].tolist()
     rows = drawn.num_rows
@@ -53,7 +62,16 @@ def test_the_printed_report_has_the_figures():
 def test_every_bad_value_is_listed():
     with pytest.raises(SettingsError, match="8 problem") as caught:
         report(0, [3, 2], 0, 0, [-1], seed=-1, vocab_size=0, bytes_per_element=3)
-    for message in ("rows-per-head=0", "orders=", "heads=0", "dim=0", "layers=", "seed=-1", "vocab-size=0", "bytes-per-element=3"):
+    for message in (
+        "rows-per-head=0",
+        "orders=",
+        "heads=0",
+        "dim=0",
+        "layers=",
+        "seed=-1",
+        "vocab-size=0",
+        "bytes-per-element=3",
+    ):
         assert caught.match(message)
 
 
@@ -64,7 +82,8 @@ def test_bad_lists_are_refused(orders, layers):
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0 B"), (999, "999 B"), (5120, "5.12 kB"), (10**9, "1.00 GB"), (2 * 10**15, "2000.00 TB")]
+    ("number", "text"),
+    [(0, "0 B"), (999, "999 B"), (5120, "5.12 kB"), (10**9, "1.00 GB"), (2 * 10**15, "2000.00 TB")],
 )
 def test_readable(number, text):
     assert readable(number) == text

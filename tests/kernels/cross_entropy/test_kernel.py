@@ -10,7 +10,9 @@ from hybridtrain.kernels.cross_entropy import op, reference
 from hybridtrain.kernels.linear_cross_entropy import reference as linear
 from hybridtrain.kernels.testing import check
 
-kernel = pytest.importorskip("hybridtrain.kernels.cross_entropy.kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.cross_entropy.kernel", reason="needs triton", exc_type=ImportError
+)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,10 @@ def test_shards_of_a_vocabulary_join() -> None:
     logits, targets = 4 * torch.randn(9, 96), torch.randint(0, 96, (9,))
 
     def in_three(logits: torch.Tensor) -> torch.Tensor:
-        parts = [kernel.partial(part, targets, first) for part, first in zip(logits.split(32, 1), (0, 32, 64), strict=True)]
+        parts = [
+            kernel.partial(part, targets, first)
+            for part, first in zip(logits.split(32, 1), (0, 32, 64), strict=True)
+        ]
         lse = torch.stack([lse for lse, _ in parts]).logsumexp(0)
         return (lse - sum(picked for _, picked in parts)).sum()
 
@@ -48,7 +53,9 @@ def test_parts_as_torch_makes_them(dtype: torch.dtype) -> None:
     logits, targets = (4 * torch.randn(63, 60)).to(dtype), torch.randint(0, 200, (63,))
     targets[::7] = -100
     scale = torch.rand(63)
-    sums = [torch.stack([m + s.log(), picked]) for m, s, picked in run_both(op.partial_sums, logits, targets, 70)]
+    sums = [
+        torch.stack([m + s.log(), picked]) for m, s, picked in run_both(op.partial_sums, logits, targets, 70)
+    ]
     torch.testing.assert_close(*sums)
     normalizer = sums[0][0] + 1
     torch.testing.assert_close(*run_both(op.partial_gradient, logits, targets, 70, normalizer, scale))
@@ -79,7 +86,9 @@ def test_chunks_of_the_head(rows: int) -> None:
 def test_logits_far_apart_and_minus_infinity() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [-torch.inf, 2.0, 1.0]])
     out = kernel.cross_entropy_sum(logits, torch.tensor([1, 1]), -1)
-    torch.testing.assert_close(out, torch.nn.functional.cross_entropy(logits, torch.tensor([1, 1]), reduction="sum"))
+    torch.testing.assert_close(
+        out, torch.nn.functional.cross_entropy(logits, torch.tensor([1, 1]), reduction="sum")
+    )
 
 
 def test_op_is_a_torch_op() -> None:

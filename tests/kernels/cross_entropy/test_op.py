@@ -8,14 +8,19 @@ import torch
 from hybridtrain.kernels.cross_entropy import op, reference
 
 
-@pytest.mark.parametrize(("tokens", "vocab", "block"), [(1, 1, 8), (13, 11, 40), (13, 11, 5), (70, 300, 1 << 18)])
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "block"), [(1, 1, 8), (13, 11, 40), (13, 11, 5), (70, 300, 1 << 18)]
+)
 def test_op_equals_reference(tokens: int, vocab: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "BLOCK_ELEMENTS", block)
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(tokens, vocab, generator=generator)).requires_grad_()
     targets = torch.randint(vocab, (tokens,), generator=generator)
     targets[::4] = -100
-    loss, expected = op.cross_entropy_sum(logits, targets, -100), reference.cross_entropy_sum(logits, targets, -100)
+    loss, expected = (
+        op.cross_entropy_sum(logits, targets, -100),
+        reference.cross_entropy_sum(logits, targets, -100),
+    )
     torch.testing.assert_close(loss, expected)
     (got,) = torch.autograd.grad(0.3 * loss, logits)
     (wanted,) = torch.autograd.grad(0.3 * expected, logits)

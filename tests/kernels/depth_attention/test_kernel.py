@@ -8,10 +8,14 @@ import torch
 from hybridtrain.kernels.depth_attention import reference
 from hybridtrain.kernels.testing import check
 
-kernel = pytest.importorskip("hybridtrain.kernels.depth_attention.kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.depth_attention.kernel", reason="needs triton", exc_type=ImportError
+)
 
 
-@pytest.mark.parametrize(("N", "H", "G", "S", "C"), [(1, 4, 2, 2, 60), (7, 6, 2, 9, 96), (3, 2, 1, 33, 100), (2, 8, 1, 3, 256)])
+@pytest.mark.parametrize(
+    ("N", "H", "G", "S", "C"), [(1, 4, 2, 2, 60), (7, 6, 2, 9, 96), (3, 2, 1, 33, 100), (2, 8, 1, 3, 256)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_depth_attention(N: int, H: int, G: int, S: int, C: int, dtype: torch.dtype) -> None:
     inputs = [torch.randn(shape).to(dtype) for shape in ((N, H, C), (N, S, G, C), (N, S, G, C))]
@@ -21,7 +25,9 @@ def test_depth_attention(N: int, H: int, G: int, S: int, C: int, dtype: torch.dt
 def test_slots_of_a_preallocated_buffer() -> None:
     buffer = torch.randn(2, 9, 12, 2, 16)  # keys and values of up to 12 slots
     q, k, v = torch.randn(9, 4, 16), buffer[0, :, :5], buffer[1, :, :5]
-    for mine, plain in zip(kernel.depth_attention(q, k, v, 0.25), reference.depth_attention(q, k, v, 0.25), strict=True):
+    for mine, plain in zip(
+        kernel.depth_attention(q, k, v, 0.25), reference.depth_attention(q, k, v, 0.25), strict=True
+    ):
         torch.testing.assert_close(mine, plain)
 
 
@@ -43,7 +49,9 @@ def test_gradients_given_the_global_log_sum_exp() -> None:
     wanted = torch.autograd.grad(out, (q, k, v), grad)
     delta = (grad * out).sum(-1).detach()
     halves = [
-        kernel.depth_gradients(grad, q.detach(), *(x.detach()[:, part] for x in (k, v)), lse.detach(), delta, 0.25)
+        kernel.depth_gradients(
+            grad, q.detach(), *(x.detach()[:, part] for x in (k, v)), lse.detach(), delta, 0.25
+        )
         for part in (slice(0, 4), slice(4, 7))
     ]
     torch.testing.assert_close(halves[0][0] + halves[1][0], wanted[0])

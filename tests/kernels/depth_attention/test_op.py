@@ -26,14 +26,22 @@ def how(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize(("N", "H", "G", "S", "C"), [(1, 4, 2, 2, 60), (63, 6, 2, 9, 32), (3, 2, 1, 33, 100)])
 def test_equals_the_definition(how: str, N: int, H: int, G: int, S: int, C: int) -> None:
-    check(depth_attention, reference.depth_attention, [torch.randn(s) for s in ((N, H, C), (N, S, G, C), (N, S, G, C))], C**-0.5)
+    check(
+        depth_attention,
+        reference.depth_attention,
+        [torch.randn(s) for s in ((N, H, C), (N, S, G, C), (N, S, G, C))],
+        C**-0.5,
+    )
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, deep_k: Tensor, deep_v: Tensor) -> Tensor:
     """One softmax over the earlier tokens of a sequence [T, G, C] and the slots [T, S, G, C] of the token itself, written out."""
     R, out = q.size(1) // k.size(1), []
     for t in range(len(q)):
-        keys, values = (torch.cat([seq[: t + 1], deep[t]]).repeat_interleave(R, 1) for seq, deep in ((k, deep_k), (v, deep_v)))
+        keys, values = (
+            torch.cat([seq[: t + 1], deep[t]]).repeat_interleave(R, 1)
+            for seq, deep in ((k, deep_k), (v, deep_v))
+        )
         weights = (torch.einsum("hc,shc->hs", q[t], keys) * 0.25).softmax(-1)
         out.append(torch.einsum("hs,shc->hc", weights, values))
     return torch.stack(out)
@@ -43,7 +51,10 @@ def merged(q: Tensor, k: Tensor, v: Tensor, deep_k: Tensor, deep_v: Tensor) -> T
     R = q.size(1) // k.size(1)
     scores = torch.einsum("thc,shc->ths", q, k.repeat_interleave(R, 1)) * 0.25
     scores = scores.masked_fill(torch.ones(len(q), len(q)).triu(1).bool()[:, None], -torch.inf)
-    sequence = torch.einsum("ths,shc->thc", scores.softmax(-1), v.repeat_interleave(R, 1)), scores.logsumexp(-1)
+    sequence = (
+        torch.einsum("ths,shc->thc", scores.softmax(-1), v.repeat_interleave(R, 1)),
+        scores.logsumexp(-1),
+    )
     return merge(*sequence, *depth_attention(q, deep_k, deep_v, 0.25))[0]
 
 

@@ -11,7 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hybridtrain.kernels.document_attention import op, reference
-from hybridtrain.kernels.document_attention.op import STEP, Spans, document_attention, document_bounds, read_spans
+from hybridtrain.kernels.document_attention.op import (
+    STEP,
+    Spans,
+    document_attention,
+    document_bounds,
+    read_spans,
+)
 
 
 class Largest(TorchDispatchMode):
@@ -50,7 +56,9 @@ DOCUMENTS = {
 @pytest.mark.parametrize("kind", list(DOCUMENTS))
 @pytest.mark.parametrize(("first", "queries"), [(0, TOKENS), (STEP + 3, 2 * STEP), (TOKENS - 5, 5)])
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_blocks_equal_the_definition(kind: str, first: int, queries: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_equal_the_definition(
+    kind: str, first: int, queries: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole sequences and parts of them, as under cp: the output and every gradient."""
     monkeypatch.setattr(op, "_MOST_QUERIES", STEP)
     documents, keys = DOCUMENTS[kind], first + queries

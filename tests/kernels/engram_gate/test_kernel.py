@@ -8,7 +8,9 @@ import torch
 from hybridtrain.kernels.engram_gate import reference
 from hybridtrain.kernels.testing import check
 
-kernel = pytest.importorskip("hybridtrain.kernels.engram_gate.kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.engram_gate.kernel", reason="needs triton", exc_type=ImportError
+)
 
 
 def inputs(N: int, M: int, D: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -23,7 +25,9 @@ def test_gate(N: int, M: int, D: int, dtype: torch.dtype) -> None:
 
 def test_gates() -> None:
     tensors = inputs(9, 2, 24)
-    torch.testing.assert_close(kernel.engram_gate(*tensors, 1e-6, 1e-6)[1], reference.engram_gate(*tensors, 1e-6, 1e-6)[1])
+    torch.testing.assert_close(
+        kernel.engram_gate(*tensors, 1e-6, 1e-6)[1], reference.engram_gate(*tensors, 1e-6, 1e-6)[1]
+    )
 
 
 def test_no_agreement_at_all_has_no_slope() -> None:

@@ -6,7 +6,12 @@ import time
 import numpy as np
 import pytest
 
-from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError, draw_multipliers, draw_primes
+from hybridtrain.kernels.engram_hash.addressing import (
+    Addressing,
+    AddressingError,
+    draw_multipliers,
+    draw_primes,
+)
 from hybridtrain.kernels.engram_hash.primes import is_prime, next_prime
 
 COMPRESSION = np.arange(50) % 40
@@ -22,7 +27,8 @@ def test_is_prime_agrees_with_trial_division():
 
 
 @pytest.mark.parametrize(
-    "composite", [561, 3215031751, 3474749660383, 341550071728321, 3825123056546413051, (2**31 - 1) ** 2, 2**63 - 1]
+    "composite",
+    [561, 3215031751, 3474749660383, 341550071728321, 3825123056546413051, (2**31 - 1) ** 2, 2**63 - 1],
 )
 def test_pseudoprimes_are_composite(composite):
     assert not is_prime(composite)
@@ -104,17 +110,29 @@ def test_json_refuses_another_compression():
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
-        ({"multipliers": [[1, 3, 5]]}, [r"multipliers have shape \[1, 3\], must be \[layers, max order\] = \[2, 3\]"]),
+        (
+            {"multipliers": [[1, 3, 5]]},
+            [r"multipliers have shape \[1, 3\], must be \[layers, max order\] = \[2, 3\]"],
+        ),
         (
             {"multipliers": [[1, 3, 4], [1, -3, 0]]},
             ["multiplier 4 must be odd", "multiplier -3 must be odd", "multiplier 0 must be odd"],
         ),
         ({"multipliers": [[1, 3], [1]]}, ["multipliers is no regular array"]),
-        ({"multipliers": [[1, 3, 2**63 + 1], [1, 3, 5]]}, ["multipliers is no regular array of 64-bit integers"]),
+        (
+            {"multipliers": [[1, 3, 2**63 + 1], [1, 3, 5]]},
+            ["multipliers is no regular array of 64-bit integers"],
+        ),
         ({"multipliers": [[1, 3, 5.5], [1, 3, 5]]}, ["multipliers is no regular array of 64-bit integers"]),
-        ({"primes": [[[2, 3], [5, 9]], [[11, 13], [17, 21]]]}, ["modulus 9 is not prime", "modulus 21 is not prime"]),
+        (
+            {"primes": [[[2, 3], [5, 9]], [[11, 13], [17, 21]]]},
+            ["modulus 9 is not prime", "modulus 21 is not prime"],
+        ),
         ({"primes": [[[2, 3], [5, 7]], [[11, 13], [17, 2]]]}, ["modulus 2 is used 2 times"]),
-        ({"primes": [[[2, 3, 5]]]}, [r"primes have shape \[1, 1, 3\], must be \[layers, orders, heads\] = \[2, 2, 2\]"]),
+        (
+            {"primes": [[[2, 3, 5]]]},
+            [r"primes have shape \[1, 1, 3\], must be \[layers, orders, heads\] = \[2, 2, 2\]"],
+        ),
         ({"layers": [3, 1]}, [r"layers=\[3, 1\] must be rising layer ids"]),
         ({"layers": "1"}, ['layers="1" is no list of integers']),
         (

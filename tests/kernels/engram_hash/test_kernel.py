@@ -12,11 +12,15 @@ from hybridtrain.kernels.engram_hash import op, reference
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.kernels.testing import poisoned
 
-kernel = pytest.importorskip("hybridtrain.kernels.engram_hash.kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.engram_hash.kernel", reason="needs triton", exc_type=ImportError
+)
 
 
 def addressing(boundary: str = "document", orders: tuple[int, ...] = (2, 3), heads: int = 3) -> Addressing:
-    return Addressing.draw([1, 3], orders, heads, 1000, np.arange(500) % 431, pad_id=7, boundary=boundary, seed=5)  # type: ignore[arg-type]
+    return Addressing.draw(
+        [1, 3], orders, heads, 1000, np.arange(500) % 431, pad_id=7, boundary=boundary, seed=5
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("B", "T"), [(1, 1), (2, 63), (1, 257)])
@@ -33,7 +37,9 @@ def test_equals_the_definition(B: int, T: int, boundary: str, orders: tuple[int,
 def test_a_document_per_token() -> None:
     tokens, starts = torch.randint(0, 500, (2, 40)), torch.ones(2, 40, dtype=torch.bool)
     out = kernel.row_ids(addressing(), tokens, starts)
-    assert np.array_equal(out.cpu().numpy(), reference.row_ids(addressing(), tokens.cpu().numpy(), starts.cpu().numpy()))
+    assert np.array_equal(
+        out.cpu().numpy(), reference.row_ids(addressing(), tokens.cpu().numpy(), starts.cpu().numpy())
+    )
 
 
 def test_a_million_tokens_equal_the_torch_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +56,9 @@ def test_products_that_wrap() -> None:
     wrapping = Addressing(a.layers, a.orders, a.heads, huge, a.primes, a.compression, a.pad_id, a.boundary)
     tokens, starts = torch.randint(0, 500, (2, 63)), torch.rand(2, 63) < 0.2
     out = kernel.row_ids(wrapping, tokens, starts)
-    assert np.array_equal(out.cpu().numpy(), reference.row_ids(wrapping, tokens.cpu().numpy(), starts.cpu().numpy()))
+    assert np.array_equal(
+        out.cpu().numpy(), reference.row_ids(wrapping, tokens.cpu().numpy(), starts.cpu().numpy())
+    )
 
 
 def test_op_is_a_torch_op() -> None:

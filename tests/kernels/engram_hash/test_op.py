@@ -59,7 +59,9 @@ def test_full_size_addressing_and_wrapping_multipliers():
     tokens, starts = torch.randint(0, VOCAB, (2, 40)), torch.rand(2, 40) < 0.1
     assert_equal(make((2, 3, 4), rows_per_head=16_000_000), tokens, starts)
     drawn = make()
-    huge = Addressing((1, 4), (2, 3), 2, np.full((2, 3), 2**63 - 1), drawn.primes, drawn.compression, 3, "document")
+    huge = Addressing(
+        (1, 4), (2, 3), 2, np.full((2, 3), 2**63 - 1), drawn.primes, drawn.compression, 3, "document"
+    )
     assert_equal(huge, tokens, starts)
 
 
@@ -76,7 +78,9 @@ def test_a_document_reads_the_same_rows_wherever_it_stands():
     first[0] = True
     alone = op.row_ids(a, document, first)
     packed = op.row_ids(
-        a, torch.cat([torch.randint(0, VOCAB, (6,)), document]), torch.cat([torch.zeros(6, dtype=torch.bool), first])
+        a,
+        torch.cat([torch.randint(0, VOCAB, (6,)), document]),
+        torch.cat([torch.zeros(6, dtype=torch.bool), first]),
     )
     assert torch.equal(packed[6:], alone)
     without_start = op.row_ids(a, document, torch.zeros(9, dtype=torch.bool))
@@ -93,7 +97,9 @@ def test_stream_runs_across_starts_and_ignores_them():
 
 def test_slots_of_one_layer_fall_in_that_layers_rows():
     a = make((2, 3))
-    ids = op.row_ids(a, torch.randint(0, VOCAB, (200,)), torch.zeros(200, dtype=torch.bool)).reshape(200, 2, 2, 2)
+    ids = op.row_ids(a, torch.randint(0, VOCAB, (200,)), torch.zeros(200, dtype=torch.bool)).reshape(
+        200, 2, 2, 2
+    )
     for index in np.ndindex(2, 2, 2):
         slot = ids[(slice(None), *index)]
         low = int(a.offsets[index])

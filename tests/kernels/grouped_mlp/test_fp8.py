@@ -14,9 +14,16 @@ from hybridtrain.kernels.testing import poisoned
 fp8 = pytest.importorskip("hybridtrain.kernels.grouped_mlp.fp8", reason="needs triton", exc_type=ImportError)
 
 compiled = os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(compiled and torch.cuda.get_device_capability() < (8, 9), reason="needs compute capability 8.9")
+pytestmark = pytest.mark.skipif(
+    compiled and torch.cuda.get_device_capability() < (8, 9), reason="needs compute capability 8.9"
+)
 
-COUNTS = {"uneven": [5, 1, 40, 17], "empty experts": [0, 63, 0, 0], "one row": [0, 0, 1, 0], "large": [130, 0, 127]}
+COUNTS = {
+    "uneven": [5, 1, 40, 17],
+    "empty experts": [0, 63, 0, 0],
+    "one row": [0, 0, 1, 0],
+    "large": [130, 0, 127],
+}
 RMS = 0.05  # README.md: of the product's own root mean square, for normally distributed operands
 
 
@@ -82,7 +89,10 @@ def test_swiglu_of_experts() -> None:
     grad = torch.randn(63, D)
     pairs = [
         (out, exact),
-        *zip(*(torch.autograd.grad(o, leaves, grad) for o, leaves in ((out, got), (exact, wanted))), strict=True),
+        *zip(
+            *(torch.autograd.grad(o, leaves, grad) for o, leaves in ((out, got), (exact, wanted))),
+            strict=True,
+        ),
     ]
     for mine, true in pairs:
         assert (mine - true).norm() <= 2 * RMS * true.norm()  # of two or three products one after the other
@@ -90,11 +100,17 @@ def test_swiglu_of_experts() -> None:
 
 
 def test_ops_are_torch_ops() -> None:
-    a, w, counts = torch.randn(9, 16, requires_grad=True), torch.randn(3, 16, 12, requires_grad=True), torch.tensor([4, 0, 5])
+    a, w, counts = (
+        torch.randn(9, 16, requires_grad=True),
+        torch.randn(3, 16, 12, requires_grad=True),
+        torch.tensor([4, 0, 5]),
+    )
     rows = fp8._op_rows(a.detach())
     for op, inputs in ((fp8._op_rows, (a.detach(),)), (fp8._op, (a, *rows, w, counts))):
         torch.library.opcheck(op, inputs)
-    out = fp8.grouped_swiglu(a.to("meta"), counts.to("meta"), w.to("meta"), w.to("meta"), w.transpose(1, 2).to("meta"))
+    out = fp8.grouped_swiglu(
+        a.to("meta"), counts.to("meta"), w.to("meta"), w.to("meta"), w.transpose(1, 2).to("meta")
+    )
     assert out.shape == a.shape
     compiled = torch.compile(fp8.grouped_swiglu, fullgraph=True, backend="aot_eager")
     arguments = a, counts, w, w, w.transpose(1, 2).contiguous()

@@ -8,9 +8,16 @@ import torch
 from hybridtrain.kernels.grouped_mlp import reference
 from hybridtrain.kernels.testing import check
 
-kernel = pytest.importorskip("hybridtrain.kernels.grouped_mlp.kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.grouped_mlp.kernel", reason="needs triton", exc_type=ImportError
+)
 
-COUNTS = {"uneven": [5, 1, 40, 17], "empty experts": [0, 63, 0, 0], "one row": [0, 0, 1, 0], "large": [130, 0, 127]}
+COUNTS = {
+    "uneven": [5, 1, 40, 17],
+    "empty experts": [0, 63, 0, 0],
+    "one row": [0, 0, 1, 0],
+    "large": [130, 0, 127],
+}
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
@@ -35,6 +42,10 @@ def test_no_rows_at_all() -> None:
 
 
 def test_op_is_a_torch_op() -> None:
-    a, w, counts = torch.randn(9, 8, requires_grad=True), torch.randn(3, 8, 12, requires_grad=True), torch.tensor([4, 0, 5])
+    a, w, counts = (
+        torch.randn(9, 8, requires_grad=True),
+        torch.randn(3, 8, 12, requires_grad=True),
+        torch.tensor([4, 0, 5]),
+    )
     torch.library.opcheck(kernel._op, (a, w, counts, False))
     torch.library.opcheck(kernel._op, (a, torch.randn(3, 12, 8, requires_grad=True), counts, True))

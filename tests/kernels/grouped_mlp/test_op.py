@@ -26,5 +26,7 @@ def test_op_equals_reference(counts: list[int]) -> None:
 
 def test_odd_widths_are_refused_by_name() -> None:
     w = torch.randn(1, 8, 6)
-    with pytest.raises(ValueError, match=r"multiples of 4 in torch\.float32; got model width 8 and expert width 6"):
+    with pytest.raises(
+        ValueError, match=r"multiples of 4 in torch\.float32; got model width 8 and expert width 6"
+    ):
         op.grouped_swiglu(torch.randn(2, 8), torch.tensor([2]), w, w, w.transpose(1, 2))

@@ -19,7 +19,11 @@ def test_op_equals_reference(tokens: int, vocab: int, rows: int, monkeypatch: py
     targets[1::4] = -100
     loss, expected = (m.linear_cross_entropy_sum(h, weight, targets, -100) for m in (op, reference))
     torch.testing.assert_close(loss, expected)
-    for a, b in zip(torch.autograd.grad(0.3 * loss, (h, weight)), torch.autograd.grad(0.3 * expected, (h, weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(0.3 * loss, (h, weight)),
+        torch.autograd.grad(0.3 * expected, (h, weight)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         torch.testing.assert_close(op.linear_cross_entropy_sum(h, weight, targets, -100), expected)

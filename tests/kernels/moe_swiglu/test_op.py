@@ -24,12 +24,20 @@ def _inputs(tokens: int, choices: int, experts: int) -> tuple[Tensor, Tensor, li
     generator = torch.Generator().manual_seed(0)
     dim, hidden = 8, 12
     chosen = torch.rand(tokens, experts, generator=generator).topk(choices).indices
-    shapes = ((tokens, dim), (tokens, choices), (experts, dim, hidden), (experts, dim, hidden), (experts, hidden, dim))
+    shapes = (
+        (tokens, dim),
+        (tokens, choices),
+        (experts, dim, hidden),
+        (experts, dim, hidden),
+        (experts, hidden, dim),
+    )
     weights = torch.randn(tokens, dim, generator=generator)
     return chosen, weights, [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def _run(function: object, chosen: Tensor, weights: Tensor, inputs: list[Tensor], dtype: torch.dtype, **keys: bool) -> list[Tensor]:
+def _run(
+    function: object, chosen: Tensor, weights: Tensor, inputs: list[Tensor], dtype: torch.dtype, **keys: bool
+) -> list[Tensor]:
     x, gates, *w = (value.to(dtype).requires_grad_() for value in inputs)
     out = function(x, chosen, gates, *w, **keys)  # type: ignore[operator]
     return [out, *torch.autograd.grad((out * weights.to(dtype)).sum(), (x, gates, *w))]
@@ -37,14 +45,22 @@ def _run(function: object, chosen: Tensor, weights: Tensor, inputs: list[Tensor]
 
 @pytest.mark.parametrize("absent", [False, True])
 @pytest.mark.parametrize(("tokens", "choices", "experts", "num_threads"), CASES)
-def test_op_equals_reference(tokens: int, choices: int, experts: int, num_threads: int, absent: bool, threads: None) -> None:
+def test_op_equals_reference(
+    tokens: int, choices: int, experts: int, num_threads: int, absent: bool, threads: None
+) -> None:
     torch.set_num_threads(num_threads)
     chosen, weights, inputs = _inputs(tokens, choices, experts)
     if absent:
-        chosen = torch.where(torch.arange(tokens * choices).view(tokens, choices) % 3 == 0, chosen - experts, chosen)
-        chosen = torch.where(torch.arange(tokens * choices).view(tokens, choices) % 4 == 1, chosen + experts, chosen)
+        chosen = torch.where(
+            torch.arange(tokens * choices).view(tokens, choices) % 3 == 0, chosen - experts, chosen
+        )
+        chosen = torch.where(
+            torch.arange(tokens * choices).view(tokens, choices) % 4 == 1, chosen + experts, chosen
+        )
     mine = _run(op.moe_swiglu, chosen, weights, inputs, torch.float32, absent=absent)
-    plain, exact = (_run(reference.moe_swiglu, chosen, weights, inputs, dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (
+        _run(reference.moe_swiglu, chosen, weights, inputs, dtype) for dtype in (torch.float32, torch.float64)
+    )
     for a, b, c in zip(mine, plain, exact, strict=True):
         if a.numel():
             assert (a - c).abs().max() <= 3 * (b - c).abs().max() + 1e-6 * c.abs().max()
@@ -57,7 +73,9 @@ def test_grouped_products_say_the_same(absent: bool, monkeypatch: pytest.MonkeyP
     chosen = torch.where(chosen < 3, chosen - 5, chosen) if absent else chosen
     expected = _run(op.moe_swiglu, chosen, weights, inputs, torch.float32, absent=absent)
     monkeypatch.setattr(op, "_fused_here", lambda x, w: False)
-    for a, b in zip(_run(op.moe_swiglu, chosen, weights, inputs, torch.float32, absent=absent), expected, strict=True):
+    for a, b in zip(
+        _run(op.moe_swiglu, chosen, weights, inputs, torch.float32, absent=absent), expected, strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 

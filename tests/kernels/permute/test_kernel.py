@@ -9,12 +9,18 @@ from hybridtrain.kernels import choose
 from hybridtrain.kernels.permute import op, reference
 from hybridtrain.kernels.testing import check, poisoned
 
-kernel = pytest.importorskip("hybridtrain.kernels.permute.kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.permute.kernel", reason="needs triton", exc_type=ImportError
+)
 
 
 def routed(N: int, K: int, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Some experts stay empty, and the last takes every token."""
-    experts = torch.stack([torch.randperm(E - 1)[: K - 1] for _ in range(N)]) if K > 1 else torch.empty(N, 0, dtype=torch.int64)
+    experts = (
+        torch.stack([torch.randperm(E - 1)[: K - 1] for _ in range(N)])
+        if K > 1
+        else torch.empty(N, 0, dtype=torch.int64)
+    )
     return reference.sort_by_expert(torch.cat([experts, torch.full((N, 1), E - 1)], 1), E)
 
 
@@ -24,7 +30,11 @@ def test_permute_and_combine(N: int, K: int, E: int, D: int, dtype: torch.dtype)
     order, inverse, _ = routed(N, K, E)
     check(kernel.permute, reference.permute, [torch.randn(N, D).to(dtype)], order, inverse)
     inputs = [torch.randn(N * K, D).to(dtype), torch.rand(N, K).to(dtype)]
-    check(lambda y, g: kernel.combine(y, g, order, inverse), lambda y, g: reference.combine(y, g, order, inverse), inputs)
+    check(
+        lambda y, g: kernel.combine(y, g, order, inverse),
+        lambda y, g: reference.combine(y, g, order, inverse),
+        inputs,
+    )
 
 
 def chosen(N: int, K: int, E: int) -> torch.Tensor:
@@ -34,10 +44,15 @@ def chosen(N: int, K: int, E: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("N", "K", "E", "R"), [(1, 1, 4, 2), (63, 3, 12, 4), (257, 8, 64, 16), (257, 6, 96, 32), (63, 2, 6, 1), (0, 2, 4, 2)]
+    ("N", "K", "E", "R"),
+    [(1, 1, 4, 2), (63, 3, 12, 4), (257, 8, 64, 16), (257, 6, 96, 32), (63, 2, 6, 1), (0, 2, 4, 2)],
 )
-def test_each_token_once_to_each_rank(N: int, K: int, E: int, R: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "row_tile", lambda width: ({"BLOCK_N": 32, "BLOCK_D": max(16, R)}, 1))  # several tiles
+def test_each_token_once_to_each_rank(
+    N: int, K: int, E: int, R: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        kernel, "row_tile", lambda width: ({"BLOCK_N": 32, "BLOCK_D": max(16, R)}, 1)
+    )  # several tiles
     one_hot = torch.arange(K).repeat(N, 1)  # every token's choices on the first ranks
     for experts in (chosen(N, K, E), one_hot, torch.full((N, K), -1)):
         wanted = reference.sort_by_destination(experts, E, R)
@@ -84,4 +99,6 @@ def test_ops_are_torch_ops() -> None:
     gates = torch.rand(5, 2, requires_grad=True)
     torch.library.opcheck(kernel._op_combine, (torch.randn(10, 8, requires_grad=True), gates, order, inverse))
     torch.library.opcheck(kernel._op_line_up, (chosen(9, 3, 8), 8, 4))
-    assert kernel.sort_by_destination(torch.empty(9, 3, dtype=torch.int64, device="meta"), 8, 4)[0].shape == (27,)
+    assert kernel.sort_by_destination(torch.empty(9, 3, dtype=torch.int64, device="meta"), 8, 4)[0].shape == (
+        27,
+    )

@@ -8,7 +8,9 @@ import torch
 from hybridtrain.kernels.permute import op, reference
 
 
-@pytest.mark.parametrize(("tokens", "slots", "experts"), [(1, 1, 1), (7, 1, 3), (13, 2, 4), (9, 3, 40), (0, 2, 4)])
+@pytest.mark.parametrize(
+    ("tokens", "slots", "experts"), [(1, 1, 1), (7, 1, 3), (13, 2, 4), (9, 3, 40), (0, 2, 4)]
+)
 def test_op_equals_reference(tokens: int, slots: int, experts: int) -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(tokens, experts, generator=generator).topk(slots).indices
@@ -18,7 +20,10 @@ def test_op_equals_reference(tokens: int, slots: int, experts: int) -> None:
     assert counts.tolist() == [(chosen == e).sum() for e in range(experts)]
     x = torch.randn(tokens, 5, generator=generator).requires_grad_()
     gates = torch.rand(tokens, slots, generator=generator).requires_grad_()
-    scale, weights = torch.randn(tokens * slots, 5, generator=generator), torch.randn(tokens, 5, generator=generator)
+    scale, weights = (
+        torch.randn(tokens * slots, 5, generator=generator),
+        torch.randn(tokens, 5, generator=generator),
+    )
     results = []
     for module in (op, reference):
         y = module.permute(x, order, inverse)
@@ -28,7 +33,9 @@ def test_op_equals_reference(tokens: int, slots: int, experts: int) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("tokens", "slots", "experts", "ranks"), [(1, 1, 2, 2), (50, 4, 12, 3), (9, 2, 8, 1), (0, 2, 4, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "slots", "experts", "ranks"), [(1, 1, 2, 2), (50, 4, 12, 3), (9, 2, 8, 1), (0, 2, 4, 2)]
+)
 def test_each_token_goes_once_to_each_of_its_ranks(tokens: int, slots: int, experts: int, ranks: int) -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(tokens, experts, generator=generator).topk(slots).indices
@@ -42,18 +49,23 @@ def test_each_token_goes_once_to_each_of_its_ranks(tokens: int, slots: int, expe
         for token, choice in enumerate(chosen.tolist()):
             there = [k for k, e in enumerate(choice) if e != -1 and e * ranks // experts == rank]
             expected += [(rank, token, there)] if there else []
-    assert order.tolist() == [n * slots + k[0] for _, n, k in expected] + [-1] * (tokens * min(slots, ranks) - len(expected))
+    assert order.tolist() == [n * slots + k[0] for _, n, k in expected] + [-1] * (
+        tokens * min(slots, ranks) - len(expected)
+    )
     stands = {n * slots + k[0]: place for place, (_, n, k) in enumerate(expected)}
     assert inverse.flatten().tolist() == [stands.get(pair, -1) for pair in range(tokens * slots)]
     assert asked.tolist() == [
-        [sum(e[0] == r for e in expected), sum(len(e[2]) for e in expected if e[0] == r)] for r in range(ranks)
+        [sum(e[0] == r for e in expected), sum(len(e[2]) for e in expected if e[0] == r)]
+        for r in range(ranks)
     ]
     if tokens:
         order = order[: len(expected)]
         x = torch.randn(tokens, 3, generator=generator)
         assert torch.equal(op.spread(x, order, inverse), x[[n for _, n, _ in expected]])
         visits = torch.tensor([sum(n == token for _, n, _ in expected) for token in range(tokens)])
-        torch.testing.assert_close(op.collect(op.spread(x, order, inverse), order, inverse), x * visits[:, None])
+        torch.testing.assert_close(
+            op.collect(op.spread(x, order, inverse), order, inverse), x * visits[:, None]
+        )
 
 
 def test_bfloat16_rows_are_added_up_in_float32_and_rounded_once() -> None:

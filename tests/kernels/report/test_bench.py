@@ -84,7 +84,9 @@ def test_installed_libraries_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     layernorm = ModuleType("fla.modules.layernorm")
     calls: list[dict[str, Any]] = []
 
-    def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: None, residual: Any = None, **named: Any) -> Any:
+    def rms_norm(
+        x: torch.Tensor, weight: torch.Tensor, bias: None, residual: Any = None, **named: Any
+    ) -> Any:
         calls.append(named)
         total = x if residual is None else x + residual
         out = torch.nn.functional.rms_norm(total, weight.shape, weight, named["eps"])
@@ -93,7 +95,11 @@ def test_installed_libraries_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     layernorm.rms_norm = rms_norm  # type: ignore[attr-defined]
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "fla" else real(name))
-    for name, module in (("fla", ModuleType("fla")), ("fla.modules", ModuleType("fla.modules")), (layernorm.__name__, layernorm)):
+    for name, module in (
+        ("fla", ModuleType("fla")),
+        ("fla.modules", ModuleType("fla.modules")),
+        (layernorm.__name__, layernorm),
+    ):
         monkeypatch.setitem(sys.modules, name, module)
     alone, added = itertools.islice(contests.contests("cpu", 32, 16), 2)
     assert bench.errors(alone, alone.others["fla"]) < alone.error

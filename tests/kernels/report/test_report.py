@@ -35,7 +35,9 @@ def name(row: dict[str, Any]) -> str:
 
 def test_the_stored_report_is_of_these_sources() -> None:
     assert REPORT["digest"] == digest(), "run: hybridtrain kernels report --page ."
-    assert {(row["op"], row["target"]) for row in ROWS} == {(op, target) for op in TRITON_OPS for target in TARGETS}
+    assert {(row["op"], row["target"]) for row in ROWS} == {
+        (op, target) for op in TRITON_OPS for target in TARGETS
+    }
 
 
 def test_the_page_shows_the_stored_report() -> None:
@@ -51,7 +53,9 @@ def test_every_kernel_is_in_the_report() -> None:
     written = set()
     for file in (ROOT / "kernels").glob("*/*.py"):
         text = file.read_text(encoding="utf-8")
-        written |= {(file.parent.name, kernel) for kernel in re.findall(r"@triton\.jit\ndef _(\w+)_kernel\(", text)}
+        written |= {
+            (file.parent.name, kernel) for kernel in re.findall(r"@triton\.jit\ndef _(\w+)_kernel\(", text)
+        }
     assert len(written) > 20
     for target in ("sm_90", "sm_100"):
         assert written == {(row["op"], row["kernel"]) for row in ROWS if row["target"] == target}
@@ -61,14 +65,20 @@ def test_fp8_is_compiled_where_it_exists() -> None:
     rows = [row for row in ROWS if row["op"] == "grouped_mlp" and "fp8" in row["config"]]
     assert {row["target"] for row in rows} == {"sm_90", "sm_100"}
     for row in rows:
-        other = [r for r in ROWS if r["case"] == row["case"].replace("fp8", "bfloat16") and r["target"] == row["target"]]
+        other = [
+            r
+            for r in ROWS
+            if r["case"] == row["case"].replace("fp8", "bfloat16") and r["target"] == row["target"]
+        ]
         assert 0.4 < row["roofline_us"] / other[0]["roofline_us"] < 0.6, name(row)
 
 
 def test_memory_bound_kernels_move_128_bits_at_a_time() -> None:
     rows = [row for row in ROWS if row["bound"] == "memory" and row["target"] in NVIDIA]
     assert [name(row) for row in rows if row["load_bits"] < 128] == []
-    assert [name(row) for row in rows if row["wide_share"] < 0.5] == []  # the rest are one number a row, and indices
+    assert [
+        name(row) for row in rows if row["wide_share"] < 0.5
+    ] == []  # the rest are one number a row, and indices
     narrow = {(row["op"], row["kernel"]) for row in rows if row["store_bits"] < 128}
     assert narrow <= SMALL_OUTPUTS
 

@@ -8,7 +8,9 @@ import torch
 from hybridtrain.kernels.rms_norm import reference
 from hybridtrain.kernels.testing import check
 
-kernel = pytest.importorskip("hybridtrain.kernels.rms_norm.kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.rms_norm.kernel", reason="needs triton", exc_type=ImportError
+)
 
 
 @pytest.mark.parametrize(("N", "D"), [(1, 60), (63, 96), (257, 100), (40, 16), (0, 8)])

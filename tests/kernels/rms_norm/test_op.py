@@ -22,7 +22,10 @@ def test_op_equals_reference(shape: tuple[int, ...], scale: float) -> None:
         return [out, *torch.autograd.grad((out * weights).sum(), (a, w))]
 
     for mine, plain, exact in zip(
-        run(op.rms_norm, torch.float32), run(reference.rms_norm, torch.float32), run(reference.rms_norm, torch.float64), strict=True
+        run(op.rms_norm, torch.float32),
+        run(reference.rms_norm, torch.float32),
+        run(reference.rms_norm, torch.float64),
+        strict=True,
     ):
         if mine.numel():
             error, own = (mine - exact).abs().max(), (plain - exact).abs().max()
@@ -31,4 +34,6 @@ def test_op_equals_reference(shape: tuple[int, ...], scale: float) -> None:
 
 def test_strided_input() -> None:
     x = torch.randn(6, 5, 8).transpose(0, 1)
-    torch.testing.assert_close(op.rms_norm(x, torch.ones(8), 1e-6), reference.rms_norm(x, torch.ones(8), 1e-6))
+    torch.testing.assert_close(
+        op.rms_norm(x, torch.ones(8), 1e-6), reference.rms_norm(x, torch.ones(8), 1e-6)
+    )

@@ -20,7 +20,12 @@ def rotation(T: int, C: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rope(B: int, T: int, H: int, C: int, dtype: torch.dtype) -> None:
     x = torch.randn(B, T, H, C).to(dtype)
-    check(lambda x, turn: kernel.rope(x, turn), lambda x, turn: reference.rope(x, turn, None, 0.0), [x], rotation(T, C))
+    check(
+        lambda x, turn: kernel.rope(x, turn),
+        lambda x, turn: reference.rope(x, turn, None, 0.0),
+        [x],
+        rotation(T, C),
+    )
     swap = lambda f: lambda x, w, turn: f(x, turn, w, 1e-6)  # noqa: E731
     check(swap(kernel.rope), swap(reference.rope), [x, torch.randn(C).to(dtype)], rotation(T, C))
 
@@ -35,7 +40,12 @@ def test_equals_torchs_form() -> None:
 def test_a_program_sums_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hybridtrain.kernels.launch.MAX_PROGRAMS", 2)
     swap = lambda f: lambda x, w, turn: f(x, turn, w, 1e-6)  # noqa: E731
-    check(swap(kernel.rope), swap(reference.rope), [torch.randn(2, 63, 3, 24), torch.randn(24)], rotation(63, 24))
+    check(
+        swap(kernel.rope),
+        swap(reference.rope),
+        [torch.randn(2, 63, 3, 24), torch.randn(24)],
+        rotation(63, 24),
+    )
 
 
 def test_op_is_a_torch_op_and_refuses_odd_heads() -> None:

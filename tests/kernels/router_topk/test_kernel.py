@@ -9,7 +9,9 @@ from hybridtrain.kernels.router_topk import reference
 from hybridtrain.kernels.router_topk.reference import Rule
 from hybridtrain.kernels.testing import check, poisoned
 
-kernel = pytest.importorskip("hybridtrain.kernels.router_topk.kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.router_topk.kernel", reason="needs triton", exc_type=ImportError
+)
 
 
 @pytest.mark.parametrize(

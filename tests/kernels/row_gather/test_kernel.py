@@ -8,7 +8,9 @@ import torch
 from hybridtrain.kernels.row_gather import reference
 from hybridtrain.kernels.testing import check, poisoned
 
-kernel = pytest.importorskip("hybridtrain.kernels.row_gather.kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.row_gather.kernel", reason="needs triton", exc_type=ImportError
+)
 
 
 @pytest.mark.parametrize(("U", "D"), [(0, 8), (1, 60), (63, 96), (257, 100)])
@@ -23,11 +25,15 @@ def test_gathers(U: int, D: int, dtype: torch.dtype) -> None:
 
 
 def test_gradient() -> None:
-    check(kernel.row_gather, reference.row_gather, [torch.randn(40, 24)], torch.randint(30, (257,)))  # ten rows nobody asks for
+    check(
+        kernel.row_gather, reference.row_gather, [torch.randn(40, 24)], torch.randint(30, (257,))
+    )  # ten rows nobody asks for
 
 
 def test_addresses_beyond_31_bits() -> None:
-    storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16)  # touched in two places only: no memory is spent on the rest
+    storage = torch.empty(
+        2**31 + 4096, dtype=torch.bfloat16
+    )  # touched in two places only: no memory is spent on the rest
     table = storage.as_strided((3, 64), (2**30, 1))
     table[0], table[2] = torch.arange(64), torch.arange(64) + 64
     assert table[2].storage_offset() == 2**31
@@ -54,7 +60,9 @@ def test_every_code_and_every_border_between_two() -> None:
     torch.testing.assert_close(kernel.unpack(packed, 256)[0], values, rtol=0, atol=0, equal_nan=True)
     finite = values[values.isfinite()].sort().values
     middles = (finite[1:] + finite[:-1]) / 2  # of two neighbours: ties
-    near = torch.cat([finite, middles, middles.nextafter(torch.tensor(1e9)), middles.nextafter(torch.tensor(-1e9))])
+    near = torch.cat(
+        [finite, middles, middles.nextafter(torch.tensor(1e9)), middles.nextafter(torch.tensor(-1e9))]
+    )
     assert near.abs().max() == 448  # so the scale is one
     assert torch.equal(kernel.pack(near[None], None), reference.pack(near[None]))
 
@@ -76,5 +84,7 @@ def test_ops_are_torch_ops_and_refuse_what_does_not_fit() -> None:
     torch.library.opcheck(kernel._op_pack, (table.detach(), rows))
     torch.library.opcheck(kernel._op_pack, (table.detach(), None))
     torch.library.opcheck(kernel._op_unpack, (kernel.pack(table, rows), 8))
-    with pytest.raises(ValueError, match=r"table \[2, 3\] and rows \[1, 1\] must be \[R, D\] with whole rows, and \[U\]"):
+    with pytest.raises(
+        ValueError, match=r"table \[2, 3\] and rows \[1, 1\] must be \[R, D\] with whole rows, and \[U\]"
+    ):
         kernel.row_gather(torch.ones(2, 3), torch.zeros(1, 1, dtype=torch.int64))

@@ -10,14 +10,22 @@ import torch
 from hybridtrain.kernels.rowwise_adam import op, reference
 from hybridtrain.kernels.rowwise_adam.reference import Step
 
-kernel = pytest.importorskip("hybridtrain.kernels.rowwise_adam.kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.rowwise_adam.kernel", reason="needs triton", exc_type=ImportError
+)
 
 STEP = Step(12, lr=0.02, eps=1e-8, beta2=0.9, gain=0.1, correction=0.75)
 
 
 def state(R: int, D: int, N: int, dtype: torch.dtype) -> list[torch.Tensor]:
     last = torch.randint(0, 12, (R,), dtype=torch.int32)
-    return [torch.randn(R, D).to(dtype), torch.rand(R), last, torch.randperm(R)[:N].sort().values, torch.randn(N, D)]
+    return [
+        torch.randn(R, D).to(dtype),
+        torch.rand(R),
+        last,
+        torch.randperm(R)[:N].sort().values,
+        torch.randn(N, D),
+    ]
 
 
 @pytest.mark.parametrize(("N", "D"), [(1, 60), (63, 96), (257, 100), (0, 8)])
@@ -43,9 +51,12 @@ def test_float32_rows(N: int, D: int, decayed: bool, beta2: float, by: Any) -> N
 def test_bfloat16_rows_move_by_the_right_amount_on_average(by: Any) -> None:
     before = state(64, 96, 64, torch.bfloat16)
     before[4] *= 1e-3
-    step = STEP._replace(lr=0.3)  # far below half a unit of the last place: rounding to nearest would move almost nothing
+    step = STEP._replace(
+        lr=0.3
+    )  # far below half a unit of the last place: rounding to nearest would move almost nothing
     wanted = (
-        reference.rowwise_adam(*(x.double() if x.is_floating_point() else x for x in before), None, step)[0] - before[0].double()
+        reference.rowwise_adam(*(x.double() if x.is_floating_point() else x for x in before), None, step)[0]
+        - before[0].double()
     )
     unit = before[0].double().abs() * 2**-8
     assert (wanted.abs() / unit).median() < 0.2
@@ -53,9 +64,13 @@ def test_bfloat16_rows_move_by_the_right_amount_on_average(by: Any) -> None:
     for number in range(64):
         mine = [x.clone() for x in before]
         by.rowwise_adam(*mine, None, step._replace(seed=reference.rounding_seed(0, number)))
-        assert ((mine[0].double() - before[0].double() - wanted).abs() <= 2 * (unit + wanted.abs() * 2**-8)).all()
+        assert (
+            (mine[0].double() - before[0].double() - wanted).abs() <= 2 * (unit + wanted.abs() * 2**-8)
+        ).all()
         moved += (mine[0].double() - before[0].double()) / 64
-    assert abs((moved * wanted).sum() / wanted.square().sum() - 1) < 0.05  # one standard deviation is about 0.01
+    assert (
+        abs((moved * wanted).sum() / wanted.square().sum() - 1) < 0.05
+    )  # one standard deviation is about 0.01
     assert abs(((moved - wanted) / unit).mean()) < 0.005
 
 
@@ -77,7 +92,10 @@ def test_rounds_as_torch_does_by_seed_and_number_of_the_row() -> None:
 def test_rounding_has_no_bias_and_no_pattern() -> None:
     numbers = torch.arange(2**31, 2**31 + 4000)
     for fraction in (1 / 16, 1 / 2, 15 / 16):
-        up = reference.round_stochastically(torch.full((4000, 64), 1 + fraction * 2**-7), numbers, 5).float() > 1
+        up = (
+            reference.round_stochastically(torch.full((4000, 64), 1 + fraction * 2**-7), numbers, 5).float()
+            > 1
+        )
         deviation = (fraction * (1 - fraction)) ** 0.5
         assert abs(up.double().mean() - fraction) < 4 * deviation / 256000**0.5
         assert (up.double().mean(0) - fraction).abs().max() < 5 * deviation / 4000**0.5  # of each column
@@ -92,4 +110,6 @@ def test_rounding_has_no_bias_and_no_pattern() -> None:
 def test_op_is_a_torch_op() -> None:
     before = state(9, 8, 4, torch.float32)
     torch.library.opcheck(kernel._op, (*before, None, *STEP))
-    torch.library.opcheck(kernel._op, (before[0].bfloat16(), *before[1:], torch.zeros(20, dtype=torch.float64), *STEP))
+    torch.library.opcheck(
+        kernel._op, (before[0].bfloat16(), *before[1:], torch.zeros(20, dtype=torch.float64), *STEP)
+    )

@@ -8,10 +8,14 @@ import torch
 from hybridtrain.kernels.segment_sum import reference
 from hybridtrain.kernels.testing import poisoned
 
-kernel = pytest.importorskip("hybridtrain.kernels.segment_sum.kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.segment_sum.kernel", reason="needs triton", exc_type=ImportError
+)
 
 
-@pytest.mark.parametrize(("N", "S", "D"), [(0, 3, 8), (1, 1, 60), (63, 9, 96), (257, 300, 100), (257, 1, 60), (0, 0, 4)])
+@pytest.mark.parametrize(
+    ("N", "S", "D"), [(0, 3, 8), (1, 1, 60), (63, 9, 96), (257, 300, 100), (257, 1, 60), (0, 0, 4)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adds_in_the_order_of_the_definition(N: int, S: int, D: int, dtype: torch.dtype) -> None:
     values = (torch.randn(N, D) * 10 ** torch.empty(N, 1).uniform_(-3, 3)).to(dtype)

@@ -20,7 +20,11 @@ from hybridtrain.kernels.segment_sum.op import _by_bags
 )
 def test_adds_in_the_order_of_the_definition(seed, N, S, D, dtype, in_order):
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(N, D, generator=generator).mul(10 ** torch.empty(N, 1).uniform_(-3, 3, generator=generator)).to(dtype)
+    values = (
+        torch.randn(N, D, generator=generator)
+        .mul(10 ** torch.empty(N, 1).uniform_(-3, 3, generator=generator))
+        .to(dtype)
+    )
     segment = torch.randint(0, S, (N,), generator=generator)
     segment = segment.sort().values if in_order else segment
     out = segment_sum(values, segment, S)
@@ -48,12 +52,16 @@ def test_same_bits_at_any_thread_count():
 
 def test_takes_slices_of_a_larger_tensor():
     values, segment = torch.randn(10, 20), torch.randint(0, 4, (10,))
-    assert torch.equal(segment_sum(values[:, 3:9], segment, 4), segment_sum(values[:, 3:9].clone(), segment, 4))
+    assert torch.equal(
+        segment_sum(values[:, 3:9], segment, 4), segment_sum(values[:, 3:9].clone(), segment, 4)
+    )
 
 
 def test_no_segments_and_no_rows():
     assert segment_sum(torch.empty(0, 5), torch.empty(0, dtype=torch.int64), 0).shape == (0, 5)
-    assert torch.equal(segment_sum(torch.empty(0, 5), torch.empty(0, dtype=torch.int64), 2), torch.zeros(2, 5))
+    assert torch.equal(
+        segment_sum(torch.empty(0, 5), torch.empty(0, dtype=torch.int64), 2), torch.zeros(2, 5)
+    )
 
 
 @pytest.mark.parametrize("segment", [[0, 2], [-1, 0]])
@@ -77,4 +85,6 @@ def test_refuses_shapes_that_do_not_fit():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_adds_in_the_same_order():
     values, segment = torch.randn(3000, 80), torch.randint(0, 200, (3000,))
-    assert torch.equal(segment_sum(values.cuda(), segment.cuda(), 200).cpu(), segment_sum(values, segment, 200))
+    assert torch.equal(
+        segment_sum(values.cuda(), segment.cuda(), 200).cpu(), segment_sum(values, segment, 200)
+    )

@@ -8,14 +8,18 @@ import torch
 from hybridtrain.kernels.short_conv import reference
 from hybridtrain.kernels.testing import check
 
-kernel = pytest.importorskip("hybridtrain.kernels.short_conv.kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.short_conv.kernel", reason="needs triton", exc_type=ImportError
+)
 
 
 def swap(function):
     return lambda u, weight, taps, documents, dilation: function(u, weight, taps, documents, dilation, 1e-6)
 
 
-@pytest.mark.parametrize(("B", "T", "D", "J", "dilation"), [(1, 1, 60, 4, 3), (2, 63, 96, 4, 3), (1, 257, 100, 3, 2)])
+@pytest.mark.parametrize(
+    ("B", "T", "D", "J", "dilation"), [(1, 1, 60, 4, 3), (2, 63, 96, 4, 3), (1, 257, 100, 3, 2)]
+)
 @pytest.mark.parametrize("share", [None, 0.1, 1.0])  # of tokens that start a document
 def test_short_conv(B: int, T: int, D: int, J: int, dilation: int, share: float | None) -> None:
     documents = None if share is None else (torch.rand(B, T) < share).cumsum(1)

@@ -24,5 +24,7 @@ def test_strided_inputs_and_torch_op() -> None:
 
 
 def test_refuses_unlike_inputs() -> None:
-    with pytest.raises(ValueError, match=r"gate \[2, 3\] torch.float32 and up \[3, 2\] torch.float32 must be alike"):
+    with pytest.raises(
+        ValueError, match=r"gate \[2, 3\] torch.float32 and up \[3, 2\] torch.float32 must be alike"
+    ):
         kernel.swiglu(torch.ones(2, 3), torch.ones(3, 2))

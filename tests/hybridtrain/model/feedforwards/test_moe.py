@@ -19,7 +19,10 @@ DIM, TOKENS_PER_STEP = 16, 4 * 32
 
 def build(**moe: Any) -> MoE:
     settings = Settings.model_validate(
-        {"model": {"dim": DIM, "moe": {"num_experts": 8, "hidden": 12, **moe}}, "train": {"global_batch": 4, "seq_len": 32}}
+        {
+            "model": {"dim": DIM, "moe": {"num_experts": 8, "hidden": 12, **moe}},
+            "train": {"global_batch": 4, "seq_len": 32},
+        }
     )
     layer = MoE(settings)
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +47,9 @@ def by_token(layer: MoE, x_ND: Tensor) -> Tensor:
         gates = scores[chosen] / (scores[chosen].sum() if moe.normalize_gates else 1)
         y = torch.zeros(DIM)
         for gate, e in zip(gates, chosen, strict=True):
-            y = y + moe.gate_scale * gate * ((F.silu(x @ experts.w_gate[e]) * (x @ experts.w_up[e])) @ experts.w_down[e])
+            y = y + moe.gate_scale * gate * (
+                (F.silu(x @ experts.w_gate[e]) * (x @ experts.w_up[e])) @ experts.w_down[e]
+            )
         if layer.shared is not None:
             s = layer.shared
             y = y + s.w_down.weight @ (F.silu(s.w_gate.weight @ x) * (s.w_up.weight @ x))
@@ -120,7 +125,9 @@ def test_places_count_the_earlier_tokens_of_the_sequence_that_chose_the_expert()
     assert position_in_expert(experts[:, :0]).shape == (3, 0, 3)
 
 
-@pytest.mark.parametrize(("capacity", "most"), [(1.0, 8), (0.3, 3), (0.01, 1)])  # of 32 * 2 / 8 = 8 pairs, the next higher number
+@pytest.mark.parametrize(
+    ("capacity", "most"), [(1.0, 8), (0.3, 3), (0.01, 1)]
+)  # of 32 * 2 / 8 = 8 pairs, the next higher number
 def test_experts_drop_what_comes_after_their_capacity_in_a_sequence(capacity: float, most: int) -> None:
     layer, free = (build(capacity=c, num_shared=1, normalize_gates=True) for c in (capacity, 0.0))
     assert (layer.most, free.most) == (most, None)
@@ -176,7 +183,9 @@ def test_statistics_add_up_and_teach_the_router() -> None:
     expected = collect(whole)
     assert totals.keys() == expected.keys()
     for key, value in expected.items():  # summed in float32: counts are exact, the entropy is rounded
-        torch.testing.assert_close(totals[key].float(), value.float(), rtol=1e-5 if key.endswith("entropy") else 0, atol=0)
+        torch.testing.assert_close(
+            totals[key].float(), value.float(), rtol=1e-5 if key.endswith("entropy") else 0, atol=0
+        )
     apply_router_statistics(model, totals)
     counts = totals["layers.3.expert_tokens"]
     torch.testing.assert_close(layer.router.load_E.double(), counts / 128)
