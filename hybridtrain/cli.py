@@ -143,11 +143,13 @@ def data(
     ]
     if vocab_size is not None and tokenizer is not None:
         problems.append(
-            f"--vocab-size {vocab_size} and --tokenizer {tokenizer}: a loaded tokenizer has its own vocabulary, leave one out"
+            f"--vocab-size {vocab_size} and --tokenizer {tokenizer}: a loaded tokenizer has its own "
+            "vocabulary, leave one out"
         )
     if validation_fraction is not None and validation:
         problems.append(
-            f"--validation-fraction {validation_fraction} and --validation {validation[0]}: either is held out, leave one out"
+            f"--validation-fraction {validation_fraction} and --validation {validation[0]}: either is held "
+            "out, leave one out"
         )
     if problems:
         raise UserError("\n".join(problems))
@@ -230,7 +232,9 @@ def kernels_report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compile every kernel for real GPUs, with none here: registers, spills, memory accesses, tensor cores, roofline."""
+    """Compile every kernel for real GPUs, with none here: registers, spills, memory accesses, tensor cores,
+    roofline.
+    """
     from hybridtrain.kernels.choose import TRITON_OPS
     from hybridtrain.kernels.report.command import requirements, unknown, write_page
     from hybridtrain.kernels.report.hardware import TARGETS
@@ -281,7 +285,8 @@ def export(
     from hybridtrain.formats.command import export_model
 
     print(
-        f"{out}: {export_model(open_storage(run, 'RUN'), out, to, family, transformer_impl, max_shard_size, dtype)}"
+        f"{out}: "
+        f"{export_model(open_storage(run, 'RUN'), out, to, family, transformer_impl, max_shard_size, dtype)}"
     )
 
 
@@ -342,7 +347,8 @@ def reshard(
 
     if "://" in out:
         raise UserError(
-            f"{out}: OUT is a folder of this machine; its checkpoints may be copied to where checkpoint.dir will be"
+            f"{out}: OUT is a folder of this machine; its checkpoints may be copied to where checkpoint.dir "
+            "will be"
         )
     keep_freed_memory()  # blocks of the same sizes follow one another
     done = lay_out(
@@ -355,7 +361,8 @@ def reshard(
         show=sys.stderr.isatty(),
     )
     print(
-        f"{out}: {done.tensors} tensors, {done.bytes:,} bytes for {done.layout}; every tensor's xxh3 is what it was"
+        f"{out}: {done.tensors} tensors, {done.bytes:,} bytes for {done.layout}; every tensor's xxh3 is what "
+        "it was"
     )
 
 

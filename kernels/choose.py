@@ -1,7 +1,8 @@
 """Which implementation carries each op: chosen once, from the settings, and said aloud in the run header.
 
-`auto` is torch's formulation on the CPU and, on a GPU, what `ON_GPU` says. An implementation that is asked for by name and missing
-is refused with what is missing. The choice is the process's, like torch's own backends: an op asks `chosen` at each call.
+`auto` is torch's formulation on the CPU and, on a GPU, what `ON_GPU` says. An implementation that is asked
+for by name and missing is refused with what is missing. The choice is the process's, like torch's own
+backends: an op asks `chosen` at each call.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ OPS: dict[str, tuple[str, ...]] = {
         "triton",
     ),  # no part of a model asks for it yet, so settings have no key for it
 }
-# torch has a fused RMSNorm and cuBLAS' grouped products, both at full speed; the other ops it composes of several passes
+# torch has a fused RMSNorm and cuBLAS' grouped products, both at full speed; the other ops it composes of
+# several passes
 ON_GPU = dict.fromkeys(OPS, "triton") | {"rms_norm": "torch", "grouped_mlp": "torch"}
 
 # every folder with a kernel.py: those above, and the hash, which is made on the CPU ahead of its step
@@ -74,7 +76,9 @@ def resolve(wanted: Mapping[str, str], device_type: str) -> dict[str, str]:
 
 
 def use(table: Mapping[str, str], device_type: str = "cpu") -> None:
-    """From now on ops of this process on devices of the type take what the table says; all others take torch's formulation."""
+    """From now on ops of this process on devices of the type take what the table says; all others take
+    torch's formulation.
+    """
     global _device_type
     _device_type = device_type
     _table.clear()
@@ -87,7 +91,9 @@ def table() -> dict[str, str]:
 
 
 def chosen(op: str, x: Tensor) -> str:
-    """The implementation of `op` for a call with `x`; torch's, whatever was chosen, for a DTensor and on a GPU's host."""
+    """The implementation of `op` for a call with `x`; torch's, whatever was chosen, for a DTensor and on a
+    GPU's host.
+    """
     return "torch" if hasattr(x, "to_local") or x.device.type != _device_type else _table.get(op, "torch")
 
 

@@ -1,7 +1,8 @@
-"""One door through which every Triton kernel is launched, so that the report can compile exactly what an op would launch.
+"""One door through which every Triton kernel is launched, so that the report can compile exactly what an op
+would launch.
 
-`kernels report` runs the ops' launching functions on meta tensors inside `recording()`: nothing runs, every launch is kept.
-This file needs no triton, and no kernel is launched past it.
+`kernels report` runs the ops' launching functions on meta tensors inside `recording()`: nothing runs, every
+launch is kept. This file needs no triton, and no kernel is launched past it.
 """
 
 from __future__ import annotations
@@ -32,9 +33,8 @@ class Launch:
 class Case:
     """A shape of production size at which the report compiles an op: `run` launches it on meta tensors.
 
-    minimum: bytes of the op's inputs and outputs, each once. flops: of matrix products of operands of `bits`. bound: what limits
-    it by design.
-    targets: those that can do it (report/hardware.py); none named: all.
+    minimum: bytes of the op's inputs and outputs, each once. flops: of matrix products of operands of `bits`.
+    bound: what limits it by design. targets: those that can do it (report/hardware.py); none named: all.
     """
 
     op: str
@@ -110,7 +110,8 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def partials(tiles: int) -> tuple[int, int]:
-    """(programs, tiles per program) of a kernel that sums over rows in registers and writes one partial sum per program.
+    """(programs, tiles per program) of a kernel that sums over rows in registers and writes one partial sum
+    per program.
 
     Depends on the shape alone, not on the device, so the order of the sum is the same on every GPU.
     """

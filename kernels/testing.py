@@ -16,7 +16,9 @@ WIDTHS = (60, 96, 100)
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, uninitialised tensors hold NaN, or the least integer: an element that a kernel leaves out shows."""
+    """Inside, uninitialised tensors hold NaN, or the least integer: an element that a kernel leaves out
+    shows.
+    """
 
     def wrap(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
@@ -44,8 +46,9 @@ def check(
 ) -> None:
     """Outputs and every gradient of `fast(*inputs, *others)`, run twice, against the definition in float64.
 
-    The error may be `times` that of the definition in the inputs' own dtype, plus one rounding of the greatest element; two runs
-    must agree bit for bit. `others` are handed on as they are. Raises AssertionError naming the output or gradient.
+    The error may be `times` that of the definition in the inputs' own dtype, plus one rounding of the
+    greatest element; two runs must agree bit for bit. `others` are handed on as they are. Raises
+    AssertionError naming the output or gradient.
     """
     cotangents: list[Tensor] = []
     exact = _run(definition, [x.double() for x in inputs], others, cotangents)

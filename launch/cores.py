@@ -1,7 +1,7 @@
 """Which cores each rank of this machine keeps to.
 
-Ranks that wait for each other sleep and wake many times a step. Where the kernel wakes two of them on one core while another
-idles, they compute one after the other; bound to cores of their own they cannot.
+Ranks that wait for each other sleep and wake many times a step. Where the kernel wakes two of them on one
+core while another idles, they compute one after the other; bound to cores of their own they cannot.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ def usable_cores() -> list[int]:
 
 
 def shares_of_cores(cores: list[int], ranks: int, threads: int) -> list[list[int]]:
-    """The `cores` cut into one part for each rank, of as equal size as can be; empty ones where ranks are not to be bound.
+    """The `cores` cut into one part for each rank, of as equal size as can be; empty ones where ranks are not
+    to be bound.
 
-    They are not where there is one rank, where the ranks' `threads` each are more than the cores, or where the system cannot.
+    They are not where there is one rank, where the ranks' `threads` each are more than the cores, or where
+    the system cannot.
     """
     if ranks == 1 or len(cores) < ranks * threads or not hasattr(os, "sched_setaffinity"):
         return [[] for _ in range(ranks)]

@@ -1,6 +1,8 @@
-"""Starts the ranks of a run on this machine, ends them together, and starts them again where that is asked for.
+"""Starts the ranks of a run on this machine, ends them together, and starts them again where that is asked
+for.
 
-Ranks are forked from one server process that has imported torch already, so four of them cost little more than one.
+Ranks are forked from one server process that has imported torch already, so four of them cost little more
+than one.
 """
 
 from __future__ import annotations
@@ -46,11 +48,11 @@ def run_ranks(
 ) -> int:
     """Call `module:function` in `nproc` ranks and return the exit status: 0, or the first failing rank's.
 
-    When a rank fails the others get SIGTERM, and SIGKILL 30 s later. SIGTERM, Ctrl-C and SIGUSR1 are passed on to the ranks,
-    which end or save in their own way. `threads` (0: the machine's cores shared out) bounds each rank's CPU threads; with
-    `bind` each rank keeps to its share of the cores, where there are enough.
-    Ranks that failed are all started again, up to `restarts` times, with the arguments `again` where given; not after
-    an error that the user has to mend, nor once they were asked to end.
+    When a rank fails the others get SIGTERM, and SIGKILL 30 s later. SIGTERM, Ctrl-C and SIGUSR1 are passed
+    on to the ranks, which end or save in their own way. `threads` (0: the machine's cores shared out) bounds
+    each rank's CPU threads; with `bind` each rank keeps to its share of the cores, where there are enough.
+    Ranks that failed are all started again, up to `restarts` times, with the arguments `again` where given;
+    not after an error that the user has to mend, nor once they were asked to end.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([target.partition(":")[0], *preload])
@@ -107,7 +109,9 @@ def _run_once(
 
 
 def end_rank(text: str, status: int) -> NoReturn:
-    """End this rank at once, from any thread, with `text` as the reason that the launcher prints, or alone this process."""
+    """End this rank at once, from any thread, with `text` as the reason that the launcher prints, or alone
+    this process.
+    """
     folder = os.environ.get(_ERRORS)
     if folder is None:
         print(text, file=sys.stderr, flush=True)
@@ -155,7 +159,9 @@ def _end_with_launcher() -> None:
 
 
 def _print_errors(folder: Path) -> int:
-    """Print the message of the rank that failed first, mostly the reason why others failed; returns its status or 0."""
+    """Print the message of the rank that failed first, mostly the reason why others failed; returns its
+    status or 0.
+    """
     messages = sorted(folder.iterdir(), key=lambda path: int(path.name.partition("-")[0]))
     if not messages:
         return 0
@@ -174,10 +180,12 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def _wait(ranks: Sequence[BaseProcess]) -> int:
-    """Wait for all ranks; the first that fails ends the others. The status: that of a rank that was killed, else the first's.
+    """Wait for all ranks; the first that fails ends the others. The status: that of a rank that was killed,
+    else the first's.
 
-    A rank that was killed is the cause, also where another was seen to fail before: its connections close, and others fail by
-    that, before the kernel has ended it. So the status is known when all have ended. What this sends itself is no cause.
+    A rank that was killed is the cause, also where another was seen to fail before: its connections close,
+    and others fail by that, before the kernel has ended it. So the status is known when all have ended. What
+    this sends itself is no cause.
     """
     failed, killed, sent, deadline = 0, 0, set[int](), float("inf")
     running = True
@@ -207,7 +215,9 @@ def _wait(ranks: Sequence[BaseProcess]) -> int:
 
 
 class _ForwardSignals:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 go on to the ranks. (A terminal sends Ctrl-C to them itself.)"""
+    """While entered, SIGTERM, SIGINT and SIGUSR1 go on to the ranks. (A terminal sends Ctrl-C to them
+    itself.)
+    """
 
     def __init__(self) -> None:
         self.ranks: Sequence[BaseProcess] = ()

@@ -1,4 +1,6 @@
-"""Puts a meta-device model on its ranks: the order in which parallelism is applied, once, with the reason on each line."""
+"""Puts a meta-device model on its ranks: the order in which parallelism is applied, once, with the reason on
+each line.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,12 @@ def parallelize(
     dtype: torch.dtype = torch.float32,
     fsdp: bool = True,
 ) -> None:
-    """Shard `model` or a pipeline stage of it (on the meta device) in place over `mesh`; one rank's stay as they are.
+    """Shard `model` or a pipeline stage of it (on the meta device) in place over `mesh`; one rank's stay as
+    they are.
 
-    A MoE module is one that has `experts` (a module of `[E, …]` parameters) and `dispatch` (replaced under ep > 1). Layers
-    compute in `dtype`; parameters and their gradients are float32. Without `fsdp` every rank keeps whole parameters, of the
-    experts its own; another engine then reduces gradients.
+    A MoE module is one that has `experts` (a module of `[E, …]` parameters) and `dispatch` (replaced under ep
+    > 1). Layers compute in `dtype`; parameters and their gradients are float32. Without `fsdp` every rank
+    keeps whole parameters, of the experts its own; another engine then reduces gradients.
     """
     if dtype != torch.float32 and mesh.data_mesh is None:
         raise ValueError(f"computing in {dtype} needs a mesh, also of one rank: make_mesh(…, always=True)")
@@ -54,7 +57,8 @@ def parallelize(
                 if hasattr(module, name):
                     setattr(module, name, getattr(context, name))
     if mesh.tp.size > 1 and mesh.dense_mesh is not None:
-        # before ep and FSDP: it decides what a module computes, they only decide where the parts of a parameter lie
+        # before ep and FSDP: it decides what a module computes, they only decide where the parts of a
+        # parameter lie
         _split_tensors(model, TensorAxis(mesh.tp, mesh.dense_mesh["tp"]), TENSOR_PLAN)
     if (mesh.ep.size > 1 or mesh.tp.size > 1) and mesh.expert_mesh is not None:
         # ranks of tp see different tokens: to experts they are data-parallel
@@ -72,8 +76,9 @@ def parallelize(
                 mesh.layout.etp > 1
             ):  # around the dispatch over ep: that takes each token to all parts of its experts' width
                 setattr(moe, "dispatch", SharedWidthDispatch(getattr(moe, "dispatch"), mesh.tp))  # noqa: B009, B010
-            # before their layer: experts shard over the edp ranks that hold copies of them, not over dp_shard; along dim 1,
-            # since ep already cuts dim 0 and two cuts of one dim would interleave in checkpoints
+            # before their layer: experts shard over the edp ranks that hold copies of them, not over
+            # dp_shard; along dim 1, since ep already cuts dim 0 and two cuts of one dim would interleave in
+            # checkpoints
             copies = (
                 mesh.expert_mesh["dp_replicate", "edp"]
                 if mesh.layout.dp_replicate > 1
@@ -83,7 +88,9 @@ def parallelize(
                 shard(experts, copies, (mesh.edp, mesh.dp_replicate), dim=1)
     groups = (mesh.fsdp, mesh.dp_replicate)
     for layer in layers:
-        if compiled:  # behind all that changes what a layer computes, and inside recomputation, which runs what was compiled again
+        # behind all that changes what a layer computes, and inside recomputation, which runs what was
+        # compiled again
+        if compiled:
             compile_layer(layer)
         recompute_layer(
             layer, recompute
@@ -103,8 +110,8 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def write_local(param: Tensor, draw: Callable[..., Tensor]) -> None:
-    """Fill this rank's part of `param` from `draw(rows, within)`, the part of the whole parameter with the given slices of dim 0
-    and, where those are cut too, of the dims after it."""
+    """Fill this rank's part of `param` from `draw(rows, within)`, the part of the whole parameter with the
+    given slices of dim 0 and, where those are cut too, of the dims after it."""
     if not isinstance(param, DTensor):
         param.copy_(draw(slice(0, param.shape[0])))
         return
@@ -154,7 +161,8 @@ def _shard(
         )
         return Shard(next(d for d in range(dim, param.ndim) if d not in cut))
 
-    # parameters are cast once, before they are gathered, and their gradients before they are reduced; inputs cast themselves
+    # parameters are cast once, before they are gathered, and their gradients before they are reduced; inputs
+    # cast themselves
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(
         module,
@@ -164,13 +172,16 @@ def _shard(
         mp_policy=policy,
     )
     assert isinstance(module, FSDPModule)  # for the type checker: fully_shard changes the module's class
-    # every loss is already divided by the tokens of the whole step, so gradients are summed over ranks, never averaged
+    # every loss is already divided by the tokens of the whole step, so gradients are summed over ranks, never
+    # averaged
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
     set_collectives(module, *groups, torch.device(mesh.device_type))
 
 
 def sync_gradients(model: nn.Module, on: bool) -> None:
-    """Whether the next backward pass reduces gradients over ranks; off for all micro-batches of a step but the last."""
+    """Whether the next backward pass reduces gradients over ranks; off for all micro-batches of a step but
+    the last.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on)

@@ -1,5 +1,5 @@
-"""All-to-alls under way beside the computation: rows on their way with the time they take, and exchanges whose gradients go
-back the way their rows came."""
+"""All-to-alls under way beside the computation: rows on their way with the time they take, and exchanges
+whose gradients go back the way their rows came."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ Guard = Callable[[], AbstractContextManager[None]]
 
 
 class Handle:
-    """An all-to-all under way beside the computation; it holds what is sent until `wait` has given the result."""
+    """An all-to-all under way beside the computation; it holds what is sent until `wait` has given the
+    result.
+    """
 
     def __init__(
         self, out: Tensor, sent: Tensor, work: dist.Work | None, traffic: Traffic | None = None
@@ -35,7 +37,9 @@ class Handle:
             work.get_future().add_done_callback(lambda _: self._times.append(time.perf_counter()))
 
     def wait(self) -> Tensor:
-        """The rows of every rank, in rank order; on CUDA the current stream waits and not this thread. Call it once."""
+        """The rows of every rank, in rank order; on CUDA the current stream waits and not this thread. Call
+        it once.
+        """
         out, work = self._out, self._work
         if work is not None and out.is_cuda:
             self._mark()
@@ -51,7 +55,9 @@ class Handle:
         return out
 
     def hidden_seconds(self) -> float:
-        """How long it travelled before it was waited for; to be asked after `wait`, on CUDA when the device has come so far."""
+        """How long it travelled before it was waited for; to be asked after `wait`, on CUDA when the device
+        has come so far.
+        """
         if self._events:
             begun, *others = self._events
             return float(min(begun.elapsed_time(event) for event in others)) / 1000
@@ -64,7 +70,9 @@ class Handle:
 
 
 def begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Handle:
-    """`all_to_all` that runs on beside what follows. Every rank begins it at the same place among the group's collectives."""
+    """`all_to_all` that runs on beside what follows. Every rank begins it at the same place among the group's
+    collectives.
+    """
     if group.size == 1:
         return Handle(x, x, None)
     return Handle(*collectives.post_all_to_all(x, send, receive, group), group.traffic)
@@ -82,8 +90,8 @@ def start_all_to_all(
 ) -> Callable[[], Tensor]:
     """Begin `all_to_all_autograd`; what is returned ends it and must be called once.
 
-    What is computed in between runs while the rows travel, and so does its backward pass while their gradients travel back.
-    `guard` is entered around whatever allocates the rows received, there and back.
+    What is computed in between runs while the rows travel, and so does its backward pass while their
+    gradients travel back. `guard` is entered around whatever allocates the rows received, there and back.
     """
     if group.size == 1:
         return lambda: x
@@ -99,7 +107,9 @@ def start_all_to_all(
 
 @dataclass
 class AsyncAllToAll:
-    """One exchange: what both its ends need, and how to end what is under way, the rows or later their gradients."""
+    """One exchange: what both its ends need, and how to end what is under way, the rows or later their
+    gradients.
+    """
 
     send: Sequence[int]
     receive: Sequence[int]

@@ -1,9 +1,10 @@
-"""Every collective of ours, each counted by group and operation: calls and the bytes this rank sends to others. What torch
-sends for FSDP (fsdp.py) and between pipeline stages (pipeline.py) is counted in the same ledger.
+"""Every collective of ours, each counted by group and operation: calls and the bytes this rank sends to
+others. What torch sends for FSDP (fsdp.py) and between pipeline stages (pipeline.py) is counted in the same
+ledger.
 
-Bytes are payload by the ring or pairwise algorithm: what the fabric must carry for this rank, not what a backend
-adds. Groups of one rank do nothing and count nothing. What a layer calls is marked `replayed` (replay.py), so that a
-recomputed layer sends nothing.
+Bytes are payload by the ring or pairwise algorithm: what the fabric must carry for this rank, not what a
+backend adds. Groups of one rank do nothing and count nothing. What a layer calls is marked `replayed`
+(replay.py), so that a recomputed layer sends nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ SEND = "send"
 class Call(NamedTuple):
     """The last collective that this rank began in a group: its `number`-th there, counted from 1.
 
-    A send is one of two ranks, who sends and who receives; each direction is numbered for itself, alike by both.
+    A send is one of two ranks, who sends and who receives; each direction is numbered for itself, alike by
+    both.
     """
 
     group: str
@@ -42,10 +44,11 @@ class Call(NamedTuple):
 
 
 class Traffic:
-    """A ledger of (group, operation) -> [calls, bytes] and of the last call of each group; safe to write from several threads.
+    """A ledger of (group, operation) -> [calls, bytes] and of the last call of each group; safe to write from
+    several threads.
 
-    A call is entered before it is made, so that a rank that waits in it is known to. `calls` rises as long as this rank goes
-    on; `waited` are its seconds in collectives, where the host waits for them.
+    A call is entered before it is made, so that a rank that waits in it is known to. `calls` rises as long as
+    this rank goes on; `waited` are its seconds in collectives, where the host waits for them.
     """
 
     def __init__(self) -> None:
@@ -72,7 +75,9 @@ class Traffic:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Seconds that the main thread spends inside are `waited`: for other ranks, or for what is sent to arrive."""
+        """Seconds that the main thread spends inside are `waited`: for other ranks, or for what is sent to
+        arrive.
+        """
         begin = time.perf_counter()
         yield
         if threading.current_thread() is threading.main_thread():
@@ -101,7 +106,9 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Group:
-    """One communication group as this rank sees it. `process_group` is None where the group is this rank alone."""
+    """One communication group as this rank sees it. `process_group` is None where the group is this rank
+    alone.
+    """
 
     name: str
     ranks: tuple[int, ...]
@@ -115,7 +122,9 @@ class Group:
 
 
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
-    """Send `send[i]` rows of `x` (dim 0, in order) to rank i and return the `receive[j]` rows of every rank j, in rank order."""
+    """Send `send[i]` rows of `x` (dim 0, in order) to rank i and return the `receive[j]` rows of every rank
+    j, in rank order.
+    """
     return x if group.size == 1 else launch_all_to_all(x, send, receive, group)()
 
 
@@ -169,7 +178,9 @@ class _ReduceScatter(torch.autograd.Function):
 
 @uncompiled
 def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
-    """Every rank's `x` (all of one shape), stacked along a new dim 0; the gradient of each is summed over the ranks."""
+    """Every rank's `x` (all of one shape), stacked along a new dim 0; the gradient of each is summed over the
+    ranks.
+    """
     if group.size == 1:
         return x[None]
     out: Tensor = _AllGather.apply(x, group)  # type: ignore[no-untyped-call]
@@ -178,7 +189,9 @@ def all_gather_autograd(x: Tensor, group: Group) -> Tensor:
 
 @uncompiled
 def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
-    """The sum over the ranks of `x[i]` on rank i; dim 0 is the group's size. Its gradient is every rank's, stacked."""
+    """The sum over the ranks of `x[i]` on rank i; dim 0 is the group's size. Its gradient is every rank's,
+    stacked.
+    """
     if group.size == 1:
         return x[0]
     out: Tensor = _ReduceScatter.apply(x, group)  # type: ignore[no-untyped-call]
@@ -204,7 +217,9 @@ def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
 
 
 def exchange_counts(counts: Tensor, group: Group) -> Tensor:
-    """`counts[i]` goes to rank i; returns what every rank sent here. Any number of columns; dim 0 is the group's size."""
+    """`counts[i]` goes to rank i; returns what every rank sent here. Any number of columns; dim 0 is the
+    group's size.
+    """
     ones = [1] * group.size
     return all_to_all(counts, ones, ones, group)
 

@@ -1,10 +1,12 @@
-"""Context parallelism: the tokens of a sequence spread over `cp` ranks, keys and values gathered, queries local.
+"""Context parallelism: the tokens of a sequence spread over `cp` ranks, keys and values gathered, queries
+local.
 
-A sequence is cut into 2·cp chunks; rank r holds chunks r and 2·cp-1-r. A causal query reads the keys up to its own
-chunk, so the two chunks together cost every rank the same (the split of Llama 3, arXiv 2407.21783 §3.3.2).
+A sequence is cut into 2·cp chunks; rank r holds chunks r and 2·cp-1-r. A causal query reads the keys up to
+its own chunk, so the two chunks together cost every rank the same (the split of Llama 3, arXiv 2407.21783
+§3.3.2).
 
-Shape legend: B sequences, T tokens of a whole sequence, t = T / cp tokens here, C = T / (2·cp) tokens of a chunk,
-H heads, X head width, D model width, J kernel taps.
+Shape legend: B sequences, T tokens of a whole sequence, t = T / cp tokens here, C = T / (2·cp) tokens of a
+chunk, H heads, X head width, D model width, J kernel taps.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ Convolution = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, float], Tens
 
 
 class ContextParallel:
-    """This rank's chunks, and the exchanges that a layer needs: keys and values, the convolution's left edge, and under a
-    capacity who chose which expert."""
+    """This rank's chunks, and the exchanges that a layer needs: keys and values, the convolution's left edge,
+    and under a capacity who chose which expert."""
 
     def __init__(
         self,
@@ -46,8 +48,8 @@ class ContextParallel:
         return torch.cat([torch.arange(self.chunk) + chunk * self.chunk for chunk in self.chunks])
 
     def attend(self, q_BtHX: Tensor, k_BtHX: Tensor, v_BtHX: Tensor, context: Any) -> Tensor:
-        """Softmax attention of this rank's queries over the whole sequence; `context.mask_B1TT` is [B, 1, t, T], or None where
-        there are `context.spans`."""
+        """Softmax attention of this rank's queries over the whole sequence; `context.mask_B1TT` is [B, 1, t,
+        T], or None where there are `context.spans`."""
         kv = torch.stack([k_BtHX, v_BtHX])  # one exchange for both
         k_BTHX, v_BTHX = self._gather(kv, dim=2)
         out = []
@@ -78,7 +80,9 @@ class ContextParallel:
         dilation: int,
         eps: float,
     ) -> Tensor:
-        """The short convolution with its norm, each chunk with the tokens left of it from the rank that has them."""
+        """The short convolution with its norm, each chunk with the tokens left of it from the rank that has
+        them.
+        """
         halo = (kernel_JD.size(0) - 1) * dilation
         tails = torch.stack([chunk[:, self.chunk - halo :] for chunk in x_BtD.chunk(2, dim=1)])
         gathered = all_gather_autograd(tails, self.group).flatten(

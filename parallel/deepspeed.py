@@ -1,8 +1,9 @@
-"""DeepSpeed as the engine: ZeRO 0 to 3 over all ranks, with our dispatch of tokens, our table and our checkpoints.
+"""DeepSpeed as the engine: ZeRO 0 to 3 over all ranks, with our dispatch of tokens, our table and our
+checkpoints.
 
-What of DeepSpeed this file and deepspeed_model.py rely on is public but for four names, which `REQUIRED` pins to the versions
-tried: gradients stand in `averaged_gradients`, fp32 weights in the flat partitions of the optimizer, moments are linked by
-`_lazy_init_…`, and expert groups are looked up in `deepspeed.utils.groups`.
+What of DeepSpeed this file and deepspeed_model.py rely on is public but for four names, which `REQUIRED` pins
+to the versions tried: gradients stand in `averaged_gradients`, fp32 weights in the flat partitions of the
+optimizer, moments are linked by `_lazy_init_…`, and expert groups are looked up in `deepspeed.utils.groups`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _BUCKET = 500_000_000  # elements: DeepSpeed's default, an upper bound here
 
 
 def missing() -> str | None:
-    """What to install where DeepSpeed is missing or another than this file was written for; None where it is there."""
+    """What to install where DeepSpeed is missing or another than this file was written for; None where it is
+    there.
+    """
     low, below = (".".join(map(str, version)) for version in REQUIRED)
     wanted = (
         f"deepspeed >= {low}, < {below}; pip install 'hybridtrain[deepspeed]', or set train.engine=native"
@@ -60,8 +63,8 @@ class DeepSpeedEngine:
         micro_batches: int,
         tokens_per_step: int,
     ) -> None:
-        """`model` has whole parameters, but experts cut over ep as DTensors; `make_optimizer` makes an AdamW of them.
-        `outside` is a module inside it whose parameters are none of the engine's business.
+        """`model` has whole parameters, but experts cut over ep as DTensors; `make_optimizer` makes an AdamW
+        of them. `outside` is a module inside it whose parameters are none of the engine's business.
 
         A step has `micro_batches` of `micro_batch` sequences on each rank.
         """
@@ -111,7 +114,9 @@ class DeepSpeedEngine:
         self.engine.optimizer.zero_grad()
 
     def allocate_state(self) -> None:
-        """Done at the start: DeepSpeed's links to moments are made in the first group's first step, when other groups have none."""
+        """Done at the start: DeepSpeed's links to moments are made in the first group's first step, when
+        other groups have none.
+        """
         if self.optimizer.state:
             return
         for part in self._parts():
@@ -159,7 +164,9 @@ class DeepSpeedEngine:
         return parts
 
     def _gradients(self) -> list[Tensor]:
-        """The averaged gradients that the optimizer will take: of this rank's parts, or of whole parameters, in order (ZeRO-0)."""
+        """The averaged gradients that the optimizer will take: of this rank's parts, or of whole parameters,
+        in order (ZeRO-0).
+        """
         if self.zero_stage and not self.offload:
             return [grad for group in self.engine.optimizer.averaged_gradients.values() for grad in group]
         if self.offload and self.mesh.device.type == "cuda":
@@ -177,7 +184,9 @@ class DeepSpeedEngine:
         return self.mesh.dense_mesh, [Replicate()], [Shard(0)]
 
     def _held(self, name: str, value: Tensor) -> Tensor:
-        """The same memory; experts as DTensors that know their place. What all ranks hold is saved once as it is."""
+        """The same memory; experts as DTensors that know their place. What all ranks hold is saved once as it
+        is.
+        """
         mesh, held, _ = self._places(name)
         return (
             DTensor.from_local(value, mesh, held, run_check=False)
@@ -253,7 +262,9 @@ def _config(
 
 
 def _gather(param: nn.Parameter, key: str | None = None) -> Tensor:
-    """A parameter's fp32 weights or one of its moments, whole (of experts: this rank's), from the ranks that ZeRO cut it over."""
+    """A parameter's fp32 weights or one of its moments, whole (of experts: this rank's), from the ranks that
+    ZeRO cut it over.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     value: Tensor = (

@@ -1,4 +1,6 @@
-"""Our model as DeepSpeed must see it: with experts that it knows for such, without our table, and with our groups."""
+"""Our model as DeepSpeed must see it: with experts that it knows for such, without our table, and with our
+groups.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from hybridtrain.parallel.mesh import Mesh
 
 
 def take_out(outside: nn.Module, model: nn.Module) -> None:
-    """Leave `outside` where it is as an attribute, but not as a submodule: ZeRO-0 would average whatever parameters it finds."""
+    """Leave `outside` where it is as an attribute, but not as a submodule: ZeRO-0 would average whatever
+    parameters it finds.
+    """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if child is outside:
@@ -21,7 +25,8 @@ def take_out(outside: nn.Module, model: nn.Module) -> None:
 
 
 def own_experts(deepspeed: Any, model: nn.Module, mesh: Mesh) -> frozenset[str]:
-    """Put plain local parameters in the place of experts cut over ep, marked as DeepSpeed marks them; returns their names.
+    """Put plain local parameters in the place of experts cut over ep, marked as DeepSpeed marks them; returns
+    their names.
 
     A parameter marked so is reduced and partitioned over edp alone.
     """
@@ -41,7 +46,9 @@ def own_experts(deepspeed: Any, model: nn.Module, mesh: Mesh) -> frozenset[str]:
 
 
 def as_moe(deepspeed: Any, model: nn.Module) -> nn.Module:
-    """The model inside a module of DeepSpeed's own MoE class: only where it finds one does it reduce marked experts over edp."""
+    """The model inside a module of DeepSpeed's own MoE class: only where it finds one does it reduce marked
+    experts over edp.
+    """
 
     class Root(deepspeed.moe.layer.MoE):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -59,7 +66,9 @@ def as_moe(deepspeed: Any, model: nn.Module) -> nn.Module:
 
 
 class Groups:
-    """The process groups that DeepSpeed asks a model-parallel unit for: every rank reads other tokens, none shares a matrix."""
+    """The process groups that DeepSpeed asks a model-parallel unit for: every rank reads other tokens, none
+    shares a matrix.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self.world = mesh.world

@@ -1,4 +1,6 @@
-"""What makes an update of a step's gradients, and its state in checkpoints: the native engine; deepspeed.py has the other."""
+"""What makes an update of a step's gradients, and its state in checkpoints: the native engine; deepspeed.py
+has the other.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,24 @@ from hybridtrain.parallel.schedule import Schedule
 
 
 class Engine(Protocol):
-    """Holds the parameters of this rank's part of the model and their optimizers' state, however these are cut."""
+    """Holds the parameters of this rank's part of the model and their optimizers' state, however these are
+    cut.
+    """
 
     name: str  # for the header of a run
     schedule: Schedule  # what fills the gradients
     optimizers: Sequence[torch.optim.Optimizer]  # their groups' learning rates are those of the next step
 
     def squares(self, rows_ND: Tensor | None) -> Tensor:
-        """Complete the step's gradients over ranks; their squared norms, the table's rows beside them: see `global_squares`."""
+        """Complete the step's gradients over ranks; their squared norms, the table's rows beside them: see
+        `global_squares`.
+        """
         ...
 
     def clip(self, rows_ND: Tensor | None, norm: float, bound: float) -> None:
-        """Scale the step's gradients, and those of the table's rows, from the global norm `norm` to at most `bound`."""
+        """Scale the step's gradients, and those of the table's rows, from the global norm `norm` to at most
+        `bound`.
+        """
         ...
 
     def step(self) -> None:
@@ -39,13 +47,16 @@ class Engine(Protocol):
         ...
 
     def allocate_state(self) -> None:
-        """Give the optimizers the state that they otherwise allocate in their first step, so that `state` has all of it."""
+        """Give the optimizers the state that they otherwise allocate in their first step, so that `state` has
+        all of it.
+        """
         ...
 
     def state(self, stage: int, with_copies: bool = True) -> dict[str, Tensor]:
         """`model.*` and `optim.<parameter>.*` of one of this rank's stages by their names in the whole model.
 
-        DTensors carry their own place in the whole. What another stage counts and saves is left out without `with_copies`.
+        DTensors carry their own place in the whole. What another stage counts and saves is left out without
+        `with_copies`.
         """
         ...
 
@@ -133,7 +144,9 @@ def local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
 
 
 def sum_over_tp(params: Iterable[Tensor], tp: Group) -> None:
-    """Add up, in one collective, the gradients of the parameters that every rank of `tp` holds whole and uses on its own tokens."""
+    """Add up, in one collective, the gradients of the parameters that every rank of `tp` holds whole and uses
+    on its own tokens.
+    """
     if tp.size == 1:
         return
     grads = local_gradients(p for p in params if _is_copied(p))
@@ -150,7 +163,9 @@ def tp_copies(params: Iterable[Tensor], tp: Group) -> list[int]:
 
 
 def _is_copied(param: Tensor) -> bool:
-    """Whether neither tp nor the fold of the experts cuts the parameter: it then lies on the data-parallel ranks alone."""
+    """Whether neither tp nor the fold of the experts cuts the parameter: it then lies on the data-parallel
+    ranks alone.
+    """
     names = param.device_mesh.mesh_dim_names or () if isinstance(param, DTensor) else ()
     return not {"tp", "edp"} & set(names)
 
@@ -158,11 +173,12 @@ def _is_copied(param: Tensor) -> bool:
 def global_squares(
     grads: list[Tensor], rows_ND: Tensor | None, mesh: Mesh, held_by: Sequence[int] | None = None
 ) -> Tensor:
-    """The squared L2 norms of all gradients over all ranks: of the backbone and of the table's rows, `[2]` float64 on the device.
+    """The squared L2 norms of all gradients over all ranks: of the backbone and of the table's rows, `[2]`
+    float64 on the device.
 
-    `grads` are this rank's parts of the backbone, which its dp_replicate copies hold too, and of each as many ranks of tp as
-    `held_by` says (None: one); `rows_ND` is the gradient of this rank's touched rows, which every replica of the table
-    holds. The host does not wait for the result.
+    `grads` are this rank's parts of the backbone, which its dp_replicate copies hold too, and of each as many
+    ranks of tp as `held_by` says (None: one); `rows_ND` is the gradient of this rank's touched rows, which
+    every replica of the table holds. The host does not wait for the result.
     """
     squares = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     if grads:
@@ -194,7 +210,8 @@ def _times_counted(held_by: tuple[int, ...], replicas: int, device: torch.device
 def _squares(tensors: list[Tensor]) -> Tensor:
     """The squared L2 norm of each tensor, in float64.
 
-    On the CPU by way of its rows: a norm of all at once runs there on one core and in one float32 sum, 6e-4 off for 16 M elements.
+    On the CPU by way of its rows: a norm of all at once runs there on one core and in one float32 sum, 6e-4
+    off for 16 M elements.
     """
     if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(tensors)).double().square()

@@ -1,10 +1,11 @@
-"""Expert parallelism's token exchange: a token travels once to each rank that has one of its experts, and one sum comes back.
+"""Expert parallelism's token exchange: a token travels once to each rank that has one of its experts, and one
+sum comes back.
 
-With two groups it does so in two hops: once to each node that has one of its experts, from there to the ranks inside, and
-the sums are added up on the node before one comes back.
+With two groups it does so in two hops: once to each node that has one of its experts, from there to the ranks
+inside, and the sums are added up on the node before one comes back.
 
-Shape legend: N tokens here, K experts per token, R ranks of the group, P (token, rank) pairs sent, Q pairs received,
-D model width.
+Shape legend: N tokens here, K experts per token, R ranks of the group, P (token, rank) pairs sent, Q pairs
+received, D model width.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ Dispatch = Callable[
 
 
 class DispatchMemoryError(MemoryError):
-    """A rank could not hold the tokens that were sent to its experts; the message says how many and what bounds them."""
+    """A rank could not hold the tokens that were sent to its experts; the message says how many and what
+    bounds them.
+    """
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,20 @@ class Load:
                 raise
             times = f"{self.pairs / self.even:.1f} times " if self.even else ""
             raise DispatchMemoryError(
-                f"{self.layer}: rank {self.group.ranks[self.group.rank]} ran out of memory in the exchange over {self.group.name}: "
-                f"it received {self.tokens:,} tokens for {self.pairs:,} token-expert pairs, {times}the even share of "
-                f"{self.even:,}; bound it by model.moe.capacity (a multiple of the even share; 0 is no bound), or raise "
-                f"train.micro_batches or parallel.ep ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+                f"{self.layer}: rank {self.group.ranks[self.group.rank]} ran out of memory in the exchange "
+                f"over {self.group.name}: it received {self.tokens:,} tokens for {self.pairs:,} token-expert "
+                f"pairs, {times}the even share of {self.even:,}; bound it by model.moe.capacity (a multiple "
+                "of the even share; 0 is no bound), or raise train.micro_batches or parallel.ep "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
             ) from error
 
 
 class AllToAllDispatch:
-    """Dispatch by one all-to-all per group, from the outermost group to the innermost; a MoE layer takes it in place of its
-    local default.
+    """Dispatch by one all-to-all per group, from the outermost group to the innermost; a MoE layer takes it
+    in place of its local default.
 
-    Experts are numbered along the groups, the first slowest: over (`ep`), or over (`ep_inter`, `ep_intra`). Pairs whose
-    expert is outside 0..num_experts-1 are absent: they go nowhere.
+    Experts are numbered along the groups, the first slowest: over (`ep`), or over (`ep_inter`, `ep_intra`).
+    Pairs whose expert is outside 0..num_experts-1 are absent: they go nowhere.
     """
 
     def __init__(self, groups: Sequence[Group], num_experts: int, layer: str = "MoE") -> None:
@@ -82,9 +86,11 @@ class AllToAllDispatch:
     def __call__(
         self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts
     ) -> Callable[[], Tensor]:
-        """Send the tokens off; what is returned ends it: the gate-weighted sum `[N, D]` of the chosen experts' outputs.
+        """Send the tokens off; what is returned ends it: the gate-weighted sum `[N, D]` of the chosen
+        experts' outputs.
 
-        `experts` are this rank's own. What is computed between the two runs while the tokens of the first group travel.
+        `experts` are this rank's own. What is computed between the two runs while the tokens of the first
+        group travel.
         """
         even = (
             experts_NK.numel()
@@ -166,14 +172,17 @@ class ExpertExchange:
 
 @replayed
 def read_numbers(x: Tensor) -> list[Any]:
-    """A tensor's elements as lists; a recomputed layer, whose numbers are the same, does not wait for the device again."""
+    """A tensor's elements as lists; a recomputed layer, whose numbers are the same, does not wait for the
+    device again.
+    """
     out: list[Any] = x.tolist()
     return out
 
 
 class SharedWidthDispatch:
-    """Around another dispatch, for experts whose hidden width is cut over a group: its ranks gather their tokens, each makes
-    a part of every output, and the parts are summed back to the ranks that the tokens came from."""
+    """Around another dispatch, for experts whose hidden width is cut over a group: its ranks gather their
+    tokens, each makes a part of every output, and the parts are summed back to the ranks that the tokens came
+    from."""
 
     def __init__(self, inner: Dispatch, group: Group) -> None:
         self.inner, self.group = inner, group

@@ -1,5 +1,5 @@
-"""FSDP's collectives: torch issues them, and they go through its own hooks, to be counted as ours are and, on gloo, to add up
-gradients in rank order."""
+"""FSDP's collectives: torch issues them, and they go through its own hooks, to be counted as ours are and, on
+gloo, to add up gradients in rank order."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class _CountedReduceScatter(DefaultReduceScatter):
 
 
 class RankOrderSum(ReduceScatter):
-    """The reduce-scatter on gloo: one all-to-all, and each rank adds up its parts, rank 0's first, so that ranks add up as
-    micro-batches of one rank do, bit for bit.
+    """The reduce-scatter on gloo: one all-to-all, and each rank adds up its parts, rank 0's first, so that
+    ranks add up as micro-batches of one rank do, bit for bit.
 
-    A ring adds each part up from another rank on. Gloo's own reduce-scatter is an all-reduce of the whole, so this sends half
-    as much; it holds as many bytes again as the gradients of one layer.
+    A ring adds each part up from another rank on. Gloo's own reduce-scatter is an all-reduce of the whole, so
+    this sends half as much; it holds as many bytes again as the gradients of one layer.
     """
 
     def __init__(self, counted: Group) -> None:

@@ -1,8 +1,10 @@
-"""The layout of a run: which rank stands where on every axis, and whether the model fits. Pure Python, no torch.
+"""The layout of a run: which rank stands where on every axis, and whether the model fits. Pure Python, no
+torch.
 
-Dense mesh `pp × dp_replicate × dp_shard × cp × tp`, slowest axis first (tp neighbours are neighbouring ranks).
-Experts fold over `dp_shard × cp × tp` as `edp × ep × etp`, with `ep` = `ep_inter × ep_intra` where tokens are dispatched over
-nodes first; lookup tables fold over all ranks as `mem_replicate × mem`, or, where `mem_placement` is far, as `mem × mem_replicate`.
+Dense mesh `pp × dp_replicate × dp_shard × cp × tp`, slowest axis first (tp neighbours are neighbouring
+ranks). Experts fold over `dp_shard × cp × tp` as `edp × ep × etp`, with `ep` = `ep_inter × ep_intra` where
+tokens are dispatched over nodes first; lookup tables fold over all ranks as `mem_replicate × mem`, or, where
+`mem_placement` is far, as `mem × mem_replicate`.
 """
 
 from __future__ import annotations
@@ -79,10 +81,11 @@ class Layout:
         node_size: int = 0,
         mem_placement: str = "contiguous",
     ) -> Layout:
-        """The layout of `world` ranks; `dp_shard=-1` takes the ranks the other axes leave, `mem=-1` takes all.
+        """The layout of `world` ranks; `dp_shard=-1` takes the ranks the other axes leave, `mem=-1` takes
+        all.
 
-        With `node_size` tokens are dispatched hierarchically over nodes of so many neighbouring ranks, if ep reaches over several.
-        Raises LayoutError listing every violation of the ranks' arithmetic.
+        With `node_size` tokens are dispatched hierarchically over nodes of so many neighbouring ranks, if ep
+        reaches over several. Raises LayoutError listing every violation of the ranks' arithmetic.
         """
         others = pp * dp_replicate * cp * tp
         shard = dp_shard if dp_shard != -1 else max(1, world // others)
@@ -111,12 +114,14 @@ class Layout:
         elif node_size and node_size % (ep * etp) and (ep * etp % node_size or node_size % etp):
             legal = choices([d for d in divisors(ep * etp) if d % etp == 0])
             out.append(
-                f"parallel.node_size={node_size} (0 takes LOCAL_WORLD_SIZE) cuts through the ep x etp = {ep * etp} ranks of a "
-                f"set of experts; node_size may be {legal} or a multiple of {ep * etp}, or set parallel.dispatch=flat"
+                f"parallel.node_size={node_size} (0 takes LOCAL_WORLD_SIZE) cuts through the ep x etp = "
+                f"{ep * etp} ranks of a set of experts; node_size may be {legal} or a multiple of "
+                f"{ep * etp}, or set parallel.dispatch=flat"
             )
         if layout.mem < 1 or world % layout.mem:
             out.append(
-                f"parallel.mem={mem} does not divide the {world} ranks; mem may be -1, {choices(divisors(world))}"
+                f"parallel.mem={mem} does not divide the {world} ranks; mem may be -1, "
+                f"{choices(divisors(world))}"
             )
         if out:
             raise LayoutError(world, out)
@@ -133,7 +138,9 @@ class Layout:
 
     @property
     def fsdp(self) -> int:
-        """Ranks that dense parameters are sharded over: those that see different tokens, but for the replicas."""
+        """Ranks that dense parameters are sharded over: those that see different tokens, but for the
+        replicas.
+        """
         return self.dp_shard * self.cp
 
     @property
@@ -153,7 +160,9 @@ class Layout:
 
     @property
     def memory_axes(self) -> tuple[str, ...]:
-        """The axes of the tables, slowest first: near, a group is neighbouring ranks; far, ranks spread evenly over the world."""
+        """The axes of the tables, slowest first: near, a group is neighbouring ranks; far, ranks spread
+        evenly over the world.
+        """
         return MEMORY_AXES if self.mem_placement == "contiguous" else MEMORY_AXES[::-1]
 
     @property
@@ -174,7 +183,9 @@ class Layout:
         return rank // prod(sizes[place + 1 :]) % sizes[place]
 
     def groups(self, axis: str) -> list[list[int]]:
-        """All groups of ranks that differ only on `axis` (also `dp` and `fsdp`), each in the order of their coordinate."""
+        """All groups of ranks that differ only on `axis` (also `dp` and `fsdp`), each in the order of their
+        coordinate.
+        """
         along = {"dp": ("dp_replicate", "dp_shard"), "fsdp": ("dp_shard", "cp")}.get(axis, (axis,))
         axes = next(a for a in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEMORY_AXES) if along[0] in a)
         found: dict[tuple[int, ...], list[int]] = {}
@@ -183,20 +194,25 @@ class Layout:
         return list(found.values())
 
     def row_bounds(self, num_rows: int) -> list[int]:
-        """Owner i of `mem` owners has rows `bounds[i]` to `bounds[i+1]-1` of the packed table (`Shard(0)` chunks)."""
+        """Owner i of `mem` owners has rows `bounds[i]` to `bounds[i+1]-1` of the packed table (`Shard(0)`
+        chunks).
+        """
         chunk = -(-num_rows // self.mem)
         return [min(i * chunk, num_rows) for i in range(self.mem + 1)]
 
     def check(self, facts: ModelFacts, others: Sequence[str] = ()) -> None:
-        """Raise LayoutError listing every way in which the model does not fit this layout, and violations found elsewhere."""
+        """Raise LayoutError listing every way in which the model does not fit this layout, and violations
+        found elsewhere.
+        """
         out: list[str] = []
         sequences = facts.global_batch // facts.micro_batches
         if sequences % self.dp:
             fitting = _next_multiple(facts.global_batch, self.dp * facts.micro_batches)
             out.append(
-                f"parallel: dp_replicate x dp_shard = {self.dp} does not divide the {sequences} sequences of a micro-batch "
-                f"(train.global_batch={facts.global_batch} / train.micro_batches={facts.micro_batches}); "
-                f"it may be {choices(divisors(sequences))}, or set train.global_batch={fitting}"
+                f"parallel: dp_replicate x dp_shard = {self.dp} does not divide the {sequences} sequences of "
+                f"a micro-batch (train.global_batch={facts.global_batch} / "
+                f"train.micro_batches={facts.micro_batches}); it may be {choices(divisors(sequences))}, or "
+                f"set train.global_batch={fitting}"
             )
         if self.ep > 1 and facts.num_experts is None:
             out.append(f"parallel.ep={self.ep} but no layer of model.layers is moe; ep may be 1")
@@ -223,18 +239,21 @@ class Layout:
             degree = getattr(self, axis)
             if number is not None and number % degree:
                 out.append(
-                    f"parallel.{axis}={degree} does not divide {key}={number}; {axis} may be {choices(divisors(number))}"
+                    f"parallel.{axis}={degree} does not divide {key}={number}; {axis} may be "
+                    f"{choices(divisors(number))}"
                 )
         chunk = facts.seq_len // (2 * self.cp)
         if self.cp > 1 and facts.seq_len % (2 * self.cp):
             legal = [d // 2 for d in divisors(facts.seq_len) if d % 2 == 0] or [1]
             out.append(
-                f"parallel.cp={self.cp}: 2 x cp does not divide train.seq_len={facts.seq_len}; cp may be {choices(legal)}"
+                f"parallel.cp={self.cp}: 2 x cp does not divide train.seq_len={facts.seq_len}; cp may be "
+                f"{choices(legal)}"
             )
         elif self.cp > 1 and facts.conv_reach > chunk:
             out.append(
-                f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {facts.conv_reach} of engram.conv's reach; "
-                f"set train.seq_len >= {2 * self.cp * facts.conv_reach} or engram.conv=false"
+                f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {facts.conv_reach} "
+                f"of engram.conv's reach; set train.seq_len >= {2 * self.cp * facts.conv_reach} or "
+                "engram.conv=false"
             )
         if (
             self.etp > 1
@@ -250,16 +269,18 @@ class Layout:
             self.tp > 1 and facts.dim % self.fsdp
         ):  # tp cuts one dim of a matrix, so FSDP cuts the other, evenly
             out.append(
-                f"parallel: dp_shard x cp = {self.fsdp} does not divide model.dim={facts.dim}, as it must under tp; "
-                f"it may be {choices(divisors(facts.dim))}"
+                f"parallel: dp_shard x cp = {self.fsdp} does not divide model.dim={facts.dim}, as it must "
+                f"under tp; it may be {choices(divisors(facts.dim))}"
             )
         if self.pp > facts.num_layers:
             out.append(
-                f"parallel.pp={self.pp} exceeds the model's {facts.num_layers} layers; pp may be 1 to {facts.num_layers}"
+                f"parallel.pp={self.pp} exceeds the model's {facts.num_layers} layers; pp may be 1 to "
+                f"{facts.num_layers}"
             )
         if facts.memory_rows is not None and facts.memory_rows < self.mem:
             out.append(
-                f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set engram.rows_per_head higher or mem=1"
+                f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set "
+                "engram.rows_per_head higher or mem=1"
             )
         out += others
         if out:

@@ -1,4 +1,6 @@
-"""This rank's place in the layout as torch sees it: device, process groups and device meshes, made once per run."""
+"""This rank's place in the layout as torch sees it: device, process groups and device meshes, made once per
+run.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from hybridtrain.parallel.layout import MEMORY_AXES, Layout, LayoutError
 
 @dataclass(frozen=True)
 class Mesh:
-    """Everything distributed that a run is handed. A world of one rank needs no torch.distributed unless it mixes precisions."""
+    """Everything distributed that a run is handed. A world of one rank needs no torch.distributed unless it
+    mixes precisions.
+    """
 
     layout: Layout
     rank: int
@@ -55,14 +59,17 @@ class Mesh:
 
     @property
     def data_mesh(self) -> DeviceMesh | None:
-        """The dims of `dense_mesh` over which parameters are sharded for memory's sake: HSDP where there are two."""
+        """The dims of `dense_mesh` over which parameters are sharded for memory's sake: HSDP where there are
+        two.
+        """
         if self.dense_mesh is None or self.layout.tp == 1:
             return self.dense_mesh
         assert self.dense_mesh.mesh_dim_names is not None  # for the type checker: _device_mesh names them
         return self.dense_mesh[self.dense_mesh.mesh_dim_names[:-1]]
 
     def planning_groups(self, name: str) -> tuple[Group, Group]:
-        """Own copies of `mem` and `mem_replicate` for one planner: always gloo (ids live on the CPU), never shared between threads.
+        """Own copies of `mem` and `mem_replicate` for one planner: always gloo (ids live on the CPU), never
+        shared between threads.
 
         Collective: every rank calls it for the same names in the same order.
         """
@@ -76,14 +83,18 @@ class Mesh:
         return groups[0], groups[1]
 
     def own_mem_group(self, name: str) -> Group:
-        """A copy of `mem` for exchanges that neither wait for the step's other collectives nor hold them up. Collective."""
+        """A copy of `mem` for exchanges that neither wait for the step's other collectives nor hold them up.
+        Collective.
+        """
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         return _group(
             self.layout, self.rank, "mem", f"mem_{name}", self.traffic, self.timeout, backend=backend
         )
 
     def own_world_group(self, name: str, timeout: float) -> Group:
-        """A gloo copy of `world` for a thread of its own, whose collectives may take `timeout` seconds. Collective."""
+        """A gloo copy of `world` for a thread of its own, whose collectives may take `timeout` seconds.
+        Collective.
+        """
         return _group(self.layout, self.rank, "world", name, self.traffic, timeout, backend="gloo")
 
 
@@ -116,11 +127,12 @@ def make_mesh(
     *,
     always: bool = False,
 ) -> Mesh:
-    """Start torch.distributed for `layout.world` ranks and build all groups; `timeout` in seconds bounds every collective.
+    """Start torch.distributed for `layout.world` ranks and build all groups; `timeout` in seconds bounds
+    every collective.
 
-    The ranks meet at `rendezvous`: torchrun's environment, or a `file://` path that all of them see. `table_device` is where
-    this rank's part of the lookup table lies, None where the model does. With `always` a world of one rank has device meshes
-    too, for FSDP, which then does nothing but mix precisions.
+    The ranks meet at `rendezvous`: torchrun's environment, or a `file://` path that all of them see.
+    `table_device` is where this rank's part of the lookup table lies, None where the model does. With
+    `always` a world of one rank has device meshes too, for FSDP, which then does nothing but mix precisions.
     """
     traffic = Traffic()
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -169,7 +181,8 @@ def make_mesh(
         table_device=table_device or device,
         traffic=traffic,
         world=group("world"),
-        # its own also where it is all ranks: sends between stages must not queue behind collectives of the world
+        # its own also where it is all ranks: sends between stages must not queue behind collectives of the
+        # world
         pp=_group(layout, rank, "pp", "pp", traffic, timeout, backend=backend),
         dp=group("dp"),
         cp=group("cp"),
@@ -213,7 +226,8 @@ def _group(
 
 @contextmanager
 def mesh_on_paper(layout: Layout, rank: int) -> Iterator[Mesh]:
-    """The mesh of `rank` in a process without any other: it says where the parts of a model on the meta device lie.
+    """The mesh of `rank` in a process without any other: it says where the parts of a model on the meta
+    device lie.
 
     What is sent over it arrives nowhere.
     """

@@ -1,8 +1,8 @@
 """Pipeline parallelism: this rank's stages of the model under one of torch's schedules.
 
-What passes between stages is the hidden state [B, T, D] alone (under cp and tp this rank's part of it); every rank has the
-tokens, document numbers, targets and memory rows of all micro-batches, so nothing else is sent. Legend: M micro-batches,
-B sequences, T tokens, D model width.
+What passes between stages is the hidden state [B, T, D] alone (under cp and tp this rank's part of it); every
+rank has the tokens, document numbers, targets and memory rows of all micro-batches, so nothing else is sent.
+Legend: M micro-batches, B sequences, T tokens, D model width.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ _CLASSES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class StageModule:
-    """A stage and its module, called as `module(tokens or hidden state, documents, index, micro-batch, targets)`.
+    """A stage and its module, called as `module(tokens or hidden state, documents, index, micro-batch,
+    targets)`.
 
-    It returns a hidden state that is no view (zero-bubble schedules detach it in place), or the last stage the summed loss.
-    `columns` are its memory layers among those of this rank.
+    It returns a hidden state that is no view (zero-bubble schedules detach it in place), or the last stage
+    the summed loss. `columns` are its memory layers among those of this rank.
     """
 
     stage: Stage
@@ -46,11 +47,12 @@ class StageModule:
 
 
 class Pipeline:
-    """This rank's stages, ascending. `hidden` and `dtype` are shape [B, T, D] and type of what passes between stages, `tokens`
-    those of a sequence that go into the first: more than T where ranks share the hidden state of a sequence.
+    """This rank's stages, ascending. `hidden` and `dtype` are shape [B, T, D] and type of what passes between
+    stages, `tokens` those of a sequence that go into the first: more than T where ranks share the hidden
+    state of a sequence.
 
-    `tied` are the parameters that the first and the last stage both hold, (first stage's, last stage's), None where a stage
-    is not here; their gradients are summed, so that equal optimizers keep them equal.
+    `tied` are the parameters that the first and the last stage both hold, (first stage's, last stage's), None
+    where a stage is not here; their gradients are summed, so that equal optimizers keep them equal.
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class Pipeline:
         self._numbers = torch.arange(micro_batches)
 
     def step(self, batch: MicroBatches, last: bool, phase: Phase) -> Tensor:
-        """See Schedule. The schedule reduces gradients at the end of every call, so there is one call per step."""
+        """See Schedule. The schedule reduces gradients at the end of every call, so there is one call per
+        step.
+        """
         assert last, "a pipeline takes all micro-batches of a step at once"
         losses: list[Tensor] = []
         with phase("pipeline"):
@@ -105,7 +109,9 @@ class Pipeline:
 
     @torch.no_grad()
     def losses(self, batch: MicroBatches) -> Tensor:
-        """See Schedule. Stage by stage, all micro-batches each, while the next stage's rank works on those before."""
+        """See Schedule. Stage by stage, all micro-batches each, while the next stage's rank works on those
+        before.
+        """
         out = torch.zeros(len(batch), dtype=torch.float64, device=self.device)
         sent: list[tuple[Any, Tensor]] = []
         kept: list[Tensor] = []  # of the stage before, where it is on this rank
@@ -210,7 +216,9 @@ class _TorchStage(PipelineStage):
 
 
 def _inputs(part: StageModule, batch: MicroBatches, m: int, h_BTD: Tensor | None) -> tuple[Any, ...]:
-    """The arguments of a stage's module for micro-batch m; the first stage takes tokens in place of a hidden state."""
+    """The arguments of a stage's module for micro-batch m; the first stage takes tokens in place of a hidden
+    state.
+    """
     index = batch.index[m][:, :, part.columns] if batch.index is not None else None
     targets = batch.targets_MBT[m] if part.stage.is_last else None
     return batch.tokens_MBT[m] if part.stage.is_first else h_BTD, batch.documents_MBT[m], index, m, targets

@@ -1,7 +1,8 @@
-"""Which module is cut in which style under tensor parallelism: names of modules, with `*` for one part of a name.
+"""Which module is cut in which style under tensor parallelism: names of modules, with `*` for one part of a
+name.
 
-What no line names works on sequence shards with whole parameters: norms, router, gate, residual stream. Experts are
-spread by `ep` and read sequence shards as well.
+What no line names works on sequence shards with whole parameters: norms, router, gate, residual stream.
+Experts are spread by `ep` and read sequence shards as well.
 """
 
 from __future__ import annotations

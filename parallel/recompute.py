@@ -1,4 +1,5 @@
-"""Activation checkpointing: a layer keeps little for the backward pass and is run again there, without its exchanges.
+"""Activation checkpointing: a layer keeps little for the backward pass and is run again there, without its
+exchanges.
 
     full       of a layer its inputs and the results of its exchanges are kept
     selective  the results of matrix products and of attention too: norms, rotations, gates and activations are made again
@@ -57,7 +58,8 @@ def recompute_layer(layer: nn.Module, mode: str) -> None:
 class _KeepProducts(TorchDispatchMode):
     """Keeps the results of PRODUCTS and gives them again.
 
-    Not torch's own contexts for this: they count every operation, and FSDP's hooks inside a layer do not do the same twice.
+    Not torch's own contexts for this: they count every operation, and FSDP's hooks inside a layer do not do
+    the same twice.
     """
 
     def __init__(self, replay: Replay) -> None:

@@ -1,7 +1,7 @@
 """What parts of a layer returned, kept for the time when the layer is run again in the backward pass.
 
-Recomputation (recompute.py) runs a layer's forward pass twice. Nothing is sent the second time: every collective that a layer
-calls is marked `replayed`, and answers from here, in the order of the first time.
+Recomputation (recompute.py) runs a layer's forward pass twice. Nothing is sent the second time: every
+collective that a layer calls is marked `replayed`, and answers from here, in the order of the first time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ T = TypeVar("T")
 
 
 class Replay:
-    """The results of one forward pass. Entered once with `again` False, which keeps them, then with True, which hands them out."""
+    """The results of one forward pass. Entered once with `again` False, which keeps them, then with True,
+    which hands them out.
+    """
 
     def __init__(self) -> None:
         self.again = False
@@ -35,11 +37,14 @@ class Replay:
     ) -> None:
         _active.reset(self._token)
         if self.again:
-            self._kept.clear()  # recomputation ends with the last tensor that the backward pass needs; the rest is not asked for
+            # recomputation ends with the last tensor that the backward pass needs; the rest is not asked for
+            self._kept.clear()
         self.again = True
 
     def result(self, function: Callable[[], T]) -> T:
-        """What `function` returns, a tensor or a tuple with tensors in it; the second time what it returned the first time."""
+        """What `function` returns, a tensor or a tuple with tensors in it; the second time what it returned
+        the first time.
+        """
         if not self.again:
             out = function()
             self._kept.append(tree_map_only(Tensor, _Kept, out))
@@ -61,13 +66,16 @@ class _Kept:
     def tensor(self) -> Tensor:
         if self._tensor._version != self._version:
             raise RuntimeError(
-                f"a result {list(self._tensor.shape)} that a layer kept was changed in place and cannot be given again"
+                f"a result {list(self._tensor.shape)} that a layer kept was changed in place and cannot be "
+                "given again"
             )
         return self._tensor
 
 
 def replayed(collective: Callable[P, T]) -> Callable[P, T]:
-    """A collective whose result a recomputed layer keeps instead of asking for it again. It must not change what it is given."""
+    """A collective whose result a recomputed layer keeps instead of asking for it again. It must not change
+    what it is given.
+    """
 
     @functools.wraps(collective)
     def once(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,11 +1,12 @@
 """Rows of the lookup table, fetched and given back once per step, outside the model.
 
 Row ids depend on tokens alone, so a step's plan (which unique rows, from which owners) is made ahead in the
-background. `fetch` is one all-to-all of rows, `push` one all-to-all of their gradients; owners sum duplicates in a
-fixed order. No gradient or buffer here is ever as large as the table.
+background. `fetch` is one all-to-all of rows, `push` one all-to-all of their gradients; owners sum duplicates
+in a fixed order. No gradient or buffer here is ever as large as the table.
 
-Shape legend: M micro-batches, B sequences, T tokens, L memory layers, S hash slots, U unique rows this rank needs,
-Q rows other ranks (and this one) ask of this rank, N distinct local rows touched in the step, D row width.
+Shape legend: M micro-batches, B sequences, T tokens, L memory layers, S hash slots, U unique rows this rank
+needs, Q rows other ranks (and this one) ask of this rank, N distinct local rows touched in the step, D row
+width.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from hybridtrain.parallel.collectives import (
 
 
 class ExchangeError(RuntimeError):
-    """A row id or a payload arrived wrong: the message names group, ranks and numbers. Going on would corrupt the table."""
+    """A row id or a payload arrived wrong: the message names group, ranks and numbers. Going on would corrupt
+    the table.
+    """
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class RowPlan(AllToAllSplits):
     ]  # per micro-batch [U_m]: place of the micro-batch's rows among the U rows of the plan
     num_rows: int  # U
     slot_Q: Tensor  # place of each wanted row among the step's touched rows
-    # with `ahead`, of a step's first exchange: the rows that the update before it leaves alone, and those that it changes
+    # with `ahead`, of a step's first exchange: the rows that the update before it leaves alone, and those
+    # that it changes
     early: PartialExchange | None = None
     late: PartialExchange | None = None
 
@@ -80,15 +84,19 @@ class StepPlan:
 
     @property
     def late_rows(self) -> int | None:
-        """How many of the first exchange's rows the update of the step before changes; None where that was not planned."""
+        """How many of the first exchange's rows the update of the step before changes; None where that was
+        not planned.
+        """
         late = self.exchanges[0].late
         return sum(late.send) if late is not None else None
 
 
 class RowPlanner:
-    """Turns row ids into plans. Collective over `mem`: every rank calls `plan` for the same steps in the same order.
+    """Turns row ids into plans. Collective over `mem`: every rank calls `plan` for the same steps in the same
+    order.
 
-    With `ahead` each plan also says which of its rows the step of the plan before touches: owners know, and tell those who ask.
+    With `ahead` each plan also says which of its rows the step of the plan before touches: owners know, and
+    tell those who ask.
     """
 
     def __init__(
@@ -103,7 +111,9 @@ class RowPlanner:
         table_device: torch.device | None = None,
         ahead: bool = False,
     ) -> None:
-        """What the model reads of a plan goes to `device`, what the owner of rows reads to `table_device` (None: the same)."""
+        """What the model reads of a plan goes to `device`, what the owner of rows reads to `table_device`
+        (None: the same).
+        """
         self.bounds = torch.tensor(bounds)
         self.checksum = checksum
         self.mem, self.mem_replicate = mem, mem_replicate
@@ -154,7 +164,9 @@ class RowPlanner:
         return RowPlan(send, receive, wanted - low, list(inverse), select, len(rows_U), wanted.new_empty(0))
 
     def _split(self, part: RowPlan, touched_N: Tensor) -> RowPlan:
-        """The exchange in two: without the rows `touched_N`, and those alone. One byte per row tells the asking ranks."""
+        """The exchange in two: without the rows `touched_N`, and those alone. One byte per row tells the
+        asking ranks.
+        """
         late_Q = torch.isin(part.wanted_Q, touched_N)
         late_U = all_to_all(late_Q.to(torch.uint8), part.receive, part.send, self.mem).bool()
 
@@ -200,7 +212,8 @@ def _true_in_parts(mask: Tensor, sizes: list[int]) -> list[int]:
 
 
 class CommDtypes(NamedTuple):
-    """What rows, and their gradients, are while they travel: as they are, or narrower (see row_gather). The same on every rank.
+    """What rows, and their gradients, are while they travel: as they are, or narrower (see row_gather). The
+    same on every rank.
 
     Also what stays on its rank is made narrower, so that a run does not depend on where its rows are.
     """
@@ -215,8 +228,8 @@ AS_THEY_ARE = CommDtypes()
 class RowExchange:
     """Moves rows and their gradients between the ranks of `mem` according to a plan.
 
-    Rows go to `device` before they travel, and their gradients stay there: the table may lie elsewhere. `ahead` is a copy of
-    `mem` for the exchanges that run beside the step's.
+    Rows go to `device` before they travel, and their gradients stay there: the table may lie elsewhere.
+    `ahead` is a copy of `mem` for the exchanges that run beside the step's.
     """
 
     def __init__(
@@ -233,7 +246,9 @@ class RowExchange:
         self.device, self.ahead, self.wires = device or table.device, ahead or mem, wires
 
     def fetch(self, route: AllToAllSplits) -> Tensor:
-        """The route's rows as they are now, `[U, D]` where it is a whole plan, in ascending order of their ids: one all-to-all."""
+        """The route's rows as they are now, `[U, D]` where it is a whole plan, in ascending order of their
+        ids: one all-to-all.
+        """
         sent = self.upload(pack(self.table, route.wanted_Q, self.wires.rows))
         return self._unpack(
             checked_all_to_all(sent, route.receive, route.send, self.mem, "rows", self.checksum)
@@ -246,7 +261,9 @@ class RowExchange:
         )
 
     def complete(self, plan: RowPlan, arrival: RowsInFlight) -> Tensor:
-        """The plan's unique rows `[U, D]`, of which the early ones, or all, were begun: the late ones are fetched now."""
+        """The plan's unique rows `[U, D]`, of which the early ones, or all, were begun: the late ones are
+        fetched now.
+        """
         rows = self._unpack(arrival.wait())
         if plan.early is None or plan.late is None:
             return rows
@@ -255,7 +272,9 @@ class RowExchange:
         return rows_UD.index_copy_(0, plan.late.place, self.fetch(plan.late))
 
     def push(self, plan: RowPlan, grad_UD: Tensor, total_ND: Tensor) -> None:
-        """Add the gradients of the plan's rows, from all ranks of `mem`, to the step's touched rows: one all-to-all."""
+        """Add the gradients of the plan's rows, from all ranks of `mem`, to the step's touched rows: one
+        all-to-all.
+        """
         sent = pack(grad_UD, None, self.wires.gradients)
         received = checked_all_to_all(sent, plan.send, plan.receive, self.mem, "row gradients", self.checksum)
         total_ND += segment_sum(
@@ -270,7 +289,9 @@ class RowExchange:
         all_reduce_(total_ND, self.mem_replicate)
 
     def upload(self, rows: Tensor) -> Tensor:
-        """The rows on the model's device; out of host memory by way of a pinned buffer, so that the thread need not wait."""
+        """The rows on the model's device; out of host memory by way of a pinned buffer, so that the thread
+        need not wait.
+        """
         if rows.device == self.device:
             return rows
         return (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device, non_blocking=True)
@@ -303,14 +324,17 @@ def checked_all_to_all(
 
 
 def _verify(sums: Tensor, out: Tensor, receive: list[int], group: Group, what: str) -> None:
-    """Raise ExchangeError where `out` has not the checksums that its senders tell; `sums` are those of what was sent here."""
+    """Raise ExchangeError where `out` has not the checksums that its senders tell; `sums` are those of what
+    was sent here.
+    """
     if group.size == 1:
         return
     wrong = (exchange_counts(sums, group) != _checksums(out, receive)).nonzero().flatten().tolist()
     if wrong:
         senders = ", ".join(str(group.ranks[i]) for i in wrong)
         raise ExchangeError(
-            f"{what} from rank {senders} arrived damaged at rank {group.ranks[group.rank]} (group {group.name})"
+            f"{what} from rank {senders} arrived damaged at rank {group.ranks[group.rank]} (group "
+            f"{group.name})"
         )
 
 

@@ -1,4 +1,5 @@
-"""What carries the micro-batches of one exchange through the model: here one after the other, in pipeline.py over stages.
+"""What carries the micro-batches of one exchange through the model: here one after the other, in pipeline.py
+over stages.
 
 Legend: M micro-batches, B sequences, T tokens, L memory layers on this rank, S hash slots.
 """
@@ -37,15 +38,18 @@ class Schedule(Protocol):
     copies: Sequence[nn.Parameter]  # parameters here that another stage holds too, and counts and saves
 
     def step(self, batch: MicroBatches, last: bool, phase: Phase) -> Tensor:
-        """Forward and backward of all micro-batches: the sum of their losses, each divided by the tokens of the step (float64).
+        """Forward and backward of all micro-batches: the sum of their losses, each divided by the tokens of
+        the step (float64).
 
-        Gradients are added to the parameters', and with `last` (the step's last call) are complete over all ranks. The loss
-        is zero on ranks without the model's head.
+        Gradients are added to the parameters', and with `last` (the step's last call) are complete over all
+        ranks. The loss is zero on ranks without the model's head.
         """
         ...
 
     def losses(self, batch: MicroBatches) -> Tensor:
-        """Forward only: each micro-batch's summed loss in nats `[M]`, float64; zeros on ranks without the model's head."""
+        """Forward only: each micro-batch's summed loss in nats `[M]`, float64; zeros on ranks without the
+        model's head.
+        """
         ...
 
 

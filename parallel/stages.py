@@ -1,7 +1,8 @@
 """How a model's layers are cut into pipeline stages, and which rank has which stage. Pure Python, no torch.
 
-Stages are numbered in the order in which data passes them. A rank has one stage, or several that are not neighbours
-("loop": rank r has r, r+P, r+2P, …) or two that mirror each other ("V": r and 2P-1-r), with P ranks along `pp`.
+Stages are numbered in the order in which data passes them. A rank has one stage, or several that are not
+neighbours ("loop": rank r has r, r+P, r+2P, …) or two that mirror each other ("V": r and 2P-1-r), with P
+ranks along `pp`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def plan_stages(schedule: str, pp: int, per_rank: int, cuts: Sequence[int]) -> l
 
 
 def balance(costs: Sequence[float], first: float, last: float, num_stages: int) -> tuple[int, ...]:
-    """Layers per stage, one at least, so that the dearest stage costs as little as it can; among those cuts the most even one.
+    """Layers per stage, one at least, so that the dearest stage costs as little as it can; among those cuts
+    the most even one.
 
     `first` is added to the first stage (embedding), `last` to the last (norm and head).
     """
@@ -116,19 +118,21 @@ def stage_problems(
     if each < rule.least or (rule.most and each > rule.most):
         legal = str(rule.least) if rule.least == rule.most else f"{rule.least} or more"
         out.append(
-            f"parallel.stages_per_rank={each} does not go with parallel.schedule={schedule}; it may be {legal}"
+            f"parallel.stages_per_rank={each} does not go with parallel.schedule={schedule}; it may be "
+            f"{legal}"
         )
     elif pp <= num_layers < stages:  # more ranks than layers are the layout's to refuse
         most = num_layers // each
         mend = f"pp may be {choices(range(1, most + 1))}" if most > 1 else "set parallel.pp=1"
         out.append(
-            f"parallel.pp={pp} x stages_per_rank {each} = {stages} stages exceed the model's {num_layers} layers; {mend}"
+            f"parallel.pp={pp} x stages_per_rank {each} = {stages} stages exceed the model's {num_layers} "
+            f"layers; {mend}"
         )
     elif stages <= num_layers and cuts and (len(cuts) != stages or sum(cuts) != num_layers):
         even = [num_layers // stages + (i < num_layers % stages) for i in range(stages)]
         out.append(
-            f"parallel.stage_cuts={list(cuts)} has {len(cuts)} stages with {sum(cuts)} layers, not {stages} with {num_layers}; "
-            f"e.g. {even}, or [] to balance them"
+            f"parallel.stage_cuts={list(cuts)} has {len(cuts)} stages with {sum(cuts)} layers, not {stages} "
+            f"with {num_layers}; e.g. {even}, or [] to balance them"
         )
     rounds = max(1, micro_batches // pp)
     if rule.in_rounds and micro_batches % rounds:
@@ -138,12 +142,12 @@ def stage_problems(
             if m % max(1, m // pp) == 0 and abs(m - micro_batches) < pp
         ]
         out.append(
-            f"train.micro_batches={micro_batches} does not divide into the {rounds} rounds of parallel.schedule={schedule} "
-            f"with pp={pp}; near it {choices(near)} do"
+            f"train.micro_batches={micro_batches} does not divide into the {rounds} rounds of "
+            f"parallel.schedule={schedule} with pp={pp}; near it {choices(near)} do"
         )
     if rule.fills_stages and micro_batches < stages:
         out.append(
-            f"train.micro_batches={micro_batches} is below the {stages} stages of parallel.schedule={schedule}; "
-            f"it may be {stages} or more"
+            f"train.micro_batches={micro_batches} is below the {stages} stages of "
+            f"parallel.schedule={schedule}; it may be {stages} or more"
         )
     return out

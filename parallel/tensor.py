@@ -1,11 +1,14 @@
-"""Tensor parallelism with sequence shards: how one module is cut over `tp` (Megatron, arXiv 1909.08053 and 2205.05198).
+"""Tensor parallelism with sequence shards: how one module is cut over `tp` (Megatron, arXiv 1909.08053 and
+2205.05198).
 
-Between these modules every rank holds the hidden state of its own part of each sequence. A column-parallel product reads the
-whole sequence and writes its own columns; a row-parallel one reads its own columns and leaves a partial sum, which is summed
-and cut back to sequence shards in one reduce-scatter. Weights are DTensors, so that checkpoints and optimizers know their
-place in the whole; the products run on local tensors, and every collective is counted.
+Between these modules every rank holds the hidden state of its own part of each sequence. A column-parallel
+product reads the whole sequence and writes its own columns; a row-parallel one reads its own columns and
+leaves a partial sum, which is summed and cut back to sequence shards in one reduce-scatter. Weights are
+DTensors, so that checkpoints and optimizers know their place in the whole; the products run on local tensors,
+and every collective is counted.
 
-Shape legend: B sequences, T tokens of a sequence, S = T / tp of them here, D width, N = B * T, V vocabulary, W its part here.
+Shape legend: B sequences, T tokens of a sequence, S = T / tp of them here, D width, N = B * T, V vocabulary,
+W its part here.
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ def local(weight: Tensor) -> Tensor:
 
 
 class ColumnLinear(nn.Module):
-    """Rows of the weight [out, in] are cut: whole input, gathered by `gather_input` once for all readers, to own outputs."""
+    """Rows of the weight [out, in] are cut: whole input, gathered by `gather_input` once for all readers, to
+    own outputs.
+    """
 
     def __init__(self, linear: nn.Module, axis: TensorAxis) -> None:
         super().__init__()
@@ -83,7 +88,9 @@ class RowLinear(nn.Module):
 
 
 class VocabularyEmbedding(nn.Module):
-    """Each rank looks up the tokens of its part of the vocabulary; whole token ids in, the sequence shard out."""
+    """Each rank looks up the tokens of its part of the vocabulary; whole token ids in, the sequence shard
+    out.
+    """
 
     def __init__(self, embedding: nn.Module, axis: TensorAxis) -> None:
         super().__init__()
@@ -99,7 +106,9 @@ class VocabularyEmbedding(nn.Module):
 
 
 class VocabularyHead(nn.Module):
-    """Logits of whole sequences over the whole vocabulary, from sequence shards. Training takes `VocabularyLoss` instead."""
+    """Logits of whole sequences over the whole vocabulary, from sequence shards. Training takes
+    `VocabularyLoss` instead.
+    """
 
     def __init__(self, linear: nn.Module, axis: TensorAxis) -> None:
         super().__init__()
@@ -129,8 +138,8 @@ class VocabularyLogits:
 class VocabularyLoss:
     """Summed cross-entropy of all tokens, the same on every rank, with a head [V, D] that is cut along V.
 
-    No rank sees another's logits: three numbers per token are reduced. Logits are made block by block of tokens and once
-    more in the backward pass, so that they are never held all at once.
+    No rank sees another's logits: three numbers per token are reduced. Logits are made block by block of
+    tokens and once more in the backward pass, so that they are never held all at once.
     """
 
     group: Group
@@ -202,7 +211,9 @@ class SequenceConvolution:
 
 @dataclass(frozen=True)
 class SequencePlaces:
-    """Places in the lines before experts, which are of whole sequences: gathers the choices and keeps the own part."""
+    """Places in the lines before experts, which are of whole sequences: gathers the choices and keeps the own
+    part.
+    """
 
     position_in_expert: Callable[[Tensor], Tensor]
     group: Group

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-# before torch is imported, and inherited by every process a test starts: the ranks of the distributed tests share the cores
+# before torch is imported, and inherited by every process a test starts: the ranks of the distributed tests
+# share the cores
 os.environ["OMP_NUM_THREADS"] = "1"
-# before triton is imported: its own library of functions is made for the interpreter or for a GPU, not for both (make test-gpu: 0)
+# before triton is imported: its own library of functions is made for the interpreter or for a GPU, not for
+# both (make test-gpu: 0)
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # the same examples every time, and no time limit for one of them: on a busy machine it would fail by chance
@@ -21,7 +23,9 @@ hypothesis.settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def no_process_group_left() -> Iterator[None]:
-    """A test that joins process groups leaves them: else a later one fails, and only where both run in one session."""
+    """A test that joins process groups leaves them: else a later one fails, and only where both run in one
+    session.
+    """
     yield
     dist = sys.modules.get("torch.distributed")
     if dist and dist.is_initialized():
@@ -31,7 +35,9 @@ def no_process_group_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def denormal_numbers_again() -> Iterator[None]:
-    """A test that trains in this process sets it to flush denormal numbers, as runs do; hypothesis cannot draw floats then."""
+    """A test that trains in this process sets it to flush denormal numbers, as runs do; hypothesis cannot
+    draw floats then.
+    """
     yield
     if torch := sys.modules.get("torch"):
         torch.set_flush_denormal(False)

@@ -1,6 +1,7 @@
 """The `hybridtrain` command as a user runs it: exit status, standard output, standard error.
 
-Each run is a process of its own, forked from the server that has imported torch already, which saves most of its start.
+Each run is a process of its own, forked from the server that has imported torch already, which saves most of
+its start.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from typing import Any
 
 from hybridtrain.launch.cores import shares_of_cores, usable_cores
 
-# torch is imported once, in the server that every rank is forked from; the launcher, which shares the server, adds nothing
+# torch is imported once, in the server that every rank is forked from; the launcher, which shares the server,
+# adds nothing
 PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "hybridtrain.run.loop", "tests.ranks"]
 
 
@@ -26,10 +27,11 @@ class RankFailure(AssertionError):
 
 
 def run_on_ranks(function: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120) -> list[Any]:
-    """Call the module-level `function(*args)` on `nproc` ranks that have joined one gloo world; returns each rank's result.
+    """Call the module-level `function(*args)` on `nproc` ranks that have joined one gloo world; returns each
+    rank's result.
 
-    Results travel pickled by value. The ranks see torchrun's environment and one CPU thread each. Raises RankFailure with the
-    first failing rank's traceback. No process outlives the call.
+    Results travel pickled by value. The ranks see torchrun's environment and one CPU thread each. Raises
+    RankFailure with the first failing rank's traceback. No process outlives the call.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -60,7 +62,9 @@ def run_on_ranks(function: Callable[..., Any], nproc: int, *args: Any, timeout: 
 
 
 def _collect(receivers: list[Connection], deadline: float, timeout: float) -> list[Any]:
-    """Every rank's result. Of several failures the earliest is raised, since it is mostly why the others failed."""
+    """Every rank's result. Of several failures the earliest is raised, since it is mostly why the others
+    failed.
+    """
     results: dict[int, Any] = {}
     failures: list[tuple[int, int, str]] = []  # time, rank, text
     while len(results) + len(failures) < len(receivers):
@@ -85,7 +89,8 @@ def _collect(receivers: list[Connection], deadline: float, timeout: float) -> li
         raise RankFailure(f"rank {number} {text}")
     if len(results) < len(receivers):
         raise RankFailure(
-            f"rank(s) {[i for i in range(len(receivers)) if i not in results]} did not finish within {timeout} s"
+            f"rank(s) {[i for i in range(len(receivers)) if i not in results]} did not finish within "
+            f"{timeout} s"
         )
     return [results[i] for i in range(len(receivers))]
 

@@ -1,4 +1,6 @@
-"""The order of the folders: hybridtrain stands on launch, launch on parallel, parallel on kernels; the model knows no ranks."""
+"""The order of the folders: hybridtrain stands on launch, launch on parallel, parallel on kernels; the model
+knows no ranks.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def unknown_options(words: list[str], known: set[str]) -> list[str]:
 
 
 def check_hybridtrain(words: list[str], world: int = 1) -> None:
-    """A `hybridtrain` command line parses as it stands; its config and overrides are settings, and their layout fits the ranks."""
+    """A `hybridtrain` command line parses as it stands; its config and overrides are settings, and their
+    layout fits the ranks.
+    """
     assert words[0] in SUBCOMMANDS, f"no subcommand {words[0]}"
     command = SUBCOMMANDS[words[0]]
     context = command.make_context(words[0], words[1:], resilient_parsing=False)

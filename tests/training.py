@@ -1,4 +1,6 @@
-"""Training runs for tests: the shipped ci configuration on a small slice of the shipped texts, on any number of ranks."""
+"""Training runs for tests: the shipped ci configuration on a small slice of the shipped texts, on any number
+of ranks.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ CI = Path(__file__).parents[1] / "configs" / "ci.toml"
 
 
 def make_data(out: Path, documents: int = 800) -> Path:
-    """A data folder of the first shipped sentences, so short that most windows of 48 tokens and more have a border in them."""
+    """A data folder of the first shipped sentences, so short that most windows of 48 tokens and more have a
+    border in them.
+    """
     shipped = resources.files("hybridtrain.data") / "corpus" / "sotu-sentences.jsonl.xz"
     source = out.with_suffix(".jsonl")
     source.write_bytes(b"\n".join(lzma.decompress(shipped.read_bytes()).splitlines()[:documents]))
@@ -87,9 +91,11 @@ def loss_curve(run_dir: Path) -> list[float]:
 
 
 def train_and_kill(settings: Settings, resume: bool, rank: int, step: int, during: str) -> None:
-    """On a rank of the launcher: train, and end this rank by SIGKILL in step `step` (from 1), or SIGTERM it as a user would.
+    """On a rank of the launcher: train, and end this rank by SIGKILL in step `step` (from 1), or SIGTERM it
+    as a user would.
 
-    `during`: "step" and "save" kill it at the start of that step or of the checkpoint after it; "sigterm" signals it.
+    `during`: "step" and "save" kill it at the start of that step or of the checkpoint after it; "sigterm"
+    signals it.
     """
     from hybridtrain.run import loop as module
 
@@ -111,7 +117,9 @@ def train_and_kill(settings: Settings, resume: bool, rank: int, step: int, durin
 
 
 def train_on_a_full_disk(settings: Settings, rank: int, step: int) -> None:
-    """On a rank of the launcher: train; rank `rank` cannot write its part of the checkpoint after `step` steps."""
+    """On a rank of the launcher: train; rank `rank` cannot write its part of the checkpoint after `step`
+    steps.
+    """
     from hybridtrain.checkpoint.files import Writer
     from hybridtrain.run.loop import train
 
@@ -128,7 +136,9 @@ def train_on_a_full_disk(settings: Settings, rank: int, step: int) -> None:
 
 @dataclass(frozen=True)
 class Trace:
-    """What some steps came to on one rank, bit for bit: losses, and the gradients that the optimizers got, whole."""
+    """What some steps came to on one rank, bit for bit: losses, and the gradients that the optimizers got,
+    whole.
+    """
 
     losses: list[float]
     statistics: list[dict[str, Tensor]]

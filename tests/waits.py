@@ -25,7 +25,9 @@ _READING = ("tolist", "cpu", "numpy")
 
 
 class HostWaits(TorchDispatchMode):
-    """Counts by name while it is entered, in this thread; also `repeat_interleave` without a size and indexing by a mask."""
+    """Counts by name while it is entered, in this thread; also `repeat_interleave` without a size and
+    indexing by a mask.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

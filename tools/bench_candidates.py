@@ -1,8 +1,9 @@
 """Does each op take torch's fastest form on the CPU? `python -m tools.bench_candidates [--page .]`
 
-Times forward and backward of every op as a run does it and in other formulations, at the shapes of `configs/quickstart.toml` on
-one of its two ranks, in turns (A B C, C A B, …), by the process's CPU time. First it checks that all formulations agree.
-With --page the table goes into docs/performance.md of the checkout.
+Times forward and backward of every op as a run does it and in other formulations, at the shapes of
+`configs/quickstart.toml` on one of its two ranks, in turns (A B C, C A B, …), by the process's CPU time.
+First it checks that all formulations agree. With --page the table goes into docs/performance.md of the
+checkout.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def check(race: Race) -> None:
 
 
 def measure(race: Race, rounds: int, seconds: float) -> dict[str, tuple[float, tuple[float, float, float]]]:
-    """By form: median CPU seconds of a call, and median and quartiles of its ratio to the first form's in the same round.
+    """By form: median CPU seconds of a call, and median and quartiles of its ratio to the first form's in the
+    same round.
 
     A form runs for about `seconds` in each round; the order of the forms turns from round to round.
     """

@@ -1,9 +1,11 @@
-"""How fast are checkpoints beside `dd` to the same disk? `python tools/bench_checkpoint.py [--dir FOLDER] [--rows 8000000]`
+"""How fast are checkpoints beside `dd` to the same disk? `python tools/bench_checkpoint.py [--dir FOLDER]
+[--rows 8000000]`
 
-The quickstart's model with a large table, in rounds of: `dd` of the files of a checkpoint with `conv=fsync` and a save, in
-turns first, a reshard of what was saved for four ranks (where --nproc is 1), a check of all checksums, a load, and a save in
-the background of training steps. Prints medians, the ratio of each to the dd of its round, and the share of the background save
-in which the loop waited for it. What is read was written just before, so it comes out of the page cache.
+The quickstart's model with a large table, in rounds of: `dd` of the files of a checkpoint with `conv=fsync`
+and a save, in turns first, a reshard of what was saved for four ranks (where --nproc is 1), a check of all
+checksums, a load, and a save in the background of training steps. Prints medians, the ratio of each to the dd
+of its round, and the share of the background save in which the loop waited for it. What is read was written
+just before, so it comes out of the page cache.
 """
 
 from __future__ import annotations
@@ -187,7 +189,9 @@ class _Trainer:
         return totals.stop
 
     def steps_beside(self, saver: checkpoint.Saver, number: int) -> tuple[int, float]:
-        """Train until the save is done on every rank; how many steps, and for how many seconds the slowest loop waited."""
+        """Train until the save is done on every rank; how many steps, and for how many seconds the slowest
+        loop waited.
+        """
         blocked, steps = 0.0, 0
 
         def waiting(act: Callable[[], object]) -> None:
@@ -232,8 +236,9 @@ def render(result: dict[str, Any]) -> str:
     """The result as a markdown table."""
     size = result["bytes"]
     lines = [
-        f"{result['nproc']} rank(s), {size / 1e9:.2f} GB; the background save beside {result['steps']:.0f} training steps, "
-        f"blocked {1000 * result['seconds']['blocked']:.0f} ms = {result['blocked_share']:.1%} of it",
+        f"{result['nproc']} rank(s), {size / 1e9:.2f} GB; the background save beside {result['steps']:.0f} "
+        f"training steps, blocked {1000 * result['seconds']['blocked']:.0f} ms = "
+        f"{result['blocked_share']:.1%} of it",
         "",
         "| | seconds | GB/s | times dd |",
         "|---|--:|--:|--:|",

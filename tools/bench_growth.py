@@ -1,7 +1,9 @@
-"""What of a run grows with ranks, tokens, experts or steps, measured on one core: `python tools/bench_growth.py [--small]`
+"""What of a run grows with ranks, tokens, experts or steps, measured on one core: `python
+tools/bench_growth.py [--small]`
 
-Prints one line for each: what was done, how large, seconds (the least of a few), and the bytes that the process grew by, or that
-were written. docs/scaling.md has the laws. With `--small` sizes are tiny, to see that it runs.
+Prints one line for each: what was done, how large, seconds (the least of a few), and the bytes that the
+process grew by, or that were written. docs/scaling.md has the laws. With `--small` sizes are tiny, to see
+that it runs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ Line = tuple[str, float, int]  # what, seconds, bytes
 
 
 def in_a_child(act: Callable[[], object]) -> tuple[float, int]:
-    """Seconds that `act` took in a process of its own, and the bytes by which its greatest resident size grew."""
+    """Seconds that `act` took in a process of its own, and the bytes by which its greatest resident size
+    grew.
+    """
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         Path("/proc/self/clear_refs").write_text(

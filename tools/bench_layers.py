@@ -1,7 +1,9 @@
-"""What do recomputation, compilation and bfloat16 cost and save? `python tools/bench_layers.py CONFIG [section.key=value …]`
+"""What do recomputation, compilation and bfloat16 cost and save? `python tools/bench_layers.py CONFIG
+[section.key=value …]`
 
-Trains one rank on the same batches once per case, in turns (A B C A B C …), and prints for each the bytes of tensors that were
-made and lived at the same time in a step, at most, and the ratio of its time to the first case's, pair by pair.
+Trains one rank on the same batches once per case, in turns (A B C A B C …), and prints for each the bytes of
+tensors that were made and lived at the same time in a step, at most, and the ratio of its time to the first
+case's, pair by pair.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ CASES = {
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes, at one time, of the tensors that operations made while this is on; exact, whatever the allocator does."""
+    """The most bytes, at one time, of the tensors that operations made while this is on; exact, whatever the
+    allocator does.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +86,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(steps: dict[str, Callable[[int], None]], count: int, warmup: int) -> dict[str, dict[str, Any]]:
-    """Bytes and seconds (median), and the median and quartiles of the ratio to the first case by CPU time and by the clock."""
+    """Bytes and seconds (median), and the median and quartiles of the ratio to the first case by CPU time and
+    by the clock.
+    """
     wall: dict[str, list[float]] = {case: [] for case in steps}
     cpu: dict[str, list[float]] = {case: [] for case in steps}
     for number in range(warmup + count):

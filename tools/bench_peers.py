@@ -1,9 +1,10 @@
-"""hybridtrain beside transformers and DeepSpeed on the same MoE language model: `python -m tools.bench_peers [--ranks 1 2]`
+"""hybridtrain beside transformers and DeepSpeed on the same MoE language model: `python -m tools.bench_peers
+[--ranks 1 2]`
 
-Every subject (tools/peers.py) lives in processes of its own and is told in turns to run some steps, so that other work on the
-machine hits all alike. Printed per case: tokens a second, the ratio of each peer's seconds to hybridtrain's round by round (median
-and quartiles), peak memory over all ranks, and the share of the peak of a large matrix product, measured in the same rounds.
-Needs the extra `bench`.
+Every subject (tools/peers.py) lives in processes of its own and is told in turns to run some steps, so that
+other work on the machine hits all alike. Printed per case: tokens a second, the ratio of each peer's seconds
+to hybridtrain's round by round (median and quartiles), peak memory over all ranks, and the share of the peak
+of a large matrix product, measured in the same rounds. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class Subject:
 
 
 def measure(case: Case, names: list[str], rounds: int, steps: int, warmup: int) -> list[Round]:
-    """All subjects in turns, forwards and backwards, `steps` steps each a round. RuntimeError: the models differ in size."""
+    """All subjects in turns, forwards and backwards, `steps` steps each a round. RuntimeError: the models
+    differ in size.
+    """
     subjects: list[Subject] = []
     parameters: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
@@ -111,7 +114,9 @@ def measure(case: Case, names: list[str], rounds: int, steps: int, warmup: int) 
 
 
 def summarise(case: Case, rounds: list[Round], steps: int) -> dict[str, Any]:
-    """Per subject: tokens/s, ratio to hybridtrain by the clock and by CPU time, peak memory, share of the matmul peak."""
+    """Per subject: tokens/s, ratio to hybridtrain by the clock and by CPU time, peak memory, share of the
+    matmul peak.
+    """
     tokens = case.batch * case.seq_len
     flops = flops_per_token(case.settings(), case.vocab) * tokens
     peaks = [case.ranks * steps * MATMUL_FLOPS / _seconds(r["matmul"]) for r in rounds]
@@ -152,8 +157,9 @@ def render(result: dict[str, Any]) -> str:
     """One case as a markdown table."""
     case = Case(**result["case"])
     lines = [
-        f"{case.experts} experts, top {case.top_k}, width {case.hidden}; {case.ranks} rank(s) x {case.threads} thread(s), "
-        f"{result['rounds']} rounds of {result['steps']} steps; matmul peak {result['peak_flops'][0] / 1e9:.0f} "
+        f"{case.experts} experts, top {case.top_k}, width {case.hidden}; {case.ranks} rank(s) x "
+        f"{case.threads} thread(s), {result['rounds']} rounds of {result['steps']} steps; matmul peak "
+        f"{result['peak_flops'][0] / 1e9:.0f} "
         f"({result['peak_flops'][1] / 1e9:.0f}-{result['peak_flops'][2] / 1e9:.0f}) GFLOP/s",
         "",
         "| | tokens/s | seconds / hybridtrain's | by CPU time | share of matmul peak | peak memory, MB |",

@@ -1,10 +1,12 @@
-"""Does a step's time depend on the size of the lookup table? `python tools/bench_rows.py [--rows 200000 20000000] [--nproc 2]`
+"""Does a step's time depend on the size of the lookup table? `python tools/bench_rows.py [--rows 200000
+20000000] [--nproc 2]`
 
-Trains the quickstart's model on the same batches with tables of different sizes, in turns (A B A B …), and prints the median
-seconds per phase and the ratio of each size to the first, pair by pair. `--model-free` leaves the model out: plan, fetch, push
-and update with made-up gradients. `--dense` sets an nn.Embedding with torch's Adam, whose gradient and update are table-sized,
-beside the row path at the same sizes. `--fetch step overlap stale` compares the ways of engram.fetch: "fetch" is what the step
-waits for, "hidden" what goes on beside it.
+Trains the quickstart's model on the same batches with tables of different sizes, in turns (A B A B …), and
+prints the median seconds per phase and the ratio of each size to the first, pair by pair. `--model-free`
+leaves the model out: plan, fetch, push and update with made-up gradients. `--dense` sets an nn.Embedding with
+torch's Adam, whose gradient and update are table-sized, beside the row path at the same sizes. `--fetch step
+overlap stale` compares the ways of engram.fetch: "fetch" is what the step waits for, "hidden" what goes on
+beside it.
 
 Planning stands before the step here; in training it runs in the background, a step ahead.
 """
@@ -123,7 +125,8 @@ def measure(options: Options) -> None:
 
 
 def summarise(cases: list[Case], options: Options) -> dict[str, Any]:
-    """Medians per phase, and for each case the ratio of its step to the first case's, pair by pair (median and quartiles).
+    """Medians per phase, and for each case the ratio of its step to the first case's, pair by pair (median
+    and quartiles).
 
     By the clock, and by this process's CPU time, which other work on the machine disturbs less.
     """
@@ -161,8 +164,9 @@ def render(result: dict[str, Any]) -> str:
     """The result as a markdown table: milliseconds."""
     phases = list(dict.fromkeys(name for case in result["cases"] for name in case["seconds"]))
     lines = [
-        f"{result['nproc']} rank(s) x {result['threads']} thread(s), torch {result['torch']}, {result['tokens']} tokens, "
-        f"model: {result['model']}; medians of {result['steps']} steps in milliseconds",
+        f"{result['nproc']} rank(s) x {result['threads']} thread(s), torch {result['torch']}, "
+        f"{result['tokens']} tokens, model: {result['model']}; medians of {result['steps']} steps in "
+        "milliseconds",
         "",
         f"| case | unique rows | {' | '.join(phases)} | ratio (quartiles) | CPU time ratio |",
         f"|---|--:|{'--:|' * len(phases)}--:|--:|",
@@ -345,7 +349,8 @@ def _check_memory(options: Options, head_dim: int) -> None:
     needed, free = len(options.fetch) * sum(options.rows) * (4 * head_dim * tables + 8), _available_bytes()
     if needed > free:
         raise UserError(
-            f"tables of {sum(options.rows):,} rows need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            f"tables of {sum(options.rows):,} rows need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+            "free"
         )
 
 

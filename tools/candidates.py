@@ -1,4 +1,5 @@
-"""The formulations of every op of a training step that bench_candidates.py times: as a run does it, and others.
+"""The formulations of every op of a training step that bench_candidates.py times: as a run does it, and
+others.
 
 N tokens of width D, V vocabulary; other sizes are the quickstart's.
 """
@@ -41,8 +42,8 @@ Form = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Race:
-    """Formulations of one op over the same inputs; the first is what a run takes. Floating-point inputs that require one get a
-    gradient."""
+    """Formulations of one op over the same inputs; the first is what a run takes. Floating-point inputs that
+    require one get a gradient."""
 
     op: str
     shape: str

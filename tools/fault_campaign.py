@@ -1,6 +1,8 @@
-"""Runs the fault campaign and writes what came of it into docs/reliability.md: `python -m tools.fault_campaign`.
+"""Runs the fault campaign and writes what came of it into docs/reliability.md: `python -m
+tools.fault_campaign`.
 
-About six minutes on two cores. `--check` runs nothing: it says whether the page lists a campaign that passed, of this seed.
+About six minutes on two cores. `--check` runs nothing: it says whether the page lists a campaign that passed,
+of this seed.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ NAMES = {
 
 
 def run(plans: Sequence[Plan], folder: Path) -> Iterator[Outcome]:
-    """Every outcome of a campaign, story by story. One story more is played than there are pairs of cores for its two ranks:
-    one that waits, for a watchdog or for processes to start, leaves its cores to another.
+    """Every outcome of a campaign, story by story. One story more is played than there are pairs of cores for
+    its two ranks: one that waits, for a watchdog or for processes to start, leaves its cores to another.
     """
     data = make_data(folder / "data", documents=4)
     variants = dict.fromkeys(plan.variant for plan in plans)

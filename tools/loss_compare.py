@@ -1,7 +1,8 @@
-"""Compare the loss curves of two runs, step by step: `python tools/loss_compare.py RUN_A RUN_B [--assert-equal | --rtol 1e-5]`.
+"""Compare the loss curves of two runs, step by step: `python tools/loss_compare.py RUN_A RUN_B
+[--assert-equal | --rtol 1e-5]`.
 
-Prints the largest relative difference and its step; with a bound, exits 1 where it is exceeded. A step that only one run
-logged is a difference.
+Prints the largest relative difference and its step; with a bound, exits 1 where it is exceeded. A step that
+only one run logged is a difference.
 """
 
 from __future__ import annotations

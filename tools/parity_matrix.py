@@ -1,7 +1,8 @@
-"""Runs the parity matrix and writes it down: `python -m tools.parity_matrix` (about ten minutes on two cores).
+"""Runs the parity matrix and writes it down: `python -m tools.parity_matrix` (about ten minutes on two
+cores).
 
-docs/parity.md gets every run, docs/parallelism.md a table of the worst of each. `--check` runs nothing: it says whether the pages
-list exactly the runs that the matrix consists of today.
+docs/parity.md gets every run, docs/parallelism.md a table of the worst of each. `--check` runs nothing: it
+says whether the pages list exactly the runs that the matrix consists of today.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ def problems() -> list[str]:
 
 
 def compact(rows: Sequence[Row]) -> str:
-    """Dense axes by expert axes; in a cell the worst multiple of each table (mem 1, 2, 4), with the letter of its schedule."""
+    """Dense axes by expert axes; in a cell the worst multiple of each table (mem 1, 2, 4), with the letter of
+    its schedule.
+    """
     base = [row for row in rows if not row.variant and row.ranks != "8"]
     experts = sorted({_experts(row) for row in base})
     lines = [f"| ranks | dense axes | {' | '.join(_named(('ep', 'etp'), e) or 'ep 1' for e in experts)} |\n"]
@@ -140,7 +143,8 @@ def compact(rows: Sequence[Row]) -> str:
         worst = max(mine, key=lambda row: float(row.worst))
         many = f"{len(mine)} (of {len(layouts(8))} layouts)" if name == "8 ranks" else str(len(mine))
         lines.append(
-            f"| {name} | {many} | {worst.worst} | {worst.layout}{', ' * bool(worst.schedule)}{worst.schedule} |\n"
+            f"| {name} | {many} | {worst.worst} | "
+            f"{worst.layout}{', ' * bool(worst.schedule)}{worst.schedule} |\n"
         )
     return "".join(lines)
 

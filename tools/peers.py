@@ -1,9 +1,10 @@
-"""The subjects of bench_peers.py: a MoE language model as hybridtrain, transformers and DeepSpeed train it, and its products alone.
+"""The subjects of bench_peers.py: a MoE language model as hybridtrain, transformers and DeepSpeed train it,
+and its products alone.
 
-A subject is a function from a case to (step, parameters): something to call that trains one step, and how many parameters the whole
-model has, by which the models are compared; None where there is no model. It runs in a process of its own, one a rank,
-that does as many steps as it is told on its standard input and answers with the seconds; first it answers with
-the number of parameters.
+A subject is a function from a case to (step, parameters): something to call that trains one step, and how
+many parameters the whole model has, by which the models are compared; None where there is no model. It runs
+in a process of its own, one a rank, that does as many steps as it is told on its standard input and answers
+with the seconds; first it answers with the number of parameters.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ class Case:
     threads: int = 2
 
     def settings(self, experts: str = "sharded") -> Settings:
-        """The same model in hybridtrain's words. `experts` over several ranks: "sharded" as DeepSpeed's, each rank with some of
-        them, what else there is under FSDP; "replicated" as transformers' under DDP, each rank with the whole model.
+        """The same model in hybridtrain's words. `experts` over several ranks: "sharded" as DeepSpeed's, each
+        rank with some of them, what else there is under FSDP; "replicated" as transformers' under DDP, each
+        rank with the whole model.
         """
         parallel = {
             "sharded": {"dp_shard": -1, "ep": self.ranks},
@@ -111,7 +113,9 @@ def hybridtrain(case: Case, experts: str = "sharded") -> Made:
 
 
 def transformers(case: Case, experts: str = "grouped_mm") -> Made:
-    """Mixtral of transformers: SDPA, fused AdamW, DDP over ranks; `experts` is how it runs them: grouped_mm, batched_mm, eager."""
+    """Mixtral of transformers: SDPA, fused AdamW, DDP over ranks; `experts` is how it runs them: grouped_mm,
+    batched_mm, eager.
+    """
     model: nn.Module = _mixtral(case, experts, with_router_loss=True)
     parameters = sum(p.numel() for p in model.parameters())
     if case.ranks > 1:
@@ -122,10 +126,11 @@ def transformers(case: Case, experts: str = "grouped_mm") -> Made:
 
 
 def deepspeed(case: Case) -> Made:
-    """DeepSpeed's MoE layer, without drops, in the same Mixtral; experts over all ranks, AdamW of torch as for the others.
+    """DeepSpeed's MoE layer, without drops, in the same Mixtral; experts over all ranks, AdamW of torch as
+    for the others.
 
-    Without DeepSpeed's engine, which adds work at every step and nothing to what is measured here: the gradients of what is not
-    an expert are summed in one all-reduce.
+    Without DeepSpeed's engine, which adds work at every step and nothing to what is measured here: the
+    gradients of what is not an expert are summed in one all-reduce.
     """
     import deepspeed as library
     from deepspeed.moe.layer import MoE
@@ -176,7 +181,9 @@ def deepspeed(case: Case) -> Made:
 
 
 def matmul(case: Case) -> Made:
-    """A large product, 2048 x 1024 by 1024 x 1024, on each rank: the peak that shares refer to. MATMUL_FLOPS operations."""
+    """A large product, 2048 x 1024 by 1024 x 1024, on each rank: the peak that shares refer to. MATMUL_FLOPS
+    operations.
+    """
     a, b, out = torch.randn(2048, 1024), torch.randn(1024, 1024), torch.empty(2048, 1024)
 
     def step() -> None:
@@ -191,8 +198,8 @@ MATMUL_FLOPS = 2.0 * 2048 * 1024 * 1024 * MATMUL_TIMES
 
 
 def products(case: Case) -> Made:
-    """Only the step's weight products, forward and backward, of evenly loaded experts, into buffers that are there: what no
-    trainer on these products can go below."""
+    """Only the step's weight products, forward and backward, of evenly loaded experts, into buffers that are
+    there: what no trainer on these products can go below."""
     tokens, width = case.batch // case.ranks * case.seq_len, case.dim
     shapes = [(tokens, width, width)] * 4 * case.layers + [(tokens, width, case.vocab)]
     rows = tokens * case.top_k // case.experts
@@ -282,7 +289,9 @@ def make(name: str, case: Case) -> Made:
 
 
 def serve(name: str, case: Case) -> None:
-    """Answer each line on standard input, a number of steps, with a line of JSON: seconds, CPU seconds and peak memory in bytes."""
+    """Answer each line on standard input, a number of steps, with a line of JSON: seconds, CPU seconds and
+    peak memory in bytes.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print
     torch.set_num_threads(case.threads)

@@ -1,9 +1,10 @@
 """Learning curves of runs, and their final figures.
 
-    python tools/plot_runs.py docs/quickstart.svg runs/quickstart runs/quickstart-dense --label "with memory" --label "without"
-    python tools/plot_runs.py --table runs/quickstart runs/quickstart-dense
+    python tools/plot_runs.py docs/quickstart.svg runs/quickstart runs/quickstart-dense --label "with memory"
+    --label "without" python tools/plot_runs.py --table runs/quickstart runs/quickstart-dense
 
-The picture (.svg or .png) shows a metric of metrics.jsonl against training tokens; `--table` prints markdown instead.
+The picture (.svg or .png) shows a metric of metrics.jsonl against training tokens; `--table` prints markdown
+instead.
 """
 
 from __future__ import annotations

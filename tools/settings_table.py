@@ -1,4 +1,6 @@
-"""Every setting as markdown, from the settings' own definitions: `python tools/settings_table.py > docs/settings.md`."""
+"""Every setting as markdown, from the settings' own definitions: `python tools/settings_table.py >
+docs/settings.md`.
+"""
 
 from __future__ import annotations
 

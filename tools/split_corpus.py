@@ -1,9 +1,10 @@
-"""Make the shipped corpus `sotu-sentences` from `sotu`: the sentences of its first addresses, each a document of its own.
+"""Make the shipped corpus `sotu-sentences` from `sotu`: the sentences of its first addresses, each a document
+of its own.
 
     python -m tools.split_corpus
 
-Its documents are so short (60 tokens in the mean, with a vocabulary of 1024) that most sequences of configs/ci.toml have a
-border in them, and a layout that takes borders wrong computes another loss there.
+Its documents are so short (60 tokens in the mean, with a vocabulary of 1024) that most sequences of
+configs/ci.toml have a border in them, and a layout that takes borders wrong computes another loss there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+")
 
 
 def sentences() -> Iterator[dict[str, str]]:
-    """The lines of the corpus: after each of . ! ? ; : and white space a new document begins; the white space is left out."""
+    """The lines of the corpus: after each of . ! ? ; : and white space a new document begins; the white space
+    is left out.
+    """
     with lzma.open(CORPUS / "sotu.jsonl.xz", "rt", encoding="utf-8") as lines:
         for _ in range(ADDRESSES):
             address = json.loads(next(lines))

@@ -1,4 +1,5 @@
-"""Checkpoints: torch's distributed format under a commit protocol. A folder without `checkpoint.json` was never finished.
+"""Checkpoints: torch's distributed format under a commit protocol. A folder without `checkpoint.json` was
+never finished.
 
 storage.py  a folder or URL as a path                 saver.py    saves them, also beside the training
 index.py    torch's index of the tensors, read and checked; archive.py the archives that the pieces lie in

@@ -35,12 +35,16 @@ def all_or_none(world: Group, act: Callable[[], T]) -> list[T]:
 
 
 def on_first(world: Group, act: Callable[[], T]) -> T:
-    """What `act` returned on rank 0, which alone runs it, on every rank; raises Failures on all of them where it raised."""
+    """What `act` returned on rank 0, which alone runs it, on every rank; raises Failures on all of them where
+    it raised.
+    """
     return cast(T, all_or_none(world, act if world.rank == 0 else lambda: None)[0])
 
 
 def describe_failures(error: BaseException, rank: int) -> list[str]:
-    """One line for each rank that failed: torch raises what failed anywhere on all ranks, as one BaseException."""
+    """One line for each rank that failed: torch raises what failed anywhere on all ranks, as one
+    BaseException.
+    """
     failures = (
         {r: e for r, (e, _) in error.failures.items()}
         if isinstance(error, CheckpointException)

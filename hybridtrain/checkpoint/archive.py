@@ -1,6 +1,8 @@
-"""The archives that `torch.save` writes: a zip file of a pickle and of the bytes of tensors, none of them compressed.
+"""The archives that `torch.save` writes: a zip file of a pickle and of the bytes of tensors, none of them
+compressed.
 
-They are read by Python's zipfile and by position; what a damaged or foreign one claims is looked at before memory is taken for it.
+They are read by Python's zipfile and by position; what a damaged or foreign one claims is looked at before
+memory is taken for it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ _LOCAL = struct.Struct(
 
 
 class Archive:
-    """The archive in `length` bytes of `stream` from `start` on. Raises UntrustedFileError naming `source` where it is none."""
+    """The archive in `length` bytes of `stream` from `start` on. Raises UntrustedFileError naming `source`
+    where it is none.
+    """
 
     def __init__(self, stream: IO[bytes], start: int, length: int, source: str) -> None:
         self.source, self._view = source, _View(stream, start, length)

@@ -1,4 +1,6 @@
-"""Large tensors are saved in blocks of rows, so that no more than a block must be at hand when it is written or read."""
+"""Large tensors are saved in blocks of rows, so that no more than a block must be at hand when it is written
+or read.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Rows = Callable[[int, int], Tensor]
 
 
 class BlockPlanner(DefaultSavePlanner):
-    """Plans from the state dict, and takes the values from `sources`: by name, this rank's part or what gives its rows."""
+    """Plans from the state dict, and takes the values from `sources`: by name, this rank's part or what gives
+    its rows.
+    """
 
     def __init__(self, sources: Mapping[str, Tensor | Rows]) -> None:
         super().__init__()
@@ -81,7 +85,9 @@ def _blocks(item: WriteItem) -> list[WriteItem]:
 
 
 def _alone(tensor: Tensor, low: int, high: int) -> Tensor:
-    """Rows of a tensor under a storage of their own size, as the writer wants it; no copy of what lies on the CPU in order."""
+    """Rows of a tensor under a storage of their own size, as the writer wants it; no copy of what lies on the
+    CPU in order.
+    """
     rows = tensor[low:high]
     if rows.device.type != "cpu" or not rows.is_contiguous() or not rows.numel():
         return rows  # the writer copies

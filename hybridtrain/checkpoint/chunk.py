@@ -1,4 +1,6 @@
-"""A stored piece of a tensor, as `torch.save` writes it into a checkpoint's file: where its bytes lie, and reading them."""
+"""A stored piece of a tensor, as `torch.save` writes it into a checkpoint's file: where its bytes lie, and
+reading them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from hybridtrain.files.untrusted import UntrustedFileError, inside, open_regular
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored piece of a tensor: `length` bytes from `start` of a file, the storage of a tensor of that shape and stride."""
+    """A stored piece of a tensor: `length` bytes from `start` of a file, the storage of a tensor of that
+    shape and stride.
+    """
 
     file: Path
     start: int
@@ -34,8 +38,8 @@ class Piece:
     def find(cls, folder: Path, entry: Any, shape: Sequence[int], dtype: torch.dtype) -> Piece:
         """The piece of an entry of the index: `relative_path`, `offset` and `length` of a file in `folder`.
 
-        Its archive's header and directory are read, none of the data. Raises OSError, and UntrustedFileError where it is not of
-        the shape and dtype that the index says, or its bytes are not all there.
+        Its archive's header and directory are read, none of the data. Raises OSError, and UntrustedFileError
+        where it is not of the shape and dtype that the index says, or its bytes are not all there.
         """
         file = inside(folder, entry.relative_path, "the index of tensors")
         with open_regular(file) as stream:
@@ -90,7 +94,9 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 @lru_cache(maxsize=1 << 10)
 def frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What `torch.save` writes before and behind the bytes of a contiguous tensor, which may then come in parts; no CRC-32."""
+    """What `torch.save` writes before and behind the bytes of a contiguous tensor, which may then come in
+    parts; no CRC-32.
+    """
     stream = _Frame()
     config = cast(Any, serialization.config)
     with (
@@ -167,7 +173,9 @@ _NAMES = frozenset(
 
 
 def _read_header(content: bytes, source: str) -> _Header:
-    """What the pickle of one tensor says. The newer form of it names the tensor's dtype, over a storage of bytes."""
+    """What the pickle of one tensor says. The newer form of it names the tensor's dtype, over a storage of
+    bytes.
+    """
     made = unpickle(content, source, _NAMES, persistent=True)
     try:
         if made.name not in _REBUILD:
@@ -206,7 +214,9 @@ def count(value: Any) -> int:
 
 
 def counts(value: Any) -> tuple[int, ...]:
-    """Sizes or offsets, one a dim, which a pickle has as a tuple or torch.Size; ValueError where they are none."""
+    """Sizes or offsets, one a dim, which a pickle has as a tuple or torch.Size; ValueError where they are
+    none.
+    """
     sizes = (
         value.args[0]
         if type(value) is Made and value.name == "torch.Size" and len(value.args) == 1

@@ -14,10 +14,11 @@ Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
 class Consumed(BaseModel):
-    """`sequences` were read at whatever lengths, those that rollbacks left out included; the model was trained on `tokens` targets.
+    """`sequences` were read at whatever lengths, those that rollbacks left out included; the model was
+    trained on `tokens` targets.
 
-    The next sample is the one at `position` in the order of `seed` over the data whose splits have the digests `train` and
-    `validation` (None: not known).
+    The next sample is the one at `position` in the order of `seed` over the data whose splits have the
+    digests `train` and `validation` (None: not known).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,8 +36,8 @@ class Consumed(BaseModel):
     def of(cls, info: dict[str, Any]) -> Consumed:
         """What a checkpoint that says `info` of itself has read.
 
-        Older ones say how many sequences of one length that were, and nothing of the data. Raises UntrustedFileError or
-        SettingsError where the entry is not what it should be.
+        Older ones say how many sequences of one length that were, and nothing of the data. Raises
+        UntrustedFileError or SettingsError where the entry is not what it should be.
         """
         if "data" in info:
             return validated(info["data"], "the entry data of checkpoint.json", cls)

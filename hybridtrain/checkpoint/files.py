@@ -1,6 +1,7 @@
 """The files of a checkpoint's tensors: written with a checksum on the way, read without a copy on the way.
 
-They are torch's distributed checkpoint format: pieces of tensors, each as `torch.save` writes it, and an index, `.metadata`.
+They are torch's distributed checkpoint format: pieces of tensors, each as `torch.save` writes it, and an
+index, `.metadata`.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Writer(FileSystemWriter):
 
 
 class Reader(FileSystemReader):
-    """torch's reader, from a folder or URL, that reads rows from their place in a file into their place in a tensor.
+    """torch's reader, from a folder or URL, that reads rows from their place in a file into their place in a
+    tensor.
 
     `index` is the folder's. `alive` is called for every tensor, or piece of one, that was read.
     """
@@ -131,7 +133,9 @@ def quiet() -> Generator[None, None, None]:
 
 
 def digest_file(path: Path, alive: Callable[[], None] = lambda: None) -> FileRecord:
-    """What the file is now. Raises OSError where it cannot be read. `alive` is called for every part that was."""
+    """What the file is now. Raises OSError where it cannot be read. `alive` is called for every part that
+    was.
+    """
     digest, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(CHUNK))
     with open_regular(path) as stream:
         while count := cast(Any, stream).readinto(buffer):

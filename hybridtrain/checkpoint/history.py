@@ -36,8 +36,9 @@ def latest(checkpoints: Path) -> Path | None:
 def candidates(checkpoints: Path) -> list[Path]:
     """The checkpoints that a run may go on from, best first: the latest and the finished ones before it.
 
-    The latest is one of them also where its `checkpoint.json` is lost: it was committed, so it is damaged and not unfinished.
-    Those after the latest belong to a line that was given up. Where `latest` names none, all finished ones are candidates.
+    The latest is one of them also where its `checkpoint.json` is lost: it was committed, so it is damaged and
+    not unfinished. Those after the latest belong to a line that was given up. Where `latest` names none, all
+    finished ones are candidates.
     """
     last, finished = _named(checkpoints), _finished(checkpoints)
     before = [
@@ -56,7 +57,9 @@ def _named(checkpoints: Path) -> Path | None:
 
 
 def staging_of(final: Path) -> Path:
-    """Where the checkpoint `final` is written before it has its name; an object store has no renames, so there at once."""
+    """Where the checkpoint `final` is written before it has its name; an object store has no renames, so
+    there at once.
+    """
     return final.with_name(f".{final.name}.partial") if is_local(final) else final
 
 
@@ -70,7 +73,8 @@ def begin_folder(staging: Path) -> None:
 
 
 def commit_folder(staging: Path, final: Path, info: dict[str, Any]) -> str:
-    """Make the files in `staging`, which `info` describes, the finished checkpoint `final` and the latest one.
+    """Make the files in `staging`, which `info` describes, the finished checkpoint `final` and the latest
+    one.
 
     Returns the checksum of `checkpoint.json`.
     """
@@ -87,9 +91,11 @@ def commit_folder(staging: Path, final: Path, info: dict[str, Any]) -> str:
 
 
 def prune(checkpoints: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Remove what need not be kept now that the checkpoint of `step` is the latest, and what was never finished.
+    """Remove what need not be kept now that the checkpoint of `step` is the latest, and what was never
+    finished.
 
-    Kept are the last `keep_last`, those of every `keep_every`-th step, what they are based on, and those after `step`.
+    Kept are the last `keep_last`, those of every `keep_every`-th step, what they are based on, and those
+    after `step`.
     """
     finished = _finished(checkpoints)
     before = sorted(s for s in finished if s <= step)

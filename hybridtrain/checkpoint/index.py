@@ -1,6 +1,8 @@
-"""torch's index of a checkpoint's tensors, `.metadata`: read as data (pickles.py), looked at, and only then made torch's objects.
+"""torch's index of a checkpoint's tensors, `.metadata`: read as data (pickles.py), looked at, and only then
+made torch's objects.
 
-It is a pickle of `Metadata`: for each tensor its dtype, shape and chunks, and for each chunk the file and the bytes it lies in.
+It is a pickle of `Metadata`: for each tensor its dtype, shape and chunks, and for each chunk the file and the
+bytes it lies in.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Index(NamedTuple):
     places: dict[dcp.MetadataIndex, _StorageInfo]
 
     def problems(self, name: str) -> list[str]:
-        """Why a tensor is not whole: chunks outside of it, missing, one over the other, or of more bytes than are stored."""
+        """Why a tensor is not whole: chunks outside of it, missing, one over the other, or of more bytes than
+        are stored.
+        """
         tensor = self.tensors[name]
         dims, itemsize = len(tensor.size), tensor.properties.dtype.itemsize
         if dims > MAX_DIMS:
@@ -58,13 +62,15 @@ class Index(NamedTuple):
                 o + s > most for o, s, most in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
             ):
                 out.append(
-                    f"{name}: the chunk {list(chunk.sizes)} at {list(chunk.offsets)} leaves {list(tensor.size)}"
+                    f"{name}: the chunk {list(chunk.sizes)} at {list(chunk.offsets)} leaves "
+                    f"{list(tensor.size)}"
                 )
             elif place is None:
                 out.append(f"{name}: the chunk at {list(chunk.offsets)} lies in no file")
             elif math.prod(chunk.sizes) * itemsize > place.length:
                 out.append(
-                    f"{name}: the chunk {list(chunk.sizes)} at {list(chunk.offsets)} is said to lie in {place.length} bytes"
+                    f"{name}: the chunk {list(chunk.sizes)} at {list(chunk.offsets)} is said to lie in "
+                    f"{place.length} bytes"
                 )
         if not out and not _tiles(tensor.size, tensor.chunks):
             out.append(
@@ -73,7 +79,9 @@ class Index(NamedTuple):
         return out
 
     def misplaced(self, files: Mapping[str, int] | None) -> list[str]:
-        """Chunks that lie in no file, or behind its end, of these and their sizes; and files of whose bytes two chunks are made."""
+        """Chunks that lie in no file, or behind its end, of these and their sizes; and files of whose bytes
+        two chunks are made.
+        """
         by_file: dict[str, list[tuple[int, int]]] = {}
         for key, place in self.places.items():
             if key.fqn in self.tensors:
@@ -92,7 +100,9 @@ class Index(NamedTuple):
         return out
 
     def check(self, source: str, files: Mapping[str, int] | None) -> None:
-        """Raise UntrustedFileError listing every problem of every tensor. `files`: sizes by name, where they are known."""
+        """Raise UntrustedFileError listing every problem of every tensor. `files`: sizes by name, where they
+        are known.
+        """
         problems = [p for name in self.tensors for p in self.problems(name)] + self.misplaced(files)
         if problems:
             raise UntrustedFileError(
@@ -101,10 +111,12 @@ class Index(NamedTuple):
 
 
 def read_index(content: bytes, source: str, foreign: bool = False) -> Index:
-    """The index in a `.metadata`. `foreign`: another program's, with names of its own, which stand for nothing.
+    """The index in a `.metadata`. `foreign`: another program's, with names of its own, which stand for
+    nothing.
 
-    Sizes, offsets and lengths are whole numbers from 0 on, dtypes torch's; what is no tensor is left out. Raises
-    UntrustedFileError naming `source` where it is another thing, is damaged or, unless `foreign`, names what has no place in it.
+    Sizes, offsets and lengths are whole numbers from 0 on, dtypes torch's; what is no tensor is left out.
+    Raises UntrustedFileError naming `source` where it is another thing, is damaged or, unless `foreign`,
+    names what has no place in it.
     """
     value = unpickle(content, source, None if foreign else _NAMES)
     try:
@@ -115,7 +127,8 @@ def read_index(content: bytes, source: str, foreign: bool = False) -> Index:
             for name, entry in _dict(fields["state_dict_metadata"])
             if _is_tensor(entry)
         }
-        # each chunk has a place of its own, or `problems` names it; a list that stands in many places has far more than its bytes
+        # each chunk has a place of its own, or `problems` names it; a list that stands in many places has far
+        # more than its bytes
         if (chunks := sum(len(entry["chunks"]) for entry in entries.values())) > 2 * len(places):
             raise ValueError(f"it has {chunks:,} chunks of tensors in {len(places):,} places")
         tensors = {name: _tensor(entry) for name, entry in entries.items()}
@@ -187,8 +200,8 @@ def _place(key: Any, value: Any) -> tuple[dcp.MetadataIndex, _StorageInfo]:
 def _tiles(size: Sequence[int], chunks: Sequence[dcp.ChunkStorageMetadata]) -> bool:
     """Whether each element of a tensor is in one chunk.
 
-    A box is known by its corners, each with a sign for how many of its bounds are upper ones. Boxes fill another without a gap
-    or an overlap just where their corners sum up to that one's.
+    A box is known by its corners, each with a sign for how many of its bounds are upper ones. Boxes fill
+    another without a gap or an overlap just where their corners sum up to that one's.
     """
     if len(chunks) == 1:
         return tuple(chunks[0].sizes) == tuple(size) or not math.prod(size)

@@ -57,7 +57,8 @@ class _Scalars(BaseModel):
     def _as_long_as_the_steps(self) -> _Scalars:
         if "decay_log" in self.model_fields_set and len(self.decay_log) != self.step_count + 1:
             raise ValueError(
-                f"decay_log has {len(self.decay_log)} entries, must have step_count + 1 = {self.step_count + 1}"
+                f"decay_log has {len(self.decay_log)} entries, must have step_count + 1 = "
+                f"{self.step_count + 1}"
             )
         return self
 
@@ -92,7 +93,8 @@ class _Description(BaseModel):
 def read_info(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: step, settings, addressing, tokenizer digest, files.
 
-    Raises CheckpointError where `path` is no finished checkpoint or of another format, DamagedCheckpoint where it was changed.
+    Raises CheckpointError where `path` is no finished checkpoint or of another format, DamagedCheckpoint
+    where it was changed.
     """
     try:
         info = parse_json(read_bytes(path / INFO, MAX_INFO), "its content", dict[str, Any])
@@ -115,7 +117,9 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def write_info(path: Path, info: dict[str, Any]) -> str:
-    """Write `checkpoint.json`, which makes the files of the folder `path` a finished checkpoint; returns its checksum."""
+    """Write `checkpoint.json`, which makes the files of the folder `path` a finished checkpoint; returns its
+    checksum.
+    """
     xxh3 = _seal(info)
     write_whole(path / INFO, json.dumps(info | {"xxh3": xxh3}, indent=1).encode())
     return xxh3
@@ -130,7 +134,8 @@ def _seal(info: dict[str, Any]) -> str:
 
 
 def base_of(path: Path, info: dict[str, Any]) -> Path | None:
-    """The checkpoint beside it that holds the rows which `path`, described by `info`, does not; None where it holds all.
+    """The checkpoint beside it that holds the rows which `path`, described by `info`, does not; None where it
+    holds all.
 
     Raises DamagedCheckpoint where it names itself.
     """
@@ -143,7 +148,8 @@ def base_of(path: Path, info: dict[str, Any]) -> Path | None:
 def index_of(path: Path) -> Index:
     """The index of the tensors of a checkpoint folder, finished or not.
 
-    Raises DamagedCheckpoint where it is missing, damaged, contradicts itself, or has tensors elsewhere than in the folder's files.
+    Raises DamagedCheckpoint where it is missing, damaged, contradicts itself, or has tensors elsewhere than
+    in the folder's files.
     """
     index_file = path / METADATA
     files = None
@@ -164,10 +170,12 @@ def index_of(path: Path) -> Index:
 def damage(
     path: Path, level: str, share: int = 0, shares: int = 1, alive: Callable[[], None] = lambda: None
 ) -> list[str]:
-    """Why the checkpoint `path` cannot be used: every file of it, and of its base, that is not what it was; one line each.
+    """Why the checkpoint `path` cannot be used: every file of it, and of its base, that is not what it was;
+    one line each.
 
-    `level`: "sizes" looks how long they are, "full" also reads them. With `shares` only the files of number `share` are
-    looked at, of as many shares of about equal bytes. `alive` is called for every part that was read.
+    `level`: "sizes" looks how long they are, "full" also reads them. With `shares` only the files of number
+    `share` are looked at, of as many shares of about equal bytes. `alive` is called for every part that was
+    read.
     """
     try:
         info = read_info(path)
@@ -236,7 +244,9 @@ def describe(run: Run, step: int, tokenizer_digest: str) -> dict[str, Any]:
 
 
 def row_scalars(info: dict[str, Any]) -> dict[str, Any] | None:
-    """The row optimizer's numbers, if any. Older checkpoints leave it to the settings which beta2 their moments have."""
+    """The row optimizer's numbers, if any. Older checkpoints leave it to the settings which beta2 their
+    moments have.
+    """
     scalars: dict[str, Any] | None = info["table_scalars"]
     if scalars is None or "beta2" in scalars:
         return scalars
@@ -265,11 +275,13 @@ def check_fits(
         )
     elif info["tokenizer_digest"] != tokenizer_digest:
         problems.append(
-            f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has {tokenizer_digest}"
+            f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has "
+            f"{tokenizer_digest}"
         )
     elif (theirs := info["separator_id"]) != vocabulary.separator_id:
         problems.append(
-            f"separator: the checkpoint has token {theirs} before each document, the data {vocabulary.separator_id}"
+            f"separator: the checkpoint has token {theirs} before each document, the data "
+            f"{vocabulary.separator_id}"
         )
     elif info["addressing"] != addressing and not problems:
         problems.append("memory: the checkpoint's multipliers, primes or compression map are others")
@@ -280,7 +292,9 @@ def check_fits(
 
 
 def identity(settings: Settings) -> dict[str, Any]:
-    """The settings that say what the model and its optimizer state are, flat; a checkpoint fits where they are equal."""
+    """The settings that say what the model and its optimizer state are, flat; a checkpoint fits where they
+    are equal.
+    """
     kept = {
         "enabled",
         "orders",
@@ -305,7 +319,9 @@ def identity(settings: Settings) -> dict[str, Any]:
 
 
 def changed_settings(ours: Settings, theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, ours, theirs) of every setting that differs from `theirs`, a checkpoint's; what it lacks was the default."""
+    """(key, ours, theirs) of every setting that differs from `theirs`, a checkpoint's; what it lacks was the
+    default.
+    """
     was = dict(_flatten(Settings().model_dump(mode="json"))) | dict(_flatten(theirs))
     now = dict(_flatten(ours.model_dump(mode="json")))
     return [(key, value, was[key]) for key, value in now.items() if value != was[key]]

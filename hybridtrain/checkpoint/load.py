@@ -1,4 +1,6 @@
-"""Looks whether a checkpoint is what it was, and fills a run's parts from it, at whatever layout it was written."""
+"""Looks whether a checkpoint is what it was, and fills a run's parts from it, at whatever layout it was
+written.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,11 @@ _PART_BYTES = 8 * BLOCK_BYTES  # of rows that are read at once
 
 
 def load(run: Run, path: Path) -> int:
-    """Fill the run's parts from the checkpoint folder `path`, at whatever layout it was written; returns its step.
+    """Fill the run's parts from the checkpoint folder `path`, at whatever layout it was written; returns its
+    step.
 
-    Call `verify` before. Raises DamagedCheckpoint on every rank where any cannot read it; the parts are then worth nothing.
+    Call `verify` before. Raises DamagedCheckpoint on every rank where any cannot read it; the parts are then
+    worth nothing.
     """
     world = run.mesh.world
     info = read_info(path)
@@ -83,7 +87,8 @@ def verify(path: Path, level: str, world: Group = ALONE) -> None:
 
 
 def read_into(state: dict[str, Any], path: Path, world: Group) -> None:
-    """Fill the tensors of `state` from the checkpoint folder `path`, DTensors with their own part; collective.
+    """Fill the tensors of `state` from the checkpoint folder `path`, DTensors with their own part;
+    collective.
 
     Raises DamagedCheckpoint where the checkpoint is damaged or lacks one.
     """

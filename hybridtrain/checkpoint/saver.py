@@ -1,7 +1,8 @@
 """Saves a run's checkpoints, one at a time, beside the training where `checkpoint.background` says so.
 
-A save writes into a staging folder, every rank its own part; when all succeeded, rank 0 adds `checkpoint.json`, renames
-the folder and only then moves `latest`. What fails on the way leaves the last good checkpoint as it was.
+A save writes into a staging folder, every rank its own part; when all succeeded, rank 0 adds
+`checkpoint.json`, renames the folder and only then moves `latest`. What fails on the way leaves the last good
+checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from hybridtrain.parallel.collectives import Group
 from hybridtrain.run.assemble import Run
 
 PATIENCE = 6
-"""Times `parallel.timeout` that ranks wait for the slowest disk among them; a rank that died is noticed at once."""
+"""Times `parallel.timeout` that ranks wait for the slowest disk among them; a rank that died is noticed at
+once.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Base:
 
     @classmethod
     def of(cls, path: Path) -> Base | None:
-        """What a run that goes on from the checkpoint `path` bases its incremental checkpoints on; None without a table."""
+        """What a run that goes on from the checkpoint `path` bases its incremental checkpoints on; None
+        without a table.
+        """
         info = read_info(path)
         age = info["base"]["age"] if info.get("base") else 0
         base = base_of(path, info) or path
@@ -55,7 +60,8 @@ class Base:
 class Saver:
     """Saves the run's parts under `folder`; every method is called by all ranks at the same step.
 
-    Leaving its context waits for a save that is under way. `reading(step)` is what `checkpoint.json` says of the data besides.
+    Leaving its context waits for a save that is under way. `reading(step)` is what `checkpoint.json` says of
+    the data besides.
     """
 
     def __init__(
@@ -67,8 +73,8 @@ class Saver:
         reading: Callable[[int], dict[str, Any]] = lambda step: {},
         confirm: Callable[[bool], None] = lambda at_once: None,
     ) -> None:
-        """`confirm` is called by rank 0 before a save begins and before it is committed; raises LockLost where the folder is
-        another run's now."""
+        """`confirm` is called by rank 0 before a save begins and before it is committed; raises LockLost
+        where the folder is another run's now."""
         self.run, self.folder, self.tokenizer_digest, self._confirm = run, folder, tokenizer_digest, confirm
         self.base, self.reading = base, reading
         self._world: Group = run.mesh.own_world_group("checkpoint", PATIENCE * run.mesh.timeout)
@@ -88,7 +94,9 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the save under way failed here, or another run has taken the folder; the next one says so, on every rank."""
+        """Whether the save under way failed here, or another run has taken the folder; the next one says so,
+        on every rank.
+        """
         try:
             self._confirm(False)
         except LockLost:
@@ -96,10 +104,11 @@ class Saver:
         return self._error is not None
 
     def save(self, step: int, wait: bool = False) -> Path:
-        """Save the run as it is after `step` steps; returns the checkpoint's folder. In the background it is finished later.
+        """Save the run as it is after `step` steps; returns the checkpoint's folder. In the background it is
+        finished later.
 
-        One that is under way is waited for before, and with `wait` this one is as well. Raises CheckpointError on every rank
-        where any could not write; nothing that was committed is touched.
+        One that is under way is waited for before, and with `wait` this one is as well. Raises
+        CheckpointError on every rank where any could not write; nothing that was committed is touched.
         """
         self.finish()
         settings, final = self.run.settings.checkpoint, folder_of(self.folder, step)
@@ -123,7 +132,9 @@ class Saver:
         return final
 
     def before_update(self) -> None:
-        """Wait until parameters and optimizer state, which the coming update changes, are copied for the save under way."""
+        """Wait until parameters and optimizer state, which the coming update changes, are copied for the save
+        under way.
+        """
         self._held.wait()
 
     def finish(self) -> None:
@@ -153,7 +164,8 @@ class Saver:
         except Failures as failures:
             last = latest(self.folder)
             message = (
-                f"{final}: the checkpoint of step {step} could not be written{free_space(self.folder)}; the last good one stays: "
+                f"{final}: the checkpoint of step {step} could not be written{free_space(self.folder)}; the "
+                "last good one stays: "
                 + "\n".join([str(last or "none"), *(f"  {p}" for p in failures.problems)])
             )
             if world.rank == 0:

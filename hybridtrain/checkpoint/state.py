@@ -1,4 +1,6 @@
-"""What of a run goes into a checkpoint: parameters and optimizer state, and of the table all rows or those that changed."""
+"""What of a run goes into a checkpoint: parameters and optimizer state, and of the table all rows or those
+that changed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from hybridtrain.table.saved_rows import saved_rows_name
 
 @dataclass
 class Content:
-    """What this rank saves: `state` says where each tensor lies in the whole, `sources` has the values (blocks.py)."""
+    """What this rank saves: `state` says where each tensor lies in the whole, `sources` has the values
+    (blocks.py).
+    """
 
     state: dict[str, Tensor] = field(default_factory=dict)
     sources: dict[str, Tensor | Rows] = field(default_factory=dict)
@@ -37,8 +41,8 @@ class Content:
 def content(run: Run, since: int | None, later: bool) -> Content:
     """All that this rank saves. Of a parameter that two stages hold the first stage's is saved.
 
-    With `since` of the table only the rows that were written to since it had so many updates. `later`: rows may be read while
-    training goes on, until `release`; the rest after `hold`.
+    With `since` of the table only the rows that were written to since it had so many updates. `later`: rows
+    may be read while training goes on, until `release`; the rest after `hold`.
     """
     out = Content()
     for stage in range(len(run.model_parts)):

@@ -27,7 +27,9 @@ from hybridtrain.table.saved_rows import saved_rows_for
 
 TABLE = "table."
 CHANGED = f"{TABLE}changed"
-"""Kind of the pieces (pieces.py) of an incremental checkpoint: its rows that changed since its base was saved."""
+"""Kind of the pieces (pieces.py) of an incremental checkpoint: its rows that changed since its base was
+saved.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class LazyTensor:
 
 
 class StoredTensors:
-    """The tensors of the checkpoint folder `path` by their names ("model.…", "table.…"); an incremental one's with its base.
+    """The tensors of the checkpoint folder `path` by their names ("model.…", "table.…"); an incremental one's
+    with its base.
 
     Raises DamagedCheckpoint where the folder's index or one of its files cannot be read.
     """
@@ -195,7 +198,8 @@ class Chunks:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> Records:
-    """Write a checkpoint's tensors into `folder`, one in memory at a time; returns what `checkpoint.json` says of its files.
+    """Write a checkpoint's tensors into `folder`, one in memory at a time; returns what `checkpoint.json`
+    says of its files.
 
     Raises CheckpointError where that fails, and the UserError of a tensor that cannot be made.
     """
@@ -230,6 +234,7 @@ class _Maker(DefaultSavePlanner):
         value = tensor.make()
         if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype:
             raise ValueError(
-                f"{index.fqn}: made {list(value.shape)} {value.dtype}, planned {list(tensor.shape)} {tensor.dtype}"
+                f"{index.fqn}: made {list(value.shape)} {value.dtype}, planned {list(tensor.shape)} "
+                f"{tensor.dtype}"
             )
         return value

@@ -1,8 +1,9 @@
 """Batches for training and validation: which rank sees which windows, independent of the layout.
 
-Legend: M micro-batches, B sequences of a micro-batch on this rank, T tokens of a sequence. Window w of a split is its tokens
-w*T .. w*T+T: T inputs, and the same shifted by one as targets, so neighbouring windows share one token. A sequence is a window, or
-after a change of T several ranges of the split (position.py), and then each begins a document of its own.
+Legend: M micro-batches, B sequences of a micro-batch on this rank, T tokens of a sequence. Window w of a
+split is its tokens w*T .. w*T+T: T inputs, and the same shifted by one as targets, so neighbouring windows
+share one token. A sequence is a window, or after a change of T several ranges of the split (position.py), and
+then each begins a document of its own.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ IGNORED = -100
 class Batch:
     """One rank's part of a global batch.
 
-    `tokens` int64 [M, B, T]; `targets` int64 [M, B, T], the next token or -100 (ignored); `starts` bool [M, B, T], True
-    where a document starts (the token is the separator) or another range of the split does, so that `starts.cumsum(-1)` numbers
-    the documents of a sequence.
+    `tokens` int64 [M, B, T]; `targets` int64 [M, B, T], the next token or -100 (ignored); `starts` bool [M,
+    B, T], True where a document starts (the token is the separator) or another range of the split does, so
+    that `starts.cumsum(-1)` numbers the documents of a sequence.
     """
 
     tokens: Tensor
@@ -50,10 +51,11 @@ class Batch:
 class BatchLoader:
     """Training batches as a function of the step alone.
 
-    Step k takes the samples (k-b)*G .. (k-b)*G+G-1 from the position `begin` on, which is where step b = `first_step` begins
-    (G = `global_batch`); without it the data begin at step 0. Micro-batch m is their m-th block of G/M, and data-parallel rank r
-    has the r-th part of each block: the ranks' parts in order give the same global micro-batches at every `dp_size`.
-    Raises DataError where the split has not one window, or G does not divide.
+    Step k takes the samples (k-b)*G .. (k-b)*G+G-1 from the position `begin` on, which is where step b =
+    `first_step` begins (G = `global_batch`); without it the data begin at step 0. Micro-batch m is their m-th
+    block of G/M, and data-parallel rank r has the r-th part of each block: the ranks' parts in order give the
+    same global micro-batches at every `dp_size`. Raises DataError where the split has not one window, or G
+    does not divide.
     """
 
     def __init__(
@@ -73,8 +75,9 @@ class BatchLoader:
         self._offsets_MB = _offsets(global_batch, micro_batches, dp_rank, dp_size)
         if split.num_tokens - 1 < seq_len:
             raise DataError(
-                f"the {split.name} split has {split.num_tokens} tokens, fewer than one window of seq_len={seq_len} and its "
-                f"last target; set train.seq_len to at most {max(split.num_tokens - 1, 0)} or prepare more text"
+                f"the {split.name} split has {split.num_tokens} tokens, fewer than one window of "
+                f"seq_len={seq_len} and its last target; set train.seq_len to at most "
+                f"{max(split.num_tokens - 1, 0)} or prepare more text"
             )
         self.stream = SampleStream(seed, split.num_tokens - 1, seq_len, begin or Position(0, seq_len))
         self.num_windows = self.stream.num_windows
@@ -102,10 +105,10 @@ class BatchLoader:
 class EvalBatches:
     """Consecutive windows that hold every target of the split exactly once; iterating again starts over.
 
-    `batch` is the number of sequences of a global batch, cut into micro-batches and ranks as BatchLoader does. The last
-    window is padded (tokens: separator, targets: ignored) and the last batch is filled with ignored windows, so every rank
-    has the same number of batches. `limit` above 0 stops after that many batches. Raises DataError where the split has no
-    target, or `batch` does not divide.
+    `batch` is the number of sequences of a global batch, cut into micro-batches and ranks as BatchLoader
+    does. The last window is padded (tokens: separator, targets: ignored) and the last batch is filled with
+    ignored windows, so every rank has the same number of batches. `limit` above 0 stops after that many
+    batches. Raises DataError where the split has no target, or `batch` does not divide.
     """
 
     def __init__(
@@ -122,8 +125,8 @@ class EvalBatches:
         self._offsets_MB = _offsets(batch, micro_batches, dp_rank, dp_size)
         if split.num_tokens < 2:
             raise DataError(
-                f"the {split.name} split has {split.num_tokens} tokens and nothing to predict; prepare the data with "
-                "a validation fraction above 0 or a validation text (--validation FILE)"
+                f"the {split.name} split has {split.num_tokens} tokens and nothing to predict; prepare the "
+                "data with a validation fraction above 0 or a validation text (--validation FILE)"
             )
         whole = math.ceil(math.ceil((split.num_tokens - 1) / seq_len) / batch)
         self._num_batches = min(whole, limit) if limit else whole
@@ -155,7 +158,9 @@ def _offsets(
 
 
 def _gather(split: Split, ranges: list[list[Range]], shape_MB: tuple[int, ...], seq_len: int) -> Batch:
-    """The sequences that these ranges make, the sequences in row-major order; what they leave of `seq_len` is padding."""
+    """The sequences that these ranges make, the sequences in row-major order; what they leave of `seq_len` is
+    padding.
+    """
     shape = (*shape_MB, seq_len)
     tokens_MBT = np.full(shape, split.separator_id, np.int64)
     targets_MBT = np.full(shape, IGNORED, np.int64)

@@ -1,6 +1,7 @@
 """Tokenizer compression: tokens that differ only in case, accents, width or surrounding space share one id.
 
-Defined by Engram (arXiv 2601.07372); the compressed ids enter the memory's hash, so the map belongs to the trained model.
+Defined by Engram (arXiv 2601.07372); the compressed ids enter the memory's hash, so the map belongs to the
+trained model.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ _MAX_NPY = 8 * MAX_VOCAB_SIZE + 4096
 
 
 def compression_map(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
-    """Token id -> compressed id, int64 [V]; compressed ids are 0 .. V'-1 in the order in which their keys first occur.
+    """Token id -> compressed id, int64 [V]; compressed ids are 0 .. V'-1 in the order in which their keys
+    first occur.
 
-    A token's key is its decoded text, normalised (NFKC, NFD, no accents, lower case, white space collapsed and stripped);
-    the text as it is where nothing is left of it; and the raw token where it is only part of a character.
+    A token's key is its decoded text, normalised (NFKC, NFD, no accents, lower case, white space collapsed
+    and stripped); the text as it is where nothing is left of it; and the raw token where it is only part of a
+    character.
     """
     normalizer = _normalizer()
     size = vocabulary_size(tokenizer)
@@ -44,7 +47,9 @@ def compression_map(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
 
 
 def read_compression(path: Path, rows: int | None = None) -> npt.NDArray[np.int64]:
-    """The map of a file that `to_npy` made, of at most `rows` tokens. Raises OSError, and DataError where it is no such file."""
+    """The map of a file that `to_npy` made, of at most `rows` tokens. Raises OSError, and DataError where it
+    is no such file.
+    """
     content = read_bytes(path, _MAX_NPY)
     stream = io.BytesIO(content)
     try:
@@ -61,7 +66,8 @@ def read_compression(path: Path, rows: int | None = None) -> npt.NDArray[np.int6
         or shape[0] * 8 != len(content) - stream.tell()
     ):
         raise DataError(
-            f"{path}: says {dtype} {list(shape)} of {len(content) - stream.tell()} bytes; it must be int64 [tokens]"
+            f"{path}: says {dtype} {list(shape)} of {len(content) - stream.tell()} bytes; it must be int64 "
+            "[tokens]"
         )
     compressed = np.frombuffer(content, "<i8", offset=stream.tell()).astype(np.int64)
     if compressed.min() < 0 or compressed.max() >= len(compressed):

@@ -19,11 +19,12 @@ def report(manifest: Manifest, left_out: Sequence[LeftOut]) -> str:
         f"read        {len(manifest.sources):,} files ({sum(s.size for s in manifest.sources):,} bytes), "
         f"{sum(s.documents for s in splits):,} documents, {sum(s.bytes for s in splits):,} bytes of text",
         *(
-            f"{name:11} {split.documents:,} documents, {split.bytes:,} bytes of text, {split.tokens:,} tokens, "
-            f"{len(split.shards):,} shards"
+            f"{name:11} {split.documents:,} documents, {split.bytes:,} bytes of text, {split.tokens:,} "
+            f"tokens, {len(split.shards):,} shards"
             for name, split in zip(("train", "validation"), splits, strict=True)
         ),
-        f"vocabulary  {manifest.vocab_size:,} tokens; {manifest.separator!r} ({manifest.separator_id}) before each document",
+        f"vocabulary  {manifest.vocab_size:,} tokens; {manifest.separator!r} ({manifest.separator_id}) "
+        "before each document",
     ]
     blank = manifest.left_out.get("blank lines", 0)
     left = [summary(left_out)] if left_out else []
@@ -35,13 +36,14 @@ def report(manifest: Manifest, left_out: Sequence[LeftOut]) -> str:
 def compare(data: DataSettings, manifest: Manifest) -> None:
     """Compare a finished folder with what the settings say of it.
 
-    Raises DataError where it has another tokenizer or separator than they name. What else is not as they say, and not left at its
-    default, is said: the folder may have been made by hand.
+    Raises DataError where it has another tokenizer or separator than they name. What else is not as they say,
+    and not left at its default, is said: the folder may have been made by hand.
     """
     problems = []
     if data.separator and data.separator != manifest.separator:
         problems.append(
-            f"data.separator={data.separator!r}, and the folder has {manifest.separator!r} before each document"
+            f"data.separator={data.separator!r}, and the folder has {manifest.separator!r} before each "
+            "document"
         )
     given = Path(data.tokenizer)
     if data.tokenizer and given.is_file() and (digest := file_digest(given)) != manifest.tokenizer_xxh3:
@@ -58,7 +60,8 @@ def compare(data: DataSettings, manifest: Manifest) -> None:
         )
     if others := [*_other_settings(data, manifest.settings), *_other_sources(data, manifest)]:
         say(
-            f"data.path={data.path} is used as it is; it was made otherwise than the settings say: {'; '.join(others)}"
+            f"data.path={data.path} is used as it is; it was made otherwise than the settings say: "
+            f"{'; '.join(others)}"
         )
 
 

@@ -1,12 +1,13 @@
 """Where a long text may be cut so that its parts have the token ids of the whole text.
 
-A tokenizer encodes each word of its pre-tokenizer by itself, so a text may be cut between two words. Whether two neighbouring
-characters always lie in two words is found by trial: words are cut by kinds of characters, and random texts show which pairs of
-kinds never lie in one word. A BPE without a pre-tokenizer never joins what no entry of its vocabulary has side by side. Each cut
-is tried out with the text around it before it is taken.
+A tokenizer encodes each word of its pre-tokenizer by itself, so a text may be cut between two words. Whether
+two neighbouring characters always lie in two words is found by trial: words are cut by kinds of characters,
+and random texts show which pairs of kinds never lie in one word. A BPE without a pre-tokenizer never joins
+what no entry of its vocabulary has side by side. Each cut is tried out with the text around it before it is
+taken.
 
-What a tokenizer does at the start of a text alone (a space put first) must not happen at a cut: a part is encoded behind the last
-characters before it, its `context`, whose ids are then taken off.
+What a tokenizer does at the start of a text alone (a space put first) must not happen at a cut: a part is
+encoded behind the last characters before it, its `context`, whose ids are then taken off.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ class Cuts:
                     looked = reach
                     if looked > MAX_UNCUT_CHARS:
                         raise DataError(
-                            f"{source}: has more than {MAX_UNCUT_CHARS:,} characters in which {self._name} allows no cut, "
-                            "too many to encode at once; cut the document, or leave it out"
+                            f"{source}: has more than {MAX_UNCUT_CHARS:,} characters in which {self._name} "
+                            "allows no cut, too many to encode at once; cut the document, or leave it out"
                         )
                     continue
                 yield Part(before[-CONTEXT_CHARS:], text[low:place])
@@ -169,7 +170,9 @@ class Cuts:
 
     @cached_property
     def _joined_by_no_entry(self) -> frozenset[tuple[str, str]]:
-        """For a BPE that takes the text as one word: the pairs that no entry of the vocabulary has side by side."""
+        """For a BPE that takes the text as one word: the pairs that no entry of the vocabulary has side by
+        side.
+        """
         model, words = self._tree["model"], self._tokenizer.pre_tokenizer
         whole_words = ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "dropout")
         if (
@@ -185,7 +188,8 @@ class Cuts:
         joined = {
             (_kind(a), _kind(b)) for entry in model["vocab"] for a, b in pairwise(entry.replace("▁", " "))
         }
-        # the right one is in the vocabulary, or is written as bytes: so it joins no unknown character before it
+        # the right one is in the vocabulary, or is written as bytes: so it joins no unknown character before
+        # it
         known = {"space"} if "▁" in model["vocab"] or " " in model["vocab"] else set()
         known |= {"line"} if "\n" in model["vocab"] or model.get("byte_fallback") else set()
         return (
@@ -200,7 +204,9 @@ class Cuts:
 
     @cached_property
     def _probes(self) -> list[str]:
-        """Random texts, always the same ones: each of a few kinds of characters, and of a string that may be taken apart oddly."""
+        """Random texts, always the same ones: each of a few kinds of characters, and of a string that may be
+        taken apart oddly.
+        """
         draw = random.Random(0)
         strings = ["'s", "'LL", "12345", "   ", "\n\n", "word", "Word", *_odd_strings(self._tree)]
         texts = []
@@ -236,7 +242,9 @@ def _kind(char: str) -> str:
 
 
 def _odd_strings(tree: dict[str, Any]) -> list[str]:
-    """Strings that this tokenizer takes apart in a way of its own: its added tokens, and what its patterns spell out."""
+    """Strings that this tokenizer takes apart in a way of its own: its added tokens, and what its patterns
+    spell out.
+    """
     odd = [token["content"] for token in tree["added_tokens"]][:1000]
     for pattern in _patterns([tree["normalizer"], tree["pre_tokenizer"]], "String", "Regex", "delimiter"):
         odd += re.findall(r"[^\\()\[\]{}|?*+.^$]{2,}", pattern)
@@ -267,7 +275,9 @@ def _rewrites_far_apart(normalizer: Any) -> bool:
 
 
 def _keeps_kinds(normalizer: Any) -> bool:
-    """Whether letters, digits, ideographs, spaces ("▁" for one) and line feeds keep their kind, but at the start of a text."""
+    """Whether letters, digits, ideographs, spaces ("▁" for one) and line feeds keep their kind, but at the
+    start of a text.
+    """
     return all(
         part["type"] in ("Prepend", "NFC", "NFD", "NFKC", "NFKD")
         or (part["type"] == "Replace" and (part["pattern"], part["content"]) == ({"String": " "}, "▁"))

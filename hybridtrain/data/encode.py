@@ -52,7 +52,8 @@ def encode_files(
     writers: dict[SplitName, SplitWriter],
     bar: EncodingProgress,
 ) -> int:
-    """Append the pieces after the journal's position to the writers, with a commit after every shard and 64 MiB of text.
+    """Append the pieces after the journal's position to the writers, with a commit after every shard and 64
+    MiB of text.
 
     Returns how many blank lines were left out.
     """
@@ -68,7 +69,8 @@ def encode_files(
         for piece, ids in _encoded(tokenizer, pieces):
             if separator_id in ids:
                 raise DataError(
-                    f"{entry.file.name}: document {documents + piece.first:,} of all has the separator in its text"
+                    f"{entry.file.name}: document {documents + piece.first:,} of all has the separator in "
+                    "its text"
                 )
             documents += piece.first
             held_out = entry.info.use == "validation" or holdout.is_validation(documents - 1)
@@ -121,6 +123,7 @@ def _encode_batch(tokenizer: Tokenizer, batch: list[Piece]) -> Iterator[tuple[Pi
         ids, known = encodings[number].ids, before.get(number, [])
         if ids[: len(known)] != known:
             raise DataError(
-                f"the tokenizer encodes {piece.context[-20:]!r} otherwise before {piece.text[:20]!r}; cut the document"
+                f"the tokenizer encodes {piece.context[-20:]!r} otherwise before {piece.text[:20]!r}; cut "
+                "the document"
             )
         yield piece, ids[len(known) :]

@@ -14,7 +14,9 @@ _SEED = 0x68796272
 
 @dataclass(frozen=True)
 class Holdout:
-    """`fraction` of the documents, in expectation, but for two that may be assigned so that no split stays empty."""
+    """`fraction` of the documents, in expectation, but for two that may be assigned so that no split stays
+    empty.
+    """
 
     fraction: float
     always_train: int = -1
@@ -28,9 +30,11 @@ class Holdout:
 
 
 def choose_holdout(fraction: float, documents: Iterable[object]) -> Holdout:
-    """The rule for a corpus; reads as many of its documents as it takes to find one of each split, most often a few.
+    """The rule for a corpus; reads as many of its documents as it takes to find one of each split, most often
+    a few.
 
-    Raises DataError where `fraction` is not in [0, 1) or the corpus has one document and `fraction` is above 0.
+    Raises DataError where `fraction` is not in [0, 1) or the corpus has one document and `fraction` is above
+    0.
     """
     if not 0 <= fraction < 1:
         raise DataError(f"validation_fraction={fraction} must be at least 0 and below 1")

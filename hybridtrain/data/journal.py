@@ -22,7 +22,8 @@ CUTS = 2  # raised when documents are cut into other pieces than before
 
 
 class Journal(BaseModel):
-    """How far a preparation has come: `pieces` of source file number `file` are in the shards, `documents` were begun.
+    """How far a preparation has come: `pieces` of source file number `file` are in the shards, `documents`
+    were begun.
 
     `blank_lines` were left out of the files before it.
     """
@@ -74,7 +75,9 @@ class Job:
 
 
 def read_journal(job: Job) -> Journal | None:
-    """The journal of an interrupted preparation of the same job, or None; says so where there is one of another job."""
+    """The journal of an interrupted preparation of the same job, or None; says so where there is one of
+    another job.
+    """
     path = job.out / m.JOURNAL
     try:
         sealed = read_json(path, dict[str, Any], m.MAX_MANIFEST_BYTES)
@@ -100,7 +103,9 @@ def read_journal(job: Job) -> Journal | None:
 
 
 def write_journal(out: Path, journal: Journal) -> None:
-    """Make the journal durable, with its own checksum: another position would leave documents out, or take them twice."""
+    """Make the journal durable, with its own checksum: another position would leave documents out, or take
+    them twice.
+    """
     m.write_atomically(
         out / m.JOURNAL, f'{{"xxh3":"{_seal(journal)}","journal":{journal.model_dump_json()}}}\n'.encode()
     )
@@ -118,5 +123,7 @@ def clear(out: Path) -> None:
 
 
 def software() -> str:
-    """What else decides the bytes: other versions of the library may split words differently, of this one cut texts elsewhere."""
+    """What else decides the bytes: other versions of the library may split words differently, of this one cut
+    texts elsewhere.
+    """
     return f"tokenizers {tokenizers.__version__}, cuts {CUTS}"

@@ -1,4 +1,5 @@
-"""What stands in a data folder: `manifest.json`, written last, describes every other file by size and checksum.
+"""What stands in a data folder: `manifest.json`, written last, describes every other file by size and
+checksum.
 
     tokenizer.json            as loaded or trained
     compression.npy           int64 [V], token id -> compressed id
@@ -52,7 +53,9 @@ class ShardInfo(_Record):
 
 
 class SplitInfo(_Record):
-    """A split: tokens (separators included), documents that start in it, UTF-8 bytes of its text (separators excluded)."""
+    """A split: tokens (separators included), documents that start in it, UTF-8 bytes of its text (separators
+    excluded).
+    """
 
     tokens: Count
     documents: Count
@@ -88,8 +91,8 @@ class SourceInfo(_Record):
 class PrepareSettings(_Record):
     """What decides the output beside the sources.
 
-    `tokenizer` is the digest of a given tokenizer.json and then `vocab_size` 0, or "" for a trained one; `separator` ""
-    takes the first usual one; `validation_fraction` is 0 where validation sources are given.
+    `tokenizer` is the digest of a given tokenizer.json and then `vocab_size` 0, or "" for a trained one;
+    `separator` "" takes the first usual one; `validation_fraction` is 0 where validation sources are given.
     """
 
     vocab_size: int = 4096
@@ -139,7 +142,9 @@ class Manifest(_Record):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished data folder; DataError where it is missing, unfinished, damaged or of another format."""
+    """The manifest of a finished data folder; DataError where it is missing, unfinished, damaged or of
+    another format.
+    """
     path = folder / MANIFEST
     try:
         tree = read_json(path, dict[str, Any], MAX_MANIFEST_BYTES)
@@ -153,7 +158,8 @@ def read_manifest(folder: Path) -> Manifest:
     version = tree.get("format")
     if version != FORMAT:
         raise DataError(
-            f"{path}: has format {version!r}, this version reads format {FORMAT}; make the folder again with `hybridtrain data`"
+            f"{path}: has format {version!r}, this version reads format {FORMAT}; make the folder again with "
+            "`hybridtrain data`"
         )
     try:
         return Manifest.model_validate_json(json.dumps(tree), strict=True)

@@ -1,4 +1,6 @@
-"""The global sample order: a pure function of seed and sample number, in constant memory, the same at every layout."""
+"""The global sample order: a pure function of seed and sample number, in constant memory, the same at every
+layout.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ _EPOCH_KEY, _ROUND_KEY = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192
 class SampleOrder:
     """Each epoch visits every one of `num_samples` windows once, in an order keyed by (seed, epoch).
 
-    The order of an epoch is a Feistel network over the next power of four, walked along its cycles until it lands inside
-    `num_samples` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    The order of an epoch is a Feistel network over the next power of four, walked along its cycles until it
+    lands inside `num_samples` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
 
     def __init__(self, seed: int, num_samples: int) -> None:
@@ -27,7 +29,9 @@ class SampleOrder:
         self._seed = _mix(np.array([seed & (1 << 64) - 1], np.uint64))
 
     def sample(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The window numbers (0 .. num_samples-1) of global sample numbers of any shape; sample n is of epoch n // num_samples."""
+        """The window numbers (0 .. num_samples-1) of global sample numbers of any shape; sample n is of epoch
+        n // num_samples.
+        """
         numbers = np.asarray(indices, np.int64)
         flat = numbers.reshape(-1)
         epochs = (flat // self.num_samples).astype(np.uint64)
@@ -49,7 +53,9 @@ class SampleOrder:
 
 
 def _mix(values: UInts) -> UInts:
-    """The finaliser of SplitMix64: a bijection of 64-bit words in which every input bit reaches every output bit."""
+    """The finaliser of SplitMix64: a bijection of 64-bit words in which every input bit reaches every output
+    bit.
+    """
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

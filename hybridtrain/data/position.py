@@ -1,8 +1,10 @@
-"""Where a run stands in the data, and which tokens its samples are from there on, whatever their length was before.
+"""Where a run stands in the data, and which tokens its samples are from there on, whatever their length was
+before.
 
-An epoch is a sequence of windows: window w of length L is the targets w*L+1 .. w*L+L of the split, and `SampleOrder` says in which
-order they come. A run whose length changes within an epoch reads what is left of that epoch in its old order, cut anew;
-later epochs have windows of the new length. So each target of an epoch is read exactly once at any lengths (docs/adr/0013).
+An epoch is a sequence of windows: window w of length L is the targets w*L+1 .. w*L+L of the split, and
+`SampleOrder` says in which order they come. A run whose length changes within an epoch reads what is left of
+that epoch in its old order, cut anew; later epochs have windows of the new length. So each target of an epoch
+is read exactly once at any lengths (docs/adr/0013).
 """
 
 from __future__ import annotations
@@ -41,11 +43,12 @@ class Position:
 
 
 class SampleStream:
-    """The samples of `seq_len` tokens that follow the position `begin`, numbered from 0; any of them in constant memory.
+    """The samples of `seq_len` tokens that follow the position `begin`, numbered from 0; any of them in
+    constant memory.
 
-    The first `pieces` are what is left of an epoch in windows of another length: each is one or several ranges of the split, the
-    last one may be shorter than the others. The rest are whole windows. Raises ValueError where the split has not one window,
-    or no such position.
+    The first `pieces` are what is left of an epoch in windows of another length: each is one or several
+    ranges of the split, the last one may be shorter than the others. The rest are whole windows. Raises
+    ValueError where the split has not one window, or no such position.
     """
 
     def __init__(self, seed: int, num_targets: int, seq_len: int, begin: Position) -> None:

@@ -15,10 +15,11 @@ _POLL_SECONDS = 0.1
 
 
 class Prefetcher(Generic[T]):
-    """Calls `load(first_step)`, `load(first_step + 1)`, ... in a thread, at most `depth` results ahead of `get`.
+    """Calls `load(first_step)`, `load(first_step + 1)`, ... in a thread, at most `depth` results ahead of
+    `get`.
 
-    It stops before `stop_step` where one is given. An exception of `load` is raised by the `get` of its step and ends the
-    thread. Use it as a context manager, or call `close`.
+    It stops before `stop_step` where one is given. An exception of `load` is raised by the `get` of its step
+    and ends the thread. Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class Prefetcher(Generic[T]):
     def get(self, step: int) -> T:
         """The result of `step`, which must be the next one in order; blocks until it is loaded.
 
-        Raises what `load` raised for it, ValueError for any other step, and RuntimeError after `close` or an exception.
+        Raises what `load` raised for it, ValueError for any other step, and RuntimeError after `close` or an
+        exception.
         """
         if step != self._next_step or (self._stop_step is not None and step >= self._stop_step):
             raise ValueError(
-                f"step {step} is not the next one to hand over (next {self._next_step}, stop {self._stop_step})"
+                f"step {step} is not the next one to hand over (next {self._next_step}, stop "
+                f"{self._stop_step})"
             )
         result, error = self._take()
         if error is not None:
@@ -50,11 +53,13 @@ class Prefetcher(Generic[T]):
         return result  # type: ignore[return-value]
 
     def finish(self) -> None:
-        """End early, at the same step in every process that calls this after the same `get`; returns once the thread has ended.
+        """End early, at the same step in every process that calls this after the same `get`; returns once the
+        thread has ended.
 
-        Loads may be collective, and one process may be further ahead than another: all go on to the last step that any
-        of them can have begun, and throw the results away. A load that takes long is waited for however long that is: another
-        thread beside it would talk over it. One that hangs is ended as the loop is, by the watchdog or the groups' timeout.
+        Loads may be collective, and one process may be further ahead than another: all go on to the last step
+        that any of them can have begun, and throw the results away. A load that takes long is waited for
+        however long that is: another thread beside it would talk over it. One that hangs is ended as the loop
+        is, by the watchdog or the groups' timeout.
         """
         bound = self._next_step + self._ready.maxsize + 1
         self._stop_step = bound if self._stop_step is None else min(bound, self._stop_step)
@@ -63,7 +68,9 @@ class Prefetcher(Generic[T]):
                 self._ready.get(timeout=_POLL_SECONDS)
 
     def close(self, timeout: float = 5.0) -> bool:
-        """Stop loading and wait up to `timeout` seconds for a load in progress; False where it is still running."""
+        """Stop loading and wait up to `timeout` seconds for a load in progress; False where it is still
+        running.
+        """
         self._closed.set()
         deadline = time.monotonic() + timeout
         while self._thread.is_alive() and time.monotonic() < deadline:
@@ -114,7 +121,9 @@ class StepPrefetcher(Generic[T]):
         self._offset = 0
 
     def begin(self, step: int, offset: int) -> T:
-        """The result for `step`; step k takes `load(k + offset)` from here on. At the same place in every process."""
+        """The result for `step`; step k takes `load(k + offset)` from here on. At the same place in every
+        process.
+        """
         self.finish()
         self._offset = offset
         self._source = Prefetcher(self._load, step + offset, depth=1, stop_step=self._steps + offset)

@@ -1,7 +1,9 @@
-"""Makes a data folder from texts: trains or takes a tokenizer, holds documents out, writes shards; resumes where it was cut off.
+"""Makes a data folder from texts: trains or takes a tokenizer, holds documents out, writes shards; resumes
+where it was cut off.
 
-The order of work: digest the sources, train or copy the tokenizer, encode piece by piece with a commit to `journal.json`
-every 64 MiB of text, and write `manifest.json` last. The same sources and settings give the same bytes, interrupted or not.
+The order of work: digest the sources, train or copy the tokenizer, encode piece by piece with a commit to
+`journal.json` every 64 MiB of text, and write `manifest.json` last. The same sources and settings give the
+same bytes, interrupted or not.
 """
 
 from __future__ import annotations
@@ -51,12 +53,13 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
-    """Make the data folder `out` and return its manifest; does nothing where it is already made of these sources and settings.
+    """Make the data folder `out` and return its manifest; does nothing where it is already made of these
+    sources and settings.
 
-    `tokenizer` is a tokenizer.json to use instead of training one of `vocab_size` entries on the training documents.
-    `validation_sources` are held out as they are, and then nothing of `sources` is. An interrupted call resumes when
-    repeated. Raises DataError for bad sources or settings, where `out` holds other data and not `overwrite`, and where
-    another process is preparing it.
+    `tokenizer` is a tokenizer.json to use instead of training one of `vocab_size` entries on the training
+    documents. `validation_sources` are held out as they are, and then nothing of `sources` is. An interrupted
+    call resumes when repeated. Raises DataError for bad sources or settings, where `out` holds other data and
+    not `overwrite`, and where another process is preparing it.
     """
     settings = PrepareSettings(
         vocab_size=vocab_size,
@@ -71,10 +74,11 @@ def prepare(
 
 
 def ensure_prepared(data: DataSettings, progress: bool = True) -> None:
-    """Make `data.path` from `data.source` where it is not made yet; of several processes one does it, and the others wait.
+    """Make `data.path` from `data.source` where it is not made yet; of several processes one does it, and the
+    others wait.
 
-    Does nothing where there is no source. Raises DataError as `prepare` does, and where a folder has another tokenizer or
-    separator than the settings name; what else it was made with otherwise is said.
+    Does nothing where there is no source. Raises DataError as `prepare` does, and where a folder has another
+    tokenizer or separator than the settings name; what else it was made with otherwise is said.
     """
     out = Path(data.path)
     if not data.source:
@@ -106,7 +110,8 @@ def _plan(
         raise DataError(f"shard_tokens={settings.shard_tokens} must be at least 1")
     if not tokenizer and settings.vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
-            f"vocab_size={settings.vocab_size} is too small; 256 bytes and the separator need at least {MIN_VOCAB_SIZE}"
+            f"vocab_size={settings.vocab_size} is too small; 256 bytes and the separator need at least "
+            f"{MIN_VOCAB_SIZE}"
         )
     corpus, held_out, left_out = list_files(sources, validation_sources)
     if validation_sources:
@@ -165,7 +170,8 @@ def _prepare(job: Job, overwrite: bool, progress: bool) -> Manifest:
             say(report(made, job.left_out))
             return made
         raise DataError(
-            f"{job.out}: already holds data of other sources or settings; choose another folder or replace it with --overwrite"
+            f"{job.out}: already holds data of other sources or settings; choose another folder or replace "
+            "it with --overwrite"
         )
     try:
         journal = None if overwrite else read_journal(job)

@@ -40,8 +40,8 @@ class Split:
     def window(self, start: int, length: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Tokens int64 [length] from position `start` on, and bool [length], True where a document starts.
 
-        Raises IndexError where the window leaves the split, DataError where a shard is gone or was cut since it was opened: a
-        mapped file that was cut ends the process without a word when it is read.
+        Raises IndexError where the window leaves the split, DataError where a shard is gone or was cut since
+        it was opened: a mapped file that was cut ends the process without a word when it is read.
         """
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(
@@ -70,7 +70,8 @@ class Split:
             int(tokens_T.max()) >= self._vocab_size or (tokens_T[starts_T] != self.separator_id).any()
         ):
             raise DataError(
-                f"{self._files[0][0][0].parent}: {self.name} has tokens that its tokenizer has not, or no separator at a start"
+                f"{self._files[0][0][0].parent}: {self.name} has tokens that its tokenizer has not, or no "
+                "separator at a start"
             )
         return tokens_T, starts_T
 
@@ -102,7 +103,8 @@ class TokenDataset:
         compression = read_compression(folder / COMPRESSION)
         if compression.shape != (manifest.vocab_size,):
             raise DataError(
-                f"{folder / COMPRESSION}: is int64 {list(compression.shape)}, not int64 [{manifest.vocab_size}]"
+                f"{folder / COMPRESSION}: is int64 {list(compression.shape)}, not int64 "
+                f"[{manifest.vocab_size}]"
             )
         return cls(folder, manifest, compression)
 

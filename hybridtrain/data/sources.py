@@ -1,8 +1,9 @@
 """Documents from text sources, streamed: memory does not grow with the corpus.
 
-A source is a file, a folder (searched recursively, in sorted order, links followed) or `shipped:NAME`. A `.txt` file is one
-document; a `.jsonl` or `.ndjson` file has one document a line; each may also be compressed (`.gz`, `.xz`, `.bz2`). Suffixes may
-be in upper case. Every file is read once; what is left out is listed with its reason.
+A source is a file, a folder (searched recursively, in sorted order, links followed) or `shipped:NAME`. A
+`.txt` file is one document; a `.jsonl` or `.ndjson` file has one document a line; each may also be compressed
+(`.gz`, `.xz`, `.bz2`). Suffixes may be in upper case. Every file is read once; what is left out is listed
+with its reason.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ _NAMES = 20  # of fields that a line has
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file to read; `name` is what messages call it, `kind` is "text" or "jsonl", `compression` "" or a suffix."""
+    """One file to read; `name` is what messages call it, `kind` is "text" or "jsonl", `compression` "" or a
+    suffix.
+    """
 
     name: str
     path: Path
@@ -48,10 +51,11 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a document, bounded where the text can be cut. The pieces of a document follow each other and concatenate to it.
+    """A part of a document, bounded where the text can be cut. The pieces of a document follow each other and
+    concatenate to it.
 
-    `first` marks the piece that opens a document; `position` is how many bytes of the source file have been read; `context` is
-    the text before it that it is encoded behind.
+    `first` marks the piece that opens a document; `position` is how many bytes of the source file have been
+    read; `context` is the text before it that it is encoded behind.
     """
 
     text: str
@@ -68,7 +72,9 @@ class LeftOut(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The files of the corpus and of the validation text, each in the order in which they are read; and what is left out."""
+    """The files of the corpus and of the validation text, each in the order in which they are read; and what
+    is left out.
+    """
 
     corpus: list[SourceFile]
     held_out: list[SourceFile]
@@ -90,9 +96,11 @@ def shipped_names() -> list[str]:
 
 
 def list_files(sources: Sequence[str | Path], held_out: Sequence[str | Path] = ()) -> Listing:
-    """The files behind the sources of the corpus and of the validation text; each file once, however often it is named.
+    """The files behind the sources of the corpus and of the validation text; each file once, however often it
+    is named.
 
-    Raises DataError listing every source that is missing, unreadable, empty, of an unknown suffix, or in both.
+    Raises DataError listing every source that is missing, unreadable, empty, of an unknown suffix, or in
+    both.
     """
     problems: list[str] = []
     left_out: list[LeftOut] = []
@@ -123,9 +131,11 @@ def file_digest(path: Path) -> str:
 def read_pieces(
     file: SourceFile, text_field: str = "text", cuts: Cuts | None = None, tally: Tally | None = None
 ) -> Iterator[Piece]:
-    """The documents of one file in pieces: those that `cuts` says encode as the whole text, or else of 65,536 characters.
+    """The documents of one file in pieces: those that `cuts` says encode as the whole text, or else of 65,536
+    characters.
 
-    `tally` receives what is left out. Raises DataError naming the file and the byte offset (in the decompressed text).
+    `tally` receives what is left out. Raises DataError naming the file and the byte offset (in the
+    decompressed text).
     """
     cut = split_chunks if cuts is None else cuts.parts
     try:
@@ -142,7 +152,9 @@ def read_pieces(
 
 
 def split_chunks(chunks: Iterable[str], source: str) -> Iterator[Part]:
-    """The text that the chunks concatenate to, in parts of 65,536 characters at most, without a look at any tokenizer."""
+    """The text that the chunks concatenate to, in parts of 65,536 characters at most, without a look at any
+    tokenizer.
+    """
     waiting = ""
     for chunk in chunks:
         *ready, waiting = split_text(waiting + chunk)
@@ -151,7 +163,9 @@ def split_chunks(chunks: Iterable[str], source: str) -> Iterator[Part]:
 
 
 def split_text(text: str, limit: int = PART_CHARS) -> Iterator[str]:
-    """`text` in pieces of at most `limit` characters that concatenate to it, cut between words where there are words."""
+    """`text` in pieces of at most `limit` characters that concatenate to it, cut between words where there
+    are words.
+    """
     low = 0
     while len(text) - low > limit:
         high = _cut(text, low + limit // 2, low + limit)
@@ -223,12 +237,15 @@ class _Group:
         self.left_out += left
         if len(self.files) == before and not any(entry.why == _AGAIN for entry in left):
             self.problems.append(
-                f"{folder}: no file in this folder ends in {_legal()} and can be read{summary(left, '; left out: ')}"
+                f"{folder}: no file in this folder ends in {_legal()} and can be "
+                f"read{summary(left, '; left out: ')}"
             )
 
 
 def summary(left_out: Sequence[LeftOut], before: str = "") -> str:
-    """What is left out in a line: "3 files: 2 unknown suffix (.md, .pdf), 1 empty (a.txt)"; "" where nothing is."""
+    """What is left out in a line: "3 files: 2 unknown suffix (.md, .pdf), 1 empty (a.txt)"; "" where nothing
+    is.
+    """
     if not left_out:
         return ""
     parts = []
@@ -241,13 +258,16 @@ def summary(left_out: Sequence[LeftOut], before: str = "") -> str:
             )
         )
         parts.append(
-            f"{len(names):,} {why} ({', '.join(examples[:_EXAMPLES])}{', …' if len(examples) > _EXAMPLES else ''})"
+            f"{len(names):,} {why} "
+            f"({', '.join(examples[:_EXAMPLES])}{', …' if len(examples) > _EXAMPLES else ''})"
         )
     return f"{before}{len(left_out):,} file{'s' * (len(left_out) > 1)}: {', '.join(parts)}"
 
 
 def _walk(folder: Path, left: list[LeftOut]) -> Iterator[Path]:
-    """Every path below a folder that is no folder, links followed; a folder is walked once. OSError where one cannot be listed."""
+    """Every path below a folder that is no folder, links followed; a folder is walked once. OSError where one
+    cannot be listed.
+    """
 
     def refuse(error: OSError) -> NoReturn:
         raise error
@@ -339,7 +359,8 @@ def _jsonl_text(file: SourceFile, line: bytes, number: int, offset: int, text_fi
     value = record[text_field]
     if not isinstance(value, str) or not value.strip():
         raise DataError(
-            f"{where}: (byte {offset}) field {text_field!r} is {'empty' if isinstance(value, str) else 'not a string'}"
+            f"{where}: (byte {offset}) field {text_field!r} is "
+            f"{'empty' if isinstance(value, str) else 'not a string'}"
         )
     try:
         value.encode()
@@ -377,8 +398,8 @@ def _lines(file: SourceFile, blocks: Iterator[bytes]) -> Iterator[bytes]:
         waiting += len(rest)
         if waiting > MAX_LINE_BYTES:
             raise DataError(
-                f"{file.name}:{number}: is longer than {MAX_LINE_BYTES:,} bytes, the most that a line may have; "
-                "cut the document, or make it a .txt file"
+                f"{file.name}:{number}: is longer than {MAX_LINE_BYTES:,} bytes, the most that a line may "
+                "have; cut the document, or make it a .txt file"
             )
     if waiting:
         yield b"".join(parts)
@@ -401,8 +422,8 @@ def _refuse_bytes(file: SourceFile, data: bytes, offset: int, error: UnicodeDeco
 def _cut(text: str, low: int, high: int) -> int:
     """Where to end a piece, after `low` and at `high` at the latest.
 
-    Best is before a space that follows a letter or digit (no usual pre-tokenizer joins these), else before any white
-    space, else at `high`.
+    Best is before a space that follows a letter or digit (no usual pre-tokenizer joins these), else before
+    any white space, else at `high`.
     """
     cut = text.rfind(" ", low + 1, high)
     while cut > 0 and not text[cut - 1].isalnum():

@@ -29,13 +29,15 @@ MAX_TOKENIZER_BYTES = 256 << 20
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` entries (fewer where the texts have no more pairs), the same for the same texts.
+    """A byte-level BPE of at most `vocab_size` entries (fewer where the texts have no more pairs), the same
+    for the same texts.
 
     Raises DataError where `vocab_size` has no room for the 256 bytes and the separator.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
-            f"vocab_size={vocab_size} is too small; 256 bytes and the separator need at least {MIN_VOCAB_SIZE}"
+            f"vocab_size={vocab_size} is too small; 256 bytes and the separator need at least "
+            f"{MIN_VOCAB_SIZE}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -51,9 +53,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, without truncation or padding; special tokens written in a text are plain text to it.
+    """The tokenizer in a tokenizer.json, without truncation or padding; special tokens written in a text are
+    plain text to it.
 
-    Raises DataError where the file is missing or cannot be parsed, UntrustedFileError where it is longer than MAX_TOKENIZER_BYTES.
+    Raises DataError where the file is missing or cannot be parsed, UntrustedFileError where it is longer than
+    MAX_TOKENIZER_BYTES.
     """
     try:
         text = read_bytes(Path(path), MAX_TOKENIZER_BYTES).decode("utf-8")
@@ -76,7 +80,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 def library_errors(what: str) -> Iterator[None]:
     """Turns whatever the tokenizers library raises into a DataError that begins with `what`.
 
-    It raises bare Exception for what is wrong with a tokenizer or a text, and a BaseException of its own where it panics.
+    It raises bare Exception for what is wrong with a tokenizer or a text, and a BaseException of its own
+    where it panics.
     """
     try:
         yield
@@ -87,17 +92,21 @@ def library_errors(what: str) -> Iterator[None]:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """V: one more than the highest id, added tokens included (ids may have holes). DataError where that is above MAX_VOCAB_SIZE."""
+    """V: one more than the highest id, added tokens included (ids may have holes). DataError where that is
+    above MAX_VOCAB_SIZE.
+    """
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if size > MAX_VOCAB_SIZE:
         raise DataError(
-            f"the tokenizer has the token id {size - 1:,}; the highest that is taken is {MAX_VOCAB_SIZE - 1:,}"
+            f"the tokenizer has the token id {size - 1:,}; the highest that is taken is "
+            f"{MAX_VOCAB_SIZE - 1:,}"
         )
     return size
 
 
 def find_separator(tokenizer: Tokenizer, name: str | None = None) -> tuple[str, int]:
-    """The token that stands before each document, and its id: `name`, else the first present of KNOWN_SEPARATORS.
+    """The token that stands before each document, and its id: `name`, else the first present of
+    KNOWN_SEPARATORS.
 
     Raises DataError where there is none.
     """
@@ -109,16 +118,18 @@ def find_separator(tokenizer: Tokenizer, name: str | None = None) -> tuple[str, 
     if name:
         present = [token for token in KNOWN_SEPARATORS if tokenizer.token_to_id(token) is not None]
         raise DataError(
-            f"separator {name!r} is no token of the tokenizer; of the usual ones it has {', '.join(present) or 'none'}"
+            f"separator {name!r} is no token of the tokenizer; of the usual ones it has "
+            f"{', '.join(present) or 'none'}"
         )
     raise DataError(
-        f"the tokenizer has none of {', '.join(KNOWN_SEPARATORS)}; name its separator token with --separator TOKEN "
-        "(data.separator in settings)"
+        f"the tokenizer has none of {', '.join(KNOWN_SEPARATORS)}; name its separator token with --separator "
+        "TOKEN (data.separator in settings)"
     )
 
 
 def for_texts(tokenizer: Tokenizer, separator: str) -> Tokenizer:
-    """The tokenizer as texts are encoded with it: a text that spells the separator or a special token out does not have its id.
+    """The tokenizer as texts are encoded with it: a text that spells the separator or a special token out
+    does not have its id.
 
     Raises DataError where the separator is a token that texts consist of, such as a letter.
     """
@@ -140,8 +151,8 @@ def for_texts(tokenizer: Tokenizer, separator: str) -> Tokenizer:
         plain = _made_of(tree)
     if separator in _spelled(plain, special):
         raise DataError(
-            f"separator {separator!r} is a token that texts are encoded with, so documents could not be told apart; "
-            "choose one that stands for no text, e.g. a special token"
+            f"separator {separator!r} is a token that texts are encoded with, so documents could not be told "
+            "apart; choose one that stands for no text, e.g. a special token"
         )
     return plain
 

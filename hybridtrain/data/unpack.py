@@ -21,8 +21,8 @@ _XZ_MEMORY = 256 << 20  # xz -9 needs 65 MiB to unpack
 def unpack(raw: IO[bytes], compression: str, name: str) -> Iterator[bytes]:
     """The bytes of a file in blocks of at most about READ_BYTES; `compression` is one of COMPRESSIONS or "".
 
-    Raises DataError, naming the file and the offset in the unpacked bytes, where a stream is damaged or cut, and where there
-    are no bytes.
+    Raises DataError, naming the file and the offset in the unpacked bytes, where a stream is damaged or cut,
+    and where there are no bytes.
     """
     offset = 0
     try:
@@ -54,7 +54,9 @@ def _gunzipped(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _decompressed(raw: IO[bytes], make: Callable[[], Any]) -> Iterator[bytes]:
-    """Every stream of the file; the classes for files of the standard library leave out what follows a damaged one."""
+    """Every stream of the file; the classes for files of the standard library leave out what follows a
+    damaged one.
+    """
     decoder = None
     while data := raw.read(READ_BYTES):
         while data:

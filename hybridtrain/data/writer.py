@@ -1,4 +1,6 @@
-"""Writes the shards of one split so that an interrupted preparation goes on from its last commit, byte for byte."""
+"""Writes the shards of one split so that an interrupted preparation goes on from its last commit, byte for
+byte.
+"""
 
 from __future__ import annotations
 

@@ -83,7 +83,8 @@ def _kernel() -> str:
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, in ticks since its kernel did; None where there is none, or only what its parent has not taken note of.
+    """When a process began, in ticks since its kernel did; None where there is none, or only what its parent
+    has not taken note of.
 
     Raises OSError where it is there and may not be looked at.
     """

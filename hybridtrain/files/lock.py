@@ -1,17 +1,20 @@
 """Folders that one process at a time writes to, on any file system that several hosts may share.
 
-The lock is a file in the folder, which says who holds it. It is made by a hard link, which one of several makers gets, and touched
-every BEAT seconds by a thread of the holder. Who finds it there looks whether its holder lives:
+The lock is a file in the folder, which says who holds it. It is made by a hard link, which one of several
+makers gets, and touched every BEAT seconds by a thread of the holder. Who finds it there looks whether its
+holder lives:
 
 - On the same kernel and in the same pid namespace by the process number and the time at which the process began.
 - Else by the beats: a file that was not touched for STALE seconds, by the clock of its file system, or is not while one waits so
   long, belongs to nobody. No two clocks are compared.
 
-A dead holder's file is replaced by one heir: whoever links `<file>.<token>.heir` first, once per token. A holder that was
-stopped for so long sees that the file is no longer its own when it asks (`confirm`), and before it saves.
+A dead holder's file is replaced by one heir: whoever links `<file>.<token>.heir` first, once per token. A
+holder that was stopped for so long sees that the file is no longer its own when it asks (`confirm`), and
+before it saves.
 
-An object store has neither links nor times that can be relied on: there the file is written, read again a moment later, and
-written anew at every beat. Two that begin within that moment may both go on until the next beat of the first, which then ends.
+An object store has neither links nor times that can be relied on: there the file is written, read again a
+moment later, and written anew at every beat. Two that begin within that moment may both go on until the next
+beat of the first, which then ends.
 """
 
 from __future__ import annotations
@@ -49,7 +52,9 @@ class LockLost(UserError):
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of a try to take a lock: it is `taken`, or `holder` has it, who lives, or of whom that is not known yet (None)."""
+    """What came of a try to take a lock: it is `taken`, or `holder` has it, who lives, or of whom that is not
+    known yet (None).
+    """
 
     taken: bool
     holder: Holder | None = None
@@ -57,7 +62,9 @@ class Attempt:
 
 
 class FolderLock:
-    """The lock that is the file `file`; `attempt` takes it, and it is held until `release`. Of one thread, beside its own."""
+    """The lock that is the file `file`; `attempt` takes it, and it is held until `release`. Of one thread,
+    beside its own.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file, self.me = file, Holder.here()
@@ -72,7 +79,9 @@ class FolderLock:
         self._made_folder = False
 
     def attempt(self, dead: str = "") -> Attempt:
-        """Try once; the holder with the token `dead` is known not to live. Raises OSError where nothing can be written there."""
+        """Try once; the holder with the token `dead` is known not to live. Raises OSError where nothing can
+        be written there.
+        """
         if not self.file.parent.exists():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._made_folder = isinstance(self.file, Path)
@@ -90,7 +99,9 @@ class FolderLock:
         return Attempt(False, holder, lives)
 
     def confirm(self, at_once: bool = False) -> None:
-        """Raise LockLost where another process has taken the folder; looks at the file where it was not looked at for long."""
+        """Raise LockLost where another process has taken the folder; looks at the file where it was not
+        looked at for long.
+        """
         with self._mutex:
             if not self._lost and (at_once or _now() - self._confirmed > 2 * BEAT):
                 self._look()
@@ -158,8 +169,8 @@ class FolderLock:
             return  # not known; the next one may
         by = f"was taken over by {holder}" if holder is not None else "was removed, or taken over"
         self._lost = (
-            f"{self.file.parent}: the lock of this process {by}: it stood still for more than {STALE:g} s, or the file {self.file} "
-            "was changed by hand. It ends, so that no two write there"
+            f"{self.file.parent}: the lock of this process {by}: it stood still for more than {STALE:g} s, "
+            f"or the file {self.file} was changed by hand. It ends, so that no two write there"
         )
 
 
@@ -328,7 +339,9 @@ _held: set[FolderLock] = set()
 
 
 def _watch_sigterm(on: bool) -> None:
-    """SIGTERM ends a process as ever, but lets go of its folders before: what comes next, on another host, need not wait."""
+    """SIGTERM ends a process as ever, but lets go of its folders before: what comes next, on another host,
+    need not wait.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
     now = signal.getsignal(signal.SIGTERM)
@@ -346,7 +359,8 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _create_without_links(file: Path, me: Holder) -> bool:
-    """As `create`, on a file system that has no hard links; for a moment the file is there and says nothing yet.
+    """As `create`, on a file system that has no hard links; for a moment the file is there and says nothing
+    yet.
 
     Raises OSError where that is not why there is none.
     """

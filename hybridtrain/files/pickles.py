@@ -1,10 +1,12 @@
-"""Reads pickles that somebody else may have made: as values and names, without importing or calling anything that they name.
+"""Reads pickles that somebody else may have made: as values and names, without importing or calling anything
+that they name.
 
-A pickle is a program for a machine with a stack. This machine knows the instructions of protocols 2 to 5 that data need. Where
-one names a class or function, the name itself is the value; where one would call it or set an object's state, the call is noted
-down as a `Made`. So no constructor, `__setstate__` or function ever runs, whatever the file says, and all that is held is in
-proportion to the file's length: lengths and memo numbers that it claims allocate nothing. Whoever wants an object of what was
-read makes it of the parts that it looked at (checkpoint/index.py, checkpoint/piece.py, formats/torch_dist.py).
+A pickle is a program for a machine with a stack. This machine knows the instructions of protocols 2 to 5 that
+data need. Where one names a class or function, the name itself is the value; where one would call it or set
+an object's state, the call is noted down as a `Made`. So no constructor, `__setstate__` or function ever
+runs, whatever the file says, and all that is held is in proportion to the file's length: lengths and memo
+numbers that it claims allocate nothing. Whoever wants an object of what was read makes it of the parts that
+it looked at (checkpoint/index.py, checkpoint/piece.py, formats/torch_dist.py).
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Named:
 
 @dataclass(slots=True, eq=False)
 class Made:
-    """What a pickle wants to be called or built: `of(*args)`, then given `state` and, where it is a collection, `items`."""
+    """What a pickle wants to be called or built: `of(*args)`, then given `state` and, where it is a
+    collection, `items`.
+    """
 
     of: Any
     args: tuple[Any, ...]
@@ -44,10 +48,12 @@ class Made:
 
 
 def unpickle(content: bytes, source: str, known: Collection[str] | None, persistent: bool = False) -> Any:
-    """The value of a pickle: numbers, strings, lists (also for sets), tuples and dicts as they are, all else as Named and Made.
+    """The value of a pickle: numbers, strings, lists (also for sets), tuples and dicts as they are, all else
+    as Named and Made.
 
-    `known`: full names that may occur; None: any. `persistent`: allow what `torch.save` says of storages; it is given as a
-    Made of "" with the tuple in `args`. Raises UntrustedFileError naming `source`, and every name that is not known.
+    `known`: full names that may occur; None: any. `persistent`: allow what `torch.save` says of storages; it
+    is given as a Made of "" with the tuple in `args`. Raises UntrustedFileError naming `source`, and every
+    name that is not known.
     """
     machine = _Machine(content, persistent)
     try:

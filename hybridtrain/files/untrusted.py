@@ -1,6 +1,7 @@
 """Files that somebody else may have made: read within bounds, looked at before they are used, never run.
 
-docs/security.md says which files these are. JSON is read by `read_json`, paths that a file names are resolved by `inside`.
+docs/security.md says which files these are. JSON is read by `read_json`, paths that a file names are resolved
+by `inside`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class UntrustedFileError(UserError):
 
 
 def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The content of `path`. Raises FileNotFoundError, OSError, and UntrustedFileError where it is longer than `most` bytes.
+    """The content of `path`. Raises FileNotFoundError, OSError, and UntrustedFileError where it is longer
+    than `most` bytes.
 
     Links are followed; a pipe or device, whose reading may never end, is refused.
     """
@@ -46,14 +48,17 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """The file or object `path`, to read. Raises OSError, also for a pipe or device, whose reading may never end."""
+    """The file or object `path`, to read. Raises OSError, also for a pipe or device, whose reading may never
+    end.
+    """
     if _may_never_end(path):
         raise OSError(errno.EINVAL, "is no regular file", str(path))
     return path.open("rb")
 
 
 def read_json(path: Path, shape: type[T], most: int = MAX_BYTES) -> T:
-    """The JSON file `path` as a value of the type `shape`: a pydantic model, or a type such as `dict[str, Any]`.
+    """The JSON file `path` as a value of the type `shape`: a pydantic model, or a type such as `dict[str,
+    Any]`.
 
     Raises as `read_bytes` and `parse_json`.
     """
@@ -63,8 +68,8 @@ def read_json(path: Path, shape: type[T], most: int = MAX_BYTES) -> T:
 def parse_json(content: bytes | str, source: str, shape: type[T]) -> T:
     """JSON text as a value of the type `shape`, without conversions between types ("1" is no number).
 
-    Raises UntrustedFileError, naming `source`, where it is not UTF-8 or not JSON, nested deeper than MAX_DEPTH, has a key twice,
-    or where a value is of another type, then listing all of them.
+    Raises UntrustedFileError, naming `source`, where it is not UTF-8 or not JSON, nested deeper than
+    MAX_DEPTH, has a key twice, or where a value is of another type, then listing all of them.
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
@@ -79,7 +84,9 @@ def parse_json(content: bytes | str, source: str, shape: type[T]) -> T:
 
 
 def read_toml(path: Path, most: int = MAX_TOML) -> dict[str, Any]:
-    """The TOML file `path`. Raises OSError, and UntrustedFileError where it is longer than `most`, nested deeply or no TOML."""
+    """The TOML file `path`. Raises OSError, and UntrustedFileError where it is longer than `most`, nested
+    deeply or no TOML.
+    """
     content = read_bytes(path, most)
     try:
         tree = tomllib.loads(content.decode("utf-8"))
@@ -93,7 +100,9 @@ def read_toml(path: Path, most: int = MAX_TOML) -> dict[str, Any]:
 
 
 def validated(value: Any, source: str, shape: type[T]) -> T:
-    """A parsed value as one of the type `shape`. Raises UntrustedFileError listing every place where it has another type."""
+    """A parsed value as one of the type `shape`. Raises UntrustedFileError listing every place where it has
+    another type.
+    """
     try:
         return TypeAdapter(shape).validate_python(value, strict=True)
     except ValidationError as error:
@@ -111,7 +120,9 @@ def first_of(problems: list[str]) -> list[str]:
 
 
 def inside(folder: Path, name: str, source: str) -> Path:
-    """The file `name` of `folder`, as `source` calls it. Raises UntrustedFileError where it would lie outside of the folder."""
+    """The file `name` of `folder`, as `source` calls it. Raises UntrustedFileError where it would lie outside
+    of the folder.
+    """
     parts = name.replace("\\", "/").split("/")
     encodable = (
         name.encode("utf-8", "ignore").decode("utf-8") == name

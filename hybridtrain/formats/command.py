@@ -1,4 +1,6 @@
-"""What `hybridtrain import` and `hybridtrain export` call: the format chosen, and options of another one refused."""
+"""What `hybridtrain import` and `hybridtrain export` call: the format chosen, and options of another one
+refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The published architectures that our model can be, as tables: settings by config key, tensors by name, what must not be.
+"""The published architectures that our model can be, as tables: settings by config key, tensors by name, what
+must not be.
 
 One table serves both directions. A family is what transformers calls a model type.
 """
@@ -72,9 +73,10 @@ _SOFTMAX = {
 class Family:
     """One published architecture.
 
-    keys: config key to setting, both below their roots. fixed: settings that the architecture has in one form only.
-    layer: our name of a layer's tensor to theirs, `{expert}` once per expert. kinds: "dense" or "moe" per layer from a
-    config; arrange: the config keys that say so, or None where it cannot; structure: the keys that `kinds` reads.
+    keys: config key to setting, both below their roots. fixed: settings that the architecture has in one form
+    only. layer: our name of a layer's tensor to theirs, `{expert}` once per expert. kinds: "dense" or "moe"
+    per layer from a config; arrange: the config keys that say so, or None where it cannot; structure: the
+    keys that `kinds` reads.
     """
 
     name: str
@@ -89,7 +91,9 @@ class Family:
     constants: Mapping[str, Any] = field(default_factory=dict)  # config values of an export
 
     def their_names(self, name: str, num_experts: int) -> tuple[str, ...]:
-        """Their tensors for our tensor `name`: one, one per expert, or none where the architecture has no such thing."""
+        """Their tensors for our tensor `name`: one, one per expert, or none where the architecture has no
+        such thing.
+        """
         if name in OUTSIDE:
             return (OUTSIDE[name],)
         _, layer, rest = name.split(".", 2)
@@ -199,16 +203,17 @@ FAMILIES = {
     )
 }
 
-# Every key of a config.json is in one of these tables, in Family.keys, or in Family.structure. Keys that transformers' classes do
-# not have are told where they have a value; tests/hybridtrain/formats/test_config_fields.py walks the classes.
+# Every key of a config.json is in one of these tables, in Family.keys, or in Family.structure. Keys that
+# transformers' classes do not have are told where they have a value;
+# tests/hybridtrain/formats/test_config_fields.py walks the classes.
 MAPPED = frozenset(  # for every family: read by name where it is used
     (
         *("model_type", "architectures", "num_hidden_layers"),
         *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
     )
 )
-# Keys that change no logits: what a training did, how the model is used, what a class of transformers keeps for itself.
-# An export gives them back as they came.
+# Keys that change no logits: what a training did, how the model is used, what a class of transformers keeps
+# for itself. An export gives them back as they came.
 HARMLESS = frozenset(
     (
         *(

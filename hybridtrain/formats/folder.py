@@ -15,7 +15,8 @@ from pydantic import Field
 from hybridtrain.errors import UserError
 from hybridtrain.files.lock import NAME, locked
 
-# of a foreign config: bounds that keep a tensor's size far from the end of 64 bits, and a list of layers short
+# of a foreign config: bounds that keep a tensor's size far from the end of 64 bits, and a list of layers
+# short
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
 Count = Annotated[int, Field(ge=1, le=1 << 16)]
 Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -38,7 +39,8 @@ def need_transformers() -> ModuleType:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into, which becomes `out` when all went well and is removed when not.
 
-    Raises UserError where `out` exists and is no empty folder, cannot be written, or another process is making it.
+    Raises UserError where `out` exists and is no empty folder, cannot be written, or another process is
+    making it.
     """
     _refuse_used(out)  # before anything is written beside it
     with locked(out, file=out.with_name(f".{out.name}{NAME}")):

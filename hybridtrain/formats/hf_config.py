@@ -1,4 +1,6 @@
-"""config.json of a Hugging Face folder: read, checked value by value, and resolved with the defaults that transformers have."""
+"""config.json of a Hugging Face folder: read, checked value by value, and resolved with the defaults that
+transformers have.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,9 @@ class _Generation(BaseModel):
 
 @dataclass(frozen=True)
 class Config:
-    """tree: the file's own keys and values. values: transformers' config of the keys that are known. told: keys that are not."""
+    """tree: the file's own keys and values. values: transformers' config of the keys that are known. told:
+    keys that are not.
+    """
 
     tree: dict[str, Any]
     values: Any
@@ -149,8 +153,8 @@ def read_config(folder: Path) -> Config:
 
 
 def resolve(tree: dict[str, Any], path: Path) -> Config:
-    """The parsed config.json `path`. Raises UntrustedFileError listing every value of another type than its key's, and FormatError
-    listing what another architecture has and our model lacks."""
+    """The parsed config.json `path`. Raises UntrustedFileError listing every value of another type than its
+    key's, and FormatError listing what another architecture has and our model lacks."""
     validated(tree, str(path), _Named)
     transformers = need_transformers()
     model_type, family = tree["model_type"], FAMILIES.get(tree["model_type"])
@@ -209,7 +213,8 @@ def problems_of(config: Config) -> list[str]:
     for alias, name in type(config.values).attribute_map.items():
         if alias in config.tree and name in config.tree and config.tree[alias] != config.tree[name]:
             out.append(
-                f"{alias}={json.dumps(config.tree[alias])} and {name}={json.dumps(config.tree[name])} are the same key"
+                f"{alias}={json.dumps(config.tree[alias])} and {name}={json.dumps(config.tree[name])} are "
+                "the same key"
             )
     return out
 
@@ -228,13 +233,15 @@ def lacking_of(values: Any, tree: Mapping[str, Any]) -> list[str]:
         out.append(f"rope_parameters.rope_type={json.dumps(rope['rope_type'])}: scaled rotations")
     if rope.get("partial_rotary_factor") not in (None, 1):
         out.append(
-            f"rope_parameters.partial_rotary_factor={rope['partial_rotary_factor']}: rotations of a part of each head"
+            f"rope_parameters.partial_rotary_factor={rope['partial_rotary_factor']}: rotations of a part of "
+            "each head"
         )
     return out
 
 
 def generation_ids(folder: Path) -> dict[str, Any]:
-    """Ids of special tokens as the folder's generation_config.json has them; empty where there is no such file.
+    """Ids of special tokens as the folder's generation_config.json has them; empty where there is no such
+    file.
 
     Raises UntrustedFileError where it is not one.
     """
@@ -247,7 +254,9 @@ def generation_ids(folder: Path) -> dict[str, Any]:
 
 
 def _resolved(model_type: str, tree: Mapping[str, Any], path: Path) -> Any:
-    """transformers' config of the keys that its class has; others would become attributes of it, whatever their names."""
+    """transformers' config of the keys that its class has; others would become attributes of it, whatever
+    their names.
+    """
     kind = need_transformers().CONFIG_MAPPING[model_type]
     names = {
         *_fields(kind),

@@ -1,4 +1,6 @@
-"""From a checkpoint of ours to a Hugging Face folder: as a published architecture where one is the same model, else as our own."""
+"""From a checkpoint of ours to a Hugging Face folder: as a published architecture where one is the same
+model, else as our own.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,10 @@ def export_hf(
 ) -> str:
     """Write the run folder or checkpoint `path` as the Hugging Face folder `out`; returns the family written.
 
-    `family` is one of FAMILIES, "hybridtrain" (our own architecture with its modelling file), or "auto": the first that is
-    the same model, that of an import before others. `dtype` is of the matrices: one of DTYPES, or that of the import.
-    One shard is in memory at a time. Raises FormatError listing why a family that was named is not, and where a tensor has values
-    beyond the dtype.
+    `family` is one of FAMILIES, "hybridtrain" (our own architecture with its modelling file), or "auto": the
+    first that is the same model, that of an import before others. `dtype` is of the matrices: one of DTYPES,
+    or that of the import. One shard is in memory at a time. Raises FormatError listing why a family that was
+    named is not, and where a tensor has values beyond the dtype.
     """
     source = open_source(path)
     run, info, settings, stored = source
@@ -115,7 +117,8 @@ def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
         out.append(f"model.layers={json.dumps(model.layers)}: {name} has {family.pattern}")
     if model.dim % model.attention.num_heads and family.name == "llama":
         out.append(
-            f"model.dim={model.dim} is not a multiple of num_heads={model.attention.num_heads}, as {name} wants"
+            f"model.dim={model.dim} is not a multiple of num_heads={model.attention.num_heads}, as {name} "
+            "wants"
         )
     if "moe" in kinds and "feedforward.router.bias_E" not in family.layer and biased:
         out.append(f"the routers have selection biases (model.moe.bias_rate); {name} has none")
@@ -132,9 +135,11 @@ def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
 def _config(
     family: Family, settings: Settings, described: Mapping[str, Any], origin: Origin, file: Path
 ) -> dict[str, Any]:
-    """config.json: that of the import with what is now another value, or a new one with transformers' defaults.
+    """config.json: that of the import with what is now another value, or a new one with transformers'
+    defaults.
 
-    Raises FormatError where `origin`, that of `file`, has what an import would have refused: whoever made the run folder wrote it.
+    Raises FormatError where `origin`, that of `file`, has what an import would have refused: whoever made the
+    run folder wrote it.
     """
     if origin.config is not None and origin.config.get("model_type") == family.name:
         came = resolve(origin.config, file)
@@ -200,7 +205,9 @@ def _tensors(source: Source, family: Family) -> dict[str, LazyTensor]:
 
 
 def _write_usage(made: Path, separator_id: int, described: Mapping[str, Any]) -> None:
-    """How the tokenizer is used, where nothing that was imported says so: our separator begins and ends a document."""
+    """How the tokenizer is used, where nothing that was imported says so: our separator begins and ends a
+    document.
+    """
     separator = load_tokenizer(made / TOKENIZER).id_to_token(separator_id)
     defaults: dict[str, dict[str, Any]] = {
         "tokenizer_config.json": {

@@ -1,6 +1,7 @@
 """Our own architecture as a Hugging Face folder: the config and tensors that modeling_hybridtrain.py reads.
 
-Tensors keep their names. The packed table is cut into one matrix per memory layer and slot, so that no shard must hold it whole.
+Tensors keep their names. The packed table is cut into one matrix per memory layer and slot, so that no shard
+must hold it whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""From a Hugging Face folder (config.json, safetensors, tokenizer.json) to a folder of ours that runs start from."""
+"""From a Hugging Face folder (config.json, safetensors, tokenizer.json) to a folder of ours that runs start
+from.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,10 @@ def import_hf(
 ) -> Settings:
     """Write `out`: a checkpoint of the weights alone, tokenizer and settings.toml; returns the settings.
 
-    `separator` is the token before each document (default: the first usual one that the tokenizer has), `seq_len` the
-    training length. One tensor of ours is in memory at a time.
-    Raises FormatError listing everything that our model lacks and every tensor that is missing, unknown, of another shape or of a
-    dtype that is not read, or that holds NaN or infinite values.
+    `separator` is the token before each document (default: the first usual one that the tokenizer has),
+    `seq_len` the training length. One tensor of ours is in memory at a time. Raises FormatError listing
+    everything that our model lacks and every tensor that is missing, unknown, of another shape or of a dtype
+    that is not read, or that holds NaN or infinite values.
     """
     config = read_config(folder)
     tokenizer = ImportedTokenizer(folder / TOKENIZER, separator)
@@ -68,7 +70,8 @@ def import_hf(
     if config.told:
         said = ", ".join(f"{key}={json.dumps(value)[:60]}" for key, value in config.told.items())
         say(
-            f"{folder}: keys of config.json that transformers' {config.family.architecture} does not know either: {said}"
+            f"{folder}: keys of config.json that transformers' {config.family.architecture} does not know "
+            f"either: {said}"
         )
     values = Values(str(folder))
     dtype, positions = (
@@ -175,14 +178,17 @@ def _tensor_problems(
 
 
 def _frequency_problems(weights: SafetensorsFolder, settings: Settings) -> list[str]:
-    """Stored rotation frequencies that are not those of rope_theta, beyond the rounding of a dtype of 8 bits of precision."""
+    """Stored rotation frequencies that are not those of rope_theta, beyond the rounding of a dtype of 8 bits
+    of precision.
+    """
     a = settings.model.attention
     ours = a.rope_theta ** (-torch.arange(0, a.head_dim, 2, dtype=torch.float64) / a.head_dim)
     out = []
     for name in filter(_FREQUENCIES.fullmatch, weights.shapes):
         if dtype_problems({name: weights.dtypes[name]}) or weights.shapes[name] != tuple(ours.shape):
             out.append(
-                f"{name} is {weights.dtypes[name]} of shape {list(weights.shapes[name])}, must be [{len(ours)}] floats"
+                f"{name} is {weights.dtypes[name]} of shape {list(weights.shapes[name])}, must be "
+                f"[{len(ours)}] floats"
             )
         elif not torch.allclose(weights.read(name).double(), ours, rtol=1e-2, atol=1e-7):
             out.append(f"{name} holds other rotation frequencies than rope_theta={a.rope_theta} gives")

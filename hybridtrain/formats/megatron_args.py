@@ -1,4 +1,6 @@
-"""What Megatron-LM's arguments (`args` in common.pt) say of a model, and our settings for it; both directions."""
+"""What Megatron-LM's arguments (`args` in common.pt) say of a model, and our settings for it; both
+directions.
+"""
 
 from __future__ import annotations
 
@@ -111,8 +113,8 @@ class _Args(BaseModel):
 def said_of(args: Any, source: str) -> dict[str, Any]:
     """Arguments by name, under their older names, without those that are None.
 
-    Raises FormatError where `args` is neither a namespace nor a dict, lacks what every model has, or has one thing under two
-    names with two values.
+    Raises FormatError where `args` is neither a namespace nor a dict, lacks what every model has, or has one
+    thing under two names with two values.
     """
     if isinstance(args, Namespace):
         args = vars(args)
@@ -137,7 +139,8 @@ def said_of(args: Any, source: str) -> dict[str, Any]:
 def from_args(args: Any) -> tuple[dict[str, Any], list[str]]:
     """(the settings' section `model` but for vocab_size, what the arguments ask for and our model has not).
 
-    What no table knows is told. Raises as `said_of`, and UntrustedFileError listing every value of another type.
+    What no table knows is told. Raises as `said_of`, and UntrustedFileError listing every value of another
+    type.
     """
     source = f"args in {COMMON}"
     said = said_of(args, source)
@@ -159,7 +162,8 @@ def from_args(args: Any) -> tuple[dict[str, Any], list[str]]:
     }
     if unknown:
         say(
-            f"{source}: not known here, and taken for harmless: {', '.join(f'{k}={_show(v)[:60]}' for k, v in unknown.items())}"
+            f"{source}: not known here, and taken for harmless: "
+            f"{', '.join(f'{k}={_show(v)[:60]}' for k, v in unknown.items())}"
         )
     values = {ours: getattr(read, key) for key, ours in _KEYS.items()}
     values |= {
@@ -175,7 +179,8 @@ def from_args(args: Any) -> tuple[dict[str, Any], list[str]]:
         values["moe.hidden"] = read.moe_ffn_hidden_size or read.ffn_hidden_size
         if len(kinds) != read.num_layers:
             problems.append(
-                f"moe_layer_freq={_show(read.moe_layer_freq)}: a number, or 0 or 1 for each of {read.num_layers} layers"
+                f"moe_layer_freq={_show(read.moe_layer_freq)}: a number, or 0 or 1 for each of "
+                f"{read.num_layers} layers"
             )
         routing, lacking = _routing(read)
         values |= routing
@@ -199,7 +204,8 @@ def _routing(read: _Args) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"moe_router_load_balancing_type={_show(balancing)}: routing by Sinkhorn's algorithm")
     if shared % width:
         problems.append(
-            f"moe_shared_expert_intermediate_size={shared}: shared experts as wide as {width} or a multiple of it"
+            f"moe_shared_expert_intermediate_size={shared}: shared experts as wide as {width} or a multiple "
+            "of it"
         )
     sigmoid = read.moe_router_score_function == "sigmoid"
     values = {
@@ -229,7 +235,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def to_args(settings: Settings, rows: int, bias: bool, implementation: str, origin: Origin) -> Namespace:
-    """The arguments of a model that has no misfits, with `rows` in its embedding and, with `bias`, selection biases.
+    """The arguments of a model that has no misfits, with `rows` in its embedding and, with `bias`, selection
+    biases.
 
     What training does not change is as it was imported.
     """
@@ -270,7 +277,9 @@ def to_args(settings: Settings, rows: int, bias: bool, implementation: str, orig
 
 
 def misfits(settings: Settings, biased: bool) -> list[str]:
-    """Why Megatron's model is another than that of the settings; `biased`: some router's selection bias is not zero."""
+    """Why Megatron's model is another than that of the settings; `biased`: some router's selection bias is
+    not zero.
+    """
     moe, out = settings.model.moe, []
     if layers := engram_layers(settings):
         out.append(f"layers {', '.join(map(str, layers))} have a lookup memory; {NAME} has none")
@@ -284,7 +293,8 @@ def misfits(settings: Settings, biased: bool) -> list[str]:
         )
     if moe.score == "sigmoid" and moe.normalize_gates != (moe.top_k > 1):
         out.append(
-            f"model.moe.normalize_gates={_show(moe.normalize_gates)}: {NAME} has {_show(moe.top_k > 1)} with top_k={moe.top_k}"
+            f"model.moe.normalize_gates={_show(moe.normalize_gates)}: {NAME} has {_show(moe.top_k > 1)} with "
+            f"top_k={moe.top_k}"
         )
     if moe.score == "softmax" and moe.normalize_gates and moe.top_k == 1:
         out.append(f"model.moe.normalize_gates=true: {NAME} has false with top_k=1")
@@ -292,12 +302,13 @@ def misfits(settings: Settings, biased: bool) -> list[str]:
         best = min(2, moe.num_experts // moe.num_groups)
         if moe.top_k // moe.top_groups != best:
             out.append(
-                f"model.moe.top_groups={moe.top_groups}: {NAME} scores a group by its best top_k // top_groups = "
-                f"{moe.top_k // moe.top_groups} experts, ours by its best {best}"
+                f"model.moe.top_groups={moe.top_groups}: {NAME} scores a group by its best top_k // "
+                f"top_groups = {moe.top_k // moe.top_groups} experts, ours by its best {best}"
             )
         if moe.score == "softmax" and moe.normalize_gates:
             out.append(
-                f"model.moe.num_groups={moe.num_groups}: {NAME} scores groups by logits where gates of a softmax sum to one"
+                f"model.moe.num_groups={moe.num_groups}: {NAME} scores groups by logits where gates of a "
+                "softmax sum to one"
             )
     return out
 

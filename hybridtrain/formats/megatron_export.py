@@ -48,11 +48,13 @@ def export_megatron(
     max_file_bytes: int = 5 * 10**9,
     dtype: str = AS_IMPORTED,
 ) -> str:
-    """Write the run folder or checkpoint `path` as the folder `out`, which Megatron-LM loads; returns what was written.
+    """Write the run folder or checkpoint `path` as the folder `out`, which Megatron-LM loads; returns what
+    was written.
 
-    `implementation` is that of Megatron's layers, which names one norm. One tensor is in memory at a time, or the three of
-    queries, keys and values. `dtype` is of the matrices: one of DTYPES, or that of the import. Raises FormatError listing why
-    Megatron's model is another, and where a tensor has values beyond the dtype.
+    `implementation` is that of Megatron's layers, which names one norm. One tensor is in memory at a time, or
+    the three of queries, keys and values. `dtype` is of the matrices: one of DTYPES, or that of the import.
+    Raises FormatError listing why Megatron's model is another, and where a tensor has values beyond the
+    dtype.
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f'--transformer-impl "{implementation}": it may be {", ".join(IMPLEMENTATIONS)}')
@@ -83,7 +85,9 @@ def export_megatron(
 def _pieces(
     source: Source, implementation: str, keeps_bias: bool
 ) -> tuple[list[tuple[Region, LazyTensor]], list[str]]:
-    """Their pieces, to be made of our tensors, and the keys of empty states. FormatError where one of ours would be left behind."""
+    """Their pieces, to be made of our tensors, and the keys of empty states. FormatError where one of ours
+    would be left behind.
+    """
     model, specs = source.settings.model, layer_specs(source.settings)
     alike = len({spec.feedforward for spec in specs}) == 1
     layout = Layout(len(specs), model.moe.num_experts, layers=alike)

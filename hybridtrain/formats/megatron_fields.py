@@ -1,14 +1,17 @@
-"""What becomes of every argument that Megatron-LM (core_v0.16.1) keeps in a checkpoint, and of every field of its core's config.
+"""What becomes of every argument that Megatron-LM (core_v0.16.1) keeps in a checkpoint, and of every field of
+its core's config.
 
-MAPPED are read (megatron_args.py), LACKING must have a value that means their absence, HARMLESS change nothing that the weights
-compute. Values of others are told. tests/hybridtrain/formats/test_config_fields.py walks the fields of the installed megatron-core.
+MAPPED are read (megatron_args.py), LACKING must have a value that means their absence, HARMLESS change
+nothing that the weights compute. Values of others are told. tests/hybridtrain/formats/test_config_fields.py
+walks the fields of the installed megatron-core.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# another name of the same thing: the field of megatron-core, which Megatron-LM 0.16 names its arguments by, and the older argument
+# another name of the same thing: the field of megatron-core, which Megatron-LM 0.16 names its arguments by,
+# and the older argument
 ALIASES = {
     "layernorm_epsilon": "norm_epsilon",
     "layernorm_zero_centered_gamma": "apply_layernorm_1p",
@@ -23,7 +26,8 @@ moe_router_topk_scaling_factor moe_shared_expert_intermediate_size norm_epsilon 
 num_moe_experts num_query_groups qk_layernorm rotary_base softmax_scale untie_embeddings_and_output_weights
 """
 
-# What the arguments may say that our model has not: argument, the values that mean its absence, and what it is.
+# What the arguments may say that our model has not: argument, the values that mean its absence, and what it
+# is.
 LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "multi_latent_attention",

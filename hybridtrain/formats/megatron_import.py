@@ -52,11 +52,12 @@ def import_megatron(
     separator: str | None = None,
     seq_len: int | None = None,
 ) -> Settings:
-    """Write `out` as `import_hf` does, from a checkpoint or the latest of a folder of them; any parallel layout wrote it.
+    """Write `out` as `import_hf` does, from a checkpoint or the latest of a folder of them; any parallel
+    layout wrote it.
 
-    The model is that of `settings_file` (our TOML, its section `model`), else that of the checkpoint's arguments. The tokenizer
-    is `tokenizer`, else the tokenizer.json beside the checkpoint.
-    Raises FormatError listing everything that our model lacks and every tensor that is missing, unknown or of another shape.
+    The model is that of `settings_file` (our TOML, its section `model`), else that of the checkpoint's
+    arguments. The tokenizer is `tokenizer`, else the tokenizer.json beside the checkpoint. Raises FormatError
+    listing everything that our model lacks and every tensor that is missing, unknown or of another shape.
     """
     saved = find_iteration(folder)
     if tokenizer is None and not (folder / TOKENIZER).is_file():
@@ -146,7 +147,9 @@ def _tensors(weights: TorchDist, settings: Settings, values: Values) -> dict[str
 def _regions(
     name: str, shape: tuple[int, ...], layout: Layout, model: ModelSettings, keys: Collection[str]
 ) -> list[Region]:
-    """Where our tensor is: in one place, one per expert, or none. Of several names that which is there, else the first."""
+    """Where our tensor is: in one place, one per expert, or none. Of several names that which is there, else
+    the first.
+    """
     if name in OUTSIDE:
         return [outside(name, shape)]
     theirs = LAYER.get(name.split(".", 2)[2], ())
@@ -156,7 +159,9 @@ def _regions(
 
 
 def _check_counts(weights: TorchDist, settings: Settings) -> None:
-    """Raises FormatError where far more layers or experts are promised than stored, before a model of so many is described."""
+    """Raises FormatError where far more layers or experts are promised than stored, before a model of so many
+    is described.
+    """
     numbers = {key.split(".")[2] for key in weights.shapes if key.startswith("decoder.layers.")}
     stacked = [shape[0] for key, shape in weights.shapes.items() if key == f"decoder.layers.{QKV}" and shape]
     routers = [
@@ -220,6 +225,7 @@ def _tensor_problems(expected: Mapping[str, tuple[int, ...]], weights: TorchDist
         key for key in weights.objects if "._extra_state" not in key and not key.startswith(_TRAINING)
     ]:
         say(
-            f"{weights.folder}: objects beside the tensors that are not read: {', '.join(sorted(others)[:10])}"
+            f"{weights.folder}: objects beside the tensors that are not read: "
+            f"{', '.join(sorted(others)[:10])}"
         )
     return problems + [f"{key} has no place in our model" for key in found if key not in expected]

@@ -1,4 +1,5 @@
-"""Where Megatron-core's GPT model has the tensors of ours: names, stacks of layers and experts, joined matrices.
+"""Where Megatron-core's GPT model has the tensors of ours: names, stacks of layers and experts, joined
+matrices.
 
 D model width, E experts, G key/value heads, L layers; X and Y rows of queries, and of keys or values.
 """
@@ -60,8 +61,9 @@ OUTSIDE = {
 class Layout:
     """How Megatron cuts a model of L layers and E experts into stored tensors.
 
-    `layers`: one tensor holds all layers, [L, …]. `experts`: one tensor holds all experts, [E, …], and one matrix both
-    halves of a gated unit; else each is a tensor of its own (Megatron's `singleton_local_shards`).
+    `layers`: one tensor holds all layers, [L, …]. `experts`: one tensor holds all experts, [E, …], and one
+    matrix both halves of a gated unit; else each is a tensor of its own (Megatron's
+    `singleton_local_shards`).
     """
 
     num_layers: int
@@ -76,9 +78,11 @@ class Layout:
         return cls(num_layers, num_experts, f"decoder.layers.{QKV}" in keys, experts=not apart)
 
     def regions(self, ours: str, name: str, shape: tuple[int, ...]) -> list[Region]:
-        """Where the stored tensors of the name `name` have our tensor `ours` of a layer: one region, or one per expert.
+        """Where the stored tensors of the name `name` have our tensor `ours` of a layer: one region, or one
+        per expert.
 
-        `shape` is that of what our tensor is there, without stacks: of one expert, of one half of a gated unit.
+        `shape` is that of what our tensor is there, without stacks: of one expert, of one half of a gated
+        unit.
         """
         half = next((half for half, leaf in enumerate(("w_gate", "w_up")) if leaf in ours), None)
         joined = half is not None and self.experts

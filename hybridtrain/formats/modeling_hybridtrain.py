@@ -1,10 +1,11 @@
 """A hybridtrain model for transformers: attention, dense and expert feed-forwards, n-gram lookup memories.
 
-This file stands alone: it needs torch and transformers, and is loaded from a model's folder with `trust_remote_code=True`.
-The separator token starts a document; attention, memory n-grams and convolutions stay inside one. There is no key/value
-cache: every generated token reads the whole text again.
+This file stands alone: it needs torch and transformers, and is loaded from a model's folder with
+`trust_remote_code=True`. The separator token starts a document; attention, memory n-grams and convolutions
+stay inside one. There is no key/value cache: every generated token reads the whole text again.
 
-B batch, T tokens, D model width, H heads, C head or row width, S slots (orders * heads), N = B*T, K experts per token.
+B batch, T tokens, D model width, H heads, C head or row width, S slots (orders * heads), N = B*T, K experts
+per token.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class HybridTrainConfig(PretrainedConfig):
-    """`feedforwards` says "dense" or "moe" per layer; `moe` and `memory` are what those parts need, None where there are none."""
+    """`feedforwards` says "dense" or "moe" per layer; `moe` and `memory` are what those parts need, None
+    where there are none.
+    """
 
     model_type = "hybridtrain"
 
@@ -113,7 +116,9 @@ MASKED_TOKENS = 2048  # the longest text with a mask of all pairs
 
 
 def by_blocks(q_BHTC, k_BHTC, v_BHTC, documents_BT, block=256):
-    """Attention some queries at a time, each time with the mask of their own rows, which the backward pass makes again."""
+    """Attention some queries at a time, each time with the mask of their own rows, which the backward pass
+    makes again.
+    """
 
     def attend(q, k, v, start, end):
         place_T = torch.arange(end, device=q.device)
@@ -147,7 +152,9 @@ def rotate(x_BTHC, rotation_TR):
 
 
 class Router(nn.Module):
-    """Top-k of the scores plus a selection bias, within the best groups; the gates come from the scores alone."""
+    """Top-k of the scores plus a selection bias, within the best groups; the gates come from the scores
+    alone.
+    """
 
     def __init__(self, dim, moe):
         super().__init__()
@@ -207,7 +214,9 @@ class MoE(nn.Module):
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
 
     def drop(self, experts_BTK, gates_NK, real_BT):
-        """The gates, zero where `most` earlier tokens of the text chose the same expert; padding (not `real_BT`) takes no place."""
+        """The gates, zero where `most` earlier tokens of the text chose the same expert; padding (not
+        `real_BT`) takes no place.
+        """
         chosen_BTE = F.one_hot(experts_BTK, self.router.weight.size(0)).sum(2)
         if real_BT is not None:
             chosen_BTE = chosen_BTE * real_BT[:, :, None]
@@ -216,9 +225,11 @@ class MoE(nn.Module):
 
 
 class Memory(nn.Module):
-    """Table rows chosen by a hash of the last tokens, gated by how far they agree with the hidden state (arXiv 2601.07372).
+    """Table rows chosen by a hash of the last tokens, gated by how far they agree with the hidden state
+    (arXiv 2601.07372).
 
-    A row's number is `mix_n mod prime` with mix_n = x0*m0 xor x1*m1 xor … over the last n compressed ids, in int64.
+    A row's number is `mix_n mod prime` with mix_n = x0*m0 xor x1*m1 xor … over the last n compressed ids, in
+    int64.
     """
 
     def __init__(self, config, layer):
@@ -252,7 +263,9 @@ class Memory(nn.Module):
         return F.silu(self.convolve(self.conv_norm(u_BTD), documents_BT)) + u_BTD
 
     def rows(self, compressed_BT, reach_BT):
-        """The rows of all slots side by side, [B, T, S*C]; `reach_BT` counts the tokens that may be seen to the left."""
+        """The rows of all slots side by side, [B, T, S*C]; `reach_BT` counts the tokens that may be seen to
+        the left.
+        """
         rows, slot = [], 0
         mix_BT = torch.zeros_like(compressed_BT)
         for back in range(max(self.orders)):
@@ -266,7 +279,9 @@ class Memory(nn.Module):
         return torch.cat(rows, -1)
 
     def convolve(self, x_BTD, documents_BT):
-        """Depthwise and causal; tap j reads (J-1-j)*dilation tokens back, never across the start of a document."""
+        """Depthwise and causal; tap j reads (J-1-j)*dilation tokens back, never across the start of a
+        document.
+        """
         taps = self.conv.size(0)
         out_BTD = x_BTD * self.conv[-1]
         for j in range(taps - 1):
@@ -294,7 +309,8 @@ class Layer(nn.Module):
 class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = HybridTrainConfig
     base_model_prefix = ""
-    # where the config says tie_word_embeddings; transformers leave them apart where both are stored and differ
+    # where the config says tie_word_embeddings; transformers leave them apart where both are stored and
+    # differ
     _tied_weights_keys: ClassVar = {"head.weight": "embed.weight"}
     main_input_name = "input_ids"
 
@@ -328,7 +344,9 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def forward(self, input_ids, attention_mask=None, labels=None, logits_to_keep=0, **kwargs):
-        """Logits [B, T, V], or of the last `logits_to_keep` tokens; `attention_mask` [B, T] is 0 on padding, left or right."""
+        """Logits [B, T, V], or of the last `logits_to_keep` tokens; `attention_mask` [B, T] is 0 on padding,
+        left or right.
+        """
         starts_BT = input_ids == self.config.separator_token_id
         real_BT = None if attention_mask is None else attention_mask.bool()
         if real_BT is not None:
@@ -360,7 +378,9 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV)
 
     def grams(self, input_ids, starts_BT, real_BT) -> tuple[Tensor | None, Tensor | None]:
-        """Compressed ids [B, T] and how many tokens to the left an n-gram may see: to its document, or to the text's beginning."""
+        """Compressed ids [B, T] and how many tokens to the left an n-gram may see: to its document, or to the
+        text's beginning.
+        """
         memory = self.config.memory
         if memory is None:
             return None, None

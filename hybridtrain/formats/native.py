@@ -61,7 +61,9 @@ class Source(NamedTuple):
 
 
 def open_source(path: Path) -> Source:
-    """The run folder or checkpoint `path`, verified. Raises CheckpointError where it is damaged or has no tokenizer."""
+    """The run folder or checkpoint `path`, verified. Raises CheckpointError where it is damaged or has no
+    tokenizer.
+    """
     run, saved = find_checkpoint(path)
     if not (run / TOKENIZER).is_file():
         raise CheckpointError(f"{run} lacks {TOKENIZER}, which belongs to its checkpoints")
@@ -84,14 +86,17 @@ def biased(stored: StoredTensors) -> bool:
 
 
 def output_dtype(dtype: str, origin: Origin) -> str:
-    """The dtype of an export's matrices, of DTYPES: `dtype`, or for "auto" that of the import, float32 where there was none."""
+    """The dtype of an export's matrices, of DTYPES: `dtype`, or for "auto" that of the import, float32 where
+    there was none.
+    """
     if dtype not in (*DTYPES, AS_IMPORTED):
         raise UserError(f'--dtype "{dtype}": it may be {", ".join((*DTYPES, AS_IMPORTED))}')
     if dtype != AS_IMPORTED:
         return dtype
     if origin.dtype in DTYPES and origin.dtype != "float32":
         say(
-            f"matrices are written in {origin.dtype}, as they were imported; --dtype float32 writes what training has"
+            f"matrices are written in {origin.dtype}, as they were imported; --dtype float32 writes what "
+            "training has"
         )
     return origin.dtype if origin.dtype in DTYPES else "float32"
 
@@ -115,7 +120,9 @@ def model_tree(values: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any
 
 
 def settings_of_import(model: dict[str, Any], out: Path, seq_len: int, source: str) -> Settings:
-    """The settings that a run goes on with from weights in `out`. Raises SettingsError where they contradict each other."""
+    """The settings that a run goes on with from weights in `out`. Raises SettingsError where they contradict
+    each other.
+    """
     tree = {
         "run": {"dir": f"{out}-train"},
         "data": {"path": str(out / "data"), "tokenizer": str(out / TOKENIZER)},
@@ -127,7 +134,9 @@ def settings_of_import(model: dict[str, Any], out: Path, seq_len: int, source: s
 
 
 class ImportedTokenizer:
-    """The tokenizer of an import, and its token before each document: `separator`, or the first usual one that it has."""
+    """The tokenizer of an import, and its token before each document: `separator`, or the first usual one
+    that it has.
+    """
 
     def __init__(self, path: Path, separator: str | None) -> None:
         self.path = path
@@ -146,7 +155,9 @@ class ImportedTokenizer:
 
 
 class Import(NamedTuple):
-    """What is imported: an architecture's name, our tensors to be made, what looks at their values, what came with them."""
+    """What is imported: an architecture's name, our tensors to be made, what looks at their values, what came
+    with them.
+    """
 
     architecture: str
     tensors: Mapping[str, LazyTensor]
@@ -155,9 +166,11 @@ class Import(NamedTuple):
 
 
 def write_run(out: Path, settings: Settings, imported: Import, tokenizer: ImportedTokenizer) -> Settings:
-    """Make the folder `out`: tokenizer, settings, and a checkpoint of the weights alone; returns the settings, with the separator.
+    """Make the folder `out`: tokenizer, settings, and a checkpoint of the weights alone; returns the
+    settings, with the separator.
 
-    Two tensors are in memory at a time. Raises FormatError, and leaves nothing, where weights hold NaN or infinite values.
+    Two tensors are in memory at a time. Raises FormatError, and leaves nothing, where weights hold NaN or
+    infinite values.
     """
     settings = settings.model_copy(
         update={"data": settings.data.model_copy(update={"separator": tokenizer.separator})}

@@ -29,11 +29,13 @@ class _Index(BaseModel):
 
 
 class SafetensorsFolder:
-    """The tensors of a folder's model.safetensors, or where it has none, of the files that its index names, as transformers choose.
+    """The tensors of a folder's model.safetensors, or where it has none, of the files that its index names,
+    as transformers choose.
 
-    A tensor is read from the file that the index names for it. Raises UntrustedFileError where the index is not one or names a
-    file outside of the folder, and DataError where there are no weights, or listing every file that is missing or damaged, every
-    tensor that its file lacks, and every one that stands in a file for which the index does not name it.
+    A tensor is read from the file that the index names for it. Raises UntrustedFileError where the index is
+    not one or names a file outside of the folder, and DataError where there are no weights, or listing every
+    file that is missing or damaged, every tensor that its file lacks, and every one that stands in a file for
+    which the index does not name it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,14 +82,18 @@ class SafetensorsFolder:
 
 
 def _check_header(path: Path) -> None:
-    """Raises UntrustedFileError where a tensor stands twice in a file's header, of which the library takes the last."""
+    """Raises UntrustedFileError where a tensor stands twice in a file's header, of which the library takes
+    the last.
+    """
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         parse_json(stream.read(min(length, MAX_BYTES)), "its header", dict[str, Any])
 
 
 def _choose(folder: Path) -> dict[Path, set[str] | None]:
-    """The files to read, each with the tensors that the index names for it, or with None where no index is read."""
+    """The files to read, each with the tensors that the index names for it, or with None where no index is
+    read.
+    """
     if (folder / SINGLE).is_file():
         if left := sorted(path.name for path in folder.glob("*.safetensors*") if path.name != SINGLE):
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
@@ -113,7 +119,8 @@ def _choose(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> None:
-    """Write `model.safetensors`, or several files of at most `max_shard_bytes` (or one tensor) and their index.
+    """Write `model.safetensors`, or several files of at most `max_shard_bytes` (or one tensor) and their
+    index.
 
     One shard is in memory at a time. Raises UserError where the disk refuses.
     """

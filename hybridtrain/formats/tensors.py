@@ -1,7 +1,8 @@
 """How a tensor of ours becomes theirs and back.
 
-Published models rotate the halves (r, r + C/2) of a head by one angle, ours the neighbours (2r, 2r + 1): what makes queries
-and keys has its rows in another order. Experts are stacked here, input first, and one matrix each there, output first.
+Published models rotate the halves (r, r + C/2) of a head by one angle, ours the neighbours (2r, 2r + 1): what
+makes queries and keys has its rows in another order. Experts are stacked here, input first, and one matrix
+each there, output first.
 
 C head width, D model width, E experts, F expert width, H heads.
 """
@@ -39,7 +40,9 @@ def to_theirs(name: str, value: Tensor, head_dim: int) -> Tensor:
 
 
 def to_ours(name: str, values: Iterable[Tensor], shape: tuple[int, ...], head_dim: int) -> Tensor:
-    """Our tensor of `shape` from theirs (one, or one per expert, each taken when the one before has its place), float32."""
+    """Our tensor of `shape` from theirs (one, or one per expert, each taken when the one before has its
+    place), float32.
+    """
     if is_stacked(name):
         out_EDF = torch.empty(shape)
         for into_DF, value in zip(out_EDF, values, strict=True):

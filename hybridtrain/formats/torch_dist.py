@@ -98,7 +98,8 @@ def find_iteration(folder: Path) -> Path:
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """What is no tensor, by name. Nothing in the file is run, no class of it is made: a Foreign stands for what is not plain data.
+    """What is no tensor, by name. Nothing in the file is run, no class of it is made: a Foreign stands for
+    what is not plain data.
 
     Raises DataError where the file cannot be read.
     """
@@ -128,7 +129,8 @@ class Foreign:
 
 
 class _Plain:
-    """Makes plain data of what a pickle says: also argparse.Namespace and dtypes; at most so many parts, so many in each other.
+    """Makes plain data of what a pickle says: also argparse.Namespace and dtypes; at most so many parts, so
+    many in each other.
 
     A long string, which may stand in many places as well, counts as one part for each 64 of its characters.
     """
@@ -160,7 +162,9 @@ class _Plain:
 
 
 class TorchDist:
-    """The tensors of a checkpoint folder, by regions. Raises DataError where its index cannot be read, or names other files."""
+    """The tensors of a checkpoint folder, by regions. Raises DataError where its index cannot be read, or
+    names other files.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -194,7 +198,9 @@ class TorchDist:
         return self._entries[key].properties.dtype
 
     def read(self, region: Region) -> Tensor:
-        """Its block, with all its dims. Raises DataError where a piece is missing or damaged, or the pieces are not the whole."""
+        """Its block, with all its dims. Raises DataError where a piece is missing or damaged, or the pieces
+        are not the whole.
+        """
         if region.key not in self._chunks:
             if problems := self._index.problems(region.key):
                 raise DataError("\n  ".join([f"{self.folder / METADATA}: is damaged", *problems[:10]]))
@@ -236,9 +242,11 @@ def write_torch_dist(
     common: Mapping[str, Any],
     max_file_bytes: int,
 ) -> None:
-    """Write a checkpoint into the empty `folder`: the pieces, `empty` objects by their keys, and what is no tensor.
+    """Write a checkpoint into the empty `folder`: the pieces, `empty` objects by their keys, and what is no
+    tensor.
 
-    A file has at most `max_file_bytes`, or one piece; one piece is in memory at a time. Raises OSError where the disk refuses.
+    A file has at most `max_file_bytes`, or one piece; one piece is in memory at a time. Raises OSError where
+    the disk refuses.
     """
     entries: dict[str, Any] = {}
     places: dict[dcp.MetadataIndex, _StorageInfo] = {}

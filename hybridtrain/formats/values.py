@@ -1,4 +1,6 @@
-"""What is looked at in every tensor that comes from elsewhere, whatever the format: its dtype, and that its values are numbers."""
+"""What is looked at in every tensor that comes from elsewhere, whatever the format: its dtype, and that its
+values are numbers.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def dtype_problems(dtypes: Mapping[str, torch.dtype | str]) -> list[str]:
-    """Which tensors are of a dtype that is not read, by their names. A string is a dtype that torch has no name for."""
+    """Which tensors are of a dtype that is not read, by their names. A string is a dtype that torch has no
+    name for.
+    """
     legal = ", ".join(_name(dtype) for dtype in FLOATS)
     return [
         f"{name} is {_name(dtype)}: weights may be {legal}; dequantise others first"
@@ -43,7 +47,9 @@ class Values:
         return value
 
     def check(self) -> None:
-        """Raises FormatError listing every tensor taken so far that holds NaN or infinite values, with their numbers."""
+        """Raises FormatError listing every tensor taken so far that holds NaN or infinite values, with their
+        numbers.
+        """
         problems = []
         for name, parts in self._bad.items():
             nan, inf = (sum(counts) for counts in zip(*parts.values(), strict=True))

@@ -33,7 +33,9 @@ class HeadNorm(RMSNorm):
 
 
 class Counters:
-    """Named sums since the last reset; detached, on the module's device, additive over micro-batches and ranks."""
+    """Named sums since the last reset; detached, on the module's device, additive over micro-batches and
+    ranks.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -56,13 +58,15 @@ class Counters:
 
 
 MASKED_TOKENS = 2048
-"""The longest sequences that have a mask of all pairs: 4 MB of it each, which attention on the CPU makes 16 of."""
+"""The longest sequences that have a mask of all pairs: 4 MB of it each, which attention on the CPU makes 16
+of.
+"""
 
 
 @dataclass(frozen=True)
 class SequenceContext:
-    """`mask_B1TT` is True where a query may read a key; of sequences too long for it there are `spans` instead. Neither: causal
-    and nothing else. `documents_BT` goes with both."""
+    """`mask_B1TT` is True where a query may read a key; of sequences too long for it there are `spans`
+    instead. Neither: causal and nothing else. `documents_BT` goes with both."""
 
     rotation_TR: Tensor
     documents_BT: Tensor | None
@@ -78,13 +82,16 @@ def make_context(
     device: torch.device,
     positions_T: Tensor | None = None,
 ) -> SequenceContext:
-    """The context of sequences whose tokens carry the document numbers `documents_BT`; None: one document each.
+    """The context of sequences whose tokens carry the document numbers `documents_BT`; None: one document
+    each.
 
-    `positions_T` says which tokens of the sequence are here (None: all); `documents_BT` is of the whole sequence all the
-    same, and the mask then has a row for each token here and a column for each of the sequence.
+    `positions_T` says which tokens of the sequence are here (None: all); `documents_BT` is of the whole
+    sequence all the same, and the mask then has a row for each token here and a column for each of the
+    sequence.
 
-    On the CPU, sequences without an inner document start are found here and take the plain causal path. On other
-    devices looking would stall the host, so a caller who knows passes None; the spans of long sequences are worth it.
+    On the CPU, sequences without an inner document start are found here and take the plain causal path. On
+    other devices looking would stall the host, so a caller who knows passes None; the spans of long sequences
+    are worth it.
     """
     whole = seq_len if documents_BT is None else documents_BT.size(1)
     if (

@@ -38,11 +38,13 @@ def count_parameters(settings: Settings, vocab_size: int, table_rows: int) -> Pa
 
 
 def flops_per_token(settings: Settings, vocab_size: int) -> float:
-    """Operations of forward and backward for one token of a `train.seq_len` sequence, a multiply-add being two.
+    """Operations of forward and backward for one token of a `train.seq_len` sequence, a multiply-add being
+    two.
 
-    6 * (weights of all matrix products a token takes part in; the embedding and the table are looked up and cost none)
-    + 6 * num_heads * head_dim * (seq_len + 1) per attention layer: scores and values, 2 products * 2 operations * 3
-    passes over the (seq_len + 1) / 2 keys that a token sees on average. Norms, gates and the convolution are left out.
+    6 * (weights of all matrix products a token takes part in; the embedding and the table are looked up and
+    cost none) + 6 * num_heads * head_dim * (seq_len + 1) per attention layer: scores and values, 2 products *
+    2 operations * 3 passes over the (seq_len + 1) / 2 keys that a token sees on average. Norms, gates and the
+    convolution are left out.
     """
     model, engram = settings.model, settings.engram
     weights, attention = vocab_size * model.dim, 0
@@ -54,9 +56,11 @@ def flops_per_token(settings: Settings, vocab_size: int) -> float:
 
 
 def stage_costs(settings: Settings, vocab_size: int) -> tuple[float, list[float], float]:
-    """(embedding, [layer], norm and head): what each costs a pipeline stage, as its shares of all parameters and of all operations.
+    """(embedding, [layer], norm and head): what each costs a pipeline stage, as its shares of all parameters
+    and of all operations.
 
-    Parameters stand for memory, operations for time; the sum of all costs is 2. The lookup table is on no stage.
+    Parameters stand for memory, operations for time; the sum of all costs is 2. The lookup table is on no
+    stage.
     """
     model, engram, specs = settings.model, settings.engram, layer_specs(settings)
     slots_width = len(engram.orders) * engram.heads * engram.head_dim

@@ -19,11 +19,12 @@ from hybridtrain.settings.tree import Settings
 
 
 class EngramLayer(nn.Module):
-    """y = SiLU(conv(RMSNorm(u))) + u with u = g * W_V e, where g says how far the hidden state agrees with W_K e.
+    """y = SiLU(conv(RMSNorm(u))) + u with u = g * W_V e, where g says how far the hidden state agrees with
+    W_K e.
 
-    g = sigmoid(sign(s) sqrt(max(|s|, floor))) of s = <h, W_K e> / sqrt(D), both RMS-normed. The square root is in every released
-    code, with the floor 1e-6; the paper's text has sigmoid(s). Its slope is 1 / (2 sqrt(|s|)), up to 1 / (2 sqrt(floor)): single
-    tokens near s = 0 can dominate a step's gradient.
+    g = sigmoid(sign(s) sqrt(max(|s|, floor))) of s = <h, W_K e> / sqrt(D), both RMS-normed. The square root
+    is in every released code, with the floor 1e-6; the paper's text has sigmoid(s). Its slope is 1 / (2
+    sqrt(|s|)), up to 1 / (2 sqrt(floor)): single tokens near s = 0 can dominate a step's gradient.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -42,7 +43,9 @@ class EngramLayer(nn.Module):
         self.conv = nn.Parameter(torch.empty(engram.conv_kernel, dim)) if engram.conv else None
 
     def forward(self, h_BTD: Tensor, rows_BTSC: Tensor, documents_BT: Tensor | None) -> Tensor:
-        """What the memory adds to the hidden state: [B, T, D]. `documents_BT` None: one document per sequence."""
+        """What the memory adds to the hidden state: [B, T, D]. `documents_BT` None: one document per
+        sequence.
+        """
         e_BTX = rows_BTSC.flatten(-2)
         k_BTD, v_BTD = self.wk(e_BTX), self.wv(e_BTX)
         u_BTD, g_BT1 = engram_gate(
@@ -60,8 +63,8 @@ class StepRows(nn.Module):
     """The rows fetched for a step, one leaf [U_m, head_dim] per micro-batch m.
 
     The leaves are registered parameters, made anew each step: a plain leaf tensor gets no gradient under the
-    zero-bubble pipeline schedules and a wrongly scaled one under the others. They are no model state and stay out of
-    the state dict; `clear` before anything walks the model's parameters.
+    zero-bubble pipeline schedules and a wrongly scaled one under the others. They are no model state and stay
+    out of the state dict; `clear` before anything walks the model's parameters.
     """
 
     def set(self, leaves: Sequence[Tensor]) -> None:
@@ -73,8 +76,8 @@ class StepRows(nn.Module):
     def gather(self, index: Tensor, micro_batch: int, beside: Tensor | None = None) -> Tensor:
         """Rows `index` (int64, any shape) of the micro-batch's leaf: [*index.shape, head_dim].
 
-        `beside` is the hidden state that the rows are about to meet, whose dtype they get. Raises RuntimeError where
-        that micro-batch has no leaf.
+        `beside` is the hidden state that the rows are about to meet, whose dtype they get. Raises
+        RuntimeError where that micro-batch has no leaf.
         """
         leaf = self._parameters.get(f"leaf{micro_batch}")
         if leaf is None:
@@ -101,9 +104,10 @@ class StepRows(nn.Module):
 class _Join(torch.autograd.Function):
     """The identity on `rows`, which in the graph comes from `beside` too, without a gradient to it.
 
-    Zero-bubble schedules first go back to a stage's input and then from every node on that way to the weights beside it.
-    Weights that rows alone run through would meet the way later, several at one node and the rows at several nodes, which
-    torch 2.13 goes through twice and fails (docs/log.md). So the rows join the way where they are looked up.
+    Zero-bubble schedules first go back to a stage's input and then from every node on that way to the weights
+    beside it. Weights that rows alone run through would meet the way later, several at one node and the rows
+    at several nodes, which torch 2.13 goes through twice and fails (docs/log.md). So the rows join the way
+    where they are looked up.
     """
 
     @staticmethod

@@ -1,4 +1,6 @@
-"""Initial values. Each is drawn from a generator keyed by seed and name, so no layout, order or slicing changes them."""
+"""Initial values. Each is drawn from a generator keyed by seed and name, so no layout, order or slicing
+changes them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _TILE = (
 )  # of larger ones: the elements that share a generator, and the most columns of a matrix among them
 
 Draw = Callable[..., Tensor]
-"""`draw(rows=None, within=())`: the initial value, or a part of it, as a float32 CPU tensor: slices of dim 0 and of the others."""
+"""`draw(rows=None, within=())`: the initial value, or a part of it, as a float32 CPU tensor: slices of dim 0
+and of the others.
+"""
 
 
 def init_parameters(
@@ -30,9 +34,10 @@ def init_parameters(
 ) -> None:
     """Fill all parameters and router buffers of a model on a real device.
 
-    Norms are ones, the memory's convolution zeros, all else normal with `model.init_std`, scaled by 1/sqrt(2 layers)
-    where it writes to the residual stream. `write(param, draw)` puts a parameter's value in place (default: copy it
-    whole); a caller with sharded parameters writes `draw(rows, within)`, which costs what the part does.
+    Norms are ones, the memory's convolution zeros, all else normal with `model.init_std`, scaled by 1/sqrt(2
+    layers) where it writes to the residual stream. `write(param, draw)` puts a parameter's value in place
+    (default: copy it whole); a caller with sharded parameters writes `draw(rows, within)`, which costs what
+    the part does.
     """
     write = write or _copy
     for name, parameter in model.named_parameters():
@@ -48,7 +53,8 @@ def init_parameters(
 
 
 def _key(name: str) -> str:
-    """What the draw of a parameter is keyed by: its name, in which an Engram layer is "memory", as in the first versions.
+    """What the draw of a parameter is keyed by: its name, in which an Engram layer is "memory", as in the
+    first versions.
 
     So runs of every version begin with the same values.
     """
@@ -73,10 +79,11 @@ def draw(
     rows: slice | None = None,
     within: tuple[slice, ...] = (),
 ) -> Tensor:
-    """Initial value of a parameter, or the slices `rows` (step 1) of its dim 0 and `within` of the other dims, float32 on the CPU.
+    """Initial value of a parameter, or the slices `rows` (step 1) of its dim 0 and `within` of the other
+    dims, float32 on the CPU.
 
-    Experts have a generator each, and so have the tiles of what is larger than ONE_GENERATOR: a part costs, in time and memory,
-    what it holds and the rest of the tiles that it cuts.
+    Experts have a generator each, and so have the tiles of what is larger than ONE_GENERATOR: a part costs,
+    in time and memory, what it holds and the rest of the tiles that it cuts.
     """
     part = tuple(
         cut.indices(size)[:2] for cut, size in zip((rows or slice(None), *within), shape, strict=False)
@@ -121,7 +128,9 @@ def _normal_part(key: str, shape: tuple[int, ...], std: float, part: tuple[tuple
 
 
 def init_table(seed: int, start_row: int, end_row: int, dim: int, std: float) -> Tensor:
-    """Rows start_row..end_row-1 of the packed lookup table, float32 [rows, dim]; the same rows however it is cut."""
+    """Rows start_row..end_row-1 of the packed lookup table, float32 [rows, dim]; the same rows however it is
+    cut.
+    """
     out = torch.empty(end_row - start_row, dim)
     for block in range(start_row // TABLE_BLOCK, -(-end_row // TABLE_BLOCK)):
         first = block * TABLE_BLOCK

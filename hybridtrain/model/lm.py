@@ -62,7 +62,9 @@ def head_losses_sum(h_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Ten
 
 @dataclass(frozen=True)
 class Part:
-    """Layers `low` to `high-1` of the model, with the embedding before them (`first`) or norm and head behind (`last`)."""
+    """Layers `low` to `high-1` of the model, with the embedding before them (`first`) or norm and head behind
+    (`last`).
+    """
 
     low: int
     high: int
@@ -71,10 +73,12 @@ class Part:
 
 
 class HybridLM(nn.Module):
-    """A causal language model of mixers, dense and expert feed-forwards and lookup memories, or a part of one.
+    """A causal language model of mixers, dense and expert feed-forwards and lookup memories, or a part of
+    one.
 
-    Its parameters are not meaningful before `init_parameters` (init.py) or a checkpoint fills them; a part's have the names
-    and values that they have in the whole. `rows` is where memory layers find their rows; parts may share it.
+    Its parameters are not meaningful before `init_parameters` (init.py) or a checkpoint fills them; a part's
+    have the names and values that they have in the whole. `rows` is where memory layers find their rows;
+    parts may share it.
     """
 
     def __init__(
@@ -111,13 +115,14 @@ class HybridLM(nn.Module):
         micro_batch: int = 0,
         targets_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] of the next token; with targets their summed loss (loss.py), without ever holding all logits.
+        """Logits [B, T, V] of the next token; with targets their summed loss (loss.py), without ever holding
+        all logits.
 
-        `inputs` are tokens [B, T]; a part that is not the first takes what the part before it returned, and one that is not
-        the last returns what the next one takes, [B, T, D].
-        `documents_BT` numbers the documents inside each sequence (rising; None: one per sequence); attention and
-        memory convolutions stay inside a document. `row_index_BTLS` points into the rows of this micro-batch.
-        Raises ValueError where memory layers have no index.
+        `inputs` are tokens [B, T]; a part that is not the first takes what the part before it returned, and
+        one that is not the last returns what the next one takes, [B, T, D]. `documents_BT` numbers the
+        documents inside each sequence (rising; None: one per sequence); attention and memory convolutions
+        stay inside a document. `row_index_BTLS` points into the rows of this micro-batch. Raises ValueError
+        where memory layers have no index.
         """
         if self.engram_layers and row_index_BTLS is None:
             raise ValueError(
@@ -129,7 +134,8 @@ class HybridLM(nn.Module):
         context = make_context(
             documents_BT, tokens, attention.head_dim, attention.rope_theta, inputs.device, self.positions_T
         )
-        # without the embedding of a first part, `inputs` are the carry; a scheme with sources would have them in it
+        # without the embedding of a first part, `inputs` are the carry; a scheme with sources would have them
+        # in it
         stream = self.residual.start(
             self.embed(inputs) if self.part.first and self.embed is not None else inputs
         )

@@ -19,9 +19,9 @@ from hybridtrain.settings.tree import Settings
 def collect(model: nn.Module) -> dict[str, Tensor]:
     """All sums since the last `reset`, in float64, keyed by layer.
 
-    "layers.N." + expert_tokens [E] (pairs per expert, dropped ones too), dropped_pairs (where there is a capacity),
-    router_entropy (nats) and router_tokens, aux_loss and z_loss (parts of the step's loss, where weighted), gate_sum and
-    gate_count (memory layers).
+    "layers.N." + expert_tokens [E] (pairs per expert, dropped ones too), dropped_pairs (where there is a
+    capacity), router_entropy (nats) and router_tokens, aux_loss and z_loss (parts of the step's loss, where
+    weighted), gate_sum and gate_count (memory layers).
     """
     return {
         f"{layer}.{key}": value.double()
@@ -31,7 +31,8 @@ def collect(model: nn.Module) -> dict[str, Tensor]:
 
 
 def no_statistics(settings: Settings, device: torch.device | None = None) -> dict[str, Tensor]:
-    """Zeros under every key that `collect` has for the whole model, so that ranks with other layers can add up theirs.
+    """Zeros under every key that `collect` has for the whole model, so that ranks with other layers can add
+    up theirs.
 
     Made on `device` (None: the CPU), since to bring them there would wait for it.
     """

@@ -18,11 +18,13 @@ def all_finite(loss: float, grad_norm: float) -> bool:
 
 
 class SpikeGuard:
-    """Refuses steps whose loss or gradient norm is not finite, and losses that stand out of the last `train.spike_window`.
+    """Refuses steps whose loss or gradient norm is not finite, and losses that stand out of the last
+    `train.spike_window`.
 
-    `skipped_batches` counts the steps' worth of data that rollbacks left out: step k of the run (from 0) trains on the
-    data of step k + skipped_batches. Losses and norms are the same on all ranks, so the judgements are. `state` is kept in
-    checkpoints, so that a resumed run judges as one that was not interrupted.
+    `skipped_batches` counts the steps' worth of data that rollbacks left out: step k of the run (from 0)
+    trains on the data of step k + skipped_batches. Losses and norms are the same on all ranks, so the
+    judgements are. `state` is kept in checkpoints, so that a resumed run judges as one that was not
+    interrupted.
     """
 
     def __init__(self, train: TrainSettings) -> None:
@@ -33,7 +35,9 @@ class SpikeGuard:
         self.refusals = 0  # since the run last got past the step that was refused
 
     def score(self, loss: float) -> float | None:
-        """How many robust deviations `loss` is above the median of the window; None before the window is full."""
+        """How many robust deviations `loss` is above the median of the window; None before the window is
+        full.
+        """
         if len(self._losses) < self._train.spike_window:
             return None
         middle = median(self._losses)
@@ -51,7 +55,9 @@ class SpikeGuard:
             self.refusals = 0
 
     def refuse(self, step: int) -> bool:
-        """Note that the update of step `step` (from 1) was not made; True where `train.spike_limit` allows to go on."""
+        """Note that the update of step `step` (from 1) was not made; True where `train.spike_limit` allows to
+        go on.
+        """
         self._refused_at = max(step, self._refused_at)
         self.refusals += 1
         return self.refusals <= self._train.spike_limit
@@ -62,8 +68,8 @@ class SpikeGuard:
         if score is None:
             return f"the loss is {loss} and the gradient norm {grad_norm}"
         return (
-            f"the loss {loss:.4f} is {score:.1f} robust deviations above {median(self._losses):.4f}, the median of the last "
-            f"{len(self._losses)} (train.spike_score={self._train.spike_score:g})"
+            f"the loss {loss:.4f} is {score:.1f} robust deviations above {median(self._losses):.4f}, the "
+            f"median of the last {len(self._losses)} (train.spike_score={self._train.spike_score:g})"
         )
 
     def state(self) -> dict[str, Any]:

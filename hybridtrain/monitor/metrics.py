@@ -38,9 +38,11 @@ class Totals:
 
 
 class Clock:
-    """Seconds spent in named phases since the last `take`. On CUDA by events, so that measuring never waits for the device.
+    """Seconds spent in named phases since the last `take`. On CUDA by events, so that measuring never waits
+    for the device.
 
-    `step`, `current` and `entered` say where the run stands: step and phase under way, a number that rises as it goes on.
+    `step`, `current` and `entered` say where the run stands: step and phase under way, a number that rises as
+    it goes on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -81,8 +83,9 @@ class Clock:
 class MetricsLog:
     """Rank 0's record of the run in its folder; other ranks hold one that does nothing.
 
-    A resumed run first drops every line after the step it goes on from, so that the file always is one curve. `confirm` raises
-    LockLost where the folder is another run's now: nothing is written then; the saver tells all ranks that the run ends.
+    A resumed run first drops every line after the step it goes on from, so that the file always is one curve.
+    `confirm` raises LockLost where the folder is another run's now: nothing is written then; the saver tells
+    all ranks that the run ends.
     """
 
     def __init__(
@@ -118,7 +121,9 @@ class MetricsLog:
         self._board = SummaryWriter(str(board), purge_step=resumed_at + 1)
 
     def rewind(self, step: int, validated: bool = True) -> None:
-        """Drop every line after this step, which the run goes on from, and also its validation's where not `validated`."""
+        """Drop every line after this step, which the run goes on from, and also its validation's where not
+        `validated`.
+        """
         if self.active and not self._lost():
             self._file.close()
             self._board.close()
@@ -137,7 +142,9 @@ class MetricsLog:
             self._progress.update(self._task, completed=step, note=note)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and every number of it in TensorBoard; a list of shares is one histogram there."""
+        """One line of metrics.jsonl, and every number of it in TensorBoard; a list of shares is one histogram
+        there.
+        """
         if not self.active or self._lost():
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -192,7 +199,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def measure_matmul_peak(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of this rank's fastest of a few square matrix products in the compute dtype: the peak that shares refer to."""
+    """FLOP/s of this rank's fastest of a few square matrix products in the compute dtype: the peak that
+    shares refer to.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
@@ -206,10 +215,12 @@ def measure_matmul_peak(device: torch.device, size: int = 1024, repeats: int = 5
 
 
 def _wait_for_a_later_name(board: Path, at_most: float = 2.0) -> None:
-    """Wait until a new event file sorts behind those that are there; in seconds, at most, for a clock that was set back.
+    """Wait until a new event file sorts behind those that are there; in seconds, at most, for a clock that
+    was set back.
 
-    TensorBoard reads the files of a run in the order of their names and purges, from each one's first step on, what it read before.
-    A name begins with its second and goes on with the process: of two starts within one second, process 99 sorts behind 100.
+    TensorBoard reads the files of a run in the order of their names and purges, from each one's first step
+    on, what it read before. A name begins with its second and goes on with the process: of two starts within
+    one second, process 99 sorts behind 100.
     """
     names = [path.name.split(".") for path in board.glob("events.out.tfevents.*")]
     latest = max((int(parts[3]) for parts in names if parts[3].isdecimal()), default=0)

@@ -1,5 +1,5 @@
-"""SIGTERM and Ctrl-C as a request: the loop finishes its step or leaves its validation, saves and ends. A second one ends at once.
-SIGUSR1: it saves."""
+"""SIGTERM and Ctrl-C as a request: the loop finishes its step or leaves its validation, saves and ends. A
+second one ends at once. SIGUSR1: it saves."""
 
 from __future__ import annotations
 

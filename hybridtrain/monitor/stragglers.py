@@ -35,7 +35,9 @@ class Pace:
         self._own += self._mark - before - (self._waited - waited)
 
     def take(self, steps: int) -> tuple[float, list[float]]:
-        """This rank's seconds since the last call, and every rank's own seconds per step of the last `steps`; collective."""
+        """This rank's seconds since the last call, and every rank's own seconds per step of the last `steps`;
+        collective.
+        """
         own = torch.zeros(self._mesh.world.size, dtype=torch.float64, device=self._mesh.device)
         own[self._mesh.rank] = self._own / steps
         seconds, self.seconds, self._own = self.seconds, 0.0, 0.0

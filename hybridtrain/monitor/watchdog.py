@@ -1,9 +1,10 @@
 """Names who waits for whom where a run stands still, and ends it. docs/reliability.md shows what it says.
 
 A thread of every rank looks whether its main thread goes on: whether it begins collectives (the ledger of
-parallel/collectives.py) and phases of the step (metrics.py). A rank that does neither for most of `timeout` writes down where it
-is into a folder of the run that all ranks look at; so do the others then. A process that is stopped, or gone, writes nothing, and
-is named for that. Nothing is written, and nothing sent, as long as the run goes on.
+parallel/collectives.py) and phases of the step (metrics.py). A rank that does neither for most of `timeout`
+writes down where it is into a folder of the run that all ranks look at; so do the others then. A process that
+is stopped, or gone, writes nothing, and is named for that. Nothing is written, and nothing sent, as long as
+the run goes on.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _FRAMES, _SHOWN = 6, 8
 
 @dataclass(frozen=True)
 class Record:
-    """Where a rank stands. `still`: seconds without progress. `calls`: its last collective in every group, newest first.
+    """Where a rank stands. `still`: seconds without progress. `calls`: its last collective in every group,
+    newest first.
 
     `number` rises as long as the rank can write.
     """
@@ -55,9 +57,11 @@ class Record:
 
 
 class Watchdog:
-    """While entered, ends the run by `end(report, status)` once this rank has stood still for `timeout` seconds.
+    """While entered, ends the run by `end(report, status)` once this rank has stood still for `timeout`
+    seconds.
 
-    `folder` is the same on all ranks; it is made when it is needed. A world of one rank waits for nobody and is not watched.
+    `folder` is the same on all ranks; it is made when it is needed. A world of one rank waits for nobody and
+    is not watched.
     """
 
     def __init__(
@@ -125,7 +129,9 @@ class Watchdog:
         write_atomically(mine, json.dumps(asdict(self._record(still))).encode())
 
     def _others_go_on(self) -> bool:
-        """Whether another rank says that it makes progress, and has said so again since the last look: a slow disk, for one."""
+        """Whether another rank says that it makes progress, and has said so again since the last look: a slow
+        disk, for one.
+        """
         others = {
             r.rank: r for r in self._records() if r.rank != self.world.rank and r.still < self.timeout / 2
         }
@@ -176,7 +182,9 @@ class Watchdog:
 
 
 def explain(records: Sequence[Record], world: int) -> str:
-    """In words, who keeps whom waiting, by what the ranks of a world of `world` wrote down; the first line names the cause."""
+    """In words, who keeps whom waiting, by what the ranks of a world of `world` wrote down; the first line
+    names the cause.
+    """
     speaking = {record.rank: record for record in records}
     silent = [rank for rank in range(world) if rank not in speaking]
     late = late_ranks(records)
@@ -198,9 +206,11 @@ def explain(records: Sequence[Record], world: int) -> str:
 
 
 def late_ranks(records: Sequence[Record]) -> dict[int, Call]:
-    """The ranks that have begun fewer collectives in a group than another of its ranks, with the first that they lack.
+    """The ranks that have begun fewer collectives in a group than another of its ranks, with the first that
+    they lack.
 
-    The rank that began its last collective first is the first: it keeps others waiting, whom still others wait for.
+    The rank that began its last collective first is the first: it keeps others waiting, whom still others
+    wait for.
     """
     counts: dict[tuple[str, tuple[int, ...]], dict[int, Call]] = {}
     for record in records:

@@ -9,7 +9,9 @@ from hybridtrain.kernels.rowwise_adam.op import owed
 
 
 class DecayLog:
-    """entry t = log of the product of the decay factors of steps 1 … t, in float64; entry 0 is 0. N rows asked for."""
+    """entry t = log of the product of the decay factors of steps 1 … t, in float64; entry 0 is 0. N rows
+    asked for.
+    """
 
     def __init__(self, entries: list[float], device: torch.device) -> None:
         self._length = len(entries)
@@ -29,7 +31,9 @@ class DecayLog:
         return self._entries[: self._length]
 
     def factor(self, last_N: Tensor, coming: float = 0.0) -> Tensor:
-        """float32 [N]: product of the factors of all steps after `last_N`, and of one to come whose log is `coming`."""
+        """float32 [N]: product of the factors of all steps after `last_N`, and of one to come whose log is
+        `coming`.
+        """
         return owed(self._entries, last_N, self._total + coming)
 
     def to_list(self) -> list[float]:

@@ -17,8 +17,9 @@ Group = dict[str, object]
 def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim.Optimizer]:
     """The optimizers of all trainable parameters but the memory rows (`rows.`), which have their own.
 
-    Every group carries `name`, unique over all optimizers, and `peak_lr`. Parameters on different device meshes never share a
-    group, because fused and foreach kernels cannot mix them. `model` may also be a container of several pipeline stages.
+    Every group carries `name`, unique over all optimizers, and `peak_lr`. Parameters on different device
+    meshes never share a group, because fused and foreach kernels cannot mix them. `model` may also be a
+    container of several pipeline stages.
     """
     members: dict[tuple[str, int], list[nn.Parameter]] = {}
     meshes: list[object] = []
@@ -70,8 +71,9 @@ def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim
 def group_kind(name: str, ndim: int, muon: bool) -> str | None:
     """ "decay" or "no_decay" (AdamW), "muon" or "muon_experts"; None for memory rows.
 
-    Norms, biases, the embedding and the short convolution are not decayed. Muon leaves the head and the router to AdamW, as it does
-    the embedding: their rows are looked up or compared one by one and are no linear map between hidden states.
+    Norms, biases, the embedding and the short convolution are not decayed. Muon leaves the head and the
+    router to AdamW, as it does the embedding: their rows are looked up or compared one by one and are no
+    linear map between hidden states.
     """
     parts = name.split(".")
     if "rows" in parts:

@@ -1,4 +1,5 @@
-"""Muon: momentum whose matrices are replaced by their nearest orthogonal ones, on whole matrices of sharded parameters.
+"""Muon: momentum whose matrices are replaced by their nearest orthogonal ones, on whole matrices of sharded
+parameters.
 
 Shapes: … any leading dims (experts), P rows and Q columns of a matrix.
 """
@@ -13,20 +14,23 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
-# The quintic a x + b x^3 + c x^5 that grows small singular values fastest while it keeps all of them near 1 (K. Jordan, 2024).
+# The quintic a x + b x^3 + c x^5 that grows small singular values fastest while it keeps all of them near 1
+# (K. Jordan, 2024).
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _QUINTIC_STEPS = 5
 _SMALLEST_NORM = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """b <- momentum b + (1 - momentum) g; w <- (1 - lr decay) w - lr sqrt(max(1, out / in)) orthogonal(g + momentum (b - g)).
+    """b <- momentum b + (1 - momentum) g; w <- (1 - lr decay) w - lr sqrt(max(1, out / in)) orthogonal(g +
+    momentum (b - g)).
 
-    The rule of `torch.optim.Muon`, and beyond it: parameters of more than two dims are stacks of matrices; a group with
-    `input_first=True` holds matrices [in, out], as experts are, instead of [out, in]; a DTensor whose matrices are cut is
-    gathered once per step and each rank orthogonalises whole matrices, where torch's would communicate in each of the
-    iteration's products and round differently at every layout. Stacks cut along their first dim are not gathered.
-    The iteration runs in bfloat16 on accelerators and in float32 on CPU, where bfloat16 products are emulated.
+    The rule of `torch.optim.Muon`, and beyond it: parameters of more than two dims are stacks of matrices; a
+    group with `input_first=True` holds matrices [in, out], as experts are, instead of [out, in]; a DTensor
+    whose matrices are cut is gathered once per step and each rank orthogonalises whole matrices, where
+    torch's would communicate in each of the iteration's products and round differently at every layout.
+    Stacks cut along their first dim are not gathered. The iteration runs in bfloat16 on accelerators and in
+    float32 on CPU, where bfloat16 products are emulated.
     """
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
@@ -64,7 +68,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices_PQ: Tensor) -> Tensor:
-    """Each matrix of [..., P, Q] with its singular values brought near 1, to 0.7 … 1.2 as a rule; zero stays zero."""
+    """Each matrix of [..., P, Q] with its singular values brought near 1, to 0.7 … 1.2 as a rule; zero stays
+    zero.
+    """
     x = matrices_PQ.float() if matrices_PQ.device.type == "cpu" else matrices_PQ.bfloat16()
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
@@ -78,7 +84,9 @@ def orthogonalize(matrices_PQ: Tensor) -> Tensor:
 
 
 def _on_whole_matrices(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """function(tensor), which works matrix by matrix; a DTensor's cut matrices are gathered before and cut again after."""
+    """function(tensor), which works matrix by matrix; a DTensor's cut matrices are gathered before and cut
+    again after.
+    """
     if not isinstance(tensor, DTensor):
         return function(tensor)
     whole = [

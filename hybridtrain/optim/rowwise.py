@@ -24,30 +24,38 @@ _ROWS_AT_ONCE = 1 << 18
 class RowOptimizer(Protocol):
     """What the training loop and the checkpoint ask of an optimizer of table rows.
 
-    state: tensors with the local rows as dim 0; they are saved and resharded with the table, and may be loaded in place.
-    step_count: updates so far, the same on every rank.
+    state: tensors with the local rows as dim 0; they are saved and resharded with the table, and may be
+    loaded in place. step_count: updates so far, the same on every rank.
     """
 
     state: dict[str, Tensor]
     step_count: int
 
     def catch_up(self, rows_N: Tensor) -> None:
-        """Apply the weight decay that the rows int64 [N] owe for steps without gradient; called before they are read."""
+        """Apply the weight decay that the rows int64 [N] owe for steps without gradient; called before they
+        are read.
+        """
 
     def values(self, rows_N: Tensor, coming_lr: float | None = None) -> Tensor:
-        """What the rows int64 [N] are once `catch_up` was called, as a tensor [N, D] of its own; changes nothing.
+        """What the rows int64 [N] are once `catch_up` was called, as a tensor [N, D] of its own; changes
+        nothing.
 
-        With `coming_lr`: once the coming step, at that rate, which touches none of them, was made and `catch_up` was called.
+        With `coming_lr`: once the coming step, at that rate, which touches none of them, was made and
+        `catch_up` was called.
         """
 
     def step(self, rows_N: Tensor, grad_ND: Tensor, lr: float) -> None:
-        """Update the rows, sorted unique int64 [N], by their gradients; every other row has gradient 0. N may be 0."""
+        """Update the rows, sorted unique int64 [N], by their gradients; every other row has gradient 0. N may
+        be 0.
+        """
 
     def changed_since(self, step_count: int) -> Tensor:
         """Ascending int64 [N]: at least every row that was written to since there were `step_count` updates."""
 
     def watch(self, keep: Callable[[Tensor], None] | None) -> bool:
-        """Call `keep` with rows, ascending, before they change, from now on; None ends it. False: a step changes every row."""
+        """Call `keep` with rows, ascending, before they change, from now on; None ends it. False: a step
+        changes every row.
+        """
 
     def scalars(self) -> dict[str, Any]:
         """What a checkpoint must hold beside `state`: numbers and lists of numbers, exact in JSON."""
@@ -61,7 +69,8 @@ def make_row_optimizer(
 ) -> RowOptimizer:
     """The optimizer that `engram.optimizer` names for the local rows; it changes `table_RD` in place.
 
-    The run's seed and the number of the table's first row in the whole table decide how bfloat16 rows are rounded.
+    The run's seed and the number of the table's first row in the whole table decide how bfloat16 rows are
+    rounded.
 
     Raises SettingsError where the settings do not fit the optimizer.
     """
@@ -78,12 +87,14 @@ def make_row_optimizer(
 
 
 class _Rowwise:
-    """One float32 second moment `v` per row, and `last`, the step up to which a row's moment and decay are applied.
+    """One float32 second moment `v` per row, and `last`, the step up to which a row's moment and decay are
+    applied.
 
-    What a row owes for the steps since `last` is applied when it is next read or updated. Decoupled weight decay multiplies a
-    row by 1 - lr_s * weight_decay at every step s, so the log of the product over all steps so far is kept, and a row owes the
-    exponential of a difference. The arithmetic is float32 whatever the table's dtype; a bfloat16 table is rounded stochastically,
-    so that steps and decays smaller than its last place count on average.
+    What a row owes for the steps since `last` is applied when it is next read or updated. Decoupled weight
+    decay multiplies a row by 1 - lr_s * weight_decay at every step s, so the log of the product over all
+    steps so far is kept, and a row owes the exponential of a difference. The arithmetic is float32 whatever
+    the table's dtype; a bfloat16 table is rounded stochastically, so that steps and decays smaller than its
+    last place count on average.
     """
 
     def __init__(
@@ -95,7 +106,9 @@ class _Rowwise:
         seed: int = 0,
         first_row: int = 0,
     ) -> None:
-        """`seed` and the number of the table's first row in the whole table decide how bfloat16 rows are rounded."""
+        """`seed` and the number of the table's first row in the whole table decide how bfloat16 rows are
+        rounded.
+        """
         rows, device = len(table_RD), table_RD.device
         self.table_RD = table_RD
         self.eps, self.weight_decay = eps, weight_decay
@@ -173,7 +186,9 @@ class _Rowwise:
         return out
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        """Take over what `scalars` gave, behind the state; raises ValueError where the log or state is not of the step count."""
+        """Take over what `scalars` gave, behind the state; raises ValueError where the log or state is not of
+        the step count.
+        """
         log = scalars.get("decay_log")
         if log is not None and len(log) != scalars["step_count"] + 1:
             raise ValueError(
@@ -237,12 +252,12 @@ class RowwiseAdam(_Rowwise):
 
         v <- beta2 v + (1 - beta2) mean(g^2)        w <- w - lr g / (sqrt(v / (1 - beta2^t)) + eps)
 
-    Equal to that rule applied to every row at every step, at the cost of the touched rows. beta2 = 1 is its limit, the mean
-    over all steps; beta2 = 0 normalises each row's gradient by its own root mean square.
+    Equal to that rule applied to every row at every step, at the cost of the touched rows. beta2 = 1 is its
+    limit, the mean over all steps; beta2 = 0 normalises each row's gradient by its own root mean square.
 
-    beta2 may change where a run is resumed: each step counts with the beta2 that it had. The bias correction is the sum of the
-    weights that squared gradients have in v, which for one beta2 is 1 - beta2^t; it was `_weight` after step `_since`, when beta2
-    changed last.
+    beta2 may change where a run is resumed: each step counts with the beta2 that it had. The bias correction
+    is the sum of the weights that squared gradients have in v, which for one beta2 is 1 - beta2^t; it was
+    `_weight` after step `_since`, when beta2 changed last.
     """
 
     def __init__(self, table_RD: Tensor, *, beta2: float = 0.95, **others: Any) -> None:
@@ -305,8 +320,8 @@ class RowwiseAdagrad(_Rowwise):
 class DenseAdam:
     """torch's Adam over the whole local table, float32, the reference: two moments of [R, D].
 
-    By its nature it allocates a gradient of the table's size at every step, and updates rows that no token read. Weight decay is
-    decoupled and never owed.
+    By its nature it allocates a gradient of the table's size at every step, and updates rows that no token
+    read. Weight decay is decoupled and never owed.
     """
 
     def __init__(

@@ -10,9 +10,10 @@ from hybridtrain.settings.tree import OptimSettings
 def lr_scale(step: int, optim: OptimSettings, total_steps: int) -> float:
     """PartialExchange of the peak learning rate at `step`, counted from 0, of `total_steps`.
 
-    Step s of the warm-up gets (s + 1) / warmup_steps, so its last step and the one after it have the peak. The decay then reaches
-    `final_lr_ratio` at step `total_steps`, one past the end: every step of the run is above 0 even where the ratio is 0.
-    "cosine" decays from the end of the warm-up; "wsd" over the last `decay_fraction` of all steps, or what the warm-up leaves.
+    Step s of the warm-up gets (s + 1) / warmup_steps, so its last step and the one after it have the peak.
+    The decay then reaches `final_lr_ratio` at step `total_steps`, one past the end: every step of the run is
+    above 0 even where the ratio is 0. "cosine" decays from the end of the warm-up; "wsd" over the last
+    `decay_fraction` of all steps, or what the warm-up leaves.
     """
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps

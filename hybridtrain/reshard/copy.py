@@ -1,9 +1,11 @@
-"""Copies tensors into files laid out for the ranks of a placement, in bounded memory, and reads back what it wrote.
+"""Copies tensors into files laid out for the ranks of a placement, in bounded memory, and reads back what it
+wrote.
 
-The tensors, in order, are cut into spans of whole rows, each of which is a piece of every rank that has a part of it. A segment is
-as many spans as fill SEGMENT bytes, more for many ranks; each rank that has a part of them gets one file of it. Threads copy a
-segment each: a span is read block by block, and a block written while it is in the processor's cache; then the span is read back.
-When all files of a segment are on the disk, and the source was found to be what it was, the segment is noted in the journal.
+The tensors, in order, are cut into spans of whole rows, each of which is a piece of every rank that has a
+part of it. A segment is as many spans as fill SEGMENT bytes, more for many ranks; each rank that has a part
+of them gets one file of it. Threads copy a segment each: a span is read block by block, and a block written
+while it is in the processor's cache; then the span is read back. When all files of a segment are on the disk,
+and the source was found to be what it was, the segment is noted in the journal.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ SEGMENT = 1 << 27  # what a kill may cost, for each thread
 PER_RANK = 1 << 24  # of a segment at least, so that files do not become small where ranks are many
 THREADS = 8  # at most, and at least two: one of them may wait for the disk
 HELD = 4
-"""Blocks that a thread holds at most: one that is read and what it is made of, or written and cut; one read back and its parts."""
+"""Blocks that a thread holds at most: one that is read and what it is made of, or written and cut; one read
+back and its parts.
+"""
 
 Shape = tuple[int, ...]
 
@@ -47,13 +51,15 @@ class Span:
 
 
 def plan_threads(source: Source, max_memory: int) -> int:
-    """How many threads copy. Raises UserError where `max_memory` bytes cannot hold the blocks, or largest rows, of two."""
+    """How many threads copy. Raises UserError where `max_memory` bytes cannot hold the blocks, or largest
+    rows, of two.
+    """
     largest = max(source.shapes, key=lambda name: digest.row_bytes(source.shapes[name], source.dtype(name)))
     each = HELD * max(digest.BLOCK, digest.row_bytes(source.shapes[largest], source.dtype(largest)))
     if max_memory < 2 * each:
         raise UserError(
-            f"--max-memory {max_memory} bytes: {2 * HELD} blocks of {digest.BLOCK} bytes, or rows of {largest}, are held at once; "
-            f"it may be {2 * each} or more"
+            f"--max-memory {max_memory} bytes: {2 * HELD} blocks of {digest.BLOCK} bytes, or rows of "
+            f"{largest}, are held at once; it may be {2 * each} or more"
         )
     return min(THREADS, max(2, os.cpu_count() or 1), max_memory // each)
 
@@ -77,7 +83,9 @@ def plan_segments(source: Source, ranks: int) -> list[list[Span]]:
 
 
 class Copy:
-    """Copies `segments` of `source` into `folder`, each tensor cut as `boxes` says; `wrote` is told the bytes, by any thread."""
+    """Copies `segments` of `source` into `folder`, each tensor cut as `boxes` says; `wrote` is told the
+    bytes, by any thread.
+    """
 
     def __init__(
         self,
@@ -98,7 +106,8 @@ class Copy:
     def run(self, journal: Journal, threads: int, verified: Future[None]) -> None:
         """Copy what the journal does not have yet; it is told nothing before the source is `verified`.
 
-        Raises what that raises, DamagedCheckpoint where the copy reads back otherwise than the source, and OSError.
+        Raises what that raises, DamagedCheckpoint where the copy reads back otherwise than the source, and
+        OSError.
         """
         with ThreadPoolExecutor(threads, "copy") as pool:
             upcoming = [
@@ -163,8 +172,8 @@ class Copy:
         if after != before:
             files = ", ".join(dict.fromkeys(piece.file for piece in pieces))
             raise DamagedCheckpoint(
-                f"{self.folder}: {span.name}, rows {span.low} to {span.high - 1}, was read back from {files} otherwise than "
-                "it was written; the disk or the memory of this machine is not sound"
+                f"{self.folder}: {span.name}, rows {span.low} to {span.high - 1}, was read back from {files} "
+                "otherwise than it was written; the disk or the memory of this machine is not sound"
             )
 
     def _read_back(

@@ -1,7 +1,8 @@
-"""The digest of a logical tensor: the xxh3 (128 bits) of the xxh3s of its blocks of rows, whatever pieces it lies in.
+"""The digest of a logical tensor: the xxh3 (128 bits) of the xxh3s of its blocks of rows, whatever pieces it
+lies in.
 
-A block has as many rows of dim 0 as go into BLOCK bytes, one at least; a tensor without dims is one row. Blocks make the
-digest one that can be taken in parts, by any reader, and gone on with after a break.
+A block has as many rows of dim 0 as go into BLOCK bytes, one at least; a tensor without dims is one row.
+Blocks make the digest one that can be taken in parts, by any reader, and gone on with after a break.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def rows_per_block(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def digest_blocks(rows: Tensor, each: int) -> bytes:
-    """The xxh3s of blocks of `each` rows, one after the other; `rows` is contiguous, on the CPU, and begins with a block."""
+    """The xxh3s of blocks of `each` rows, one after the other; `rows` is contiguous, on the CPU, and begins
+    with a block.
+    """
     if not rows.numel():
         return b""
     parts = rows.split(each) if rows.dim() else (rows,)

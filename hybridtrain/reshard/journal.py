@@ -1,4 +1,6 @@
-"""What a reshard has done so far, so that one that was killed goes on: a line of JSON for each finished segment."""
+"""What a reshard has done so far, so that one that was killed goes on: a line of JSON for each finished
+segment.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ class _Line(TypedDict):
 
 @dataclass(frozen=True)
 class Segment:
-    """What a finished segment left: its files and the pieces in them, and the xxh3s of its tensors' blocks, by name."""
+    """What a finished segment left: its files and the pieces in them, and the xxh3s of its tensors' blocks,
+    by name.
+    """
 
     number: int
     files: Records = field(default_factory=dict)
@@ -93,7 +97,8 @@ class Segment:
 class Journal:
     """The journal in the folder `out`, whose lock is held while it is open; `done` are the finished segments.
 
-    `job` says what is done; the first line has it. Raises UserError where `out` holds something else than this job unfinished.
+    `job` says what is done; the first line has it. Raises UserError where `out` holds something else than
+    this job unfinished.
     """
 
     def __init__(self, out: Path, job: dict[str, Any]) -> None:

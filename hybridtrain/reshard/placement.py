@@ -1,4 +1,6 @@
-"""Which part of every tensor each rank of a layout has, found without those ranks: by the code that would put them there."""
+"""Which part of every tensor each rank of a layout has, found without those ranks: by the code that would put
+them there.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Box:
-    """What `rank` reads of a tensor, and is the first to read: `sizes` elements from `offsets` on, in each dim."""
+    """What `rank` reads of a tensor, and is the first to read: `sizes` elements from `offsets` on, in each
+    dim.
+    """
 
     rank: int
     offsets: Shape
@@ -50,10 +54,11 @@ class Placement:
     shapes: Mapping[str, Shape]
 
     def boxes(self, name: str, shape: Shape) -> list[Box]:
-        """The parts of a checkpoint's tensor, which together are all of it. What belongs to no rank is rank 0's.
+        """The parts of a checkpoint's tensor, which together are all of it. What belongs to no rank is rank
+        0's.
 
-        Optimizer state of a parameter's shape lies where the parameter does; rows of the table and what belongs to them
-        at their owners.
+        Optimizer state of a parameter's shape lies where the parameter does; rows of the table and what
+        belongs to them at their owners.
         """
         kind, _, rest = name.partition(".")
         if kind == "optim" and rest.rpartition(".")[0] in self.parameters:

@@ -1,10 +1,10 @@
 """The tensors of a checkpoint as the target has them: as they are, or with experts or tokens added.
 
-A new expert e is a copy of expert e mod E: weights, selection bias and optimizer state. So are the router's rows, but for
-noise; an expert's share of the load is divided among its copies. Softmax scores of copies are E / N of what they were, so the
-biases that are added to them become E / N as well, and select as before. A new token has the mean of all tokens' embeddings and of
-all rows of the head (J. Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021), and optimizer state
-of zeros.
+A new expert e is a copy of expert e mod E: weights, selection bias and optimizer state. So are the router's
+rows, but for noise; an expert's share of the load is divided among its copies. Softmax scores of copies are E
+/ N of what they were, so the biases that are added to them become E / N as well, and select as before. A new
+token has the mean of all tokens' embeddings and of all rows of the head (J. Hewitt, "Initializing New Word
+Embeddings for Pretrained Language Models", 2021), and optimizer state of zeros.
 
 D model width, E experts, V tokens before, N experts or tokens after.
 """
@@ -30,7 +30,9 @@ class Source:
     def __init__(
         self, stored: StoredTensors, changed: Mapping[str, Shape], noise: float, seed: int, softmax: bool
     ) -> None:
-        """`changed`: target shapes of tensors that get more rows. `noise`: on new router rows, over their root mean square."""
+        """`changed`: target shapes of tensors that get more rows. `noise`: on new router rows, over their
+        root mean square.
+        """
         self.stored, self.noise, self.seed, self.softmax = stored, noise, seed, softmax
         self.shapes: dict[str, Shape] = {**stored.shapes, **changed}
         self.changed = frozenset(changed)
@@ -96,7 +98,9 @@ class Source:
 def grown_shapes(
     stored: Mapping[str, Shape], before: Mapping[str, Shape], after: Mapping[str, Shape]
 ) -> dict[str, Shape]:
-    """Target shapes of the tensors that get more rows: parameters by their shapes before and after, and their optimizer state."""
+    """Target shapes of the tensors that get more rows: parameters by their shapes before and after, and their
+    optimizer state.
+    """
     out = {}
     for name, shape in stored.items():
         kind, _, rest = name.partition(".")

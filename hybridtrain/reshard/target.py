@@ -1,4 +1,6 @@
-"""What a checkpoint is to become: settings, layout and vocabulary of the target, or every reason why it cannot."""
+"""What a checkpoint is to become: settings, layout and vocabulary of the target, or every reason why it
+cannot.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ BESIDE_EXPERTS = ("top_k", "num_groups", "top_groups", "gate_scale")
 
 @dataclass(frozen=True)
 class Growth:
-    """What is added to the model; None: nothing. `router_noise` is relative to the root mean square of a router row.
+    """What is added to the model; None: nothing. `router_noise` is relative to the root mean square of a
+    router row.
 
     `tokenizer`: a tokenizer.json in the place of the run's (tokens.py).
     """
@@ -47,7 +50,8 @@ def plan_target(
 ) -> Target:
     """The target of the checkpoint that says `info` of itself. `nproc` None: as few ranks as the axes need.
 
-    Raises SettingsError or LayoutError as a run would, and UserError listing everything that would make another model of it.
+    Raises SettingsError or LayoutError as a run would, and UserError listing everything that would make
+    another model of it.
     """
     before = parse_settings(info["settings"], source="the checkpoint's settings")
     ours = [f"run.dir={json.dumps(str(out))}", 'checkpoint.dir=""']
@@ -71,7 +75,9 @@ def plan_target(
 
 
 def _beside_tokenizer(before: Settings, out: Path) -> list[str]:
-    """Settings of a run with a tokenizer of its own: data are made with it, and the memory is addressed as it was."""
+    """Settings of a run with a tokenizer of its own: data are made with it, and the memory is addressed as it
+    was.
+    """
     ours = [
         f"data.tokenizer={json.dumps(str(out / TOKENIZER))}",
         f"data.vocab_size={DataSettings().vocab_size}",
@@ -87,13 +93,15 @@ def _growth_problems(info: dict[str, Any], before: Settings, growth: Growth) -> 
         out.append(f"--grow-experts {growth.experts}: no layer of model.layers is moe")
     elif growth.experts is not None and growth.experts <= experts:
         out.append(
-            f"--grow-experts {growth.experts}: the model has {experts}, and none can be taken away; it may be more"
+            f"--grow-experts {growth.experts}: the model has {experts}, and none can be taken away; it may "
+            "be more"
         )
     if growth.router_noise and growth.experts is None:
         out.append(f"--router-noise {growth.router_noise} without --grow-experts")
     if growth.vocab is not None and growth.vocab <= info["vocab_size"]:
         out.append(
-            f"--extend-vocab {growth.vocab}: the model has {info['vocab_size']} tokens, and none can be taken away; it may be more"
+            f"--extend-vocab {growth.vocab}: the model has {info['vocab_size']} tokens, and none can be "
+            "taken away; it may be more"
         )
     return out
 
@@ -113,7 +121,8 @@ def _other_model(before: Settings, after: Settings, growth: Growth) -> list[str]
             out.append(f"{changed}; {_reason(key)}")
     if before.model.vocab_size != after.model.vocab_size and growth.vocab is None:
         out.append(
-            f"model.vocab_size={after.model.vocab_size}: the checkpoint has {before.model.vocab_size}; use --extend-vocab"
+            f"model.vocab_size={after.model.vocab_size}: the checkpoint has {before.model.vocab_size}; use "
+            "--extend-vocab"
         )
     return out
 

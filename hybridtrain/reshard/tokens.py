@@ -1,8 +1,10 @@
-"""A larger tokenizer in the place of a run's: whether it keeps every token, and how the memory finds its rows with it.
+"""A larger tokenizer in the place of a run's: whether it keeps every token, and how the memory finds its rows
+with it.
 
-The memory's hash is over compressed ids (data/compress.py). Those of old tokens stay, so every old n-gram keeps its rows; a new
-token has the id of the old ones that are spelt alike, or one of its own. Multipliers and primes stay as well: drawn anew for more
-compressed ids they would be others. Products that are too large for 63 bits wrap, as those of loaded multipliers may.
+The memory's hash is over compressed ids (data/compress.py). Those of old tokens stay, so every old n-gram
+keeps its rows; a new token has the id of the old ones that are spelt alike, or one of its own. Multipliers
+and primes stay as well: drawn anew for more compressed ids they would be others. Products that are too large
+for 63 bits wrap, as those of loaded multipliers may.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ class NewTokenizer:
 def take_tokenizer(path: Path, run: Path, info: dict[str, Any], target: Target) -> NewTokenizer:
     """The tokenizer.json `path` in the place of that of `run`, whose checkpoint says `info`.
 
-    Raises UserError listing the tokens that it does not keep, or where the target's rows are too few or its data of another
-    tokenizer; DataError where it cannot be read, and CheckpointError where the run folder lacks its own.
+    Raises UserError listing the tokens that it does not keep, or where the target's rows are too few or its
+    data of another tokenizer; DataError where it cannot be read, and CheckpointError where the run folder
+    lacks its own.
     """
     missing = [name for name in (TOKENIZER, COMPRESSION) if not (run / name).is_file()]
     if missing:
@@ -57,11 +60,13 @@ def take_tokenizer(path: Path, run: Path, info: dict[str, Any], target: Target) 
     digest, data = file_digest(path), Path(target.settings.data.path)
     if (size := vocabulary_size(ours)) > target.vocab_size:
         problems.append(
-            f"it has {size} tokens, the model rows for {target.vocab_size}; give --extend-vocab {size} or more"
+            f"it has {size} tokens, the model rows for {target.vocab_size}; give --extend-vocab {size} or "
+            "more"
         )
     if (data / MANIFEST).exists() and read_manifest(data).tokenizer_xxh3 != digest:
         problems.append(
-            f"data.path={data} is of another tokenizer; give that of data made with `hybridtrain data --tokenizer {path}`"
+            f"data.path={data} is of another tokenizer; give that of data made with `hybridtrain data "
+            f"--tokenizer {path}`"
         )
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
@@ -96,8 +101,11 @@ def _changed_tokens(ours: Tokenizer, theirs: Tokenizer) -> list[str]:
 def _changed_classes(
     ours: Tokenizer, before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]
 ) -> list[str]:
-    """Old tokens that the memory would take for others: those that are decoded otherwise, or holes that were filled."""
+    """Old tokens that the memory would take for others: those that are decoded otherwise, or holes that were
+    filled.
+    """
     return [
-        f"token {number}, {ours.id_to_token(number)!r}, is spelt otherwise than the run's: the memory would find other rows"
+        f"token {number}, {ours.id_to_token(number)!r}, is spelt otherwise than the run's: the memory would "
+        "find other rows"
         for number in np.flatnonzero(after[: len(before)] != before).tolist()
     ]

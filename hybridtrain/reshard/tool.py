@@ -67,11 +67,13 @@ def reshard(
     growth: Growth = NONE,
     show: bool = False,
 ) -> Outcome:
-    """Write the run folder or checkpoint `path` as the run folder `out`, for `nproc` ranks of its settings with `overrides`.
+    """Write the run folder or checkpoint `path` as the run folder `out`, for `nproc` ranks of its settings
+    with `overrides`.
 
-    Every rank's part of every tensor is a piece of a file of its own. Of the tensors `max_memory` bytes are in memory at most.
-    One that was ended goes on when it is called again. Raises LayoutError or UserError where the target is impossible or is
-    another model, DamagedCheckpoint where files are not what they were written as, CheckpointError where `out` cannot be written.
+    Every rank's part of every tensor is a piece of a file of its own. Of the tensors `max_memory` bytes are
+    in memory at most. One that was ended goes on when it is called again. Raises LayoutError or UserError
+    where the target is impossible or is another model, DamagedCheckpoint where files are not what they were
+    written as, CheckpointError where `out` cannot be written.
     """
     run, saved = find_checkpoint(path)
     info = checkpoint.read_info(saved)
@@ -124,7 +126,9 @@ def reshard(
 
 
 def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -> Source:
-    """The checkpoint's tensors as the target has them; CheckpointError where they are not those of its settings."""
+    """The checkpoint's tensors as the target has them; CheckpointError where they are not those of its
+    settings.
+    """
     stored, own = StoredTensors(saved), parse_settings(info["settings"], source=str(saved))
     check_tensors(stored, own, info)
     before, after = (
@@ -142,7 +146,9 @@ def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -
 
 
 def _verify_beside(saved: Path, level: str) -> Future[None]:
-    """Compare the files of a checkpoint with their checksums, in a thread that does not keep the process from ending."""
+    """Compare the files of a checkpoint with their checksums, in a thread that does not keep the process from
+    ending.
+    """
     done: Future[None] = Future()
 
     def verify() -> None:
@@ -216,7 +222,9 @@ def _write_index(staging: Path, source: Source, journal: Journal) -> Records:
 
 
 def _describe(info: dict[str, Any], target: Target, tokenizer: NewTokenizer | None) -> dict[str, Any]:
-    """What the new checkpoint says of itself: what the old one did, but for where its parts lie, and its tokenizer."""
+    """What the new checkpoint says of itself: what the old one did, but for where its parts lie, and its
+    tokenizer.
+    """
     gone = ("xxh3", "files", "base", "tensors")
     tokens: dict[str, Any] = {}
     if tokenizer is not None:

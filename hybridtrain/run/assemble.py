@@ -46,7 +46,9 @@ class Vocabulary:
 
     @classmethod
     def of(cls, dataset: TokenDataset, rows: int = 0) -> Vocabulary:
-        """The dataset's, with an embedding of `rows` rows where they are given. Raises SettingsError where they are too few."""
+        """The dataset's, with an embedding of `rows` rows where they are given. Raises SettingsError where
+        they are too few.
+        """
         size = dataset.manifest.vocab_size
         if 0 < rows < size:
             problem = (
@@ -58,7 +60,9 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of, as this rank holds it. `model_parts` is the whole model, or under pp the stages of this rank."""
+    """What a run is made of, as this rank holds it. `model_parts` is the whole model, or under pp the stages
+    of this rank.
+    """
 
     settings: Settings
     mesh: Mesh
@@ -89,7 +93,9 @@ class Run:
 
 
 def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | None:
-    """The addressing of the model's memory layers, drawn or read from `engram.addressing`; None without memory."""
+    """The addressing of the model's memory layers, drawn or read from `engram.addressing`; None without
+    memory.
+    """
     layers, engram = engram_layers(settings), settings.engram
     if not layers:
         return None
@@ -137,7 +143,9 @@ def addressing_misfits(addressing: Addressing, settings: Settings) -> list[str]:
 
 
 def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing: Addressing | None) -> Run:
-    """Build the model on the meta device, shard it, and draw this rank's part of every parameter and of the table."""
+    """Build the model on the meta device, shard it, and draw this rank's part of every parameter and of the
+    table.
+    """
     try:
         choose.use(choose.resolve(settings.kernels.model_dump(), mesh.device.type), mesh.device.type)
     except choose.KernelChoiceError as error:

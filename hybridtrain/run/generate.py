@@ -53,7 +53,8 @@ def open_checkpoint(path: Path) -> tuple[Run, Path, int]:
     at_once = settings.train.global_batch // settings.train.micro_batches * settings.train.seq_len
     if at_once > MAX_TOKENS:
         raise CheckpointError(
-            f"{saved}: its settings have micro-batches of {at_once:,} tokens; at most {MAX_TOKENS:,} are evaluated"
+            f"{saved}: its settings have micro-batches of {at_once:,} tokens; at most {MAX_TOKENS:,} are "
+            "evaluated"
         )
     vocabulary = Vocabulary(info["vocab_size"], info["separator_id"], compression)
     addressing = read_addressing(info, settings, compression, stored)
@@ -82,8 +83,9 @@ def evaluate_checkpoint(path: Path, split: str, data: Path | None, batches: int)
         )
     if dataset.manifest.separator_id != separator:
         raise DataError(
-            f"{dataset.folder} has token {dataset.manifest.separator_id} ({dataset.manifest.separator!r}) before each document, "
-            f"the checkpoint was trained with {separator}; make the data with that one (--separator)"
+            f"{dataset.folder} has token {dataset.manifest.separator_id} ({dataset.manifest.separator!r}) "
+            f"before each document, the checkpoint was trained with {separator}; make the data with that one "
+            "(--separator)"
         )
     return evaluate(run, dataset.split("train" if split == "train" else "validation"), batches)
 
@@ -99,7 +101,8 @@ def generate_text(path: Path, prompt: str, tokens: int, temperature: float, top_
     name = tokenizer.id_to_token(separator)
     if name is None:
         raise CheckpointError(
-            f"{source / TOKENIZER}: has no token {separator}, which stands before each document of the checkpoint"
+            f"{source / TOKENIZER}: has no token {separator}, which stands before each document of the "
+            "checkpoint"
         )
     words = for_texts(load_tokenizer(source / TOKENIZER), name)
     with library_errors(f"{source / TOKENIZER}: cannot encode the prompt"):

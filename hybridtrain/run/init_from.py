@@ -1,4 +1,6 @@
-"""A model's weights without its run: what they are by name, and a new run that starts from those of an old one."""
+"""A model's weights without its run: what they are by name, and a new run that starts from those of an old
+one.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,10 @@ from hybridtrain.settings.load import parse_settings
 from hybridtrain.settings.tree import EngramSettings, Settings
 
 ROWS_AT_ONCE = 1 << 18
-ORIGIN = "origin.json"  # what an import found in the model's own description, for exports to give back (formats/origin.py)
-# Files beside the weights of a published model. Runs that start from an import keep them, and an export gives them back.
+# what an import found in the model's own description, for exports to give back (formats/origin.py)
+ORIGIN = "origin.json"
+# Files beside the weights of a published model. Runs that start from an import keep them, and an export gives
+# them back.
 VOCABULARY = (
     "vocab.json",
     "merges.txt",
@@ -61,8 +65,8 @@ def model_tensors(settings: Settings, vocab_size: int) -> dict[str, Tensor]:
 
 
 def check_tensors(stored: StoredTensors, settings: Settings, info: Mapping[str, Any]) -> None:
-    """Raise DamagedCheckpoint listing the model's tensors that a checkpoint, which says `info`, has not as its settings say, those
-    that are no floating-point numbers, and those that such a model has not.
+    """Raise DamagedCheckpoint listing the model's tensors that a checkpoint, which says `info`, has not as
+    its settings say, those that are no floating-point numbers, and those that such a model has not.
 
     It is looked at before memory is taken for a model of those settings.
     """
@@ -70,7 +74,8 @@ def check_tensors(stored: StoredTensors, settings: Settings, info: Mapping[str, 
     layers = {name.split(".")[2] for name in have if name.startswith("model.layers.")}
     if len(layers) != (said := len(layer_specs(settings))):
         raise DamagedCheckpoint(
-            f"{stored.path}: its tensors are not those of its settings: {len(layers)} layers, and they say {said}"
+            f"{stored.path}: its tensors are not those of its settings: {len(layers)} layers, and they say "
+            f"{said}"
         )
     try:
         expected = {
@@ -92,14 +97,17 @@ def check_tensors(stored: StoredTensors, settings: Settings, info: Mapping[str, 
 
 
 def read_compression_of(run: Path, info: Mapping[str, Any]) -> npt.NDArray[np.int64]:
-    """The compression map of a run folder, int64 [V], whose checkpoint says `info`. Raises CheckpointError, or DataError."""
+    """The compression map of a run folder, int64 [V], whose checkpoint says `info`. Raises CheckpointError,
+    or DataError.
+    """
     try:
         compression = read_compression(run / COMPRESSION, info["vocab_size"])
     except OSError as error:
         raise CheckpointError(f"{run / COMPRESSION}: cannot be read: {error.strerror}") from None
     if info["separator_id"] >= len(compression):
         raise CheckpointError(
-            f"{run / COMPRESSION}: is of {len(compression)} tokens, and the separator is {info['separator_id']}"
+            f"{run / COMPRESSION}: is of {len(compression)} tokens, and the separator is "
+            f"{info['separator_id']}"
         )
     return compression
 
@@ -107,9 +115,11 @@ def read_compression_of(run: Path, info: Mapping[str, Any]) -> npt.NDArray[np.in
 def read_addressing(
     info: Mapping[str, Any], settings: Settings, compression: npt.NDArray[np.int64], stored: StoredTensors
 ) -> Addressing | None:
-    """The addressing of a checkpoint, with the compression map int64 [V] of its run folder; None without a memory.
+    """The addressing of a checkpoint, with the compression map int64 [V] of its run folder; None without a
+    memory.
 
-    Raises CheckpointError where it is none, is of another map or of other settings, or has not as many rows as the table.
+    Raises CheckpointError where it is none, is of another map or of other settings, or has not as many rows
+    as the table.
     """
     if not engram_layers(settings):
         return None
@@ -131,7 +141,9 @@ def read_addressing(
 
 
 def copy_companions(source: Path, target: Path, *names: str) -> None:
-    """Copy those of COMPANIONS, of the chat templates and of `names` that the folder `source` has into the folder `target`."""
+    """Copy those of COMPANIONS, of the chat templates and of `names` that the folder `source` has into the
+    folder `target`.
+    """
     templates = [f"{TEMPLATES}/{path.name}" for path in sorted((source / TEMPLATES).glob("*.jinja"))]
     for name in (*names, *COMPANIONS, *templates):
         if (source / name).is_file():
@@ -142,7 +154,8 @@ def copy_companions(source: Path, target: Path, *names: str) -> None:
 def read_rows(
     stored: StoredTensors, info: dict[str, Any], engram: EngramSettings, low: int, high: int
 ) -> Tensor:
-    """Rows `low` to `high-1` of a checkpoint's table as a reader would see them: with the weight decay that they owe.
+    """Rows `low` to `high-1` of a checkpoint's table as a reader would see them: with the weight decay that
+    they owe.
 
     `info` is the checkpoint's own description.
     """
@@ -161,10 +174,12 @@ def read_rows(
 
 
 def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
-    """Fill the parts of a new run in `folder` on `data` with the weights of the run folder or checkpoint `path`; any layouts.
+    """Fill the parts of a new run in `folder` on `data` with the weights of the run folder or checkpoint
+    `path`; any layouts.
 
-    Optimizers start afresh. Memories that the checkpoint has not stay as they were drawn. Raises CheckpointError listing every
-    other tensor that one side lacks or has in another shape, another tokenizer, separator or addressing.
+    Optimizers start afresh. Memories that the checkpoint has not stay as they were drawn. Raises
+    CheckpointError listing every other tensor that one side lacks or has in another shape, another tokenizer,
+    separator or addressing.
     """
     source, saved = find_checkpoint(path)
     checkpoint.verify(saved, run.settings.checkpoint.verify, run.mesh.world)
@@ -179,16 +194,19 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
     problems = _misfits(expected, theirs) + dtype_problems({name: stored.dtype(name) for name in theirs})
     if info["tokenizer_digest"] != data.tokenizer_xxh3:
         problems.append(
-            f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has {data.tokenizer_xxh3}"
+            f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has "
+            f"{data.tokenizer_xxh3}"
         )
     elif (separator := info["separator_id"]) != run.vocabulary.separator_id:
         ours = run.vocabulary.separator_id
         problems.append(
-            f"separator: the checkpoint has token {separator} before each document, the data {ours} (data.separator)"
+            f"separator: the checkpoint has token {separator} before each document, the data {ours} "
+            "(data.separator)"
         )
     if info["addressing"] and addressing and info["addressing"] != addressing:
         problems.append(
-            "memory: its table cannot be taken over: layers, orders, multipliers, primes or compression map are others"
+            "memory: its table cannot be taken over: layers, orders, multipliers, primes or compression map "
+            "are others"
         )
     elif info["addressing"] and run.table is not None:
         there, here = (
@@ -244,9 +262,11 @@ def _tell_of_data(settings: Settings, theirs: checkpoint.Consumed, data: Manifes
     path, ours = settings.data.path, data.validation.digest
     if ours and theirs.train is None:
         say(
-            f"  the weights' run does not say what it was trained on, which may be in the validation split of data.path={path}"
+            "  the weights' run does not say what it was trained on, which may be in the validation split "
+            f"of data.path={path}"
         )
     elif ours and theirs.validation != ours:
         say(
-            f"  data.path={path}: its validation split is not that of the weights' run, which may have been trained on some of it"
+            f"  data.path={path}: its validation split is not that of the weights' run, which may have been "
+            "trained on some of it"
         )

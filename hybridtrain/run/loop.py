@@ -59,10 +59,11 @@ Info = dict[str, Any]  # what a checkpoint says of itself
 
 
 def train(settings: Settings, resume: bool | None = False, allow: Collection[str] = ()) -> dict[str, Any]:
-    """Run `settings.train.steps` steps, or with `resume` the rest of them; returns the summary that rank 0 writes.
+    """Run `settings.train.steps` steps, or with `resume` the rest of them; returns the summary that rank 0
+    writes.
 
-    `resume` None: the rest where the run folder has a checkpoint, else all. `allow`: what of resume.ALLOWABLE may differ from the
-    checkpoint's. Raises UserError or LayoutError for what the user can mend.
+    `resume` None: the rest where the run folder has a checkpoint, else all. `allow`: what of resume.ALLOWABLE
+    may differ from the checkpoint's. Raises UserError or LayoutError for what the user can mend.
     """
     mesh, locks = join_world(settings), None
     try:
@@ -165,7 +166,9 @@ def _restore(
     clock: Clock,
     check: Callable[[Path, Info], None] = lambda *_: None,
 ) -> Info:
-    """Load the latest good checkpoint; what it says of itself. No phase of a step, but one in which ranks may stand still."""
+    """Load the latest good checkpoint; what it says of itself. No phase of a step, but one in which ranks may
+    stand still.
+    """
     with clock.phase("restore"):
         info = folder.restore(run, addressing, check)
     clock.take()
@@ -245,7 +248,9 @@ def _refuse(
     plan: StepPlan | None,
     totals: Totals,
 ) -> str:
-    """What `train.on_spike` says to do about a step that was not made: "skip" or "rollback"; raises TrainingError to stop."""
+    """What `train.on_spike` says to do about a step that was not made: "skip" or "rollback"; raises
+    TrainingError to stop.
+    """
     train, action = run.settings.train, run.settings.train.on_spike
     saver.finish()
     last = checkpoint.latest(saver.folder)
@@ -257,7 +262,8 @@ def _refuse(
         if not allowed:
             what += f"; that is more than train.spike_limit={train.spike_limit} in a row"
         raise TrainingError(
-            f"step {done}: {what}. The last good checkpoint is {last or 'none'}; nothing of this step was kept"
+            f"step {done}: {what}. The last good checkpoint is {last or 'none'}; nothing of this step was "
+            "kept"
         )
     if run.table is not None and (action == "rollback" or run.settings.engram.fetch == "overlap"):
         run.table.forget_ahead()  # rows as they would be after the update
@@ -277,12 +283,13 @@ def train_step(
     asked: Callable[[], tuple[bool, bool]] = lambda: (False, False),
     accepts: Callable[[float, float], bool] = all_finite,
 ) -> Totals:
-    """One optimizer step (`step` counts from 0). Nothing is updated where `accepts` refuses its loss and gradient norm.
+    """One optimizer step (`step` counts from 0). Nothing is updated where `accepts` refuses its loss and
+    gradient norm.
 
-    `next_plan` is the next step's, some of whose rows may come while this one computes; None: there is none. `asked` says whether
-    this rank was asked to stop, and to save, and is called behind the backward passes, so that what is asked for during them
-    does not wait for another step; the totals say whether any rank was. `before_update` is called before parameters and optimizer
-    state change.
+    `next_plan` is the next step's, some of whose rows may come while this one computes; None: there is none.
+    `asked` says whether this rank was asked to stop, and to save, and is called behind the backward passes,
+    so that what is asked for during them does not wait for another step; the totals say whether any rank was.
+    `before_update` is called before parameters and optimizer state change.
     """
     stages, table, settings = run.model_parts, run.table, run.settings
     scale = lr_scale(step, settings.optim, settings.train.steps)
@@ -328,7 +335,9 @@ def train_step(
 
 
 def _sum_up(run: Run, loss: Tensor, stop: bool, save: bool) -> dict[str, Tensor]:
-    """The step's loss, whether any rank was asked to stop or save, and the model's statistics, over all ranks; on the device."""
+    """The step's loss, whether any rank was asked to stop or save, and the model's statistics, over all
+    ranks; on the device.
+    """
     device = (
         run.mesh.device
     )  # to bring a number there from the host would wait for all that the device has to do

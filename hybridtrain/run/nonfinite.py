@@ -17,7 +17,8 @@ from hybridtrain.table.lookup_table import by_exchange
 
 @torch.no_grad()
 def name_source_of_nonfinite(run: Run, batch: Batch, plan: StepPlan | None) -> str:
-    """In words, the first module of the forward pass whose output is not finite; else that it arose in the backward pass.
+    """In words, the first module of the forward pass whose output is not finite; else that it arose in the
+    backward pass.
 
     Collective: every rank calls it with its own part of the step.
     """

@@ -22,9 +22,11 @@ class Pause:
         self.run, self.saver, self.signal, self.report, self._validate = run, saver, signal, report, validate
 
     def after(self, done: int, stop: bool, save: bool) -> bool:
-        """Save and then validate, where that is due after `done` steps; whether the run stops here, with a checkpoint of them.
+        """Save and then validate, where that is due after `done` steps; whether the run stops here, with a
+        checkpoint of them.
 
-        `stop` and `save`: what was asked for in the step. A stop that is asked for meanwhile is not left for the next one.
+        `stop` and `save`: what was asked for in the step. A stop that is asked for meanwhile is not left for
+        the next one.
         """
         train, every = self.run.settings.train, self.run.settings.checkpoint.every
         ended = done == train.steps
@@ -53,10 +55,12 @@ class Pause:
         return done == train.steps or bool(done and train.eval_every and done % train.eval_every == 0)
 
     def validation(self, done: int, again: bool = False) -> bool:
-        """Validate; whether the ranks agreed to stop before its last batch, and then nothing of it is reported.
+        """Validate; whether the ranks agreed to stop before its last batch, and then nothing of it is
+        reported.
 
-        `again`: after a restore. The checkpoint was saved before the validation that was due, which may have been cut off, and
-        which brings rows up to date as it reads them: with weight decay later steps have other last bits without it.
+        `again`: after a restore. The checkpoint was saved before the validation that was due, which may have
+        been cut off, and which brings rows up to date as it reads them: with weight decay later steps have
+        other last bits without it.
         """
         stopped = False
 

@@ -75,7 +75,9 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
 
 
 def join_world(settings: Settings) -> Mesh:
-    """Start this rank: threads, device, process groups. Raises LayoutError or SettingsError before anything is started."""
+    """Start this rank: threads, device, process groups. Raises LayoutError or SettingsError before anything
+    is started.
+    """
     if settings.train.engine == "deepspeed" and (problem := missing()):
         raise SettingsError("train.engine=deepspeed", [problem])
     rank, world = world_from_environment()
@@ -86,8 +88,9 @@ def join_world(settings: Settings) -> Mesh:
     device = choose_device()
     if device.type == "cpu":
         keep_freed_memory()
-        # Before torch's threads start, which inherit it: a moment that decays for a thousand steps without a gradient, or the
-        # softmax of a sure head, ends among the denormal numbers, with which x86 computes 20 to 150 times slower.
+        # Before torch's threads start, which inherit it: a moment that decays for a thousand steps without a
+        # gradient, or the softmax of a sure head, ends among the denormal numbers, with which x86 computes 20
+        # to 150 times slower.
         torch.set_flush_denormal(True)
     rendezvous, mixed = os.environ.get(RENDEZVOUS, "env://"), compute_dtype(settings, device) != torch.float32
     timeout = settings.parallel.timeout + _NET_SECONDS
@@ -107,7 +110,8 @@ def check_compiler(settings: Settings) -> None:
 
 
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """What the layers compute in on `device`; parameters, their gradients, router, losses and table are float32 always.
+    """What the layers compute in on `device`; parameters, their gradients, router, losses and table are
+    float32 always.
 
     Raises SettingsError where `auto` means bfloat16 and the experts' widths do not go with it.
     """
@@ -121,7 +125,8 @@ def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Let the C allocator keep what a step frees for the next one: giving it back costs a page fault per 4 KiB and step.
+    """Let the C allocator keep what a step frees for the next one: giving it back costs a page fault per 4
+    KiB and step.
 
     glibc only (`mallopt`); elsewhere nothing happens.
     """

@@ -58,7 +58,9 @@ class Report:
         self._validation: dict[str, float] = {}
 
     def header(self) -> None:
-        """The layout, the parameters, what carries each operation and what is odd about the settings, before the first step."""
+        """The layout, the parameters, what carries each operation and what is odd about the settings, before
+        the first step.
+        """
         s, mesh = self.run.settings, self.run.mesh
         grid = Table(title=f"hybridtrain {__version__}", show_header=False, title_justify="left")
         table = self.run.table
@@ -70,7 +72,8 @@ class Report:
             ("parameters", " · ".join(f"{name} {_short(n)}" for name, n in self.counts.items())),
             (
                 "step",
-                f"{s.train.global_batch} sequences x {s.train.seq_len} tokens in {s.train.micro_batches} micro-batch(es)",
+                f"{s.train.global_batch} sequences x {s.train.seq_len} tokens in {s.train.micro_batches} "
+                "micro-batch(es)",
             ),
             ("engine", self.run.engine.name),
             ("matmul peak", f"{self.peak / 1e9:.1f} GFLOP/s over all ranks"),
@@ -143,13 +146,15 @@ class Report:
         rank, ratio = slowest(own, [mesh.layout.coordinate(r, "pp") for r in range(mesh.world.size)])
         if bound and ratio > bound:
             self.log.say(
-                f"rank {rank} is slow: {1000 * own[rank]:.1f} ms a step without waiting for others, {ratio:.1f} times the median "
-                "of its pipeline stage"
+                f"rank {rank} is slow: {1000 * own[rank]:.1f} ms a step without waiting for others, "
+                f"{ratio:.1f} times the median of its pipeline stage"
             )
         return {"slowest/rank": rank, "slowest/seconds_per_step": own[rank], "slowest/over_median": ratio}
 
     def _memory(self, plan: StepPlan, exposed: float, steps: int) -> dict[str, float]:
-        """This rank's rows of the last step, and how long its fetches took: `exposed` seconds of them the loop waited."""
+        """This rank's rows of the last step, and how long its fetches took: `exposed` seconds of them the
+        loop waited.
+        """
         assert self.run.table is not None
         seconds = exposed + self.run.table.hidden_seconds()
         self._fetch_seconds += seconds
@@ -192,11 +197,14 @@ class Report:
             self._validation = values
             self.log.write(done, {f"validation_{name}": value for name, value in values.items()})
             self.log.say(
-                f"step {done:6d}  validation loss {values['loss']:.4f}  bits per byte {values['bits_per_byte']:.4f}"
+                f"step {done:6d}  validation loss {values['loss']:.4f}  bits per byte "
+                f"{values['bits_per_byte']:.4f}"
             )
 
     def ended(self) -> bool:
-        """Whether the run has its summary: one that was cut off in its last validation has made all steps, and no more."""
+        """Whether the run has its summary: one that was cut off in its last validation has made all steps,
+        and no more.
+        """
         summary = self._old_summary()
         return (
             bool(summary)
@@ -212,7 +220,8 @@ class Report:
     def nothing_left(self, start: int) -> dict[str, Any]:
         """The summary that the finished run left; training further takes a higher `train.steps`."""
         self.log.say(
-            f"{self.folder} has done {start} steps of train.steps={self.run.settings.train.steps}: nothing is left to do"
+            f"{self.folder} has done {start} steps of train.steps={self.run.settings.train.steps}: nothing "
+            "is left to do"
         )
         return self._old_summary()
 
@@ -223,7 +232,8 @@ class Report:
 
     def stopped(self, done: int, signal: str) -> dict[str, Any]:
         self.log.say(
-            f"stopped after step {done} ({signal or 'another rank'} asked for it); the checkpoint is written, go on with --resume"
+            f"stopped after step {done} ({signal or 'another rank'} asked for it); the checkpoint is "
+            "written, go on with --resume"
         )
         return self._summarise(done, stopped=True)
 
@@ -231,8 +241,9 @@ class Report:
         summary = self._summarise(done, stopped=False)
         if self.run.table is not None:
             self.log.say(
-                f"memory rows: {1000 * summary['table_fetch_seconds']:.1f} ms a step to fetch, of which the step waited "
-                f"{1000 * summary['table_fetch_exposed_seconds']:.1f} ms (engram.fetch={self.run.settings.engram.fetch})"
+                f"memory rows: {1000 * summary['table_fetch_seconds']:.1f} ms a step to fetch, of which the "
+                f"step waited {1000 * summary['table_fetch_exposed_seconds']:.1f} ms "
+                f"(engram.fetch={self.run.settings.engram.fetch})"
             )
         self.log.say(
             f"run files: {self.folder}    curves: tensorboard --logdir {self.folder / 'tensorboard'}"
@@ -291,7 +302,9 @@ class Report:
 
 
 def layer_statistics(totals: dict[str, list[float]]) -> dict[str, Any]:
-    """The step's sums as what people read: expert load (shares) and its spread, router entropy, gate mean, per layer."""
+    """The step's sums as what people read: expert load (shares) and its spread, router entropy, gate mean,
+    per layer.
+    """
     out: dict[str, Any] = {}
     for name, value in totals.items():
         layer, _, what = name.rpartition(".")
@@ -312,7 +325,9 @@ def layer_statistics(totals: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def dropped_share(totals: dict[str, list[float]]) -> float | None:
-    """Of the step's token-expert pairs over all layers, those that full experts dropped; None without a capacity."""
+    """Of the step's token-expert pairs over all layers, those that full experts dropped; None without a
+    capacity.
+    """
     dropped = [value[0] for name, value in totals.items() if name.endswith(".dropped_pairs")]
     if not dropped:
         return None

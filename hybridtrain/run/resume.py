@@ -1,4 +1,6 @@
-"""How a resumed run goes on with the data: where from, what is refused unless it was asked for by name, and what is said."""
+"""How a resumed run goes on with the data: where from, what is refused unless it was asked for by name, and
+what is said.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ SEED, DATA, VALIDATION = ALLOWABLE = ("seed", "data", "validation")
 
 
 def parse_allow(text: str, resumes: bool) -> frozenset[str]:
-    """The names in "seed,data". Raises UserError for others, and for any where the run is not one that `resumes`."""
+    """The names in "seed,data". Raises UserError for others, and for any where the run is not one that
+    `resumes`.
+    """
     names = frozenset(name for name in (part.strip() for part in text.split(",")) if name)
     if unknown := sorted(names - set(ALLOWABLE)):
         raise UserError(
@@ -37,8 +41,8 @@ def parse_allow(text: str, resumes: bool) -> frozenset[str]:
 class Reading:
     """How much of the data a run has read, and trained on, as its checkpoints and its report say it.
 
-    `tokens` counts the targets of the steps whose update was made and is still in the model. `before` is what the checkpoint says
-    that the run goes on from; None for a new run.
+    `tokens` counts the targets of the steps whose update was made and is still in the model. `before` is what
+    the checkpoint says that the run goes on from; None for a new run.
     """
 
     def __init__(
@@ -58,7 +62,9 @@ class Reading:
         self.tokens += self._loader.targets(step + self._guard.skipped_batches)
 
     def sequences(self, done: int) -> int:
-        """How many sequences were read before step `done`, at whatever lengths, those that rollbacks left out included."""
+        """How many sequences were read before step `done`, at whatever lengths, those that rollbacks left out
+        included.
+        """
         return self._before + self._loader.samples_before(done + self._guard.skipped_batches)
 
     def describe(self, done: int) -> Info:
@@ -77,7 +83,9 @@ class Reading:
 
 
 class Continuation:
-    """A checkpoint's data beside those of the settings that resume it. `allow`: names of ALLOWABLE that may differ."""
+    """A checkpoint's data beside those of the settings that resume it. `allow`: names of ALLOWABLE that may
+    differ.
+    """
 
     def __init__(self, settings: Settings, dataset: TokenDataset, allow: Collection[str] = ()) -> None:
         self.settings, self.allow = settings, allow
@@ -85,7 +93,9 @@ class Continuation:
         self._num_targets = dataset.manifest.train.tokens - 1
 
     def check(self, path: Path, info: Info) -> None:
-        """Raise CheckpointError naming all that would let samples be skipped or repeated, or validate on what was trained on."""
+        """Raise CheckpointError naming all that would let samples be skipped or repeated, or validate on what
+        was trained on.
+        """
         if lacking := {name: why for name, why in self._differences(info).items() if name not in self.allow}:
             raise CheckpointError(
                 "\n".join(
@@ -106,7 +116,9 @@ class Continuation:
         return position if position.fits(self._num_targets) else Position(0, self.settings.train.seq_len)
 
     def told(self, path: Path, info: Info, layout: str) -> list[str]:
-        """Every setting that differs from the checkpoint's, and what that means for the data; [] where all are the same."""
+        """Every setting that differs from the checkpoint's, and what that means for the data; [] where all
+        are the same.
+        """
         lines = [
             f"  {key}={json.dumps(ours)}, and the checkpoint was written with {json.dumps(theirs)}"
             for key, ours, theirs in checkpoint.changed_settings(self.settings, info["settings"])
@@ -117,7 +129,8 @@ class Continuation:
         lines += [f"  allowed: {why}" for why in differences.values()]
         if differences.keys() & {SEED, DATA}:
             lines.append(
-                f"  what was left of the epoch is left out; the new order begins with epoch {self.position(info).epoch}"
+                "  what was left of the epoch is left out; the new order begins with epoch "
+                f"{self.position(info).epoch}"
             )
         if Consumed.of(info).train is None:
             lines.append(
@@ -136,9 +149,9 @@ class Continuation:
         rest = self._num_targets // at.window * at.window - at.read
         padding = f"; the last one has {-rest % length:,} tokens of padding, over which the loss of its step is averaged too"
         return [
-            f"  the last {rest:,} tokens of epoch {at.epoch} come in their old order, of windows of {at.window} tokens, cut into "
-            f"sequences of {length}{padding if rest % length else ''}. No document reaches over the border of two windows. "
-            f"Later epochs have windows of {length}"
+            f"  the last {rest:,} tokens of epoch {at.epoch} come in their old order, of windows of "
+            f"{at.window} tokens, cut into sequences of {length}{padding if rest % length else ''}. No "
+            f"document reaches over the border of two windows. Later epochs have windows of {length}"
         ]
 
     def _differences(self, info: Info) -> dict[str, str]:
@@ -151,10 +164,12 @@ class Continuation:
             )
         if theirs.train not in (None, self.digests["train"]) or theirs.position(self._num_targets) is None:
             out[DATA] = (
-                f"{data}: its train split is not the one (or not in the same shards) that the checkpoint was trained on"
+                f"{data}: its train split is not the one (or not in the same shards) that the checkpoint was "
+                "trained on"
             )
         if self.digests["validation"] and theirs.validation not in (None, self.digests["validation"]):
             out[VALIDATION] = (
-                f"{data}: its validation split is not the checkpoint's, and may hold texts that were trained on"
+                f"{data}: its validation split is not the checkpoint's, and may hold texts that were trained "
+                "on"
             )
         return out

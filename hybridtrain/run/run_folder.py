@@ -1,4 +1,5 @@
-"""A run's folder: settings.toml, tokenizer, addressing, checkpoints. What belongs to a run is found there again.
+"""A run's folder: settings.toml, tokenizer, addressing, checkpoints. What belongs to a run is found there
+again.
 
 settings.toml     every setting, resolved        metrics.jsonl, tensorboard/   written by metrics.py
 tokenizer.json    copies from the data folder,   checkpoints/step-…, latest    written by checkpoint.py
@@ -35,14 +36,17 @@ CHECKPOINTS = "checkpoints"
 
 
 class RunLocks:
-    """What a run writes to, held by its rank 0 against other runs: `run.dir`, and `checkpoint.dir` where that is elsewhere."""
+    """What a run writes to, held by its rank 0 against other runs: `run.dir`, and `checkpoint.dir` where that
+    is elsewhere.
+    """
 
     def __init__(self, settings: Settings, world: Group) -> None:
         self._settings, self._world = settings, world
         self._locks: dict[str, FolderLock] = {}
 
     def take(self) -> None:
-        """Take them all. Raises FolderInUse on every rank where another process holds one, or one cannot be written.
+        """Take them all. Raises FolderInUse on every rank where another process holds one, or one cannot be
+        written.
 
         Whether a holder lives is asked on every rank: one of them may be on its host.
         """
@@ -129,8 +133,8 @@ class RunFolder:
     def open(cls, settings: Settings, world: Group, resume: bool) -> RunFolder:
         """A new run's folder, or with `resume` an old one's.
 
-        Raises SettingsError where a new run would overwrite an old one's checkpoints, CheckpointError where there is none
-        to resume.
+        Raises SettingsError where a new run would overwrite an old one's checkpoints, CheckpointError where
+        there is none to resume.
         """
         folder = cls.of(settings, world)
         last = next(iter(checkpoint.candidates(folder.checkpoints)), None)
@@ -171,7 +175,8 @@ class RunFolder:
             and checkpoint.candidates(self.checkpoints)
         ):
             raise DataError(
-                f"{dataset.tokenizer_path} is another tokenizer than the one this run was trained with, {ours}"
+                f"{dataset.tokenizer_path} is another tokenizer than the one this run was trained with, "
+                f"{ours}"
             )
         barrier(self.world)
         if self.world.rank == 0:
@@ -189,8 +194,9 @@ class RunFolder:
     ) -> dict[str, Any]:
         """Load the latest good checkpoint into the parts; returns what it says of itself.
 
-        What is wrong with a damaged one is said, and the one before it taken. Raises CheckpointError where the checkpoint does
-        not fit, or none is good. `check` is shown the checkpoint and what it says of itself before it is loaded, and may raise.
+        What is wrong with a damaged one is said, and the one before it taken. Raises CheckpointError where
+        the checkpoint does not fit, or none is good. `check` is shown the checkpoint and what it says of
+        itself before it is loaded, and may raise.
         """
         tokenizer = file_digest(self.path / TOKENIZER)
         hashes = addressing.to_json() if addressing is not None else None
@@ -216,7 +222,9 @@ class RunFolder:
         )
 
     def saver(self, run: Run, reading: Callable[[int], dict[str, Any]]) -> checkpoint.Saver:
-        """What saves the run's checkpoints, once it was restored or begun; collective. `reading` as of `Saver`."""
+        """What saves the run's checkpoints, once it was restored or begun; collective. `reading` as of
+        `Saver`.
+        """
         if self.world.rank == 0 and run.table is not None:
             write_atomically(self.path / ADDRESSING, run.table.addressing.to_json().encode())
         return checkpoint.Saver(
@@ -228,10 +236,11 @@ class RunFolder:
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """(run folder, checkpoint) for a run folder, for one of its checkpoints, or for the folder or URL of `checkpoint.dir`.
+    """(run folder, checkpoint) for a run folder, for one of its checkpoints, or for the folder or URL of
+    `checkpoint.dir`.
 
-    Raises CheckpointError where there is none, where a folder or the run folder's settings cannot be read, and where they name a
-    URL.
+    Raises CheckpointError where there is none, where a folder or the run folder's settings cannot be read,
+    and where they name a URL.
     """
     try:
         return _find(path)
@@ -260,7 +269,9 @@ def _find(path: Path) -> tuple[Path, Path]:
 
 
 def _run_of(saved: Path) -> Path:
-    """The run folder in which a checkpoint lies; of one that `checkpoint.dir` put elsewhere, the one that it names."""
+    """The run folder in which a checkpoint lies; of one that `checkpoint.dir` put elsewhere, the one that it
+    names.
+    """
     around = saved.parent.parent
     if (around / SETTINGS).is_file():
         return around
@@ -269,7 +280,9 @@ def _run_of(saved: Path) -> Path:
 
 
 def _checkpoints_of(run: Path) -> Path:
-    """Where a run folder's settings say that its checkpoints lie. A URL is not opened: whoever made the folder chose it."""
+    """Where a run folder's settings say that its checkpoints lie. A URL is not opened: whoever made the
+    folder chose it.
+    """
     try:
         tree = read_toml(run / SETTINGS)
     except (FileNotFoundError, NotADirectoryError):
@@ -282,7 +295,7 @@ def _checkpoints_of(run: Path) -> Path:
         raise CheckpointError(f"{run / SETTINGS}: checkpoint.dir={where!r:.100} is no folder")
     if "://" in where and not where.startswith("file://"):
         raise CheckpointError(
-            f"{run / SETTINGS} says that the checkpoints lie at {where}, which is not opened on a file's word; "
-            f"if you trust it, give {where} itself in the place of {run}"
+            f"{run / SETTINGS} says that the checkpoints lie at {where}, which is not opened on a file's "
+            f"word; if you trust it, give {where} itself in the place of {run}"
         )
     return checkpoint.open_storage(where) if where else run / CHECKPOINTS

@@ -31,10 +31,12 @@ def all_or_none(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
 def evaluate(
     run: Run, split: Split, batches: int = 0, go_on: Callable[[], bool] = lambda: True
 ) -> dict[str, float]:
-    """`loss` (nats per token), `perplexity`, `bits_per_byte` and `tokens` of the split, or of its first global batches (0: all).
+    """`loss` (nats per token), `perplexity`, `bits_per_byte` and `tokens` of the split, or of its first
+    global batches (0: all).
 
-    Bits per byte spread the split's bytes evenly over its tokens; over a whole split that is exact. An empty split gives {}.
-    `go_on` is called by all ranks before every batch; where it says False, on all of them, the rest is left and {} returned.
+    Bits per byte spread the split's bytes evenly over its tokens; over a whole split that is exact. An empty
+    split gives {}. `go_on` is called by all ranks before every batch; where it says False, on all of them,
+    the rest is left and {} returned.
     """
     if split.num_tokens == 0:
         return {}

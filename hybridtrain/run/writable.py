@@ -13,7 +13,8 @@ from hybridtrain.settings.tree import Settings
 def check_folders(settings: Settings, elsewhere: list[list[str]] | None = None) -> None:
     """Raise SettingsError listing every folder of the settings that cannot be what it should be.
 
-    `elsewhere`: what `unusable_folders` found on each rank, so that all of them raise alike; None: looked for here.
+    `elsewhere`: what `unusable_folders` found on each rank, so that all of them raise alike; None: looked for
+    here.
     """
     found = elsewhere if elsewhere is not None else [unusable_folders(settings)]
     if problems := list(dict.fromkeys(problem for theirs in found for problem in theirs)):
@@ -21,7 +22,9 @@ def check_folders(settings: Settings, elsewhere: list[list[str]] | None = None) 
 
 
 def unusable_folders(settings: Settings) -> list[str]:
-    """What stands in the way of writing to `run.dir`, `checkpoint.dir` and, where it is to be made, `data.path`; one line each."""
+    """What stands in the way of writing to `run.dir`, `checkpoint.dir` and, where it is to be made,
+    `data.path`; one line each.
+    """
     data, run = Path(settings.data.path), Path(settings.run.dir)
     written = {"run.dir": run}
     if settings.checkpoint.dir and isinstance(
@@ -36,7 +39,8 @@ def unusable_folders(settings: Settings) -> list[str]:
         out.append(problem)
     elif os.path.lexists(data) and not data.is_dir():
         out.append(
-            f"data.path={data}: is not a folder; it must be one that `hybridtrain data` wrote, or a new one with data.source"
+            f"data.path={data}: is not a folder; it must be one that `hybridtrain data` wrote, or a new one "
+            "with data.source"
         )
     elif settings.data.source and not data.exists() and (problem := _obstacle("data.path", data)):
         out.append(problem)
@@ -44,13 +48,16 @@ def unusable_folders(settings: Settings) -> list[str]:
         # not Path's exists and resolve, which raise what was told above
         if (os.path.isdir(data) or not os.path.exists(data)) and _real(folder).is_relative_to(_real(data)):
             out.append(
-                f"{key}={folder}: lies in data.path={data}, which holds prepared data alone; choose another folder"
+                f"{key}={folder}: lies in data.path={data}, which holds prepared data alone; choose another "
+                "folder"
             )
     return out
 
 
 def _obstacle(key: str, folder: Path, inside: str = "") -> str:
-    """Why the folder, or the one that is called `inside` in it, can neither be made nor be written to; "" where it can."""
+    """Why the folder, or the one that is called `inside` in it, can neither be made nor be written to; ""
+    where it can.
+    """
     if problem := _no_name(key, folder):
         return problem
     there = next(
@@ -64,7 +71,9 @@ def _obstacle(key: str, folder: Path, inside: str = "") -> str:
 
 
 def _no_name(key: str, folder: Path) -> str:
-    """Why no folder can be found by this name: too long, or links in a circle; "" where one can, be it there or not."""
+    """Why no folder can be found by this name: too long, or links in a circle; "" where one can, be it there
+    or not.
+    """
     try:
         folder.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -34,7 +34,8 @@ def layer_specs(settings: Settings) -> tuple[LayerSpec, ...]:
             renamed = "; memory+ is engram+ now" if "memory+" in entry else ""
             raise ValueError(
                 f'model.layers: "{entry}" is not a layer; write "[N*][engram+]MIXER+FEEDFORWARD" '
-                f"with MIXER one of {', '.join(MIXERS)} and FEEDFORWARD one of {', '.join(FEEDFORWARDS)}{renamed}"
+                f"with MIXER one of {', '.join(MIXERS)} and FEEDFORWARD one of "
+                f"{', '.join(FEEDFORWARDS)}{renamed}"
             )
         if len(specs) + (more := int(match[1] or 1)) > MAX_LAYERS:
             raise ValueError(f"model.layers: more than {MAX_LAYERS:,} layers")

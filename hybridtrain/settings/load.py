@@ -74,7 +74,9 @@ def _toml(value: Any) -> str:
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> str | None:
-    """Put `section.key=value` into the tree; the value is read as TOML, else as a bare string. Returns a problem or None."""
+    """Put `section.key=value` into the tree; the value is read as TOML, else as a bare string. Returns a
+    problem or None.
+    """
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         return f'"{override}" is no override; write section.key=value, e.g. train.steps=50'

@@ -1,4 +1,6 @@
-"""In which settings do not fit each other, whatever the number of ranks; what does not fit the ranks is the layout's to say."""
+"""In which settings do not fit each other, whatever the number of ranks; what does not fit the ranks is the
+layout's to say.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,20 @@ def contradictions(s: Settings) -> list[str]:
     attention, moe, engram = s.model.attention, s.model.moe, s.engram
     if attention.num_heads % attention.num_kv_heads:
         out.append(
-            f"model.attention.num_kv_heads={attention.num_kv_heads} does not divide num_heads={attention.num_heads}; "
-            f"it may be {_divisors(attention.num_heads)}"
+            f"model.attention.num_kv_heads={attention.num_kv_heads} does not divide "
+            f"num_heads={attention.num_heads}; it may be {_divisors(attention.num_heads)}"
         )
     if attention.head_dim % 2:
         out.append(
-            f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. {attention.head_dim + 1}"
+            f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. "
+            f"{attention.head_dim + 1}"
         )
     out += unfit_widths(s, 2 if s.train.precision == "bfloat16" else 4)
     out += _useless_steps(s)
     if moe.top_k > moe.num_experts:
         out.append(
-            f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to {moe.num_experts}"
+            f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to "
+            f"{moe.num_experts}"
         )
     if moe.num_experts % moe.num_groups:
         out.append(
@@ -43,12 +47,14 @@ def contradictions(s: Settings) -> list[str]:
         )
     elif moe.top_groups > moe.num_groups:
         out.append(
-            f"model.moe.top_groups={moe.top_groups} exceeds num_groups={moe.num_groups}; it may be 1 to {moe.num_groups}"
+            f"model.moe.top_groups={moe.top_groups} exceeds num_groups={moe.num_groups}; it may be 1 to "
+            f"{moe.num_groups}"
         )
     elif moe.num_experts >= moe.top_k > moe.top_groups * (moe.num_experts // moe.num_groups):
         reach = moe.top_groups * (moe.num_experts // moe.num_groups)
         out.append(
-            f"model.moe.top_k={moe.top_k} exceeds the {reach} experts in top_groups={moe.top_groups} groups; it may be 1 to {reach}"
+            f"model.moe.top_k={moe.top_k} exceeds the {reach} experts in top_groups={moe.top_groups} groups; "
+            f"it may be 1 to {reach}"
         )
     if not engram.orders or list(engram.orders) != sorted(set(engram.orders)) or engram.orders[0] < 2:
         out.append(
@@ -56,13 +62,13 @@ def contradictions(s: Settings) -> list[str]:
         )
     if s.train.global_batch % s.train.micro_batches:
         out.append(
-            f"train.micro_batches={s.train.micro_batches} does not divide train.global_batch={s.train.global_batch}; "
-            f"it may be {_divisors(s.train.global_batch)}"
+            f"train.micro_batches={s.train.micro_batches} does not divide "
+            f"train.global_batch={s.train.global_batch}; it may be {_divisors(s.train.global_batch)}"
         )
     if s.train.micro_batches % engram.exchange_groups:
         out.append(
-            f"engram.exchange_groups={engram.exchange_groups} does not divide train.micro_batches={s.train.micro_batches}; "
-            f"it may be {_divisors(s.train.micro_batches)}"
+            f"engram.exchange_groups={engram.exchange_groups} does not divide "
+            f"train.micro_batches={s.train.micro_batches}; it may be {_divisors(s.train.micro_batches)}"
         )
     if engram.fetch == "overlap" and engram.optimizer == "adam":
         out.append(
@@ -95,28 +101,31 @@ def contradictions(s: Settings) -> list[str]:
     parallel = s.parallel
     if parallel.pp > 1 and engram.exchange_groups > 1:
         out.append(
-            f"engram.exchange_groups={engram.exchange_groups}: a pipeline needs the rows of all micro-batches at once; it may be 1"
+            f"engram.exchange_groups={engram.exchange_groups}: a pipeline needs the rows of all "
+            "micro-batches at once; it may be 1"
         )
     if parallel.pp > 1 and parallel.reshard_after_forward and parallel.schedule not in ("gpipe", "1f1b"):
         out.append(
-            f"parallel.reshard_after_forward=true frees parameters that parallel.schedule={parallel.schedule} still needs; "
-            f"it may be false, or parallel.schedule gpipe or 1f1b"
+            "parallel.reshard_after_forward=true frees parameters that "
+            f"parallel.schedule={parallel.schedule} still needs; it may be false, or parallel.schedule gpipe "
+            "or 1f1b"
         )
     if parallel.pp > 1 and s.train.recompute != "none" and parallel.schedule not in WHOLE_BACKWARD:
         out.append(
-            f"train.recompute={s.train.recompute}: parallel.schedule={parallel.schedule} goes back through a layer in parts "
-            f"and would run it again for each; it may be none, or parallel.schedule one of {', '.join(WHOLE_BACKWARD)}"
+            f"train.recompute={s.train.recompute}: parallel.schedule={parallel.schedule} goes back through a "
+            "layer in parts and would run it again for each; it may be none, or parallel.schedule one of "
+            f"{', '.join(WHOLE_BACKWARD)}"
         )
     if s.train.compile and s.train.recompute == "selective":
         out.append(
-            "train.recompute=selective: the products inside compiled layers are not seen; it may be none or full, "
-            "or train.compile=false"
+            "train.recompute=selective: the products inside compiled layers are not seen; it may be none or "
+            "full, or train.compile=false"
         )
     if s.train.compile and parallel.pp > 1 and parallel.schedule not in WHOLE_BACKWARD:
         out.append(
-            f"train.compile=true: parallel.schedule={parallel.schedule} goes back through a layer in parts, and a compiled layer "
-            f"does all of it each time and may overwrite what the next needs; it may be false, or parallel.schedule one of "
-            f"{', '.join(WHOLE_BACKWARD)}"
+            f"train.compile=true: parallel.schedule={parallel.schedule} goes back through a layer in parts, "
+            "and a compiled layer does all of it each time and may overwrite what the next needs; it may be "
+            f"false, or parallel.schedule one of {', '.join(WHOLE_BACKWARD)}"
         )
     if s.train.engine == "deepspeed":
         out += _beyond_deepspeed(s)
@@ -129,11 +138,14 @@ def contradictions(s: Settings) -> list[str]:
 
 
 def _given_twice(data: DataSettings) -> list[str]:
-    """Settings of which one leaves the other nothing to say. Written-out settings have all defaults, which say nothing."""
+    """Settings of which one leaves the other nothing to say. Written-out settings have all defaults, which
+    say nothing.
+    """
     out, default = [], DataSettings()
     if data.tokenizer and data.vocab_size != default.vocab_size:
         out.append(
-            "data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out"
+            "data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, "
+            "leave one out"
         )
     if data.validation and data.validation_fraction not in (0.0, default.validation_fraction):
         out.append(
@@ -148,13 +160,14 @@ def notices(s: Settings) -> list[str]:
     steps, optim, saves = s.train.steps, s.optim, s.checkpoint
     if optim.warmup_steps >= steps:
         out.append(
-            f"optim.warmup_steps={optim.warmup_steps} with train.steps={steps}: the learning rate only rises, to "
-            f"{steps / optim.warmup_steps:.0%} of its peak at the last step"
+            f"optim.warmup_steps={optim.warmup_steps} with train.steps={steps}: the learning rate only "
+            f"rises, to {steps / optim.warmup_steps:.0%} of its peak at the last step"
         )
     elif optim.schedule == "wsd" and round(optim.decay_fraction * steps) > steps - optim.warmup_steps:
         out.append(
-            f"optim.decay_fraction={optim.decay_fraction:g} of train.steps={steps} begins within the warm-up: the decay has the "
-            f"{steps - optim.warmup_steps} steps that optim.warmup_steps={optim.warmup_steps} leaves"
+            f"optim.decay_fraction={optim.decay_fraction:g} of train.steps={steps} begins within the "
+            f"warm-up: the decay has the {steps - optim.warmup_steps} steps that "
+            f"optim.warmup_steps={optim.warmup_steps} leaves"
         )
     if s.train.eval_every > steps:
         out.append(
@@ -164,18 +177,21 @@ def notices(s: Settings) -> list[str]:
         out.append(f"checkpoint.every={saves.every} with train.steps={steps}: a checkpoint at the end only")
     if saves.every and saves.keep_every % saves.every:
         out.append(
-            f"checkpoint.keep_every={saves.keep_every} is not a multiple of checkpoint.every={saves.every}: what stays for good is "
-            f"the checkpoint of every {math.lcm(saves.keep_every, saves.every)}th step"
+            f"checkpoint.keep_every={saves.keep_every} is not a multiple of checkpoint.every={saves.every}: "
+            f"what stays for good is the checkpoint of every {math.lcm(saves.keep_every, saves.every)}th step"
         )
     if s.train.spike_score and s.train.spike_window >= steps:
         out.append(
-            f"train.spike_window={s.train.spike_window} with train.steps={steps}: no loss is judged to be a spike"
+            f"train.spike_window={s.train.spike_window} with train.steps={steps}: no loss is judged to be a "
+            "spike"
         )
     return out
 
 
 def _useless_steps(s: Settings) -> list[str]:
-    """Running means that never move, and decays: decoupled, they multiply weights by 1 - rate * decay, which must stay above 0."""
+    """Running means that never move, and decays: decoupled, they multiply weights by 1 - rate * decay, which
+    must stay above 0.
+    """
     optim, engram = s.optim, s.engram
     means = ("beta1", "beta2", "muon_momentum") if optim.backbone == "muon" else ("beta1", "beta2")
     out = [
@@ -190,15 +206,17 @@ def _useless_steps(s: Settings) -> list[str]:
         table = optim.lr * engram.lr_multiplier
         rules.append(("optim.lr * engram.lr_multiplier", table, "engram.weight_decay", engram.weight_decay))
     return out + [
-        f"{rate_key} * {decay_key} = {rate:g} * {decay:g} = {rate * decay:g} turns weights to zero or round in one step; "
-        f"{decay_key} may be below {1 / rate:g}"
+        f"{rate_key} * {decay_key} = {rate:g} * {decay:g} = {rate * decay:g} turns weights to zero or round "
+        f"in one step; {decay_key} may be below {1 / rate:g}"
         for rate_key, rate, decay_key, decay in rules
         if rate * decay >= 1.0
     ]
 
 
 def unfit_widths(s: Settings, bytes_per_element: int) -> list[str]:
-    """Widths of experts that grouped products cannot take in elements of this size: rows must be multiples of 16 bytes."""
+    """Widths of experts that grouped products cannot take in elements of this size: rows must be multiples of
+    16 bytes.
+    """
     step = 16 // bytes_per_element
     if not any("moe" in entry for entry in s.model.layers):
         return []
@@ -216,33 +234,40 @@ def _beyond_deepspeed(s: Settings) -> list[str]:
     for axis in ("pp", "tp", "etp", "dp_replicate"):
         if (degree := getattr(s.parallel, axis)) > 1:
             out.append(
-                f"parallel.{axis}={degree} with {engine}, which spreads over dp_shard, cp, ep and mem; {axis} may be 1"
+                f"parallel.{axis}={degree} with {engine}, which spreads over dp_shard, cp, ep and mem; "
+                f"{axis} may be 1"
             )
     if s.parallel.reshard_after_forward:
         out.append(
-            f"parallel.reshard_after_forward=true with {engine}, which shards them by deepspeed.zero_stage=3; it may be false"
+            f"parallel.reshard_after_forward=true with {engine}, which shards them by "
+            "deepspeed.zero_stage=3; it may be false"
         )
     if s.optim.backbone != "adamw":
         out.append(
-            f"optim.backbone={s.optim.backbone} with {engine}, whose flat parts of parameters are no matrices; it may be adamw"
+            f"optim.backbone={s.optim.backbone} with {engine}, whose flat parts of parameters are no "
+            "matrices; it may be adamw"
         )
     if s.train.precision == "bfloat16":
         out.append(
-            f"train.precision=bfloat16 with {engine}, which computes in its parameters' float32; it may be auto or float32"
+            f"train.precision=bfloat16 with {engine}, which computes in its parameters' float32; it may be "
+            "auto or float32"
         )
     if s.parallel.ep > 1 and s.deepspeed.zero_stage == 3:
         out.append(
-            f"deepspeed.zero_stage=3 with parallel.ep={s.parallel.ep} would add up different experts of different ranks; "
-            "zero_stage may be 0, 1 or 2, or ep may be 1"
+            f"deepspeed.zero_stage=3 with parallel.ep={s.parallel.ep} would add up different experts of "
+            "different ranks; zero_stage may be 0, 1 or 2, or ep may be 1"
         )
     if s.deepspeed.offload_optimizer and s.deepspeed.zero_stage == 0:
         out.append(
-            "deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3"
+            "deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage "
+            "may be 1, 2 or 3"
         )
     return out
 
 
 def _divisors(number: int) -> str:
-    """The divisors of `number` in words: "1, 2 or 4". (The layout has its own: settings import nothing of parallel/.)"""
+    """The divisors of `number` in words: "1, 2 or 4". (The layout has its own: settings import nothing of
+    parallel/.)
+    """
     divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
     return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"

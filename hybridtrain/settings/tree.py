@@ -6,35 +6,11 @@ contradictions raise one `SettingsError` that lists all of them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Axis = Annotated[int, Field(ge=-1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
-    )
-
-    @field_validator("*")
-    @classmethod
-    def _names_something(cls, value: Any) -> Any:
-        """Strings name files, folders, fields and tokens, which have no NUL; of several no one is empty."""
-        if any(
-            "\0" in text
-            for text in (value if isinstance(value, tuple) else (value,))
-            if isinstance(text, str)
-        ):
-            raise ValueError("has a NUL character")
-        if isinstance(value, tuple) and "" in value:
-            raise ValueError("has an empty entry")
-        return value
+from hybridtrain.settings.section import Axis, Fraction, Natural, NonNegative, Positive, Section
 
 
 class RunSettings(Section):

@@ -12,21 +12,25 @@ from torch import Tensor
 class CopyOnWrite:
     """Tensors with the same rows as dim 0, as they were when this was made.
 
-    Nothing is copied at first. Whoever changes rows calls `keep` before; `read` takes the rows as they are and then puts
-    back what was kept of them. So it may run in another thread: a row that was changed, or is half changed, when it was read
-    had been kept before. A row is kept when it changes for the first time, and never again: what is kept does not grow with
-    the time that passes, but with the number of different rows that change.
+    Nothing is copied at first. Whoever changes rows calls `keep` before; `read` takes the rows as they are
+    and then puts back what was kept of them. So it may run in another thread: a row that was changed, or is
+    half changed, when it was read had been kept before. A row is kept when it changes for the first time, and
+    never again: what is kept does not grow with the time that passes, but with the number of different rows
+    that change.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
         self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
         some = next(iter(self._tensors.values()))
-        # numpy's zeros are pages that exist once they are written to: no pass over a byte for every row of the table
+        # numpy's zeros are pages that exist once they are written to: no pass over a byte for every row of
+        # the table
         self._has_R = torch.from_numpy(np.zeros(len(some), dtype=np.bool_)).to(some.device)
 
     def keep(self, rows_N: Tensor) -> None:
-        """Remember rows, ascending int64 [N], that are about to change; those that changed before are remembered already."""
+        """Remember rows, ascending int64 [N], that are about to change; those that changed before are
+        remembered already.
+        """
         new_N = rows_N[~self._has_R.index_select(0, rows_N)]
         if len(new_N):
             self._kept.append(

@@ -1,4 +1,6 @@
-"""The lookup table of a run as this rank holds it: its rows, its row optimizer, and the exchange that serves the model."""
+"""The lookup table of a run as this rank holds it: its rows, its row optimizer, and the exchange that serves
+the model.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +45,13 @@ class Ahead:
 
 
 class LookupTable:
-    """Rows `low` to `high-1` of the packed table of all memory layers, and everything that a step does with them.
+    """Rows `low` to `high-1` of the packed table of all memory layers, and everything that a step does with
+    them.
 
-    A step calls `plan` (ahead, in the background), then for each of the plan's exchanges `fetch` before the forward passes
-    of its micro-batches, `fetch_ahead` for the exchange after it, and `push` after their backward passes, then `reduce` and
-    `update`. Table and row state lie on `mesh.table_device`; rows and gradients are on the model's device from `fetch` to `update`.
+    A step calls `plan` (ahead, in the background), then for each of the plan's exchanges `fetch` before the
+    forward passes of its micro-batches, `fetch_ahead` for the exchange after it, and `push` after their
+    backward passes, then `reduce` and `update`. Table and row state lie on `mesh.table_device`; rows and
+    gradients are on the model's device from `fetch` to `update`.
     """
 
     def __init__(
@@ -59,7 +63,9 @@ class LookupTable:
         layers: Sequence[int],
         positions: Tensor | None = None,
     ) -> None:
-        """`layers` are the memory layers of this rank's part of the model, which alone it plans for; there may be none."""
+        """`layers` are the memory layers of this rank's part of the model, which alone it plans for; there
+        may be none.
+        """
         engram = settings.engram
         self._columns = [addressing.layers.index(layer) for layer in layers]
         self.addressing, self.mesh, self.rows, self.positions = addressing, mesh, rows, positions
@@ -94,9 +100,11 @@ class LookupTable:
         self._arrived: list[Handle] = []
 
     def plan(self, batch: Batch, evaluate: bool = False) -> StepPlan:
-        """Which rows the batch needs, from whom; collective, from tokens alone. A rank of `tp` takes its own slots only.
+        """Which rows the batch needs, from whom; collective, from tokens alone. A rank of `tp` takes its own
+        slots only.
 
-        Evaluation has its own groups, so that it may plan in the main thread while training plans ahead in another.
+        Evaluation has its own groups, so that it may plan in the main thread while training plans ahead in
+        another.
         """
         ids = row_ids(
             self.addressing, batch.tokens, batch.starts
@@ -109,7 +117,9 @@ class LookupTable:
         return self._planners["eval_plan" if evaluate else "plan"].plan(ids)
 
     def fetch(self, plan: StepPlan, exchange: RowPlan) -> None:
-        """Bring the exchange's rows, or what of them did not come ahead, and give each micro-batch its leaf, numbered from 0."""
+        """Bring the exchange's rows, or what of them did not come ahead, and give each micro-batch its leaf,
+        numbered from 0.
+        """
         self.optimizer.catch_up(plan.touched_N)
         if self._ahead is not None and self._ahead.exchange is exchange:
             rows_UD = self.exchange.complete(exchange, self._ahead.arrival)
@@ -120,11 +130,12 @@ class LookupTable:
         self.rows.set([row_gather(rows_UD, select) for select in exchange.select])
 
     def fetch_ahead(self, plan: StepPlan, number: int, next_plan: StepPlan | None, lr: float) -> None:
-        """Begin to bring the rows of the exchange after the plan's `number`-th (from 1), beside what the step computes on.
+        """Begin to bring the rows of the exchange after the plan's `number`-th (from 1), beside what the step
+        computes on.
 
-        `engram.fetch` "overlap" takes the rows that no update changes until then, but for the decay of the coming one at rate
-        `lr`, which it applies to them; "stale" takes all of the next step's as they are. Rows are read here and now, before
-        anything writes to the table.
+        `engram.fetch` "overlap" takes the rows that no update changes until then, but for the decay of the
+        coming one at rate `lr`, which it applies to them; "stale" takes all of the next step's as they are.
+        Rows are read here and now, before anything writes to the table.
         """
         if self.mode == "step":
             return
@@ -141,7 +152,9 @@ class LookupTable:
                 self._begin(exchange, exchange.early, self.optimizer.values(exchange.early.wanted_Q, lr))
 
     def resume(self, plan: StepPlan | None) -> None:
-        """Send the first step's rows as the run that wrote the checkpoint had read them, one update early (stale mode)."""
+        """Send the first step's rows as the run that wrote the checkpoint had read them, one update early
+        (stale mode).
+        """
         if self._saved is None or plan is None:
             return
         values_ND = self.optimizer.values(plan.touched_N)
@@ -161,12 +174,16 @@ class LookupTable:
         self._begin(exchange, exchange, rows_QD, SavedRows(plan.touched_N + self.low, values_ND))
 
     def hidden_seconds(self) -> float:
-        """How long exchanges ran beside the computation since the last call; on CUDA the device must have come so far."""
+        """How long exchanges ran beside the computation since the last call; on CUDA the device must have
+        come so far.
+        """
         seconds, self._arrived = sum(pending.hidden_seconds() for pending in self._arrived), []
         return seconds
 
     def forget_ahead(self) -> None:
-        """Let go of rows that came ahead of an update which is then not made; the next `fetch` brings them all."""
+        """Let go of rows that came ahead of an update which is then not made; the next `fetch` brings them
+        all.
+        """
         if self._ahead is not None:
             self._ahead.arrival.wait()
             self._ahead = None
@@ -192,7 +209,9 @@ class LookupTable:
         self.optimizer.step(plan.touched_N, grad_ND.to(self.table.device), lr)
 
     def state(self) -> dict[str, Tensor]:
-        """Table and row state as logical tensors over all owners, for checkpoints; in stale mode also the rows read ahead."""
+        """Table and row state as logical tensors over all owners, for checkpoints; in stale mode also the
+        rows read ahead.
+        """
         return self.logical_rows() | self.stale_state()
 
     def logical_rows(self) -> dict[str, Tensor]:

@@ -1,4 +1,6 @@
-"""Rows that were read one update early (`engram.fetch` "stale"), as a checkpoint keeps them: the table has them no more."""
+"""Rows that were read one update early (`engram.fetch` "stale"), as a checkpoint keeps them: the table has
+them no more.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ def saved_rows_name(kind: str, low: int, high: int) -> str:
 
 
 def saved_rows_for(names: Iterable[str], kind: str, low: int, high: int) -> list[str]:
-    """The pieces of a kind, by the names of a checkpoint's tensors, that may have rows among `low` to `high-1`.
+    """The pieces of a kind, by the names of a checkpoint's tensors, that may have rows among `low` to
+    `high-1`.
 
     Raises ValueError where such a name does not say which rows it is of.
     """

@@ -1,4 +1,6 @@
-"""What a lookup memory of given shape amounts to: moduli, rows, parameters, bytes stored and bytes on the wire."""
+"""What a lookup memory of given shape amounts to: moduli, rows, parameters, bytes stored and bytes on the
+wire.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,9 @@ def report(
 ) -> dict[str, Any]:
     """The figures of a memory, ready for JSON; `render` prints them.
 
-    rows_per_head: least rows of a hash head; orders: n-gram lengths; heads: per order; dim: width of a row in elements; layers:
-    0-based ids in the whole model; vocab_size: compressed ids, which bound the multipliers; bytes_per_element: of rows on the wire.
-    Raises SettingsError listing every value out of range.
+    rows_per_head: least rows of a hash head; orders: n-gram lengths; heads: per order; dim: width of a row in
+    elements; layers: 0-based ids in the whole model; vocab_size: compressed ids, which bound the multipliers;
+    bytes_per_element: of rows on the wire. Raises SettingsError listing every value out of range.
     """
     problems = _problems(rows_per_head, orders, heads, dim, layers, seed, vocab_size, bytes_per_element)
     if problems:

@@ -1,8 +1,8 @@
 """Cross-entropy in Triton, over a whole vocabulary or a shard of it; the maths is in README.md.
 
-N tokens, V vocabulary or this rank's part of it. `partial` gives the two numbers a token's loss is made of, both with a gradient;
-ranks that share a vocabulary join theirs in plain torch. `linear_cross_entropy_sum` goes by chunks of tokens: no logits of all of
-them exist.
+N tokens, V vocabulary or this rank's part of it. `partial` gives the two numbers a token's loss is made of,
+both with a gradient; ranks that share a vocabulary join theirs in plain torch. `linear_cross_entropy_sum`
+goes by chunks of tokens: no logits of all of them exist.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ _op.register_autograd(_gradients, setup_context=_setup)
 
 
 def partial(logits_NV: Tensor, targets_N: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp, logit of the target or 0 where it is not here), float32 [N]; column 0 is entry `first` of the vocabulary."""
+    """(log-sum-exp, logit of the target or 0 where it is not here), float32 [N]; column 0 is entry `first` of
+    the vocabulary.
+    """
     out: tuple[Tensor, Tensor] = _op(logits_NV.contiguous(), targets_N.contiguous(), first)
     return out
 

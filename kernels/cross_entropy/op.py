@@ -1,4 +1,5 @@
-"""Summed cross-entropy: torch's kernel on CUDA; on the CPU one pass in cache-sized blocks that makes the gradient too.
+"""Summed cross-entropy: torch's kernel on CUDA; on the CPU one pass in cache-sized blocks that makes the
+gradient too.
 
 N tokens, V vocabulary. See reference.py for the definition.
 """
@@ -37,8 +38,8 @@ def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor, ignored: int) -> Ten
 def partial_sums(logits_NW: Tensor, targets_N: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
     """What the entries `first` to first+W-1 of a vocabulary add to the loss, float32 [N]: (m, s, picked).
 
-    Their log-sum-exp is m + log s, and m no less than the greatest logit less log W; `picked` is the target's logit, 0 where the
-    target is not among them.
+    Their log-sum-exp is m + log s, and m no less than the greatest logit less log W; `picked` is the target's
+    logit, 0 where the target is not among them.
     """
     if chosen("cross_entropy", logits_NW) == "triton":
         from hybridtrain.kernels.cross_entropy.kernel import partial
@@ -55,7 +56,8 @@ def partial_sums(logits_NW: Tensor, targets_N: Tensor, first: int) -> tuple[Tens
 def partial_gradient(
     logits_NW: Tensor, targets_N: Tensor, first: int, normalizer_N: Tensor, scale_N: Tensor
 ) -> Tensor:
-    """scale * (softmax - [column = target]) of those entries [N, W], in the dtype of the logits; may overwrite the logits.
+    """scale * (softmax - [column = target]) of those entries [N, W], in the dtype of the logits; may
+    overwrite the logits.
 
     `normalizer_N` is the log-sum-exp over the whole vocabulary.
     """
@@ -71,7 +73,9 @@ def partial_gradient(
 
 
 def wide_product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """a @ b [M, N] as it is added up, in float32 of bfloat16 operands: a sum over blocks would carry every block's rounding."""
+    """a @ b [M, N] as it is added up, in float32 of bfloat16 operands: a sum over blocks would carry every
+    block's rounding.
+    """
     wide = torch.promote_types(a_MK.dtype, torch.float32)
     if a_MK.is_cuda and a_MK.dtype != wide:
         return torch.mm(a_MK, b_KN, out_dtype=wide)
@@ -97,7 +101,8 @@ class _CrossEntropy(torch.autograd.Function):
                 normalizer_N1[start : start + rows] = block.logsumexp(-1, keepdim=True)
             else:
                 softmax = torch.softmax(block, -1, out=grad_NV[start : start + rows])
-                # The greatest probability is at least 1/V, so its logarithm is exact where a target's could underflow.
+                # The greatest probability is at least 1/V, so its logarithm is exact where a target's could
+                # underflow.
                 highest = block.amax(-1, keepdim=True)
                 normalizer_N1[start : start + rows] = highest - softmax.amax(-1, keepdim=True).log_()
         keep_N1 = (targets_N != ignored)[:, None]

@@ -1,7 +1,9 @@
-"""Attention over depth in Triton: one program per token and key head, keys and values read once each; the maths is in README.md.
+"""Attention over depth in Triton: one program per token and key head, keys and values read once each; the
+maths is in README.md.
 
-N tokens, H query heads, G key/value heads, R = H/G queries a key head, S depth slots, C head width. Keys and values may lie in a
-larger preallocated buffer: slots and heads any distance apart, so no layer copies what earlier layers wrote.
+N tokens, H query heads, G key/value heads, R = H/G queries a key head, S depth slots, C head width. Keys and
+values may lie in a larger preallocated buffer: slots and heads any distance apart, so no layer copies what
+earlier layers wrote.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ def _backward_kernel(
 
 
 def _arguments(q_NHC: Tensor, k_NSGC: Tensor, scale: float) -> tuple[tuple[Any, ...], dict[str, int]]:
-    """(the numbers both kernels take, their constants): a product tile [R, S, C] of at most 4096 elements where C allows it."""
+    """(the numbers both kernels take, their constants): a product tile [R, S, C] of at most 4096 elements
+    where C allows it.
+    """
     S, G, C = k_NSGC.shape[1:]
     R = q_NHC.size(1) // G
     block_r, block_c = triton.next_power_of_2(R), max(16, triton.next_power_of_2(C))
@@ -171,7 +175,8 @@ _op.register_autograd(_gradients, setup_context=_setup)
 def depth_attention(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """As reference.depth_attention; the log-sum-exp is float32 and has a gradient too, so `merge` may follow.
 
-    Keys and values must lie alike, a head's C elements in one piece. Raises ValueError where shapes or strides do not fit.
+    Keys and values must lie alike, a head's C elements in one piece. Raises ValueError where shapes or
+    strides do not fit.
     """
     N, H, C = q_NHC.shape
     fits = (
@@ -182,8 +187,9 @@ def depth_attention(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float)
     )
     if not fits or k_NSGC.stride() != v_NSGC.stride() or k_NSGC.stride(3) != 1:
         raise ValueError(
-            f"q {list(q_NHC.shape)}, k {list(k_NSGC.shape)} and v {list(v_NSGC.shape)} must be [N, H, C] and twice [N, S, G, C] "
-            f"with S at least 1 and H a multiple of G; strides {k_NSGC.stride()} and {v_NSGC.stride()} must be equal and end in 1"
+            f"q {list(q_NHC.shape)}, k {list(k_NSGC.shape)} and v {list(v_NSGC.shape)} must be [N, H, C] and "
+            f"twice [N, S, G, C] with S at least 1 and H a multiple of G; strides {k_NSGC.stride()} and "
+            f"{v_NSGC.stride()} must be equal and end in 1"
         )
     out: tuple[Tensor, Tensor] = _op(q_NHC.contiguous(), k_NSGC, v_NSGC, scale)
     return out
@@ -198,10 +204,12 @@ def depth_gradients(
     delta_NH: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v where the slots are part of a larger softmax with the global log-sum-exp `lse_NH`.
+    """Gradients of q, k and v where the slots are part of a larger softmax with the global log-sum-exp
+    `lse_NH`.
 
-    grad: of the global output; delta_NH: its product with that output, summed over C. For sequence attentions (FlashAttention)
-    whose log-sum-exp has no gradient: their backward, given the same two, makes the other part.
+    grad: of the global output; delta_NH: its product with that output, summed over C. For sequence attentions
+    (FlashAttention) whose log-sum-exp has no gradient: their backward, given the same two, makes the other
+    part.
     """
     gradients: tuple[Tensor, Tensor, Tensor] = _op_backward(
         grad.contiguous(), q_NHC, k_NSGC, v_NSGC, lse_NH, delta_NH, scale

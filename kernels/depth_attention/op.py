@@ -16,8 +16,8 @@ __all__ = ["depth_attention", "merge"]
 def depth_attention(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(output [N, H, C], float32 log-sum-exp [N, H]), both with gradients, so that `merge` may follow.
 
-    Keys and values may be a slice of a preallocated buffer, slots and heads any distance apart. Raises ValueError where shapes do
-    not fit.
+    Keys and values may be a slice of a preallocated buffer, slots and heads any distance apart. Raises
+    ValueError where shapes do not fit.
     """
     N, H, C = q_NHC.shape
     if (
@@ -27,8 +27,8 @@ def depth_attention(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float)
         or H % k_NSGC.size(2)
     ):
         raise ValueError(
-            f"q {list(q_NHC.shape)}, k {list(k_NSGC.shape)} and v {list(v_NSGC.shape)} must be [N, H, C] and twice [N, S, G, C] "
-            f"with S at least 1 and H a multiple of G"
+            f"q {list(q_NHC.shape)}, k {list(k_NSGC.shape)} and v {list(v_NSGC.shape)} must be [N, H, C] and "
+            "twice [N, S, G, C] with S at least 1 and H a multiple of G"
         )
     if chosen("depth_attention", q_NHC) == "triton":
         from hybridtrain.kernels.depth_attention.kernel import depth_attention as fused

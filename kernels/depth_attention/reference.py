@@ -1,4 +1,5 @@
-"""The definition of attention over depth: a token's queries look at what earlier layers wrote there (MoDA, arXiv 2603.15619).
+"""The definition of attention over depth: a token's queries look at what earlier layers wrote there (MoDA,
+arXiv 2603.15619).
 
 N tokens, H query heads, G key/value heads (H a multiple of G), S depth slots, C head width.
 """
@@ -10,7 +11,9 @@ from torch import Tensor
 
 
 def depth_attention(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(output [N, H, C], natural log-sum-exp [N, H] of the scaled scores); query head h reads key head h // (H / G)."""
+    """(output [N, H, C], natural log-sum-exp [N, H] of the scaled scores); query head h reads key head h //
+    (H / G).
+    """
     repeat = q_NHC.size(1) // k_NSGC.size(2)
     k_NSHC, v_NSHC = k_NSGC.repeat_interleave(repeat, 2), v_NSGC.repeat_interleave(repeat, 2)
     scores_NHS = torch.einsum("nhc,nshc->nhs", q_NHC, k_NSHC) * scale

@@ -1,7 +1,8 @@
 """Causal attention inside documents for long sequences, without a mask of all pairs.
 
-Queries go block by block, each with the mask of its own rows, from the first key that any of them may read; the backward pass
-makes the masks again. On a GPU in half precision the documents are packed instead, for torch's flash attention, without any mask.
+Queries go block by block, each with the mask of its own rows, from the first key that any of them may read;
+the backward pass makes the masks again. On a GPU in half precision the documents are packed instead, for
+torch's flash attention, without any mask.
 
 B sequences, T queries, S keys, H heads, C head width. See reference.py for the definition.
 """
@@ -28,8 +29,9 @@ _MASK_ELEMENTS = 1 << 22  # of a block, a sequence
 class Spans:
     """Where the documents of some sequences lie, as the host knows it: read once for all layers.
 
-    `reach[i]` is the first key that the queries from place `i * STEP` on may read. `bounds` (int32) are the first tokens of all
-    documents of all sequences, one behind the other, and the end; `longest` is the longest one. Both only on a GPU.
+    `reach[i]` is the first key that the queries from place `i * STEP` on may read. `bounds` (int32) are the
+    first tokens of all documents of all sequences, one behind the other, and the end; `longest` is the
+    longest one. Both only on a GPU.
     """
 
     reach: tuple[int, ...]
@@ -54,7 +56,9 @@ def read_spans(documents_BS: Tensor | None, tokens: int) -> Spans:
 
 
 def document_bounds(documents_BS: Tensor) -> Tensor:
-    """int64 [documents + 1]: where each document begins among the tokens of all sequences, one behind the other, and their end."""
+    """int64 [documents + 1]: where each document begins among the tokens of all sequences, one behind the
+    other, and their end.
+    """
     begins = F.pad(documents_BS.diff() != 0, (1, 0), value=True)  # and every sequence
     return F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=documents_BS.numel())
 
@@ -63,9 +67,11 @@ def document_bounds(documents_BS: Tensor) -> Tensor:
 def document_attention(
     q_BTHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, documents_BS: Tensor | None, spans: Spans, first: int = 0
 ) -> Tensor:
-    """[B, T, H, C]: softmax attention of the tokens `first` to `first + T - 1` of each sequence; k and v may have fewer heads.
+    """[B, T, H, C]: softmax attention of the tokens `first` to `first + T - 1` of each sequence; k and v may
+    have fewer heads.
 
-    `documents_BS` numbers the documents of a sequence, rising; None: one each. `spans` are theirs, or those of more tokens.
+    `documents_BS` numbers the documents of a sequence, rising; None: one each. `spans` are theirs, or those
+    of more tokens.
     """
     if spans.bounds is not None and q_BTHC.shape[:2] == k_BSHC.shape[:2] and _packs(q_BTHC):
         return _packed(q_BTHC, k_BSHC, v_BSHC, spans.bounds, spans.longest)

@@ -1,7 +1,8 @@
-"""The memory's gate in Triton: both norms, product, root, sigmoid and gated value in one pass each way; the maths is in README.md.
+"""The memory's gate in Triton: both norms, product, root, sigmoid and gated value in one pass each way; the
+maths is in README.md.
 
-N tokens, M branches of the hidden state, D width. Nothing is saved but the inputs and the gates. Sums over tokens leave one partial
-row per program, which torch adds up: no atomics, one order.
+N tokens, M branches of the hidden state, D width. Nothing is saved but the inputs and the gates. Sums over
+tokens leave one partial row per program, which torch adds up: no atomics, one order.
 """
 
 from __future__ import annotations
@@ -195,7 +196,8 @@ def engram_gate(
     eps: float,
     floor: float,
 ) -> tuple[Tensor, Tensor]:
-    """(gated values [N, M, D], gates float32 [N, M] without gradient) of hidden states, keys and values not yet normed.
+    """(gated values [N, M, D], gates float32 [N, M] without gradient) of hidden states, keys and values not
+    yet normed.
 
     Raises ValueError for shapes that do not fit.
     """

@@ -1,4 +1,5 @@
-"""The memory's gate: Triton in one pass each way, or torch in several, with the norms that `rms_norm` chooses.
+"""The memory's gate: Triton in one pass each way, or torch in several, with the norms that `rms_norm`
+chooses.
 
 D width of the last dimension, … all others. See reference.py for the definition.
 """
@@ -17,9 +18,11 @@ from hybridtrain.kernels.rms_norm.op import rms_norm
 def engram_gate(
     h: Tensor, k: Tensor, v: Tensor, h_weight: Tensor, k_weight: Tensor, eps: float, floor: float
 ) -> tuple[Tensor, Tensor]:
-    """(gated values like h, gates float32 [..., 1] without gradient) of hidden states h and keys k not yet normed, and values v.
+    """(gated values like h, gates float32 [..., 1] without gradient) of hidden states h and keys k not yet
+    normed, and values v.
 
-    All [..., D] and the weights [D]; or with M branches of the hidden state h and k [..., M, D] and the weights [M, D].
+    All [..., D] and the weights [D]; or with M branches of the hidden state h and k [..., M, D] and the
+    weights [M, D].
     """
     if chosen("engram_gate", h) == "triton":
         return _fused(h, k, v, h_weight, k_weight, eps, floor)

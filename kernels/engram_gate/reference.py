@@ -1,4 +1,6 @@
-"""The definition of the memory's gate (Engram, arXiv 2601.07372). N tokens, M branches of the hidden state, D width."""
+"""The definition of the memory's gate (Engram, arXiv 2601.07372). N tokens, M branches of the hidden state, D
+width.
+"""
 
 from __future__ import annotations
 

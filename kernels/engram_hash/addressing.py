@@ -1,7 +1,8 @@
-"""The addressing of a model's lookup tables: token compression, hash multipliers, prime moduli and row offsets.
+"""The addressing of a model's lookup tables: token compression, hash multipliers, prime moduli and row
+offsets.
 
-Shapes: V vocabulary, V' compressed vocabulary, L memory layers, O n-gram orders, K hash heads per order, S = O * K slots.
-The maths is in README.md beside this file.
+Shapes: V vocabulary, V' compressed vocabulary, L memory layers, O n-gram orders, K hash heads per order, S =
+O * K slots. The maths is in README.md beside this file.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Addressing:
     """Everything that turns tokens into row numbers. Two addressings are the same when their `to_json()` are.
 
     layers: 0-based ids of the memory layers in the whole model, rising. orders: n-gram lengths, rising.
-    multipliers int64 [L, max(orders)]; primes int64 [L, O, K], all different; compression int64 [V], token id to compressed id;
-    pad_id: the compressed id that stands left of the first token and beyond a boundary.
+    multipliers int64 [L, max(orders)]; primes int64 [L, O, K], all different; compression int64 [V], token id
+    to compressed id; pad_id: the compressed id that stands left of the first token and beyond a boundary.
     boundary: "document" stops n-grams at document starts, "stream" only at the left edge of the window.
 
     Raises AddressingError listing everything that is wrong.
@@ -81,10 +82,11 @@ class Addressing:
         boundary: Boundary = "document",
         seed: int = 0,
     ) -> Addressing:
-        """The addressing of a new model: multipliers from `seed`, and the first unused primes >= rows_per_head.
+        """The addressing of a new model: multipliers from `seed`, and the first unused primes >=
+        rows_per_head.
 
-        rows_per_head is the least number of rows of one head; compression is int [V]; the rest is as in the class.
-        Raises AddressingError for values that are out of range.
+        rows_per_head is the least number of rows of one head; compression is int [V]; the rest is as in the
+        class. Raises AddressingError for values that are out of range.
         """
         problems = [f"rows_per_head={rows_per_head} must be at least 1"] if rows_per_head < 1 else []
         problems += [f"seed={seed} must not be negative"] if seed < 0 else []
@@ -157,8 +159,9 @@ class Addressing:
     def from_json(cls, text: str, compression: npt.ArrayLike) -> Addressing:
         """The addressing stored in `text`, with the compression map int [V] that it was made for.
 
-        `compression_sha256` may be left out of a file written by hand from published numbers; where it is given, it must match.
-        Raises AddressingError listing every missing or unknown key, wrong shape, bad multiplier or modulus, and a wrong map.
+        `compression_sha256` may be left out of a file written by hand from published numbers; where it is
+        given, it must match. Raises AddressingError listing every missing or unknown key, wrong shape, bad
+        multiplier or modulus, and a wrong map.
         """
         tree = _parse(text)
         arrays, problems = {}, []
@@ -190,7 +193,8 @@ class Addressing:
 
 
 def draw_multipliers(layers: Sequence[int], max_order: int, compressed_vocab: int, seed: int) -> Int64s:
-    """int64 [L, max_order]: odd multipliers so small that (compressed id) * multiplier never overflows 63 bits.
+    """int64 [L, max_order]: odd multipliers so small that (compressed id) * multiplier never overflows 63
+    bits.
 
     Depends on a layer's own id only, so adding a memory layer leaves the others' multipliers alone.
     """
@@ -203,7 +207,9 @@ def draw_multipliers(layers: Sequence[int], max_order: int, compressed_vocab: in
 
 
 def draw_primes(num_layers: int, num_orders: int, heads: int, rows_per_head: int) -> Int64s:
-    """int64 [L, O, K]: the first L * O * K primes >= rows_per_head, rising along layers, then orders, then heads."""
+    """int64 [L, O, K]: the first L * O * K primes >= rows_per_head, rising along layers, then orders, then
+    heads.
+    """
     primes: list[int] = []
     for _ in range(num_layers * num_orders * heads):
         primes.append(next_prime(primes[-1] + 1 if primes else rows_per_head))
@@ -211,7 +217,9 @@ def draw_primes(num_layers: int, num_orders: int, heads: int, rows_per_head: int
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """The stored tree with lists of numbers as tuples; raises AddressingError where keys or their types are wrong."""
+    """The stored tree with lists of numbers as tuples; raises AddressingError where keys or their types are
+    wrong.
+    """
     if len(text) > _MAX_TEXT:
         raise AddressingError([f"is longer than {_MAX_TEXT:,} characters"])
     try:
@@ -261,7 +269,8 @@ def _problems(a: Addressing) -> list[str]:
     shape_primes = (len(a.layers), len(a.orders), a.heads)
     if a.primes.shape != shape_primes:
         out.append(
-            f"primes have shape {list(a.primes.shape)}, must be [layers, orders, heads] = {list(shape_primes)}"
+            f"primes have shape {list(a.primes.shape)}, must be [layers, orders, heads] = "
+            f"{list(shape_primes)}"
         )
     moduli = [int(p) for p in a.primes.reshape(-1)]
     uses = Counter(moduli)
@@ -288,7 +297,8 @@ def _order_problems(layers: Sequence[int], orders: Sequence[int], heads: int) ->
 def _compression_problems(compression: npt.NDArray[Any], pad_id: int) -> list[str]:
     if compression.ndim != 1 or compression.size == 0 or not np.issubdtype(compression.dtype, np.integer):
         return [
-            f"compression must be a list of integers, one a token; got {compression.dtype} of shape {list(compression.shape)}"
+            f"compression must be a list of integers, one a token; got {compression.dtype} of shape "
+            f"{list(compression.shape)}"
         ]
     out = []
     if int(compression.min()) < 0:

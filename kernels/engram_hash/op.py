@@ -16,8 +16,9 @@ from hybridtrain.kernels.engram_hash.addressing import Addressing
 def row_ids(addressing: Addressing, tokens: Tensor, starts: Tensor) -> Tensor:
     """Row ids int64 [..., T, L, S] in the packed table of all memory layers, each in [0, num_rows).
 
-    tokens int64 [..., T]; starts bool [..., T] is True where a document starts. The left edge of a window always bounds n-grams.
-    Raises ValueError where the shapes differ, and IndexError (on CPU) for a token outside the vocabulary.
+    tokens int64 [..., T]; starts bool [..., T] is True where a document starts. The left edge of a window
+    always bounds n-grams. Raises ValueError where the shapes differ, and IndexError (on CPU) for a token
+    outside the vocabulary.
     """
     if tokens.shape != starts.shape or tokens.ndim == 0:
         raise ValueError(
@@ -41,7 +42,9 @@ def row_ids(addressing: Addressing, tokens: Tensor, starts: Tensor) -> Tensor:
 
 
 def _grams(addressing: Addressing, compressed: Tensor, starts: Tensor) -> list[Tensor]:
-    """The compressed id j positions back, for j = 0 … max_order - 1, each [..., T]; the pad id where it may not be seen."""
+    """The compressed id j positions back, for j = 0 … max_order - 1, each [..., T]; the pad id where it may
+    not be seen.
+    """
     T = compressed.shape[-1]
     position_T = torch.arange(T, device=compressed.device)
     reach = position_T.expand(compressed.shape)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# Miller-Rabin with these bases has no false prime below 3.3e24 (Sorenson and Webster, 2015), so none in 64 bits.
+# Miller-Rabin with these bases has no false prime below 3.3e24 (Sorenson and Webster, 2015), so none in 64
+# bits.
 _BASES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
 

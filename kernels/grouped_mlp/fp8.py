@@ -1,7 +1,8 @@
-"""The grouped products with FP8 operands: rows in e4m3 with a scale each, products added up in float32; the maths is in README.md.
+"""The grouped products with FP8 operands: rows in e4m3 with a scale each, products added up in float32; the
+maths is in README.md.
 
-Forward and input gradient are FP8, the weights' gradient stays in the dtype of the rows. P rows sorted by expert, E experts,
-K and N the widths of a product, R rows and C columns of a matrix.
+Forward and input gradient are FP8, the weights' gradient stays in the dtype of the rows. P rows sorted by
+expert, E experts, K and N the widths of a product, R rows and C columns of a matrix.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ FP8 = torch.float8_e4m3fn
 def _quantise_kernel(
     x_ptr, out_ptr, scale_ptr, R, C, stride_e, stride_r, stride_c, MOST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Rows of a matrix of a stack in FP8, each divided by its scale: its greatest magnitude is MOST, FP8's own."""
+    """Rows of a matrix of a stack in FP8, each divided by its scale: its greatest magnitude is MOST, FP8's
+    own.
+    """
     matrix = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_C)
@@ -48,7 +51,9 @@ def _quantise_kernel(
 
 
 def quantise(x_ERC: Tensor, columns: bool = False) -> tuple[Tensor, Tensor]:
-    """The rows of each matrix, or its columns as rows, in FP8 [E, R, C], and the scales [E, R] they are to be multiplied by."""
+    """The rows of each matrix, or its columns as rows, in FP8 [E, R, C], and the scales [E, R] they are to be
+    multiplied by.
+    """
     x_ERC = x_ERC.transpose(1, 2) if columns else x_ERC
     E, R, C = x_ERC.shape
     out, scale = x_ERC.new_empty(E, R, C, dtype=FP8), x_ERC.new_empty(E, R, dtype=torch.float32)

@@ -1,7 +1,9 @@
-"""Grouped matrix products on tensor cores in Triton, and the grouped SwiGLU made of them; the maths is in README.md.
+"""Grouped matrix products on tensor cores in Triton, and the grouped SwiGLU made of them; the maths is in
+README.md.
 
-P rows sorted by expert, E experts, K and N the widths of a product. Which expert a tile of rows belongs to is found on the device,
-so nothing waits for the counts; the grid is as large as the counts could ask for, and tiles too many end at once.
+P rows sorted by expert, E experts, K and N the widths of a product. Which expert a tile of rows belongs to is
+found on the device, so nothing waits for the counts; the grid is as large as the counts could ask for, and
+tiles too many end at once.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def _product_kernel(
     a_ptr, w_ptr, counts_ptr, a_scale_ptr, w_scale_ptr, out_ptr, E, K, N, stride_e, stride_k, stride_n, PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[rows of e] = a[rows of e] @ w[e], one tile of one expert's rows; FP8 operands have a scale a row and a column."""
+    """out[rows of e] = a[rows of e] @ w[e], one tile of one expert's rows; FP8 operands have a scale a row
+    and a column.
+    """
     tile = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
@@ -68,7 +72,9 @@ def _weight_kernel(
     a_ptr, grad_ptr, counts_ptr, out_ptr, E, K, N, PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = a[rows of e]^T @ grad[rows of e]: a tile [BLOCK_M, BLOCK_N] of [K, N], BLOCK_K rows at a time, in order."""
+    """out[e] = a[rows of e]^T @ grad[rows of e]: a tile [BLOCK_M, BLOCK_N] of [K, N], BLOCK_K rows at a time,
+    in order.
+    """
     expert = tl.program_id(1)
     experts = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
@@ -95,7 +101,8 @@ def _weight_kernel(
 def _options(P: int, E: int, dtype: torch.dtype) -> tuple[dict[str, Any], int, int]:
     """(constants, warps, stages): smaller tiles where an expert's rows would not fill the large ones.
 
-    float32 is multiplied in three tf32 products, which keeps its accuracy on tensor cores; AMD's multiply it as it is.
+    float32 is multiplied in three tf32 products, which keeps its accuracy on tensor cores; AMD's multiply it
+    as it is.
     """
     small = P < 96 * E
     half = dtype.itemsize <= 2
@@ -175,7 +182,9 @@ _op.register_autograd(_gradients, setup_context=_setup)
 
 
 def grouped_product(a_PK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
-    """The first counts[0] rows times w[0], the next counts[1] times w[1], and so on: [P, N]; `counts_E` int64 sums to P."""
+    """The first counts[0] rows times w[0], the next counts[1] times w[1], and so on: [P, N]; `counts_E` int64
+    sums to P.
+    """
     out: Tensor = _op(a_PK.contiguous(), w_EKN.contiguous(), counts_E, False)
     return out
 
@@ -189,7 +198,9 @@ def grouped_swiglu(
 
 
 def cases() -> Iterator[Case]:
-    """64 experts of width 1408 at a model width of 2048: full groups, and few rows a group; then float32 and FP8."""
+    """64 experts of width 1408 at a model width of 2048: full groups, and few rows a group; then float32 and
+    FP8.
+    """
     from hybridtrain.kernels.grouped_mlp import fp8
 
     E, D, F = 64, 2048, 1408

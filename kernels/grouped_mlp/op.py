@@ -1,7 +1,7 @@
 """The grouped SwiGLU on `grouped_mm`, CPU and CUDA alike.
 
-On the CPU a hand-written autograd function over one product per expert was measured against it and was no faster
-(8 experts) or 3 to 10 % slower (64 experts): the loop over experts is in C++ here.
+On the CPU a hand-written autograd function over one product per expert was measured against it and was no
+faster (8 experts) or 3 to 10 % slower (64 experts): the loop over experts is in C++ here.
 
 P rows sorted by expert, E experts, D width, F hidden width. See reference.py for the definition.
 """

@@ -18,7 +18,9 @@ def grouped_swiglu(
 
 
 def quantise(x_RC: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in FP8 (e4m3) and the scales [R] they are to be multiplied by: a row's greatest magnitude becomes FP8's, 448."""
+    """Rows in FP8 (e4m3) and the scales [R] they are to be multiplied by: a row's greatest magnitude becomes
+    FP8's, 448.
+    """
     scale_R = x_RC.abs().amax(-1).float() / torch.finfo(torch.float8_e4m3fn).max
     scale_R = scale_R.where(scale_R > 0, 1.0)
     return (x_RC.float() / scale_R[:, None]).to(torch.float8_e4m3fn), scale_R

@@ -1,9 +1,11 @@
-"""Head and summed cross-entropy: on the CPU block by block of tokens, forward and gradient together, so that logits stay
-in cache and memory holds one block of them; elsewhere the product followed by the cross-entropy op.
+"""Head and summed cross-entropy: on the CPU block by block of tokens, forward and gradient together, so that
+logits stay in cache and memory holds one block of them; elsewhere the product followed by the cross-entropy
+op.
 
-Forward and backward at N=2048, D=128, V=4096, float32, one thread, least CPU time of 25 interleaved runs, three times over, on
-a busy machine: 52-57 ms against 83-94 ms for head and cross-entropy op apart. Most of that is page faults of the logits:
-with an allocator that keeps its memory (M_MMAP_MAX=0) it is 57-63 ms against 67-70 ms.
+Forward and backward at N=2048, D=128, V=4096, float32, one thread, least CPU time of 25 interleaved runs,
+three times over, on a busy machine: 52-57 ms against 83-94 ms for head and cross-entropy op apart. Most of
+that is page faults of the logits: with an allocator that keeps its memory (M_MMAP_MAX=0) it is 57-63 ms
+against 67-70 ms.
 
 N tokens, D width, V vocabulary, M tokens of a block. See reference.py for the definition.
 """
@@ -54,7 +56,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(h, weight_VD.t(), out=buffer_MV[: len(h)])
             highest, chosen = logits.amax(-1, keepdim=True), logits.gather(1, index)
             softmax = torch.softmax(logits, -1, out=logits)
-            # The greatest probability is at least 1/V, so its logarithm is exact where a target's could underflow.
+            # The greatest probability is at least 1/V, so its logarithm is exact where a target's could
+            # underflow.
             loss += (highest - softmax.amax(-1, keepdim=True).log_() - chosen).mul_(keep).sum()
             if with_grad:
                 softmax.scatter_add_(1, index, softmax.new_full((1, 1), -1.0).expand_as(index))

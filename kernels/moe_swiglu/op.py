@@ -1,11 +1,12 @@
-"""The experts from tokens to tokens: on the CPU expert by expert in threads of one core each, elsewhere by grouped products.
+"""The experts from tokens to tokens: on the CPU expert by expert in threads of one core each, elsewhere by
+grouped products.
 
-On the CPU nothing of [pairs, D] is gathered beforehand or weighted afterwards: an expert's tokens are gathered, multiplied and
-weighted while they lie in a core's cache, and its hidden rows take the gates, which are narrower. Sums have one order, whatever
-the number of threads.
+On the CPU nothing of [pairs, D] is gathered beforehand or weighted afterwards: an expert's tokens are
+gathered, multiplied and weighted while they lie in a core's cache, and its hidden rows take the gates, which
+are narrower. Sums have one order, whatever the number of threads.
 
-N tokens, K choices per token, P = N*K pairs sorted by expert, E experts, D width, F hidden width, M pairs of one expert.
-See reference.py for the definition.
+N tokens, K choices per token, P = N*K pairs sorted by expert, E experts, D width, F hidden width, M pairs of
+one expert. See reference.py for the definition.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def moe_swiglu(
 ) -> Tensor:
     """Each token's gated sum over its experts: [N, D] in the dtype of `x_ND`.
 
-    `experts_NK` int64 in [0, E). With `absent`, choices outside of it count nothing. `present` is how many are inside, for a
-    caller who knows: without it grouped products take the others along as rows of zeros, since to ask would wait for the device.
+    `experts_NK` int64 in [0, E). With `absent`, choices outside of it count nothing. `present` is how many
+    are inside, for a caller who knows: without it grouped products take the others along as rows of zeros,
+    since to ask would wait for the device.
     """
     num_experts, num_pairs = len(w_gate_EDF), experts_NK.numel()
     if absent:
@@ -65,8 +67,8 @@ def moe_swiglu(
 
 
 def _absent_as_zeros(x_PD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows behind those of all experts, set to zero and handed to the last one: zero is all that comes out, and all that
-    their gradients add to any weight."""
+    """The rows behind those of all experts, set to zero and handed to the last one: zero is all that comes
+    out, and all that their gradients add to any weight."""
     total = counts_E.sum()
     absent_P = torch.arange(len(x_PD), device=x_PD.device) >= total
     return x_PD.masked_fill(absent_P[:, None], 0), torch.cat(

@@ -1,4 +1,6 @@
-"""The definition of the experts from tokens to tokens. N tokens, K choices per token, E experts, D width, F hidden width."""
+"""The definition of the experts from tokens to tokens. N tokens, K choices per token, E experts, D width, F
+hidden width.
+"""
 
 from __future__ import annotations
 

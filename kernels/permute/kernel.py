@@ -1,7 +1,8 @@
-"""The permutation in Triton: gathers of whole rows both ways, a weighted sum back, and padding of groups for aligned products.
+"""The permutation in Triton: gathers of whole rows both ways, a weighted sum back, and padding of groups for
+aligned products.
 
-N tokens, K experts per token, P = N*K pairs, Q places, D width, R ranks. A place with no pair has order -1 and a row of zeros; a
-pair that stands nowhere has inverse -1 and adds nothing.
+N tokens, K experts per token, P = N*K pairs, Q places, D width, R ranks. A place with no pair has order -1
+and a row of zeros; a pair that stands nowhere has inverse -1 and adds nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def _spread_kernel(
     x_ptr, order_ptr, gates_ptr, y_ptr, out_ptr, grad_gates_ptr, Q, K, D,
     GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[q] = x[order[q] // K], times the pair's gate where GATED, which also makes <y[q], x[order[q] // K]> for each pair."""
+    """out[q] = x[order[q] // K], times the pair's gate where GATED, which also makes <y[q], x[order[q] // K]>
+    for each pair.
+    """
     places = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     pairs = tl.load(order_ptr + places, mask=places < Q, other=-1)
@@ -221,7 +224,9 @@ def permute(x_ND: Tensor, order_Q: Tensor, inverse_NK: Tensor) -> Tensor:
 
 
 def combine(y_QD: Tensor, gates_NK: Tensor | None, order_Q: Tensor, inverse_NK: Tensor) -> Tensor:
-    """Each token's sum over its pairs, weighted by the gates where there are any, k rising: [N, D] in the dtype of `y_QD`."""
+    """Each token's sum over its pairs, weighted by the gates where there are any, k rising: [N, D] in the
+    dtype of `y_QD`.
+    """
     gates_NK = gates_NK.contiguous() if gates_NK is not None else None
     out: Tensor = _op_combine(y_QD.contiguous(), gates_NK, order_Q, inverse_NK)
     return out
@@ -230,7 +235,8 @@ def combine(y_QD: Tensor, gates_NK: Tensor | None, order_Q: Tensor, inverse_NK: 
 def pad_groups(
     order_P: Tensor, inverse_NK: Tensor, counts_E: Tensor, multiple: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(order_Q, inverse_NK, counts_E) with every expert's rows filled up to a multiple; Q depends on shapes alone, not on counts.
+    """(order_Q, inverse_NK, counts_E) with every expert's rows filled up to a multiple; Q depends on shapes
+    alone, not on counts.
 
     What is left over of Q counts to the last expert.
     """

@@ -1,4 +1,5 @@
-"""The permutation with hand-written gradients: gathers both ways, no scatter, no atomics, one fixed order of summation.
+"""The permutation with hand-written gradients: gathers both ways, no scatter, no atomics, one fixed order of
+summation.
 
 N tokens, K experts per token, P = N*K pairs, D width. See reference.py for the definition.
 """
@@ -22,7 +23,9 @@ __all__ = ["collect", "combine", "permute", "sort_by_destination", "sort_by_expe
 def sort_by_destination(
     experts_NK: Tensor, num_experts: int, num_ranks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(order_Q, inverse_NK, asked_R2) of tokens that go once to every rank that has one of their experts; see reference.py."""
+    """(order_Q, inverse_NK, asked_R2) of tokens that go once to every rank that has one of their experts; see
+    reference.py.
+    """
     if chosen("permute", experts_NK) == "triton":
         from hybridtrain.kernels.permute import kernel
 

@@ -26,11 +26,13 @@ def sort_by_expert(experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 def sort_by_destination(
     experts_NK: Tensor, num_experts: int, num_ranks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each token once for every rank that has one of its experts, rank by rank, tokens rising: (order_Q, inverse_NK, asked_R2).
+    """Each token once for every rank that has one of its experts, rank by rank, tokens rising: (order_Q,
+    inverse_NK, asked_R2).
 
-    Rank r has experts r*num_experts/num_ranks and following; choices outside 0..num_experts-1 go nowhere. A token's first
-    choice on a rank stands for all of them: `order_Q[i]` is that pair n*K+k, -1 behind the last one; `inverse_NK` says where a
-    pair stands, -1 where another stands for it or it goes nowhere. Q = N*min(K, R). `asked_R2`: tokens and pairs of each rank.
+    Rank r has experts r*num_experts/num_ranks and following; choices outside 0..num_experts-1 go nowhere. A
+    token's first choice on a rank stands for all of them: `order_Q[i]` is that pair n*K+k, -1 behind the last
+    one; `inverse_NK` says where a pair stands, -1 where another stands for it or it goes nowhere. Q =
+    N*min(K, R). `asked_R2`: tokens and pairs of each rank.
     """
     (N, K), Q = experts_NK.shape, len(experts_NK) * min(experts_NK.size(1), num_ranks)
     present_NK = (experts_NK >= 0) & (experts_NK < num_experts)

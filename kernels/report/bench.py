@@ -1,7 +1,8 @@
-"""`hybridtrain kernels bench`: every kernel on this machine's GPU against its reference, torch.compile and installed libraries.
+"""`hybridtrain kernels bench`: every kernel on this machine's GPU against its reference, torch.compile and
+installed libraries.
 
-Forward and backward together, where there is one. An op that is off, here or at a small odd shape, shows its error and no time.
-Not yet run on a GPU.
+Forward and backward together, where there is one. An op that is off, here or at a small odd shape, shows its
+error and no time. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def requirements() -> list[str]:
 
 
 def errors(contest: Contest, candidate: Candidate) -> float:
-    """Greatest error of outputs and gradients against the reference in float32, in units of the greatest element.
+    """Greatest error of outputs and gradients against the reference in float32, in units of the greatest
+    element.
 
     Infinite where integers differ, or an element that should be finite is not.
     """
@@ -59,7 +61,9 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _prepare(contest: Contest, candidate: Candidate, inputs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """A call of forward and backward, on copies of the inputs; what they need is made here and, once, in the first call."""
+    """A call of forward and backward, on copies of the inputs; what they need is made here and, once, in the
+    first call.
+    """
     own = [t.detach().clone().requires_grad_(contest.trains and t.is_floating_point()) for t in inputs]
     leaves = [t for t in own if t.requires_grad]
     cotangents: list[Tensor] = []
@@ -82,7 +86,8 @@ def _prepare(contest: Contest, candidate: Candidate, inputs: Sequence[Tensor]) -
 def bench(
     device: str = "cuda", size: tuple[int, int] = (16384, 4096), seconds: Seconds | None = None
 ) -> list[Row]:
-    """One row per op and candidate: seconds of forward and backward, GB/s or TFLOP/s, share of the device's measured peak.
+    """One row per op and candidate: seconds of forward and backward, GB/s or TFLOP/s, share of the device's
+    measured peak.
 
     `size` is tokens and model width. `seconds` measures one call; None: triton's do_bench, median.
     """

@@ -1,4 +1,6 @@
-"""`hybridtrain kernels report`: compiles every kernel for every target, prints the rows, or writes the page of documentation."""
+"""`hybridtrain kernels report`: compiles every kernel for every target, prints the rows, or writes the page
+of documentation.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Compiles a recorded launch ahead of time, with no GPU, and reads registers, spills and accesses out of the machine code."""
+"""Compiles a recorded launch ahead of time, with no GPU, and reads registers, spills and accesses out of the
+machine code.
+"""
 
 from __future__ import annotations
 

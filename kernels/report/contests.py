@@ -28,9 +28,10 @@ Candidate = Callable[..., Any]  # of the contest's inputs, to a tensor or a tupl
 class Contest:
     """One op at one shape: `fused`, `reference` and `others` take `inputs`.
 
-    moved: bytes that forward and backward must move; flops: of the products of both. Where `trains`, outputs with a gradient are
-    differentiated by all floating-point inputs. `error` is what the output and gradients may be off, in units of their greatest
-    element; integers must be equal. `inputs` may be changed in place by the candidates.
+    moved: bytes that forward and backward must move; flops: of the products of both. Where `trains`, outputs
+    with a gradient are differentiated by all floating-point inputs. `error` is what the output and gradients
+    may be off, in units of their greatest element; integers must be equal. `inputs` may be changed in place
+    by the candidates.
     """
 
     op: str
@@ -63,7 +64,9 @@ def _normal(device: str, *shape: int) -> Tensor:
 
 
 def _libraries(**candidates: tuple[str, str, Callable[[Any], Candidate]]) -> dict[str, Candidate]:
-    """What is installed of name=(module, function, the call that it makes of the function); imported when it is called."""
+    """What is installed of name=(module, function, the call that it makes of the function); imported when it
+    is called.
+    """
 
     def lazy(module: str, function: str, use: Callable[[Any], Candidate]) -> Candidate:
         return lambda *inputs: use(getattr(importlib.import_module(module), function))(*inputs)

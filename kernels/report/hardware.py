@@ -1,7 +1,7 @@
 """The GPUs that kernels are compiled for: what one multiprocessor holds and what the whole device can do.
 
-Peaks are the vendors' data sheets': dense products and memory bandwidth of A100 SXM 80 GB, H100 SXM, B200 and MI300X. float32 is
-multiplied as three tf32 products on NVIDIA's, as it is on AMD's.
+Peaks are the vendors' data sheets': dense products and memory bandwidth of A100 SXM 80 GB, H100 SXM, B200 and
+MI300X. float32 is multiplied as three tf32 products on NVIDIA's, as it is on AMD's.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Target:
     reserved: int  # bytes of shared memory that every block costs besides its own
 
     def occupancy(self, registers: int, shared: int, warps: int) -> float:
-        """PartialExchange of a multiprocessor's warps that can be resident: registers go out in blocks of 256 a warp, shared memory
-        with `reserved` more a block."""
+        """PartialExchange of a multiprocessor's warps that can be resident: registers go out in blocks of 256
+        a warp, shared memory with `reserved` more a block."""
         per_warp = -(-max(registers, 1) * self.warp // 256) * 256
         blocks = min(
             self.max_blocks,

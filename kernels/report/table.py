@@ -103,7 +103,8 @@ def markdown(rows: Sequence[Row]) -> str:
     )
     lines += [
         "",
-        "| op: kernel, case, config | target | registers | spilled | shared | occupancy | load | store | wide | matrix |",
+        "| op: kernel, case, config | target | registers | spilled | shared | occupancy | load | store | "
+        "wide | matrix |",
     ]
     lines += ["|---|---|" + "--:|" * len(cells)]
     for row in rows:

@@ -1,7 +1,7 @@
 """RMSNorm in Triton, with the residual addition before it where there is one; the maths is in README.md.
 
-N rows, D width. One tile of whole rows in registers; sums in float32. The weight's gradient is summed in registers and leaves
-one partial row per program, which torch adds up: no atomics, one order.
+N rows, D width. One tile of whole rows in registers; sums in float32. The weight's gradient is summed in
+registers and leaves one partial row per program, which torch adds up: no atomics, one order.
 """
 
 from __future__ import annotations

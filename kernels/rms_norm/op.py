@@ -1,5 +1,5 @@
-"""RMSNorm: torch's fused kernel on CUDA unless another is chosen; on the CPU, where torch composes it of many passes, a
-hand-written gradient.
+"""RMSNorm: torch's fused kernel on CUDA unless another is chosen; on the CPU, where torch composes it of many
+passes, a hand-written gradient.
 
 D width of the last dimension, N all others. See reference.py for the definition.
 """

@@ -1,6 +1,7 @@
 """Rotary positions and the RMSNorm before them, in one pass each way; the maths is in README.md.
 
-N = B*T*H heads, C head width, R = C/2 pairs. The scale of the norm is computed again in the backward pass: the row is there anyway.
+N = B*T*H heads, C head width, R = C/2 pairs. The scale of the norm is computed again in the backward pass:
+the row is there anyway.
 """
 
 from __future__ import annotations
@@ -140,11 +141,13 @@ _op.register_autograd(_gradients, setup_context=_setup)
 def rope(x_BTHC: Tensor, rotation_TC: Tensor, weight_C: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Each head normalised with `weight_C` where it is given, then turned by its position, in the dtype of x.
 
-    rotation_TC float32: cosine and sine of angle r at 2r and 2r + 1; no gradient goes to it. Raises ValueError for odd C.
+    rotation_TC float32: cosine and sine of angle r at 2r and 2r + 1; no gradient goes to it. Raises
+    ValueError for odd C.
     """
     if x_BTHC.size(-1) % 2 or rotation_TC.shape != (x_BTHC.size(1), x_BTHC.size(-1)):
         raise ValueError(
-            f"x {list(x_BTHC.shape)} and rotation {list(rotation_TC.shape)} must be [B, T, H, C] and [T, C], C even"
+            f"x {list(x_BTHC.shape)} and rotation {list(rotation_TC.shape)} must be [B, T, H, C] and [T, C], "
+            "C even"
         )
     out: Tensor = _op(x_BTHC.contiguous(), rotation_TC.contiguous(), weight_C, eps)
     return out

@@ -1,4 +1,5 @@
-"""Rotary positions, after an RMSNorm where one is asked for: one complex product in torch, or Triton's one pass.
+"""Rotary positions, after an RMSNorm where one is asked for: one complex product in torch, or Triton's one
+pass.
 
 See reference.py for the definition.
 
@@ -17,8 +18,8 @@ from hybridtrain.kernels.rms_norm.op import rms_norm
 def rope(x_BTHC: Tensor, rotation_TR: Tensor, weight_C: Tensor | None = None, eps: float = 0.0) -> Tensor:
     """Neighbours (2r, 2r + 1) of every head times the complex rotation_TR of their position; float32 inside.
 
-    With a weight, every head goes through an RMSNorm before. Neighbours, as in the RoPE paper, and not (r, r + C/2): one complex
-    product each way is a quarter of the time.
+    With a weight, every head goes through an RMSNorm before. Neighbours, as in the RoPE paper, and not (r, r
+    + C/2): one complex product each way is a quarter of the time.
     """
     if chosen("rope", x_BTHC) == "triton":
         from hybridtrain.kernels.rope.kernel import rope as fused

@@ -1,7 +1,8 @@
-"""The routing in Triton: scores, biased top-k, gates, counts, z-loss and balance statistics in one pass; see README.md.
+"""The routing in Triton: scores, biased top-k, gates, counts, z-loss and balance statistics in one pass; see
+README.md.
 
-N tokens, E experts, K experts per token, G groups of experts. Sums over tokens leave one partial row per program, which torch adds
-up: no atomics.
+N tokens, E experts, K experts per token, G groups of experts. Sums over tokens leave one partial row per
+program, which torch adds up: no atomics.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def _scores(logits, real, SOFTMAX: tl.constexpr):
 def _within_best_groups(
     rank, cols, size, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """`rank` with -inf outside the groups, each of `size` columns, whose two highest ranks have the greatest sums."""
+    """`rank` with -inf outside the groups, each of `size` columns, whose two highest ranks have the greatest
+    sums.
+    """
     groups = tl.arange(0, BLOCK_G)
     best = tl.full([BLOCK_N, BLOCK_G], float("-inf"), dtype=tl.float32)
     for group in range(GROUPS):

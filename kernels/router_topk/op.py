@@ -1,4 +1,5 @@
-"""Routing: Triton in one pass, or the definition itself, which on the CPU is a few passes over a small matrix.
+"""Routing: Triton in one pass, or the definition itself, which on the CPU is a few passes over a small
+matrix.
 
 N tokens, E experts. See reference.py for the definition.
 """

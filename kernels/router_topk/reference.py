@@ -1,4 +1,6 @@
-"""The definition of the routing of tokens to experts. N tokens, E experts, K experts per token, G groups of experts; float32."""
+"""The definition of the routing of tokens to experts. N tokens, E experts, K experts per token, G groups of
+experts; float32.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Routing(NamedTuple):
 
 
 def router_topk(logits_NE: Tensor, bias_E: Tensor, rule: Rule) -> Routing:
-    """Scores are a softmax or sigmoids of the logits; the bias shifts the selection and never the gates (arXiv 2408.15664)."""
+    """Scores are a softmax or sigmoids of the logits; the bias shifts the selection and never the gates
+    (arXiv 2408.15664).
+    """
     scores_NE = logits_NE.softmax(-1) if rule.score == "softmax" else logits_NE.sigmoid()
     experts_NK = select(scores_NE.detach() + bias_E, rule)
     gates_NK = scores_NE.gather(1, experts_NK)

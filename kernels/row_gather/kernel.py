@@ -1,6 +1,8 @@
-"""The gather of table rows in Triton, int64 addresses, so tables of more than 2^31 elements; and rows packed in 8 bits.
+"""The gather of table rows in Triton, int64 addresses, so tables of more than 2^31 elements; and rows packed
+in 8 bits.
 
-R rows of a table, D width, U rows asked for. e4m3 is made and read by integer arithmetic, which every GPU has.
+R rows of a table, D width, U rows asked for. e4m3 is made and read by integer arithmetic, which every GPU
+has.
 """
 
 from __future__ import annotations
@@ -158,7 +160,8 @@ _op.register_autograd(_gradients, setup_context=_setup)
 def row_gather(table_RD: Tensor, rows_U: Tensor) -> Tensor:
     """[U, D]: the rows int64 in the order asked for; its gradient is a segment sum.
 
-    The table's rows may lie any distance apart, each in one piece. Raises ValueError for shapes that do not fit.
+    The table's rows may lie any distance apart, each in one piece. Raises ValueError for shapes that do not
+    fit.
     """
     _check(table_RD, rows_U)
     out: Tensor = _op(table_RD, rows_U.contiguous())
@@ -185,7 +188,9 @@ def _check(table_RD: Tensor, rows_U: Tensor | None) -> None:
 
 
 def cases() -> Iterator[Case]:
-    """Unique rows of a step, of the widths of published models: bf16 as they are, and float32 in 8 bits there and back."""
+    """Unique rows of a step, of the widths of published models: bf16 as they are, and float32 in 8 bits there
+    and back.
+    """
     for D in (80, 256):
         U, width = 200_000, packed_width(D)
         table = torch.empty(16_000_000, D, dtype=torch.bfloat16, device="meta")

@@ -1,4 +1,5 @@
-"""Rows of a table by their numbers, with a gradient whose sums have one order; and rows as they travel between ranks.
+"""Rows of a table by their numbers, with a gradient whose sums have one order; and rows as they travel
+between ranks.
 
 R rows, D width, U rows asked for. See reference.py for the definition.
 """
@@ -19,7 +20,8 @@ from hybridtrain.kernels.segment_sum import segment_sum
 def row_gather(table_RD: Tensor, rows: Tensor) -> Tensor:
     """[*rows.shape, D]: the rows, int64 in [0, R), in the order asked for.
 
-    The table's gradient is that of a small one, [R, D]; equal rows' gradients are added in the order in which they were asked for.
+    The table's gradient is that of a small one, [R, D]; equal rows' gradients are added in the order in which
+    they were asked for.
     """
     if chosen("row_gather", table_RD) == "triton":
         from hybridtrain.kernels.row_gather.kernel import row_gather as fused
@@ -31,7 +33,9 @@ def row_gather(table_RD: Tensor, rows: Tensor) -> Tensor:
 
 
 def pack(table_RD: Tensor, rows_U: Tensor | None, wire: str) -> Tensor:
-    """The rows (None: all, as they stand) as they travel: [U, …] in the table's own type ("exact"), "bfloat16", or "float8"."""
+    """The rows (None: all, as they stand) as they travel: [U, …] in the table's own type ("exact"),
+    "bfloat16", or "float8".
+    """
     if wire == "float8" and chosen("row_gather", table_RD) == "triton":
         from hybridtrain.kernels.row_gather.kernel import pack as fused
 
@@ -54,7 +58,9 @@ def unpack(payload: Tensor, width: int, wire: str) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """index_select; its own gradient has no order on CUDA, and that of an embedding takes twice as long on the CPU."""
+    """index_select; its own gradient has no order on CUDA, and that of an embedding takes twice as long on
+    the CPU.
+    """
 
     @staticmethod
     def forward(ctx: Any, table_RD: Tensor, rows_U: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""The definition of the gather, and of rows on the wire in 8 bits. R rows of a table, D width, U rows asked for.
+"""The definition of the gather, and of rows on the wire in 8 bits. R rows of a table, D width, U rows asked
+for.
 
-A packed row is D bytes e4m3 (4 bits of exponent, 3 of fraction, greatest 448; arXiv 2209.05433), zeros, and in its last 4 bytes the
-float32 scale by which they are multiplied: 16-byte multiples, so that every access may be 128 bits wide.
+A packed row is D bytes e4m3 (4 bits of exponent, 3 of fraction, greatest 448; arXiv 2209.05433), zeros, and
+in its last 4 bytes the float32 scale by which they are multiplied: 16-byte multiples, so that every access
+may be 128 bits wide.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 
 GREATEST = 448.0  # of e4m3
-LEAST = 1e-30  # a row of smaller elements than this is scaled as if it had one: the inverse of its scale is a float32
+# a row of smaller elements than this is scaled as if it had one: the inverse of its scale is a float32
+LEAST = 1e-30
 
 
 def row_gather(table_RD: Tensor, rows: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""One step of row-wise Adam or Adagrad on the touched rows, in Triton: read, replay of decay, update, rounding, write.
+"""One step of row-wise Adam or Adagrad on the touched rows, in Triton: read, replay of decay, update,
+rounding, write.
 
-R rows, D width, N touched rows. bfloat16 rows are rounded stochastically: a step smaller than half a unit of the last place then
-moves the row by its right amount on average instead of never.
+R rows, D width, N touched rows. bfloat16 rows are rounded stochastically: a step smaller than half a unit of
+the last place then moves the row by its right amount on average instead of never.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One step of the row-wise optimizers on the touched rows: Triton in one pass, or torch in several that touch no other row.
+"""One step of the row-wise optimizers on the touched rows: Triton in one pass, or torch in several that touch
+no other row.
 
 R rows of a table, D width, N touched rows. See reference.py for the definition.
 """
@@ -25,8 +26,8 @@ def rowwise_adam(
 ) -> None:
     """Update the rows, unique int64 [N], in place; allocates tensors of N rows only.
 
-    v_R float32, last_R int32, grad_ND float32, decay float64 [number of the step + 1 or more]. bfloat16 tables are rounded
-    stochastically.
+    v_R float32, last_R int32, grad_ND float32, decay float64 [number of the step + 1 or more]. bfloat16
+    tables are rounded stochastically.
     """
     if chosen("rowwise_adam", table_RD) == "triton":
         from hybridtrain.kernels.rowwise_adam.kernel import rowwise_adam as fused
@@ -47,12 +48,16 @@ def rowwise_adam(
 
 
 def fade(v_N: Tensor, gap_N: Tensor, beta2: float) -> Tensor:
-    """What is left, in place, of moments after gap_N steps without gradient: maybe as many as the run has, so float64 inside."""
+    """What is left, in place, of moments after gap_N steps without gradient: maybe as many as the run has, so
+    float64 inside.
+    """
     return v_N if beta2 == 1.0 else v_N.mul_(torch.pow(beta2, gap_N.double()).float())
 
 
 def owed(decay: Tensor, last_N: Tensor, total: Tensor | float) -> Tensor:
-    """float32 [N]: product of the decay factors after `last_N`, up to where the log of their product is `total`."""
+    """float32 [N]: product of the decay factors after `last_N`, up to where the log of their product is
+    `total`.
+    """
     return (total - decay.index_select(0, last_N)).exp_().float()
 
 

@@ -1,4 +1,6 @@
-"""The definition of one step of the row-wise optimizers on the rows a step touched. R rows, D width, N touched rows."""
+"""The definition of one step of the row-wise optimizers on the rows a step touched. R rows, D width, N
+touched rows.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from torch import Tensor
 
 
 class Step(NamedTuple):
-    """The numbers of one update; Adam has gain 1 - beta2 and correction 1 - beta2^number, Adagrad beta2, gain and correction 1."""
+    """The numbers of one update; Adam has gain 1 - beta2 and correction 1 - beta2^number, Adagrad beta2, gain
+    and correction 1.
+    """
 
     number: int  # counted from 1
     lr: float
@@ -30,9 +34,11 @@ def rowwise_adam(
     decay: Tensor | None,
     step: Step,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """New (table, v, last), the table unrounded; `decay[t]` is the log of the product of the decay factors up to step t.
+    """New (table, v, last), the table unrounded; `decay[t]` is the log of the product of the decay factors up
+    to step t.
 
-    v <- beta2^(number - last) v + gain mean(g^2);  w <- w exp(decay[number] - decay[last]) - lr g / (sqrt(v / correction) + eps)
+    v <- beta2^(number - last) v + gain mean(g^2);  w <- w exp(decay[number] - decay[last]) - lr g / (sqrt(v /
+    correction) + eps)
     """
     last_N = last_R[rows_N]
     v_N = v_R[rows_N] * torch.pow(step.beta2, (step.number - last_N).double()).to(
@@ -52,7 +58,8 @@ def rowwise_adam(
 def round_stochastically(x_ND: Tensor, numbers_N: Tensor, seed: int) -> Tensor:
     """bfloat16, up or down with the probabilities that make x the mean; what is no number stays none.
 
-    16 bits of `noise` are added below those that stay. They depend on the seed, the column, and the row's number int64 alone.
+    16 bits of `noise` are added below those that stay. They depend on the seed, the column, and the row's
+    number int64 alone.
     """
     columns = torch.arange(x_ND.size(1), device=x_ND.device)
     noise: Tensor = mix(mix((numbers_N[:, None] * x_ND.size(1) + columns) & 0xFFFFFFFF) ^ seed) >> 16
@@ -61,7 +68,9 @@ def round_stochastically(x_ND: Tensor, numbers_N: Tensor, seed: int) -> Tensor:
 
 
 def mix(x: Any) -> Any:
-    """A hash of numbers from 0 to 2^32 - 1: every bit of x moves every bit (lowbias32, github.com/skeeto/hash-prospector)."""
+    """A hash of numbers from 0 to 2^32 - 1: every bit of x moves every bit (lowbias32,
+    github.com/skeeto/hash-prospector).
+    """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x ^ (x >> 16)

@@ -1,4 +1,5 @@
-"""The segment sum in Triton: a stable sort, then one lane of a tile per segment and column that adds its rows in their order.
+"""The segment sum in Triton: a stable sort, then one lane of a tile per segment and column that adds its rows
+in their order.
 
 No atomics: the sum has one order, that of reference.py. N rows, D width, S segments.
 """
@@ -64,7 +65,9 @@ def _(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:
 
 
 def segment_sum(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:
-    """As op.segment_sum for float32 and narrower; values' rows may lie any distance apart. Raises ValueError as it does."""
+    """As op.segment_sum for float32 and narrower; values' rows may lie any distance apart. Raises ValueError
+    as it does.
+    """
     if values_ND.ndim != 2 or segment_N.shape != values_ND.shape[:1]:
         raise ValueError(
             f"values {list(values_ND.shape)} and segment {list(segment_N.shape)} must be [N, D] and [N]"

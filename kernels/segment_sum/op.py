@@ -13,11 +13,12 @@ from hybridtrain.kernels.choose import chosen
 
 
 def segment_sum(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:
-    """[S, D]: row s is the sum of the rows of values_ND whose segment is s, added in order of appearance; 0 without any.
+    """[S, D]: row s is the sum of the rows of values_ND whose segment is s, added in order of appearance; 0
+    without any.
 
-    segment_N int64 in [0, num_segments), sorted or not. float16 and bfloat16 are added up in float32 and rounded once.
-    Raises ValueError for shapes that do not fit; a segment out of range raises RuntimeError on CPU and is not noticed on CUDA,
-    where noticing would synchronise.
+    segment_N int64 in [0, num_segments), sorted or not. float16 and bfloat16 are added up in float32 and
+    rounded once. Raises ValueError for shapes that do not fit; a segment out of range raises RuntimeError on
+    CPU and is not noticed on CUDA, where noticing would synchronise.
     """
     if values_ND.ndim != 2 or segment_N.shape != values_ND.shape[:1]:
         raise ValueError(
@@ -39,7 +40,9 @@ def segment_sum(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tens
 
 
 def _by_bags(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:
-    """The sum by a stable sort and one embedding bag a segment, whose sum is one thread's loop; CUDA's index_add_ is atomic."""
+    """The sum by a stable sort and one embedding bag a segment, whose sum is one thread's loop; CUDA's
+    index_add_ is atomic.
+    """
     if len(segment_N) == 0:
         return values_ND.new_zeros(num_segments, values_ND.shape[1])
     sorted_N, order_N = torch.sort(segment_N, stable=True)

@@ -1,7 +1,8 @@
 """RMSNorm, dilated causal depthwise convolution, SiLU and addition in Triton; the maths is in README.md.
 
-N = B*T tokens, D width, J taps. Forward is one pass: a tap's row is read and normed again, out of the cache. Backward is two:
-the first makes the gradient of the convolution's output and of the taps, the second turns it back along the taps and the norm.
+N = B*T tokens, D width, J taps. Forward is one pass: a tap's row is read and normed again, out of the cache.
+Backward is two: the first makes the gradient of the convolution's output and of the taps, the second turns it
+back along the taps and the norm.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from hybridtrain.kernels.launch import Case, ceil_div, launch, num_bytes, partia
 
 @triton.jit
 def _seen(rows, others, inside, times, T, documents_ptr, DOCUMENTS: tl.constexpr):
-    """Whether `others`, which stand at `times` of the sequences of `rows`, are there and of the same document."""
+    """Whether `others`, which stand at `times` of the sequences of `rows`, are there and of the same
+    document.
+    """
     seen = inside & (times >= 0) & (times < T)
     if DOCUMENTS:
         here = tl.load(documents_ptr + rows, mask=inside, other=0)

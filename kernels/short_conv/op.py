@@ -1,4 +1,5 @@
-"""The short convolution behind the memory's gate: Triton in one pass forward and two back, or torch tap by tap.
+"""The short convolution behind the memory's gate: Triton in one pass forward and two back, or torch tap by
+tap.
 
 B batch, T tokens, D width, J taps. See reference.py for the definition.
 """

@@ -56,14 +56,18 @@ def pause(story: Story) -> None:
 
 
 def fill(story: Story) -> None:
-    """Leave little room on the small disk that the story lies on: sometimes a part of a checkpoint fits, sometimes nothing."""
+    """Leave little room on the small disk that the story lies on: sometimes a part of a checkpoint fits,
+    sometimes nothing.
+    """
     disk = story.folder / "disk"
     room = random.Random(f"{story.seed} {len(story.events())}").randrange(0, 64 * 1024)
     (disk / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - room)))
 
 
 def cut(story: Story) -> None:
-    """Leave half of the shard. Half a copy takes its place: what is mapped and cut in the moment of a read ends the process."""
+    """Leave half of the shard. Half a copy takes its place: what is mapped and cut in the moment of a read
+    ends the process.
+    """
     half = story.shard.with_suffix(".half")
     half.write_bytes(story.shard.read_bytes()[: story.shard.stat().st_size // 2])
     half.replace(story.shard)
@@ -85,7 +89,9 @@ ACTS: dict[str, Callable[[Story], Any]] = {
 
 
 def damage(story: Story, fault: Fault) -> Path | None:
-    """Harm a file of the latest checkpoint that is whole, as fault.kind says; a copy is kept. None where there is none."""
+    """Harm a file of the latest checkpoint that is whole, as fault.kind says; a copy is kept. None where
+    there is none.
+    """
     harmed = {folder.name for folder, _ in harmed_checkpoints(story)}
     last = committed(story.run)
     whole = [

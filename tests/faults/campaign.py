@@ -1,7 +1,8 @@
 """Runs that faults are injected into: `draw` a campaign by its seed, `play` a story, which judge.py judges.
 
-A story passes where its run ends as the undisturbed one, bit for bit, every fault having led to a restart from the last
-committed checkpoint or to a refusal that names the cause; what was refused for is then mended and the run goes on.
+A story passes where its run ends as the undisturbed one, bit for bit, every fault having led to a restart
+from the last committed checkpoint or to a refusal that names the cause; what was refused for is then mended
+and the run goes on.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ UNDER_TORCHRUN_KINDS = ("kill at a phase", "kill at a file", "kill all")
 
 
 def draw(seed: int, stories: int, with_torchrun: int, attempts: int = ATTEMPTS) -> list[Plan]:
-    """A campaign. Those under torchrun have kills only, and fewer: it starts ranks anew whatever they ended for, and slowly."""
+    """A campaign. Those under torchrun have kills only, and fewer: it starts ranks anew whatever they ended
+    for, and slowly.
+    """
     chance = random.Random(seed)
     plans = []
     for number in range(stories + with_torchrun):
@@ -120,7 +123,9 @@ def settings_of(folder: Path, variant: str) -> dict[str, Any]:
 
 
 def undisturbed(data: Path, folder: Path, variant: str) -> Path:
-    """The run folder of the variant without faults, and with no checkpoint but the last: saving changes nothing either."""
+    """The run folder of the variant without faults, and with no checkpoint but the last: saving changes
+    nothing either.
+    """
     settings = settings_of(folder, variant)
     settings["checkpoint"]["every"] = 0
     story = Story(folder, settings, (), 0)
@@ -142,7 +147,9 @@ def play(plan: Plan, data: Path, folder: Path, reference: Path) -> list[Outcome]
 
 
 def _launch(story: Story, data: Path) -> list[str]:
-    """`hybridtrain launch --max-restarts`, again after each refusal, with the cause mended; what was said of each attempt."""
+    """`hybridtrain launch --max-restarts`, again after each refusal, with the cause mended; what was said of
+    each attempt.
+    """
     messages: list[str] = []
     while True:
         error = io.StringIO()

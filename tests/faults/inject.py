@@ -1,7 +1,7 @@
 """Faults in a training rank, each when its moment comes. The trainer itself knows nothing of them.
 
-A moment is the n-th entry of a phase of the loop (metrics.Clock), the n-th time that a file of the run is made, renamed or
-removed (by Python's audit events, in whatever thread), or a time after the start.
+A moment is the n-th entry of a phase of the loop (metrics.Clock), the n-th time that a file of the run is
+made, renamed or removed (by Python's audit events, in whatever thread), or a time after the start.
 """
 
 from __future__ import annotations
@@ -98,10 +98,11 @@ def at_phase(name: str, number: int, act: Callable[[], Any]) -> None:
 
 
 def at_file(folder: Path, number: int, act: Callable[[], Any], torn: bool) -> None:
-    """Call `act` before a file below `folder` is made, renamed or removed for the n-th time and, where it lets it, every later one.
+    """Call `act` before a file below `folder` is made, renamed or removed for the n-th time and, where it
+    lets it, every later one.
 
-    `torn`: as if it were called behind that, where the file is one that is opened to be written anew: it is empty then.
-    TensorBoard's files do not count: it writes in a thread of its own, at any time.
+    `torn`: as if it were called behind that, where the file is one that is opened to be written anew: it is
+    empty then. TensorBoard's files do not count: it writes in a thread of its own, at any time.
     """
     root, left = str(folder), number
 

@@ -95,7 +95,9 @@ def _ended(fault: Fault, message: str | None, last: bool) -> tuple[str, str]:
 def _fallen_back(
     story: Story, event: dict[str, Any], resumed: int | None, message: str | None
 ) -> tuple[str, str]:
-    """The same of a damaged file; the one before its checkpoint is the best that there is, and the file is named."""
+    """The same of a damaged file; the one before its checkpoint is the best that there is, and the file is
+    named.
+    """
     step = _step(event["committed"])
     if resumed is None:
         named = message is not None and event["file"] in message
@@ -123,7 +125,9 @@ def _step(name: str) -> int:
 
 
 def different_end(run: Path, reference: Path) -> str:
-    """In what the run is not the undisturbed one, bit for bit: its losses, or a tensor of its last checkpoint."""
+    """In what the run is not the undisturbed one, bit for bit: its losses, or a tensor of its last
+    checkpoint.
+    """
     if curve(run) != curve(reference):
         return "the curve is not that of the undisturbed run; "
     mine, theirs = (StoredTensors(checkpoint.latest(folder / "checkpoints")) for folder in (run, reference))

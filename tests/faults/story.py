@@ -39,11 +39,11 @@ PIPELINE_PHASES = (
 class Fault:
     """What goes wrong in one attempt.
 
-    kind     of the rank: kill, stop, hang (a lock that nobody opens), nan (its first layer's output from then on), fail (its file
-             operations from then on)
-             of all ranks: kill all; abandon (the others are stopped, then it is killed); pause (the others are stopped for a while)
-             of the disk: fill, vanish and cut (a data shard); before the attempt truncate, flip, delete (a file of the latest
-             checkpoint)
+    kind     of the rank: kill, stop, hang (a lock that nobody opens), nan (its first layer's output from then
+    on), fail (its file
+             operations from then on) of all ranks: kill all; abandon (the others are stopped, then it is
+             killed); pause (the others are stopped for a while) of the disk: fill, vanish and cut (a data
+             shard); before the attempt truncate, flip, delete (a file of the latest checkpoint)
     when     a phase ("restore" is "data" where there is nothing to restore), "file" or "start"
     number   the n-th time, from 1
     delay    seconds later than that; of "start" the moment itself

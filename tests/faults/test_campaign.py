@@ -1,7 +1,8 @@
-"""Runs survive what is done to them: `make test-faults` injects at least 200 faults, `make test` a few of another draw.
+"""Runs survive what is done to them: `make test-faults` injects at least 200 faults, `make test` a few of
+another draw.
 
-Every fault ends in a restart from the last committed checkpoint or in a refusal that names the cause, and every run in the
-curve of the undisturbed one, bit for bit.
+Every fault ends in a restart from the last committed checkpoint or in a refusal that names the cause, and
+every run in the curve of the undisturbed one, bit for bit.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ def examples(few: int) -> hypothesis.settings:
 
 
 def outcome(act: Callable[[], Any]) -> Any:
-    """What `act` returned, or None where it refused its input as a command does: by an error that is printed without a traceback.
+    """What `act` returned, or None where it refused its input as a command does: by an error that is printed
+    without a traceback.
 
     Any other exception is a failure of the test.
     """

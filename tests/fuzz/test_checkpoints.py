@@ -1,4 +1,6 @@
-"""Checkpoints, run folders and pickles with anything wrong in them: a message or the right tensors, never code, never a part."""
+"""Checkpoints, run folders and pickles with anything wrong in them: a message or the right tensors, never
+code, never a part.
+"""
 
 from __future__ import annotations
 
@@ -176,7 +178,9 @@ def changed(data: st.DataObject, value: Any, odd: list[Any], depth: int = 0) -> 
 
 
 def mutated(data: st.DataObject, content: bytes, low: int = 0, high: int | None = None) -> bytes:
-    """The content with a few bytes between `low` and `high` changed, and now and then some left out or put in."""
+    """The content with a few bytes between `low` and `high` changed, and now and then some left out or put
+    in.
+    """
     out = bytearray(content)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(low, (high or len(content)) - 1))

@@ -1,4 +1,6 @@
-"""Texts, compressed streams, tokenizers and data folders that somebody else made, or that were damaged on the way."""
+"""Texts, compressed streams, tokenizers and data folders that somebody else made, or that were damaged on the
+way.
+"""
 
 from __future__ import annotations
 

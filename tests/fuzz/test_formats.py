@@ -1,4 +1,5 @@
-"""Folders of models that somebody else made: config.json, indexes, safetensors files, Megatron's arguments, with odd values.
+"""Folders of models that somebody else made: config.json, indexes, safetensors files, Megatron's arguments,
+with odd values.
 
 Each ends in a message or in a whole import: every value of every stored tensor is in it.
 """

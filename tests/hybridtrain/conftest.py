@@ -20,7 +20,9 @@ def ci_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(ci_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`trained(nproc, *overrides)`: the folder of that finished run of ci.toml. Read only: copy it before changing it."""
+    """`trained(nproc, *overrides)`: the folder of that finished run of ci.toml. Read only: copy it before
+    changing it.
+    """
     folders: dict[tuple[object, ...], Path] = {}
 
     def run(nproc: int, *overrides: str) -> Path:

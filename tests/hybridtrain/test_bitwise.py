@@ -1,4 +1,6 @@
-"""Which ways of taking the same batch give the same bits, and how far apart the others are (docs/parallelism.md)."""
+"""Which ways of taking the same batch give the same bits, and how far apart the others are
+(docs/parallelism.md).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The console command: what a user can mend is one message on stderr and status 2; what it prints and writes otherwise."""
+"""The console command: what a user can mend is one message on stderr and status 2; what it prints and writes
+otherwise.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""DeepSpeed as the engine: the native engine's curve, norms, state and checkpoints; and what it cannot do is refused.
+"""DeepSpeed as the engine: the native engine's curve, norms, state and checkpoints; and what it cannot do is
+refused.
 
-Gradients are clipped in every step here (clip_norm is below every norm), so that a norm or a factor that is wrong shows.
+Gradients are clipped in every step here (clip_norm is below every norm), so that a norm or a factor that is
+wrong shows.
 """
 
 from __future__ import annotations
@@ -13,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hybridtrain.test_nonfinite import train_poisoned
-from tests.hybridtrain.test_resume import at_step_10
 from torch import Tensor
 
 from hybridtrain.errors import SettingsError
@@ -23,6 +23,8 @@ from hybridtrain.run.generate import open_checkpoint
 from hybridtrain.run.process_setup import join_world
 from hybridtrain.settings.load import parse_settings
 from hybridtrain.settings.tree import Settings
+from tests.hybridtrain.run.test_nonfinite import train_poisoned
+from tests.hybridtrain.run.test_resume import at_step_10
 from tests.hybridtrain.test_parity import assert_same_curve, assert_same_state, state
 from tests.ranks import run_on_ranks
 from tests.training import ci_settings, loss_curve, train_here, train_on
@@ -188,34 +190,36 @@ AXES = "with train.engine=deepspeed, which spreads over dp_shard, cp, ep and mem
         (
             ["parallel.reshard_after_forward=true"],
             [
-                "parallel.reshard_after_forward=true with train.engine=deepspeed, which shards them by deepspeed.zero_stage=3; "
-                "it may be false"
+                "parallel.reshard_after_forward=true with train.engine=deepspeed, which shards them by "
+                "deepspeed.zero_stage=3; it may be false"
             ],
         ),
         (
             ["train.precision=bfloat16"],
             [
-                "train.precision=bfloat16 with train.engine=deepspeed, which computes in its parameters' float32; "
-                "it may be auto or float32"
+                "train.precision=bfloat16 with train.engine=deepspeed, which computes in its parameters' "
+                "float32; it may be auto or float32"
             ],
         ),
         (
             ['optim.backbone="muon"'],
             [
-                "optim.backbone=muon with train.engine=deepspeed, whose flat parts of parameters are no matrices; it may be adamw"
+                "optim.backbone=muon with train.engine=deepspeed, whose flat parts of parameters are no "
+                "matrices; it may be adamw"
             ],
         ),
         (
             [zero(3), "parallel.ep=2"],
             [
-                "deepspeed.zero_stage=3 with parallel.ep=2 would add up different experts of different ranks; "
-                "zero_stage may be 0, 1 or 2, or ep may be 1"
+                "deepspeed.zero_stage=3 with parallel.ep=2 would add up different experts of different "
+                "ranks; zero_stage may be 0, 1 or 2, or ep may be 1"
             ],
         ),
         (
             [zero(0), OFFLOAD],
             [
-                "deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage may be 1, 2 or 3"
+                "deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; "
+                "zero_stage may be 1, 2 or 3"
             ],
         ),
     ],

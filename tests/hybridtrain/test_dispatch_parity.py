@@ -1,4 +1,6 @@
-"""Runs with a capacity and dispatch over nodes against one rank; what they tell; and how one ends that runs out of memory."""
+"""Runs with a capacity and dispatch over nodes against one rank; what they tell; and how one ends that runs
+out of memory.
+"""
 
 from __future__ import annotations
 
@@ -95,11 +97,13 @@ def test_a_rank_without_memory_for_its_tokens_names_them(
 ) -> None:
     world, *overrides = layout
     settings = ci_settings(tmp_path / "run", ci_data, "train.steps=3", *map(str, overrides))
-    even = f"{24 * 80 // 2 * 2 // settings.train.micro_batches:,}"  # tokens of a rank in a micro-batch, two experts each
+    # tokens of a rank in a micro-batch, two experts each
+    even = f"{24 * 80 // 2 * 2 // settings.train.micro_batches:,}"
     with pytest.raises(RankFailure) as caught:
         run_on_ranks(train_without_memory, world, settings, 1)
     last = str(caught.value).strip().splitlines()[-1]
     assert last.startswith(
-        "hybridtrain.errors.TrainingError: layers.1.feedforward: rank 1 ran out of memory in the exchange over ep: "
+        "hybridtrain.errors.TrainingError: layers.1.feedforward: rank 1 ran out of memory in the exchange "
+        "over ep: "
     )
     assert f"times the even share of {even}; bound it by model.moe.capacity " in last

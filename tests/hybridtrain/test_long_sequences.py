@@ -1,4 +1,6 @@
-"""A model on sequences too long for a mask of all pairs: what it computes with one, also where layers are run again."""
+"""A model on sequences too long for a mask of all pairs: what it computes with one, also where layers are run
+again.
+"""
 
 from __future__ import annotations
 

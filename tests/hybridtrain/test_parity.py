@@ -1,7 +1,7 @@
 """One run at many layouts: the same losses over 20 steps, the same rows, row state and parameters.
 
-Layouts sum float32 gradients in different orders, so equality is of real numbers, not of bits. ci.toml's gate_floor keeps the
-rounding of tokens whose gate is near zero from growing (docs/memory.md).
+Layouts sum float32 gradients in different orders, so equality is of real numbers, not of bits. ci.toml's
+gate_floor keeps the rounding of tokens whose gate is near zero from growing (docs/memory.md).
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def assert_same_state(run: Path, reference: Path) -> None:
         torch.testing.assert_close(v, v_reference, rtol=1e-2, atol=1e-14)
         for name, value in ours.items():
             if not name.startswith("memory.") and "router." not in name.replace("router.weight", ""):
-                # Adam magnifies the rounding of single elements with hardly any gradient, hence one bound on all and one on each
+                # Adam magnifies the rounding of single elements with hardly any gradient, hence one bound on
+                # all and one on each
                 difference = (value - theirs[name]).double()
                 assert float(difference.square().mean().sqrt()) < LR / 1000, name
                 assert float(difference.abs().max()) < LR / 10, name

@@ -44,7 +44,9 @@ def test_auto_is_float32_on_the_cpu_and_bfloat16_on_cuda() -> None:
 
 
 def spied(runs: list[Settings]) -> tuple[list[Trace], set[torch.dtype], set[torch.dtype]]:
-    """On a rank: the traces, and in what FSDP added up gradients and parameters were gathered (by FSDP and tp)."""
+    """On a rank: the traces, and in what FSDP added up gradients and parameters were gathered (by FSDP and
+    tp).
+    """
     reduced: set[torch.dtype] = set()
     gathered: set[torch.dtype] = set()
     real_reduce, real_gather = RankOrderSum.__call__, dist.all_gather_single

@@ -1,4 +1,6 @@
-"""Runs under tensor parallelism against one rank: losses, parameters, rows, row state, optimizer state and validation."""
+"""Runs under tensor parallelism against one rank: losses, parameters, rows, row state, optimizer state and
+validation.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""No file of a folder that somebody sent runs code: every command, with every file that it reads replaced by a pickle."""
+"""No file of a folder that somebody sent runs code: every command, with every file that it reads replaced by
+a pickle.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, ci_data: Path) -> dict[str, Path]:
-    """Finished runs of two steps, with a memory (its second checkpoint is an incremental one) and without. Read only."""
+    """Finished runs of two steps, with a memory (its second checkpoint is an incremental one) and without.
+    Read only.
+    """
     root = tmp_path_factory.mktemp("runs")
     for name, more in (("memory", ()), ("plain", (NO_MEMORY, "model.moe.bias_rate=0.0"))):
         settings = ci_settings(root / name, ci_data, *TINY, *STEPS, *more)
@@ -103,7 +107,9 @@ def in_an_archive(folder: Path, file: str, trap: Trap) -> bytes:
 
 
 def traps(root: Path, folder: Path, trap: Trap) -> dict[str, tuple[Path, bytes]]:
-    """What to replace in a copy of `root`, by name: each file by the trap, each index and file of tensors also by one around it."""
+    """What to replace in a copy of `root`, by name: each file by the trap, each index and file of tensors
+    also by one around it.
+    """
     out = {
         str(path.relative_to(root)): (path.relative_to(root), pickle.dumps(trap)) for path in files_of(root)
     }

@@ -1,4 +1,6 @@
-"""Makes Triton's interpreter compute with bfloat16 and FP8 as a GPU does, and every test of kernels draw the same numbers."""
+"""Makes Triton's interpreter compute with bfloat16 and FP8 as a GPU does, and every test of kernels draw the
+same numbers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _same_numbers() -> Iterator[None]:
-    """On a GPU (make test-gpu) what a test makes lies there, so that a kernel's tests run compiled as they do interpreted."""
+    """On a GPU (make test-gpu) what a test makes lies there, so that a kernel's tests run compiled as they do
+    interpreted.
+    """
     torch.manual_seed(0)
     with (
         torch.device("cuda")

@@ -48,7 +48,8 @@ def test_what_is_missing_is_named_all_at_once(monkeypatch: pytest.MonkeyPatch) -
     assert caught.value.problems == [
         "kernels.rms_norm=apex needs the package apex; it may be auto or torch here",
         "kernels.swiglu=liger needs the package liger-kernel; it may be auto or torch here",
-        "kernels.rope=triton needs a CUDA device (or TRITON_INTERPRET=1, which is for tests); it may be auto or torch here",
+        "kernels.rope=triton needs a CUDA device (or TRITON_INTERPRET=1, which is for tests); it may be "
+        "auto or torch here",
         "kernels.permute=apex does not exist; it may be auto, torch, triton",
     ]
 
@@ -70,7 +71,9 @@ def test_fp8_needs_an_nvidia_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def libraries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stands for liger-kernel 0.8.5 and apex, with their signatures; returns the calls made of them, in order, as they come."""
+    """Stands for liger-kernel 0.8.5 and apex, with their signatures; returns the calls made of them, in
+    order, as they come.
+    """
     calls: list[str] = []
 
     def liger_rms_norm(X, W, eps, offset=0.0, casting_mode="llama", in_place=True):  # type: ignore[no-untyped-def]

@@ -1,7 +1,9 @@
-"""`make test-gpu`: the kernels on the device against their definitions, and the miniature hybrid trained there with NCCL.
+"""`make test-gpu`: the kernels on the device against their definitions, and the miniature hybrid trained
+there with NCCL.
 
-Nobody has run this on a GPU yet. Its own bodies run on the CPU, interpreted and with gloo, in the fast suite. With
-TRITON_INTERPRET=0, which `make test-gpu` sets, conftest.py also puts the tensors of every test_kernel.py on the device.
+Nobody has run this on a GPU yet. Its own bodies run on the CPU, interpreted and with gloo, in the fast suite.
+With TRITON_INTERPRET=0, which `make test-gpu` sets, conftest.py also puts the tensors of every test_kernel.py
+on the device.
 """
 
 from __future__ import annotations
@@ -58,8 +60,9 @@ def miniature(folder: Path, data: Path, *overrides: str) -> tuple[list[float], d
 
 
 def within_noise(losses: list[float], half: list[float], single: list[float]) -> None:
-    """Raises AssertionError where losses in bfloat16 are further from those in float32 than three times what `half`, computed in
-    bfloat16 on the CPU, was at the worst of its steps so far, or three times 1e-4 of the loss."""
+    """Raises AssertionError where losses in bfloat16 are further from those in float32 than three times what
+    `half`, computed in bfloat16 on the CPU, was at the worst of its steps so far, or three times 1e-4 of the
+    loss."""
     noise = 0.0
     for step, (mine, rounded, exact) in enumerate(zip(losses, half, single, strict=True), 1):
         noise = max(noise, abs(rounded - exact), 1e-4 * exact)

@@ -74,7 +74,9 @@ def fail_with_a_follower(folder: str, first: int, kind: str) -> None:
 
 
 def fail_at_first(folder: str, mark: str, how: str) -> None:
-    """Fails in the first attempt, after the other rank has begun, and notes the arguments and the count of restarts."""
+    """Fails in the first attempt, after the other rank has begun, and notes the arguments and the count of
+    restarts.
+    """
     noted = Path(folder) / f"{os.environ[RESTARTS]}-{rank()}"
     noted.write_text(mark)
     if noted.name[0] != "0":
@@ -268,8 +270,8 @@ def test_a_rank_that_does_not_end_is_killed(
 
 def test_a_signal_to_the_launcher_reaches_every_rank(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom hybridtrain.launch.local import run_ranks\n"
-        f"if __name__ == '__main__': sys.exit(run_ranks({HERE + ':wait_for_a_signal'!r}, ({str(tmp_path)!r},), 2, threads=1))"
+        "import sys\nfrom hybridtrain.launch.local import run_ranks\nif __name__ == '__main__': "
+        f"sys.exit(run_ranks({HERE + ':wait_for_a_signal'!r}, ({str(tmp_path)!r},), 2, threads=1))"
     )
     root = str(Path(__file__).parents[2])
     launcher = subprocess.Popen(

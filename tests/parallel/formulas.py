@@ -1,7 +1,7 @@
 """What a rank sends in a step by the formulas of docs/parallelism.md, for test_traffic.py.
 
-Legend: M micro-batches of B sequences, T tokens of a sequence here (under cp a part, under tp the whole of that part), D width,
-K experts per token, n ranks of the group in question.
+Legend: M micro-batches of B sequences, T tokens of a sequence here (under cp a part, under tp the whole of
+that part), D width, K experts per token, n ranks of the group in question.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Facts:
     bytes: dict[str, int] = field(default_factory=dict)
     calls: dict[tuple[str, str], int] = field(default_factory=dict)
     modules: int = 0  # that FSDP gathers on their own
-    layers: int = 0  # bytes of this rank's parts: of parameters of layers, without experts that are sharded on their own
+    # bytes of this rank's parts: of parameters of layers, without experts that are sharded on their own
+    layers: int = 0
     root: int = 0  # of embedding, last norm and head
     experts: int = 0
     uncut: int = 0  # of those that tp does not cut
@@ -73,7 +74,9 @@ class Formulas:
         return max(getattr(self.ranks[rank], what) for rank in self.group(axis))
 
     def gathers(self) -> tuple[int, int]:
-        """How often layers and root are gathered: for every micro-batch, in a pipeline once, since backward passes keep them."""
+        """How often layers and root are gathered: for every micro-batch, in a pipeline once, since backward
+        passes keep them.
+        """
         times = self.M if self.layout.pp == 1 else 1
         return times * (2 if self.s.parallel.reshard_after_forward else 1), times
 
@@ -94,8 +97,8 @@ class Formulas:
         return 2 * (n - 1) * part // n
 
     def ep(self) -> int:
-        """Per token and other rank that has one of its experts: forward the token, its gates and expert numbers there and the sum
-        back; backward the sum's gradient there, the token's and gates' back."""
+        """Per token and other rank that has one of its experts: forward the token, its gates and expert
+        numbers there and the sum back; backward the sum's gradient there, the token's and gates' back."""
         K, hidden = self.s.model.moe.top_k, self.s.model.dim * FLOAT
         group = self.group("ep")
         there = sum(self.asked(self.rank, i) for i, rank in enumerate(group) if rank != self.rank)
@@ -104,12 +107,16 @@ class Formulas:
         return there * (2 * hidden + K * (FLOAT + INT)) + here * (2 * hidden + K * FLOAT) + counts
 
     def asked(self, rank: int, place: int) -> int:
-        """Copies of tokens that `rank` asks of the `place`-th rank of its ep: under etp of all tokens of its tp."""
+        """Copies of tokens that `rank` asks of the `place`-th rank of its ep: under etp of all tokens of its
+        tp.
+        """
         tp = next(group for group in self.layout.groups("tp") if rank in group)
         return sum(self.ranks[r].asked.get(place, 0) for r in (tp if self.layout.etp > 1 else [rank]))
 
     def tp(self) -> int:
-        """(n-1)/n of a hidden state per gather or reduce-scatter, backward as much again; numbers of tokens; uncut gradients."""
+        """(n-1)/n of a hidden state per gather or reduce-scatter, backward as much again; numbers of tokens;
+        uncut gradients.
+        """
         n, K, out = self.layout.tp, self.s.model.moe.top_k, 0
         if n == 1:
             return 0
@@ -136,7 +143,9 @@ class Formulas:
         )
 
     def cp(self) -> int:
-        """Keys and values of this rank's tokens to the n-1 others, and the edges of its two chunks; backward as much again."""
+        """Keys and values of this rank's tokens to the n-1 others, and the edges of its two chunks; backward
+        as much again.
+        """
         attention, engram = self.s.model.attention, self.s.engram
         heads = attention.num_kv_heads // self.layout.tp
         kv = len(self.specs) * 2 * self.B * self.T * heads * attention.head_dim
@@ -145,7 +154,9 @@ class Formulas:
         return 2 * self.M * (self.layout.cp - 1) * (kv + edges) * FLOAT
 
     def pp(self) -> int:
-        """A hidden state for every micro-batch and border to a stage elsewhere, each way; the tied embedding's gradient once."""
+        """A hidden state for every micro-batch and border to a stage elsewhere, each way; the tied
+        embedding's gradient once.
+        """
         if self.layout.pp == 1:
             return 0
         group = self.group("pp")

@@ -1,4 +1,6 @@
-"""Parallelism applied to a small model: who holds which part, how parts are filled, and that gradients are sums over ranks."""
+"""Parallelism applied to a small model: who holds which part, how parts are filled, and that gradients are
+sums over ranks.
+"""
 
 from __future__ import annotations
 

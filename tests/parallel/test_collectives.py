@@ -20,7 +20,8 @@ def rows(rank: int, count: int) -> Tensor:
     return torch.arange(count * 3, dtype=torch.float64).view(count, 3) + 1000 * rank
 
 
-# SPLITS[i][j]: rows that rank i sends to rank j. Uneven; a rank that sends nothing, one that receives nothing, and nothing at all.
+# SPLITS[i][j]: rows that rank i sends to rank j. Uneven; a rank that sends nothing, one that receives
+# nothing, and nothing at all.
 SPLITS = {
     2: [[[1, 2], [3, 4]], [[0, 0], [5, 1]], [[2, 0], [3, 0]], [[0, 0], [0, 0]]],
     4: [

@@ -79,7 +79,9 @@ def test_bfloat16_is_as_far_from_float32_compiled_as_not(data: Path) -> None:
     assert compiled.losses != half.losses
     for name, exact in single.gradients[0].items():
         if name.endswith(("memory.wk.weight", "memory.h_norm.weight", "memory.k_norm.weight")):
-            continue  # one token whose gate rounding takes across gate_floor moves these by a tenth and more, compiled or not
+            # one token whose gate rounding takes across gate_floor moves these by a tenth and more, compiled
+            # or not
+            continue
         off, rounding = (float((run.gradients[0][name] - exact).norm()) for run in (compiled, half))
         assert off < 2 * rounding + 1e-7, name
 

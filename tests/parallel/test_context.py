@@ -1,4 +1,6 @@
-"""Context parallelism against whole sequences: attention and the memory's convolution, outputs and every gradient."""
+"""Context parallelism against whole sequences: attention and the memory's convolution, outputs and every
+gradient.
+"""
 
 from __future__ import annotations
 

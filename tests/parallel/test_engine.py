@@ -18,7 +18,9 @@ ROWS = torch.randn(10, 4, generator=torch.Generator().manual_seed(1))
 
 
 def clipped(mem: int, bound: float, with_rows: bool = True) -> tuple[float, float, Tensor, Tensor]:
-    """Norms, and this rank's gradients after clipping, of WHOLE cut over all ranks and ROWS over `mem` of them."""
+    """Norms, and this rank's gradients after clipping, of WHOLE cut over all ranks and ROWS over `mem` of
+    them.
+    """
     mesh = mesh_here(mem=mem)
     grads = [part.clone() for part in WHOLE.chunk(mesh.layout.world)[mesh.rank].split(1, dim=1)]
     bounds = mesh.layout.row_bounds(len(ROWS))

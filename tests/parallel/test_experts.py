@@ -1,4 +1,6 @@
-"""The all-to-all dispatch against the local one over all ranks' tokens: outputs, every gradient, and how often a token travels."""
+"""The all-to-all dispatch against the local one over all ranks' tokens: outputs, every gradient, and how
+often a token travels.
+"""
 
 from __future__ import annotations
 
@@ -92,14 +94,18 @@ def inputs(rank: int, choice: Choice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def rows_of_a_hop(wanted: list[list[set[int]]], size: int, rank: int) -> tuple[int, int]:
-    """Rows that `rank` of a group sends to others and gets from them; `wanted[i]`: for each token at rank i, where it goes."""
+    """Rows that `rank` of a group sends to others and gets from them; `wanted[i]`: for each token at rank i,
+    where it goes.
+    """
     sent = sum(len(token - {rank}) for token in wanted[rank])
     received = sum(rank in token for i in range(size) if i != rank for token in wanted[i])
     return sent, received
 
 
 def expected_rows(experts: list[Tensor], each: int, node_size: int, rank: int) -> dict[str, tuple[int, int]]:
-    """By group, the rows that `rank` sends and gets: each token once per rank, or once per node and from there once per rank."""
+    """By group, the rows that `rank` sends and gets: each token once per rank, or once per node and from
+    there once per rank.
+    """
     world = len(experts)
     owners = [[{e // each for e in token if e != DROPPED} for token in part.tolist()] for part in experts]
     if not node_size:
@@ -154,7 +160,8 @@ def check_dispatch(choice: Choice, node_size: int) -> None:
         )
     assert bool((gates_NK.grad[experts_NK == DROPPED] == 0).all())  # type: ignore[index]
 
-    # counts of tokens and pairs; a token with its gates and expert numbers to each place that has any of its experts; one row back
+    # counts of tokens and pairs; a token with its gates and expert numbers to each place that has any of its
+    # experts; one row back
     k = experts_NK.shape[1]
     rows = expected_rows([part[1] for part in parts], each, node_size, rank)
     assert {group for group, _ in there} == rows.keys()
@@ -275,7 +282,8 @@ def check_overlap() -> None:
     collectives.dist.all_to_all_single = watched  # type: ignore[assignment]
     mesh = mesh_here(ep=2)
     one = run_beside_shared(mesh, events, overlapped=True)
-    # counts and expert numbers are waited for; gates and tokens travel while the shared experts run; then the results come back
+    # counts and expert numbers are waited for; gates and tokens travel while the shared experts run; then the
+    # results come back
     numbers, gates_and_tokens, back = ["begin", "wait"] * 2, ["begin"] * 2, ["begin", "wait"]
     assert events[:11] == [*numbers, *gates_and_tokens, "shared", "wait", "wait", *back]
     # backward: the gradients of tokens and gates are on their way when the shared experts' backward runs
@@ -289,15 +297,18 @@ def check_overlap() -> None:
 
 
 def check_memory_errors() -> None:
-    """An allocation fails on the way there, in the experts, on the way back; on both ranks at once, so that none waits."""
+    """An allocation fails on the way there, in the experts, on the way back; on both ranks at once, so that
+    none waits.
+    """
     mesh, real = mesh_here(ep=2), collectives.launch_all_to_all
     out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     tokens = sum(TOKENS[:2]) if mesh.rank == 1 else 0  # all go to rank 1
     even = 2 * TOKENS[mesh.rank]
     times = f"{2 * tokens / even:.1f} times " if even else ""
     said = (
-        f"layers.3.feedforward: rank {mesh.rank} ran out of memory in the exchange over ep: it received {tokens} tokens for "
-        f"{2 * tokens} token-expert pairs, {times}the even share of {even}; bound it by model.moe.capacity "
+        f"layers.3.feedforward: rank {mesh.rank} ran out of memory in the exchange over ep: it received "
+        f"{tokens} tokens for {2 * tokens} token-expert pairs, {times}the even share of {even}; bound it by "
+        "model.moe.capacity "
     )
     seen: list[int] = []
 

@@ -104,7 +104,8 @@ def test_coordinates(degrees: dict[str, int], rank: int, expected: dict[str, int
         ({"world": 8, "tp": 2, "ep": 2, "etp": 2}, "edp", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ({"world": 8, "tp": 2, "ep": 2, "etp": 2}, "etp", [[0, 1], [2, 3], [4, 5], [6, 7]]),
         ({"world": 8, "pp": 2, "cp": 2, "mem": 4}, "mem", [[0, 1, 2, 3], [4, 5, 6, 7]]),
-        # over nodes first: the same-index ranks of the nodes that ep reaches over, then the ranks of ep on one node
+        # over nodes first: the same-index ranks of the nodes that ep reaches over, then the ranks of ep on
+        # one node
         ({"world": 8, "ep": 8, "node_size": 4}, "ep_inter", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ({"world": 8, "ep": 8, "node_size": 4}, "ep_intra", [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ({"world": 8, "ep": 4, "node_size": 2}, "ep_inter", [[0, 2], [1, 3], [4, 6], [5, 7]]),
@@ -267,22 +268,24 @@ def test_minus_one_takes_what_is_left() -> None:
         (
             {"world": 4, "ep": 4, "node_size": 3},
             [
-                "parallel.node_size=3 (0 takes LOCAL_WORLD_SIZE) cuts through the ep x etp = 4 ranks of a set of experts; "
-                "node_size may be 1, 2 or 4 or a multiple of 4, or set parallel.dispatch=flat"
+                "parallel.node_size=3 (0 takes LOCAL_WORLD_SIZE) cuts through the ep x etp = 4 ranks of a "
+                "set of experts; node_size may be 1, 2 or 4 or a multiple of 4, or set "
+                "parallel.dispatch=flat"
             ],
         ),
         (
             {"world": 12, "ep": 4, "node_size": 6},  # divides neither: ranks 4 to 7 are on two nodes
             [
-                "parallel.node_size=6 (0 takes LOCAL_WORLD_SIZE) cuts through the ep x etp = 4 ranks of a set of experts; "
-                "node_size may be 1, 2 or 4 or a multiple of 4, or set parallel.dispatch=flat"
+                "parallel.node_size=6 (0 takes LOCAL_WORLD_SIZE) cuts through the ep x etp = 4 ranks of a "
+                "set of experts; node_size may be 1, 2 or 4 or a multiple of 4, or set "
+                "parallel.dispatch=flat"
             ],
         ),
         (
             {"world": 8, "tp": 4, "etp": 4, "ep": 2, "node_size": 2},  # an expert's width stays on a node
             [
-                "parallel.node_size=2 (0 takes LOCAL_WORLD_SIZE) cuts through the ep x etp = 8 ranks of a set of experts; "
-                "node_size may be 4 or 8 or a multiple of 8, or set parallel.dispatch=flat"
+                "parallel.node_size=2 (0 takes LOCAL_WORLD_SIZE) cuts through the ep x etp = 8 ranks of a "
+                "set of experts; node_size may be 4 or 8 or a multiple of 8, or set parallel.dispatch=flat"
             ],
         ),
         ({"world": 4, "mem": 3}, ["parallel.mem=3 does not divide the 4 ranks; mem may be -1, 1, 2 or 4"]),
@@ -316,16 +319,18 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
             {"world": 5},
             {},
             [
-                "parallel: dp_replicate x dp_shard = 5 does not divide the 24 sequences of a micro-batch (train.global_batch=24 "
-                "/ train.micro_batches=1); it may be 1, 2, 3, 4, 6, 8, 12 or 24, or set train.global_batch=25"
+                "parallel: dp_replicate x dp_shard = 5 does not divide the 24 sequences of a micro-batch "
+                "(train.global_batch=24 / train.micro_batches=1); it may be 1, 2, 3, 4, 6, 8, 12 or 24, or "
+                "set train.global_batch=25"
             ],
         ),
         (
             {"world": 4},
             {"micro_batches": 4},
             [
-                "parallel: dp_replicate x dp_shard = 4 does not divide the 6 sequences of a micro-batch (train.global_batch=24 "
-                "/ train.micro_batches=4); it may be 1, 2, 3 or 6, or set train.global_batch=32"
+                "parallel: dp_replicate x dp_shard = 4 does not divide the 6 sequences of a micro-batch "
+                "(train.global_batch=24 / train.micro_batches=4); it may be 1, 2, 3 or 6, or set "
+                "train.global_batch=32"
             ],
         ),
         (
@@ -342,7 +347,8 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
             {"world": 6, "ep": 2},
             {"dim": 44},
             [
-                "parallel: edp = dp_shard x cp x tp / ep = 3 does not divide model.dim=44; edp may be 1, 2, 4, 11, 22 or 44"
+                "parallel: edp = dp_shard x cp x tp / ep = 3 does not divide model.dim=44; edp may be 1, 2, "
+                "4, 11, 22 or 44"
             ],
         ),
         (
@@ -364,7 +370,8 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
             [
                 "parallel.tp=3 does not divide model.attention.num_kv_heads=2; tp may be 1 or 2",
                 "parallel.tp=3 does not divide train.seq_len=64; tp may be 1, 2, 4, 8, 16, 32 or 64",
-                "parallel.tp=3 does not divide model.moe.num_shared x hidden=40; tp may be 1, 2, 4, 5, 8, 10, 20 or 40",
+                "parallel.tp=3 does not divide model.moe.num_shared x hidden=40; tp may be 1, 2, 4, 5, 8, "
+                "10, 20 or 40",
                 "parallel.tp=3 does not divide len(engram.orders) x engram.heads=8; tp may be 1, 2, 4 or 8",
             ],
         ),
@@ -394,16 +401,20 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
             {"world": 6, "tp": 2, "etp": 2},
             {"dim": 44},
             [
-                "parallel: edp = dp_shard x cp / ep = 3 does not divide model.dim=44; edp may be 1, 2, 4, 11, 22 or 44",
-                "parallel: dp_shard x cp = 3 does not divide model.dim=44, as it must under tp; it may be 1, 2, 4, 11, 22 or 44",
+                "parallel: edp = dp_shard x cp / ep = 3 does not divide model.dim=44; edp may be 1, 2, 4, "
+                "11, 22 or 44",
+                "parallel: dp_shard x cp = 3 does not divide model.dim=44, as it must under tp; it may be "
+                "1, 2, 4, 11, 22 or 44",
             ],
         ),
         (
             {"world": 6, "tp": 2},
             {"dim": 44},  # without ep, experts lie on all ranks as well
             [
-                "parallel: edp = dp_shard x cp x tp / ep = 6 does not divide model.dim=44; edp may be 1, 2, 4, 11, 22 or 44",
-                "parallel: dp_shard x cp = 3 does not divide model.dim=44, as it must under tp; it may be 1, 2, 4, 11, 22 or 44",
+                "parallel: edp = dp_shard x cp x tp / ep = 6 does not divide model.dim=44; edp may be 1, "
+                "2, 4, 11, 22 or 44",
+                "parallel: dp_shard x cp = 3 does not divide model.dim=44, as it must under tp; it may be "
+                "1, 2, 4, 11, 22 or 44",
             ],
         ),
         (

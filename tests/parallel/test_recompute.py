@@ -99,6 +99,6 @@ def test_schedules_that_go_back_in_parts_are_refused(data: Path, schedule: str) 
     with pytest.raises(SettingsError) as error:
         settings_of(data, *overrides, "train.recompute=full")
     assert error.value.problems == [
-        f"train.recompute=full: parallel.schedule={schedule} goes back through a layer in parts and would run it again for each; "
-        "it may be none, or parallel.schedule one of gpipe, 1f1b, interleaved"
+        f"train.recompute=full: parallel.schedule={schedule} goes back through a layer in parts and would "
+        "run it again for each; it may be none, or parallel.schedule one of gpipe, 1f1b, interleaved"
     ]

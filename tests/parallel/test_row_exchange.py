@@ -1,6 +1,8 @@
-"""The row exchange against a whole table on one rank: what is fetched, what the owners sum, how often a row travels.
+"""The row exchange against a whole table on one rank: what is fetched, what the owners sum, how often a row
+travels.
 
-Table and gradients hold small integers, so that sums are exact in any order and every comparison is of equality.
+Table and gradients hold small integers, so that sums are exact in any order and every comparison is of
+equality.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ def gradients(rank: int) -> Tensor:
 def run_step(
     planner: RowPlanner, exchange: RowExchange, ids: Tensor, grads: Tensor
 ) -> tuple[list[Tensor], StepPlan, Tensor]:
-    """One step as training does it: the rows that every micro-batch looked up, the plan, and the touched rows' gradient."""
+    """One step as training does it: the rows that every micro-batch looked up, the plan, and the touched
+    rows' gradient.
+    """
     plan, looked_up = planner.plan(ids), []
     total_ND = exchange.table.new_zeros(len(plan.touched_N), WIDTH)
     grads_of = iter(grads)
@@ -160,7 +164,9 @@ def test_equals_a_whole_table_on_one_and_two_ranks() -> None:
 
 
 def check_replicas() -> None:
-    """Sums of float32 that do not round alike in every order: the replicas' totals are equal bit by bit all the same."""
+    """Sums of float32 that do not round alike in every order: the replicas' totals are equal bit by bit all
+    the same.
+    """
     mesh = mesh_here(mem=2)
     bounds = mesh.layout.row_bounds(16)
     low, high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
@@ -180,7 +186,9 @@ def test_replicas_stay_bitwise_equal() -> None:
 
 
 def check_wires() -> None:
-    """Narrow rows arrive as one rank alone would see them, and narrow gradients are added up after they arrived."""
+    """Narrow rows arrive as one rank alone would see them, and narrow gradients are added up after they
+    arrived.
+    """
     mesh = mesh_here(mem=2)
     bounds, ids = mesh.layout.row_bounds(37), scattered(mesh.rank, 37)
     low, high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
@@ -241,7 +249,9 @@ def test_an_id_outside_the_table_is_refused() -> None:
 
 @contextmanager
 def damaged(receiver: int, harm: Callable[[Tensor], None]) -> Iterator[None]:
-    """While entered, whatever reaches rank `receiver` in an exchange of rows is harmed on the way; counts are not."""
+    """While entered, whatever reaches rank `receiver` in an exchange of rows is harmed on the way; counts are
+    not.
+    """
     real = module.all_to_all
 
     def all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
@@ -326,7 +336,9 @@ def test_checksums_of_nothing(shape: tuple[int, ...]) -> None:
 
 
 def check_ahead() -> list[str | None]:
-    """Plans in a row: early and late rows are what the owners' touched rows say, and arrive in their places; damage is found."""
+    """Plans in a row: early and late rows are what the owners' touched rows say, and arrive in their places;
+    damage is found.
+    """
     mesh = mesh_here(mem=2)
     num_rows = 37
     bounds = mesh.layout.row_bounds(num_rows)
@@ -378,7 +390,9 @@ def test_early_and_late_rows() -> None:
 
 
 def test_a_table_may_lie_elsewhere_than_the_model() -> None:
-    """The meta device stands for an accelerator: what the owner reads stays with the table, what the model reads does not."""
+    """The meta device stands for an accelerator: what the owner reads stays with the table, what the model
+    reads does not.
+    """
     model, host = torch.device("meta"), torch.device("cpu")
     alone = Group("mem", (0,), 0)
     planner = RowPlanner([0, 37], alone, alone, model, table_device=host, ahead=True)

@@ -1,4 +1,6 @@
-"""How layers are cut into stages and what each schedule refuses; checked against all cuts and against torch's own schedules."""
+"""How layers are cut into stages and what each schedule refuses; checked against all cuts and against torch's
+own schedules.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,8 @@ def test_our_rules_and_rank_order_are_torchs(schedule: str) -> None:
         (
             ("interleaved", 2, 1, (), 8, 4),
             [
-                "parallel.stages_per_rank=1 does not go with parallel.schedule=interleaved; it may be 2 or more"
+                "parallel.stages_per_rank=1 does not go with parallel.schedule=interleaved; it may be 2 or "
+                "more"
             ],
         ),
         (
@@ -139,21 +142,24 @@ def test_our_rules_and_rank_order_are_torchs(schedule: str) -> None:
         (
             ("1f1b", 2, 0, (2, 3), 4, 4),
             [
-                "parallel.stage_cuts=[2, 3] has 2 stages with 5 layers, not 2 with 4; e.g. [2, 2], or [] to balance them"
+                "parallel.stage_cuts=[2, 3] has 2 stages with 5 layers, not 2 with 4; e.g. [2, 2], or [] to "
+                "balance them"
             ],
         ),
         (
             ("interleaved", 2, 0, (4, 1), 5, 5),
             [
-                "parallel.stage_cuts=[4, 1] has 2 stages with 5 layers, not 4 with 5; e.g. [2, 1, 1, 1], or [] to balance them",
-                "train.micro_batches=5 does not divide into the 2 rounds of parallel.schedule=interleaved with pp=2; "
-                "near it 4 or 6 do",
+                "parallel.stage_cuts=[4, 1] has 2 stages with 5 layers, not 4 with 5; e.g. [2, 1, 1, 1], "
+                "or [] to balance them",
+                "train.micro_batches=5 does not divide into the 2 rounds of parallel.schedule=interleaved "
+                "with pp=2; near it 4 or 6 do",
             ],
         ),
         (
             ("dualpipev", 2, 0, (), 4, 3),
             [
-                "train.micro_batches=3 is below the 4 stages of parallel.schedule=dualpipev; it may be 4 or more"
+                "train.micro_batches=3 is below the 4 stages of parallel.schedule=dualpipev; it may be 4 or "
+                "more"
             ],
         ),
         (("dualpipev", 1, 5, (7,), 4, 3), []),

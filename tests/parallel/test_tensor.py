@@ -1,4 +1,6 @@
-"""Tensor parallelism piece by piece, and a whole model's losses, logits and gradients under it against one rank's."""
+"""Tensor parallelism piece by piece, and a whole model's losses, logits and gradients under it against one
+rank's.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Bytes on the wire in a step, by group and rank, against the formulas of docs/parallelism.md: equal to the byte.
+"""Bytes on the wire in a step, by group and rank, against the formulas of docs/parallelism.md: equal to the
+byte.
 
-Every rank reports what its ledger counted in a run's second step, and what the formulas need: sizes of its parameters, where its
-tokens were routed, which rows its tokens need.
+Every rank reports what its ledger counted in a run's second step, and what the formulas need: sizes of its
+parameters, where its tokens were routed, which rows its tokens need.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Which runs the parity matrix consists of: every layout that the code calls legal, and a few that cover all pairs of axes.
+"""Which runs the parity matrix consists of: every layout that the code calls legal, and a few that cover all
+pairs of axes.
 
-Nothing is listed by hand: degrees are tried by brute force, `resolve_layout` says what is legal, schedules are drawn.
+Nothing is listed by hand: degrees are tried by brute force, `resolve_layout` says what is legal, schedules
+are drawn.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ MODEL = (
 DEEP = (  # two stages a rank at pp 4, one at pp 8
     'model.layers=["engram+attention+moe", "attention+dense", "attention+moe", "engram+attention+dense", '
     '"attention+moe", "attention+dense", "engram+attention+moe", "attention+dense"]',
-    # seed 0 draws a token whose gate's sign hangs on rounding: 12 times the noise of seeds 1 to 3, and over matrix.CEILING
+    # seed 0 draws a token whose gate's sign hangs on rounding: 12 times the noise of seeds 1 to 3, and over
+    # matrix.CEILING
     "run.seed=1",
 )
 
@@ -72,9 +75,11 @@ UNEVEN = (  # sizes that 2 divides and 4 does not, fewer heads of keys and value
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings that a layout may be combined with. With `other_numbers` they change what is computed and not only where.
+    """Settings that a layout may be combined with. With `other_numbers` they change what is computed and not
+    only where.
 
-    It runs at those layouts of 4 ranks that `where` holds of, or else at the few that cover all pairs of axes.
+    It runs at those layouts of 4 ranks that `where` holds of, or else at the few that cover all pairs of
+    axes.
     """
 
     overrides: tuple[str, ...] = ()
@@ -174,8 +179,8 @@ def layouts(world: int) -> tuple[Case, ...]:
 
 
 def with_schedules(cases: Sequence[Case]) -> list[Case]:
-    """Each pipeline with one of the schedules that it may have, drawn among those that its `pp` was given least; what a `pp` was
-    not given at all comes at the end."""
+    """Each pipeline with one of the schedules that it may have, drawn among those that its `pp` was given
+    least; what a `pp` was not given at all comes at the end."""
     out, given, draw = [], Counter[tuple[int, str]](), random.Random(0)
     for case in cases:
         if case["pp"] > 1:
@@ -197,7 +202,9 @@ def with_schedules(cases: Sequence[Case]) -> list[Case]:
 
 @cache
 def matrix() -> tuple[Case, ...]:
-    """All layouts of 2 and 4 ranks and a sample of those of 8; the variants at the layouts that cover 4 ranks."""
+    """All layouts of 2 and 4 ranks and a sample of those of 8; the variants at the layouts that cover 4
+    ranks.
+    """
     two, four, eight = (layouts(world) for world in (2, 4, 8))
     sample = sorted(random.Random(0).sample(eight, SAMPLE), key=eight.index)
     base = [*with_schedules(two), *with_schedules(four), *with_schedules(sample)]
@@ -214,7 +221,9 @@ def matrix() -> tuple[Case, ...]:
 
 @cache
 def covering() -> tuple[Case, ...]:
-    """A few layouts of 4 ranks in which every pair of axes, and every schedule, occurs: the one with most new pairs first."""
+    """A few layouts of 4 ranks in which every pair of axes, and every schedule, occurs: the one with most new
+    pairs first.
+    """
     cases = with_schedules(layouts(4))
     left = set[object]().union(*(_pairs(case) for case in cases))
     out: list[Case] = []

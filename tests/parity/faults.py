@@ -54,7 +54,9 @@ def _copies_not_summed() -> Iterator[None]:
 
 @contextmanager
 def _borders_forgotten() -> Iterator[None]:
-    """The first sequence of each micro-batch is taken for one document by attention and by the memory's convolution."""
+    """The first sequence of each micro-batch is taken for one document by attention and by the memory's
+    convolution.
+    """
     real = train.by_exchange
 
     def by_exchange(batch: Batch, plan: Any, device: Any) -> Any:

@@ -15,7 +15,9 @@ from tests.ranks import run_on_ranks
 
 KINDS = ("losses", "parameters", "moments", "rows", "row state")
 BOUND = 8.0
-"""A layout may be so many times as far from the one-rank run as that is from itself with its sums in other orders."""
+"""A layout may be so many times as far from the one-rank run as that is from itself with its sums in other
+orders.
+"""
 CEILING = 1e-3
 """What BOUND times the noise must stay below for every single number, or the comparison would say nothing."""
 
@@ -85,7 +87,9 @@ def run_matrix(
     faults: Sequence[str] = (),
     timeout: float = 280,
 ) -> list[Outcome]:
-    """Every case's outcome, in order; `faults` are mistakes to make in them. `timeout` in seconds is for each start of ranks."""
+    """Every case's outcome, in order; `faults` are mistakes to make in them. `timeout` in seconds is for each
+    start of ranks.
+    """
     files = {key: str(folder / f"reference-{i}.pt") for i, key in enumerate(references)}
     for key, file in files.items():
         torch.save(references[key].run, file)

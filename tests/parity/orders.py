@@ -70,8 +70,8 @@ def _one_rank(data: str, overrides: tuple[str, ...], order: Order) -> Record:
 
 @contextmanager
 def _in_parts(parts: int) -> Iterator[None]:
-    """Add up every matrix product in so many parts, forward and backward, as tensor parallelism does, and every gradient's
-    norm, as sharding does."""
+    """Add up every matrix product in so many parts, forward and backward, as tensor parallelism does, and
+    every gradient's norm, as sharding does."""
     if parts == 1:
         yield
         return
@@ -111,7 +111,9 @@ def _in_parts(parts: int) -> Iterator[None]:
 
 
 def make_reference(runs: Sequence[Record]) -> Reference:
-    """The first run; the noise of every number is the farthest of the others from it, and no less than its own rounding."""
+    """The first run; the noise of every number is the farthest of the others from it, and no less than its
+    own rounding.
+    """
     first = runs[0]
     others = [distances(run.curve, [run.end], first) for run in runs[1:]]
     return Reference(
@@ -120,8 +122,8 @@ def make_reference(runs: Sequence[Record]) -> Reference:
 
 
 def _rounding(name: str, run: Record) -> float:
-    """What storing it in float32 makes: half a unit of every element's last place (weights near 1 move by few such units a
-    step), of what is a single number one."""
+    """What storing it in float32 makes: half a unit of every element's last place (weights near 1 move by few
+    such units a step), of what is a single number one."""
     unit = torch.finfo(torch.float32).eps
     if name.startswith("curve."):
         return unit

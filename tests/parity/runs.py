@@ -1,7 +1,9 @@
-"""Runs of a few optimizer steps through the real parts, on ranks that a test started, and how far two runs are apart.
+"""Runs of a few optimizer steps through the real parts, on ranks that a test started, and how far two runs
+are apart.
 
-A distance is relative, by name and over the whole tensor (2-norm): of a loss or norm to its size, of a parameter or the table to
-how far training moved it, of a moment or a row's second moment to its size. Of integers it is the share that differs.
+A distance is relative, by name and over the whole tensor (2-norm): of a loss or norm to its size, of a
+parameter or the table to how far training moved it, of a moment or a row's second moment to its size. Of
+integers it is the share that differs.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ Load = Callable[[int], tuple[Batch, StepPlan | None, Batch]]
 
 @dataclass(frozen=True)
 class Record:
-    """What a run came to: `curve` has numbers of every step, `start` and `end` all tensors by their names in checkpoints."""
+    """What a run came to: `curve` has numbers of every step, `start` and `end` all tensors by their names in
+    checkpoints.
+    """
 
     curve: dict[str, list[float]]
     start: State
@@ -50,7 +54,9 @@ def start_run(
     rendezvous: str = "",
     reorder: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> tuple[Run, Load]:
-    """A run's parts on this rank, and its steps' batches; wired as `train` does it, without the background thread."""
+    """A run's parts on this rank, and its steps' batches; wired as `train` does it, without the background
+    thread.
+    """
     mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, rendezvous)
     dataset = TokenDataset.open(settings.data.path, verify=False)
     vocabulary = Vocabulary.of(dataset)
@@ -87,9 +93,12 @@ def train_steps(run: Run, load: Load, start: int, stop: int) -> list[Totals]:
 
 
 def new_world(store: str) -> str:
-    """End the world that this rank is in; returns where the next one meets, at a file that does not exist yet."""
+    """End the world that this rank is in; returns where the next one meets, at a file that does not exist
+    yet.
+    """
     close_mesh()
-    _clear_sharding_prop_cache()  # it knows meshes by their shape, and would hand out those of the world before
+    # it knows meshes by their shape, and would hand out those of the world before
+    _clear_sharding_prop_cache()
     return f"file://{store}"
 
 
@@ -150,7 +159,8 @@ def run_cases(
 ) -> list[dict[str, float]]:
     """On a rank: every case in a world of its own, and this rank's distances from the one-rank run.
 
-    `references` are files of runs by `Case.numbers`. With a case goes the name of one of FAULTS to make in it, or "".
+    `references` are files of runs by `Case.numbers`. With a case goes the name of one of FAULTS to make in
+    it, or "".
     """
     rank, world, out = dist.get_rank(), dist.get_world_size(), []
     for number, (case, fault) in enumerate(cases):

@@ -1,8 +1,9 @@
-"""Every legal layout gives the numbers of one rank: losses of 5 steps, parameters, moments, rows and row state.
+"""Every legal layout gives the numbers of one rank: losses of 5 steps, parameters, moments, rows and row
+state.
 
-The bound is a multiple of what the one-rank run differs from itself by when its sums are taken in other orders (orders.py).
-`make test` runs a few layouts that cover all pairs of axes and all schedules, `make test-parity` all of 2 and 4 ranks and a
-sample of 8.
+The bound is a multiple of what the one-rank run differs from itself by when its sums are taken in other
+orders (orders.py). `make test` runs a few layouts that cover all pairs of axes and all schedules, `make
+test-parity` all of 2 and 4 ranks and a sample of 8.
 """
 
 from __future__ import annotations

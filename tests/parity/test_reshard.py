@@ -1,4 +1,6 @@
-"""Resharding between every pair of layouts (`make test-parity`): the same tensors, and the same step after a load."""
+"""Resharding between every pair of layouts (`make test-parity`): the same tensors, and the same step after a
+load.
+"""
 
 from __future__ import annotations
 

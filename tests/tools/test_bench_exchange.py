@@ -1,4 +1,6 @@
-"""The exchange's benchmark: its arithmetic, and one small run on two ranks, which compares the two ways' tables by itself."""
+"""The exchange's benchmark: its arithmetic, and one small run on two ranks, which compares the two ways'
+tables by itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The measurements of growth run, each says how long it took, and what a part costs is less than what the whole does."""
+"""The measurements of growth run, each says how long it took, and what a part costs is less than what the
+whole does.
+"""
 
 from __future__ import annotations
 

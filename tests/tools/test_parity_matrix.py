@@ -1,4 +1,6 @@
-"""The pages of the parity matrix: they list the runs that the matrix consists of, and a missing or foreign line is told."""
+"""The pages of the parity matrix: they list the runs that the matrix consists of, and a missing or foreign
+line is told.
+"""
 
 from __future__ import annotations
 

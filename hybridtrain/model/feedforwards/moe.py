@@ -23,8 +23,8 @@ from hybridtrain.settings.tree import MoESettings, Settings
 class Router(nn.Module):
     """Top-k routing with a selection bias, group limits, a global load-balance loss and a z-loss.
 
-    `bias_E` shifts the selection and never the gates (arXiv 2408.15664). `load_E` is the share of each expert in the
-    last step's choices over all its tokens.
+    `bias_E` shifts the selection and never the gates (arXiv 2408.15664). `load_E` is the share of each expert
+    in the last step's choices over all its tokens.
     """
 
     bias_E: Tensor
@@ -119,8 +119,8 @@ class GroupedExperts(nn.Module):
         absent: bool = False,
         present: int | None = None,
     ) -> Tensor:
-        """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 count nothing; `present` is how
-        many are inside, where that is known."""
+        """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 count
+        nothing; `present` is how many are inside, where that is known."""
         w_gate, w_up, w_down = (_local(w) for w in (self.w_gate, self.w_up, self.w_down))
         return moe_swiglu(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down, absent, present)
 
@@ -131,7 +131,8 @@ def _local(weight: Tensor) -> Tensor:
 
 
 class Dispatch(Protocol):
-    """Begins to bring tokens to their experts; what it returns, called once, gives the gated sum over each token's experts [N, D].
+    """Begins to bring tokens to their experts; what it returns, called once, gives the gated sum over each
+    token's experts [N, D].
 
     What is computed in between runs while the tokens travel, if they do.
     """
@@ -158,7 +159,9 @@ DROPPED = -1  # no expert's number
 
 
 def position_in_expert(experts_BTK: Tensor) -> Tensor:
-    """How many earlier tokens of the same sequence chose the same expert: [B, T, K] int64. A token's experts are distinct."""
+    """How many earlier tokens of the same sequence chose the same expert: [B, T, K] int64. A token's experts
+    are distinct.
+    """
     sorted_BP, order_BP = experts_BTK.flatten(1).sort(stable=True)
     first_BP = torch.searchsorted(sorted_BP, sorted_BP)  # where the expert's line begins
     place_BP = torch.arange(order_BP.size(1), device=order_BP.device) - first_BP
@@ -168,8 +171,9 @@ def position_in_expert(experts_BTK: Tensor) -> Tensor:
 class MoE(nn.Module):
     """Routed experts and, where asked for, shared experts that see every token.
 
-    With `moe.capacity` an expert takes the first `most` pairs of each sequence and drops the later ones: a drop depends on
-    earlier tokens of the sequence alone, so on no other sequence, no layout and no future. Gates stay as they are.
+    With `moe.capacity` an expert takes the first `most` pairs of each sequence and drops the later ones: a
+    drop depends on earlier tokens of the sequence alone, so on no other sequence, no layout and no future.
+    Gates stay as they are.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -1,7 +1,8 @@
 """How a layer reads what came before it and adds to it.
 
-A scheme has a *carry*, of fixed width and rewritten by every sublayer, and *sources*, named tensors that are written
-once and read by later layers; a pipeline moves both between stages. A scheme is a module, since most have parameters.
+A scheme has a *carry*, of fixed width and rewritten by every sublayer, and *sources*, named tensors that are
+written once and read by later layers; a pipeline moves both between stages. A scheme is a module, since most
+have parameters.
 """
 
 from __future__ import annotations

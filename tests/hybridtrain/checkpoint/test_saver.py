@@ -1,4 +1,6 @@
-"""Saves beside the training, incremental tables and URLs: what is saved is what was there, and any layout goes on from it."""
+"""Saves beside the training, incremental tables and URLs: what is saved is what was there, and any layout
+goes on from it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
 from tests.training import build_here, ci_settings
 
-# one layer of nine heads: an odd number of primes, so that owners have unequal parts; rows that owe decay change when read
+# one layer of nine heads: an odd number of primes, so that owners have unequal parts; rows that owe decay
+# change when read
 TABLE = (
     'model.layers=["attention+dense", "engram+attention+moe"]',
     "engram.orders=[2, 3, 4]",
@@ -94,7 +97,9 @@ def saved_bytes(path: Path) -> dict[str, Any]:
 
 
 def save_in_every_way(settings: dict[str, Settings], folder: Path) -> dict[str, Any]:
-    """On a rank: one run saved at once and in the background, whole and incremental; and what goes on from each."""
+    """On a rank: one run saved at once and in the background, whole and incremental; and what goes on from
+    each.
+    """
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
     blocks.BLOCK_BYTES = 4096
@@ -154,7 +159,9 @@ def settings_of(data: Path, *overrides: str) -> dict[str, Settings]:
 
 
 def load_both(settings: Settings, folder: Path) -> tuple[list[str], list[int]]:
-    """On a rank of another layout: what differs between the whole and the incremental checkpoint, and the owner's rows."""
+    """On a rank of another layout: what differs between the whole and the incremental checkpoint, and the
+    owner's rows.
+    """
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
     plain, incremental = (

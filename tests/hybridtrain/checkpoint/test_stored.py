@@ -1,4 +1,6 @@
-"""A checkpoint's tensors one by one: any rows of any layout's pieces, and checkpoints written without a model."""
+"""A checkpoint's tensors one by one: any rows of any layout's pieces, and checkpoints written without a
+model.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_reads_what_a_load_reads_whatever_layout_wrote_it(trained: Callable[...,
 
 
 def peak_of_a_large_checkpoint(folder: Path) -> tuple[int, int, bool]:
-    """Peak bytes of this process before and after writing a 960 MB checkpoint of 12 MB tensors; and whether it reads."""
+    """Peak bytes of this process before and after writing a 960 MB checkpoint of 12 MB tensors; and whether
+    it reads.
+    """
 
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

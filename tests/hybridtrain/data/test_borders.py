@@ -1,4 +1,6 @@
-"""Layouts are compared on data with borders between documents: without one in a sequence, nothing that crosses it would show."""
+"""Layouts are compared on data with borders between documents: without one in a sequence, nothing that
+crosses it would show.
+"""
 
 from __future__ import annotations
 

@@ -40,13 +40,13 @@ def test_a_preparation_ends_with_what_was_read_and_left_out(
     assert sum(split.documents for split in splits) == 11
     assert sum(split.bytes for split in splits) == size
     assert (
-        f"2 files ({sum(path.stat().st_size for path in texts.iterdir()):,} bytes), 11 documents, {size:,} bytes of text"
-        in said
+        f"2 files ({sum(path.stat().st_size for path in texts.iterdir()):,} bytes), 11 documents, {size:,} "
+        "bytes of text" in said
     )
     for name, split in zip(("train     ", "validation"), splits, strict=True):
         assert (
-            f"{name}  {split.documents} documents, {split.bytes:,} bytes of text, {split.tokens:,} tokens, 1 shards"
-            in said
+            f"{name}  {split.documents} documents, {split.bytes:,} bytes of text, {split.tokens:,} tokens, 1 "
+            "shards" in said
         )
     expected = "3 files: 1 unknown suffix (.pdf), 1 empty (0 bytes) ({0}), 1 named or linked more than once ({1}); 2 blank lines"
     assert "left out    " + expected.format(texts / "empty.txt", texts / "b.txt") in said

@@ -1,4 +1,6 @@
-"""Which targets are read once the length, the batch or the layout changed: each of an epoch exactly once, counted by its place."""
+"""Which targets are read once the length, the batch or the layout changed: each of an epoch exactly once,
+counted by its place.
+"""
 
 from __future__ import annotations
 

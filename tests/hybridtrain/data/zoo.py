@@ -47,7 +47,9 @@ def byte_level(pattern: str | None = None, prefix: bool = False, added: Added = 
 
 
 def llama2(added: Added = ()) -> Tokenizer:
-    """As Llama 2: the text is one word, "▁" stands first, unknown characters are bytes, no entry has "▁" behind something else."""
+    """As Llama 2: the text is one word, "▁" stands first, unknown characters are bytes, no entry has "▁"
+    behind something else.
+    """
     tree = json.loads(bpe(None, pre_tokenizers.Metaspace(prepend_scheme="always")).to_str())
     vocab = tree["model"]["vocab"]
     vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}

@@ -310,7 +310,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_run_is_refused_while_another_holds_its_folder_or_its_checkpoints(
     ci_data: Path, tmp_path: Path, held: str
 ) -> None:
-    """Whose own checkpoints they are, as well: that one holds its run folder, which may be no more than begun."""
+    """Whose own checkpoints they are, as well: that one holds its run folder, which may be no more than
+    begun.
+    """
     key = "run.dir" if held == "run" else "checkpoint.dir"
     where = [f"checkpoint.dir={tmp_path / held}"] if held == "there" else []
     (tmp_path / held).mkdir(parents=True)
@@ -353,7 +355,9 @@ def test_two_runs_whose_checkpoints_are_links_to_one_folder_do_not_run_at_once(
 
 
 def taken_over(settings: Settings, step: int) -> str:
-    """On a rank: train; before step `step`, nothing being saved, another host's run takes the folder. Returns how the run ends."""
+    """On a rank: train; before step `step`, nothing being saved, another host's run takes the folder. Returns
+    how the run ends.
+    """
     real = module_of_train.train_step
 
     def train_step(run: Any, number: int, *rest: Any, **named: Any) -> Any:
@@ -406,7 +410,9 @@ def test_after_a_crash_the_next_run_goes_on_at_once_and_lets_go_at_its_end(
 
 
 def take_together(run: str, kernels: list[str]) -> str:
-    """On a rank of two, each on a host of its own: take the locks of a run whose dead holder was on one of the hosts."""
+    """On a rank of two, each on a host of its own: take the locks of a run whose dead holder was on one of
+    the hosts.
+    """
     from hybridtrain.files import holder
     from hybridtrain.parallel.collectives import barrier
     from tests.parallel.groups import mesh_here

@@ -1,4 +1,6 @@
-"""Pickles are read as data: whatever they name is not imported, not called, and costs no more memory than the file is long."""
+"""Pickles are read as data: whatever they name is not imported, not called, and costs no more memory than the
+file is long.
+"""
 
 from __future__ import annotations
 

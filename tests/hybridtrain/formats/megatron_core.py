@@ -1,8 +1,9 @@
 """megatron-core's own GPT model, on CPU ranks of this machine: what it saves, what it loads, its logits.
 
-`python -m tests.hybridtrain.formats.megatron_core RANK WORLD FOLDER` works off `FOLDER/jobs.pt`, a list of Job; logits go to
-`FOLDER/NAME.pt`. It imports nothing of hybridtrain. Layers are of torch (Megatron's `local` specification); with
-`transformer_impl="transformer_engine"` their tensors have the names that Transformer Engine's layers have.
+`python -m tests.hybridtrain.formats.megatron_core RANK WORLD FOLDER` works off `FOLDER/jobs.pt`, a list of
+Job; logits go to `FOLDER/NAME.pt`. It imports nothing of hybridtrain. Layers are of torch (Megatron's `local`
+specification); with `transformer_impl="transformer_engine"` their tensors have the names that Transformer
+Engine's layers have.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ TE_ONLY = ("core_attention._extra_state", "layernorm._extra_state")  # states th
 
 @dataclass(frozen=True)
 class Job:
-    """`args` of Megatron-LM: make a random model and save it to `folder`; None: load `folder`, with every key accounted for.
+    """`args` of Megatron-LM: make a random model and save it to `folder`; None: load `folder`, with every key
+    accounted for.
 
-    apart: with `singleton_local_shards`. layouts: then written again by ranks that share it, to a folder of each name.
+    apart: with `singleton_local_shards`. layouts: then written again by ranks that share it, to a folder of
+    each name.
     """
 
     name: str
@@ -51,7 +54,9 @@ LAYOUTS: dict[str, dict[str, int]] = {
 
 
 def run(jobs: list[Job], tokens_BT: Tensor, folder: Path, world: int = 2) -> dict[str, dict[str, Any]]:
-    """What each job gave, by its name: `logits`, and `noise`, how far they are from the model's own in float64."""
+    """What each job gave, by its name: `logits`, and `noise`, how far they are from the model's own in
+    float64.
+    """
     torch.save((jobs, tokens_BT), folder / "jobs.pt")
     command = [sys.executable, "-m", __name__]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,6 @@
-"""Every field of the config classes of the libraries that are installed is mapped, harmless or refused, and each refusal is one."""
+"""Every field of the config classes of the libraries that are installed is mapped, harmless or refused, and
+each refusal is one.
+"""
 
 from __future__ import annotations
 

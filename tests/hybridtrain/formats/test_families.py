@@ -1,4 +1,6 @@
-"""Published architectures, both ways: the logits are transformers', and what was imported is exported bit for bit."""
+"""Published architectures, both ways: the logits are transformers', and what was imported is exported bit for
+bit.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ def test_an_imported_model_has_their_logits_and_goes_back_bit_for_bit(
     run, _, _ = open_checkpoint(tmp_path / "ours")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     theirs, noise = own_error(model, tokens_BT)
-    # the other order of sums, and nothing else: a permuted head or a wrong expert changes logits by their own size
+    # the other order of sums, and nothing else: a permuted head or a wrong expert changes logits by their own
+    # size
     assert float((our_logits(run, tokens_BT, NO_SEPARATOR) - theirs).abs().max()) < 4 * noise
 
     family = case.partition(",")[0]

@@ -1,4 +1,6 @@
-"""What a Hugging Face folder of somebody else may hold: tensors that are not taken by name alone, odd indexes, odd configs."""
+"""What a Hugging Face folder of somebody else may hold: tensors that are not taken by name alone, odd
+indexes, odd configs.
+"""
 
 from __future__ import annotations
 

@@ -57,7 +57,9 @@ for folder in map(Path, sys.argv[1:]):
 
 
 def use_in_transformers(folders: list[Path], tokens_BT: Tensor, home: Path) -> None:
-    """What transformers make of the folders in a process that cannot see this project, offline: `outputs.pt` in each."""
+    """What transformers make of the folders in a process that cannot see this project, offline: `outputs.pt`
+    in each.
+    """
     torch.save(tokens_BT, home / "tokens.pt")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "HF_HOME": str(home),
@@ -111,7 +113,8 @@ def test_the_exported_folder_alone_gives_our_logits(
     theirs = torch.load(home / name / "outputs.pt")
     run, _, separator = open_checkpoint(home / f"{name} run")
     ours = our_logits(run, tokens_BT, separator)
-    # float32 noise: the order of sums differs in experts and norms; a wrong row, gate or boundary changes logits by 1e-2 and more
+    # float32 noise: the order of sums differs in experts and norms; a wrong row, gate or boundary changes
+    # logits by 1e-2 and more
     noise = 2e-5 * float(ours.abs().max())
     assert float((theirs["logits"] - ours).abs().max()) < noise
     assert float((theirs["long"] - ours).abs().max()) < noise

@@ -96,7 +96,9 @@ def test_each_key_value_head_has_its_queries_its_key_and_its_value_together() ->
 
 
 def rewrite(folder: Path, cut: Callable[[Region], list[tuple[str, Region]]]) -> None:
-    """Write the checkpoint again with each tensor cut: (new key, its region of the old tensor) for each piece."""
+    """Write the checkpoint again with each tensor cut: (new key, its region of the old tensor) for each
+    piece.
+    """
     old = TorchDist(folder)
     pieces = []
     for key, shape in old.shapes.items():
@@ -130,7 +132,9 @@ def halves(region: Region, dim: int) -> list[Region]:
 
 
 def across(region: Region) -> list[tuple[str, Region]]:
-    """Pieces of half of the rows and half of the columns, as ranks of tensor and expert parallelism have them."""
+    """Pieces of half of the rows and half of the columns, as ranks of tensor and expert parallelism have
+    them.
+    """
     cut = [quarter for half in halves(region, 0) for quarter in halves(half, len(region.sizes) - 1)]
     return [(region.key, piece) for piece in (cut if len(region.sizes) > 1 else halves(region, 0))]
 
@@ -186,7 +190,8 @@ def test_what_our_model_lacks_is_refused_by_name_all_at_once(exported: Path, tmp
         num_query_groups=3,
     )
     assert megatron_refusal(exported, tmp_path / "back") == [
-        "multi_latent_attention=true: multi-head latent attention (MLA): keys and values here have full width",
+        "multi_latent_attention=true: multi-head latent attention (MLA): keys and values here have full "
+        "width",
         "add_bias_linear=true: biases",
         'normalization="LayerNorm": norms other than RMSNorm',
         "swiglu=false: an activation other than SwiGLU",
@@ -287,7 +292,8 @@ def test_a_model_that_is_not_megatrons_is_refused_with_every_reason(ci_data: Pat
         f"layers 1, 3 have a lookup memory; {name} has none",
         f"model.moe.capacity=1.5: {name} drops tokens by the batch, if at all",
         f"model.moe.normalize_gates=false: {name} has true with top_k=2",
-        f"model.moe.top_groups=2: {name} scores a group by its best top_k // top_groups = 1 experts, ours by its best 2",
+        f"model.moe.top_groups=2: {name} scores a group by its best top_k // top_groups = 1 experts, ours "
+        "by its best 2",
     ]
     for problem, to, family, implementation in (
         ('--format "gguf": it may be hf or megatron', "gguf", None, None),

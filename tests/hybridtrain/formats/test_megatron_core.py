@@ -1,4 +1,6 @@
-"""megatron-core loads what is exported, and what it saves is imported: the same keys, the same logits, the same bits."""
+"""megatron-core loads what is exported, and what it saves is imported: the same keys, the same logits, the
+same bits.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,8 @@ def test_an_imported_model_has_their_logits_and_goes_back_bit_for_bit(
     settings = import_megatron(saved, tmp_path / "ours", tokenizer=ci_data / TOKENIZER)
     run, _, _ = open_checkpoint(tmp_path / "ours")
     theirs, noise = results[name]["logits"], results[name]["noise"]
-    # the other order of sums, and nothing else: a permuted head or a wrong expert changes logits by their own size
+    # the other order of sums, and nothing else: a permuted head or a wrong expert changes logits by their own
+    # size
     assert float((our_logits(run, random_tokens(), NO_SEPARATOR) - theirs).abs().max()) < 4 * noise
     assert float(theirs.std()) > 1000 * noise
 

@@ -1,4 +1,6 @@
-"""What a torch_dist folder of somebody else may hold: odd arguments, tensors that are not taken by name alone, odd pieces."""
+"""What a torch_dist folder of somebody else may hold: odd arguments, tensors that are not taken by name
+alone, odd pieces.
+"""
 
 from __future__ import annotations
 

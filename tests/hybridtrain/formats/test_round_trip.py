@@ -1,4 +1,6 @@
-"""What came with an import goes out again: config.json key by key, companions byte for byte, also after training."""
+"""What came with an import goes out again: config.json key by key, companions byte for byte, also after
+training.
+"""
 
 from __future__ import annotations
 

@@ -146,7 +146,9 @@ def save_theirs(model: Any, folder: Path, data: Path, shard: str = "200KB") -> P
 
 
 def random_run(folder: Path, data: Path, *overrides: str) -> Path:
-    """The run folder of a model of ci.toml in which nothing is zero or one; routers have biases where their scores are sigmoids."""
+    """The run folder of a model of ci.toml in which nothing is zero or one; routers have biases where their
+    scores are sigmoids.
+    """
     settings = ci_settings(folder, data, *overrides)
     vocabulary = Vocabulary.of(TokenDataset.open(data), settings.model.vocab_size)
     mesh = make_mesh(resolve_layout(settings, 1), 0, torch.device("cpu"), 60)

@@ -1,4 +1,6 @@
-"""Steps that are refused for their loss: what counts as a spike, and what skipping and rolling back leave behind."""
+"""Steps that are refused for their loss: what counts as a spike, and what skipping and rolling back leave
+behind.
+"""
 
 from __future__ import annotations
 
@@ -179,7 +181,9 @@ def test_a_skipped_step_leaves_no_trace_but_its_note(runs: Callable[[str], Path]
 def test_a_rollback_goes_on_behind_the_batch_bitwise_and_so_does_a_resumed_run(
     runs: Callable[[str], Path], mode: str
 ) -> None:
-    """As a run that was never there would: its checkpoint, and then the data that lie behind what was refused."""
+    """As a run that was never there would: its checkpoint, and then the data that lie behind what was
+    refused.
+    """
     assert loss_curve(runs(f"back {mode}")) == loss_curve(runs("want step"))
     notes = [line for line in read_metrics(runs(f"back {mode}")) if "refused" in line]
     assert notes == []  # the lines after the checkpoint are dropped with their steps

@@ -33,7 +33,9 @@ def test_the_slowest_rank_is_measured_by_its_stage(
 
 
 def train_slowly(settings: Settings) -> None:
-    """On a rank: rank 1 takes half a second longer for each forward pass, and the other waits for it within its own."""
+    """On a rank: rank 1 takes half a second longer for each forward pass, and the other waits for it within
+    its own.
+    """
     import os
 
     real = Clock.phase

@@ -1,4 +1,6 @@
-"""The watchdog: what ranks write down when one stands still, what is made of it, and that nothing happens otherwise."""
+"""The watchdog: what ranks write down when one stands still, what is made of it, and that nothing happens
+otherwise.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def test_a_rank_that_writes_nothing_is_named() -> None:
     text = explain([record(0, ("ep", PAIR, "all_to_all", 57, 4.0))], 2).splitlines()
     assert text == [
         "rank 1 gave no sign: stopped, hung in one call of C, or gone",
-        "  rank 0 on host: step 7, forward; its last collective is all_to_all number 57 of group ep (ranks 0, 1), 4 s ago",
+        "  rank 0 on host: step 7, forward; its last collective is all_to_all number 57 of group ep (ranks "
+        "0, 1), 4 s ago",
         "stack of rank 0's main thread:",
         "stack of 0",
     ]
@@ -96,7 +99,9 @@ def go_on(watched: Watchdog, seconds: float) -> None:
 
 
 def test_ranks_that_stand_still_end_their_run_and_say_where_they_are(tmp_path: Path) -> None:
-    """Two ranks in one process: rank 0 waits in a collective that rank 1, which goes on for a while, does not come to."""
+    """Two ranks in one process: rank 0 waits in a collective that rank 1, which goes on for a while, does not
+    come to.
+    """
     ends: dict[int, list[tuple[str, int]]] = {0: [], 1: []}
     with (
         dog(0, tmp_path / "stalls", 2.0, ends[0]) as waits,

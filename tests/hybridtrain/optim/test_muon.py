@@ -1,4 +1,6 @@
-"""Muon against torch's on plain tensors, and on two gloo ranks against itself unsharded. The file is also the ranks' script."""
+"""Muon against torch's on plain tensors, and on two gloo ranks against itself unsharded. The file is also the
+ranks' script.
+"""
 
 from __future__ import annotations
 

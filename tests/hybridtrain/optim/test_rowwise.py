@@ -356,7 +356,9 @@ def test_dense_adam_changes_everything():
 
 
 def simulate_changes(table, phases):
-    """Every row at every step with the beta2 and weight decay of that step, in float64; phases of (steps, beta2, weight decay)."""
+    """Every row at every step with the beta2 and weight decay of that step, in float64; phases of (steps,
+    beta2, weight decay).
+    """
     w, v, weight = table.double().numpy().copy(), np.zeros(len(table)), 0.0
     for steps, beta2, weight_decay in phases:
         gain = 1 - beta2 if beta2 < 1 else 1.0

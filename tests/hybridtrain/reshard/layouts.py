@@ -66,7 +66,9 @@ def digests(run: Path) -> dict[str, str]:
 
 
 def next_losses(settings_file: Path, runs: list[Path], extra: tuple[str, ...] = ()) -> list[float]:
-    """On a rank: the loss of the step after the latest checkpoint of each run, and of the one after, at one layout."""
+    """On a rank: the loss of the step after the latest checkpoint of each run, and of the one after, at one
+    layout.
+    """
     losses = []
     for run in runs:
         settings = load_settings(settings_file, extra)

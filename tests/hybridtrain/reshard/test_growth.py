@@ -1,4 +1,6 @@
-"""More experts and more tokens: what the model computes, what training goes on with, and that layouts do not matter."""
+"""More experts and more tokens: what the model computes, what training goes on with, and that layouts do not
+matter.
+"""
 
 from __future__ import annotations
 

@@ -60,7 +60,9 @@ def test_every_tensor_and_the_next_step_stay_what_they_were(run: Path, tmp_path:
 
 
 def _assert_files_are_the_ranks_own(path: Path, ranks: int, mem: int) -> None:
-    """There are files of these ranks alone, and the table's rows lie in as many of them as it has owners, in order."""
+    """There are files of these ranks alone, and the table's rows lie in as many of them as it has owners, in
+    order.
+    """
     places = pickle.loads((path / ".metadata").read_bytes()).storage_data
     assert {int(place.relative_path.split("_")[2]) for place in places.values()} <= set(range(ranks))
     rows = sorted(

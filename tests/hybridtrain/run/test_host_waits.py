@@ -1,4 +1,6 @@
-"""How often the host waits for the device in a step: a constant, and with ranks of experts once per exchange of tokens."""
+"""How often the host waits for the device in a step: a constant, and with ranks of experts once per exchange
+of tokens.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def run_of(folder: Path, data: Path, layers: int, micro_batches: int, *overrides
 
 
 def waits_of(runs: list[Settings]) -> list[Waits]:
-    """On a rank, or alone: what the main thread waits for in a step that is logged and in one that is not, by run."""
+    """On a rank, or alone: what the main thread waits for in a step that is logged and in one that is not, by
+    run.
+    """
     out = []
     # the experts on the CPU read their counts, which lie there; other devices' grouped products do not
     with patch.object(op, "_fused_here", lambda x, w: False):

@@ -1,4 +1,6 @@
-"""New runs that start from old weights: what is there is taken, a memory may be new, all else that differs is refused."""
+"""New runs that start from old weights: what is there is taken, a memory may be new, all else that differs is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +85,8 @@ def test_all_that_is_there_is_taken_and_a_new_memory_drawn(
     assert torch.equal(run.table.table, init_table(0, 0, len(run.table.table), 32, 0.02))
     said = capfd.readouterr().err
     assert (
-        f"{len(old.model.state_dict())} tensors taken, {len(new) - len(old.model.state_dict())} of new memories drawn"
-        in said
+        f"{len(old.model.state_dict())} tensors taken, {len(new) - len(old.model.state_dict())} of new "
+        "memories drawn" in said
     )
     assert "model.attention.rope_theta=1000.0, and the weights were trained with 500.0" in said
 
@@ -165,7 +167,9 @@ def test_other_shapes_are_refused_all_at_once_on_every_rank(
 
 
 def rewrite(run: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
-    """Write the checkpoint of an import again, with what `change` makes of its tensors and with right checksums."""
+    """Write the checkpoint of an import again, with what `change` makes of its tensors and with right
+    checksums.
+    """
     saved = find_checkpoint(run)[1]
     stored, info = StoredTensors(saved), checkpoint.read_info(saved)
     tensors = {name: stored.read(name) for name in stored.shapes}
@@ -205,8 +209,8 @@ def test_imported_weights_are_no_run_to_resume(imported: Path, ci_data: Path) ->
     arguments = [f"run.dir={imported}", f"data.path={ci_data}"]
     message = refused(hybridtrain("train", imported / "settings.toml", *arguments, "--resume"))
     assert (
-        f"holds imported weights and no optimizer state; start a new run from it with train.init_from={imported}"
-        in message
+        "holds imported weights and no optimizer state; start a new run from it with "
+        f"train.init_from={imported}" in message
     )
     assert "go on with --resume or choose another run.dir" in refused(
         hybridtrain("train", imported / "settings.toml", *arguments)

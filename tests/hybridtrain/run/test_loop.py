@@ -120,7 +120,9 @@ def test_batches_are_loaded_a_few_steps_ahead_and_never_past_the_end(ci_data: Pa
 
 
 def products_of_denormals(settings: Settings) -> list[float]:
-    """On a rank: the largest of what 200,000 denormal numbers times one are, in a world of a run and before it."""
+    """On a rank: the largest of what 200,000 denormal numbers times one are, in a world of a run and before
+    it.
+    """
     tiny = torch.full((200_000,), 1e-40)
     before = float(tiny.mul(1.0).max())
     dist.destroy_process_group()

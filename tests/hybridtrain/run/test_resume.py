@@ -1,4 +1,6 @@
-"""Runs that are cut off, stopped or moved to other ranks go on as if nothing had happened; what cannot go on says why."""
+"""Runs that are cut off, stopped or moved to other ranks go on as if nothing had happened; what cannot go on
+says why.
+"""
 
 from __future__ import annotations
 

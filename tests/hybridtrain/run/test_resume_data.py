@@ -1,4 +1,6 @@
-"""A resumed run reads on where it stood, says what changed, and refuses what cannot go on: real runs of tokens all different."""
+"""A resumed run reads on where it stood, says what changed, and refuses what cannot go on: real runs of
+tokens all different.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ EPOCH = 720  # of windows of 16
 
 
 def words_in_order(folder: Path, name: str, shift: int = 0, **held_out: Any) -> Path:
-    """A data folder whose train split is every word of the vocabulary once: a token's id says where it stands."""
+    """A data folder whose train split is every word of the vocabulary once: a token's id says where it
+    stands.
+    """
     tokenizer = Tokenizer(
         models.WordLevel({"<|endoftext|>": 0, **{f"w{i}": i for i in range(1, WORDS + 1)}}, unk_token="w1")
     )
@@ -126,7 +130,9 @@ def test_batches_lengths_and_layouts_may_change_and_each_target_of_an_epoch_is_r
 def test_a_rollback_behind_a_change_of_batch_reads_nothing_twice_and_counts_what_stayed(
     begun: tuple[Path, list[int]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 3 and 4 are made, 5 is refused: back to the checkpoint after 2, of another batch, and 3 to 5 are made again."""
+    """Steps 3 and 4 are made, 5 is refused: back to the checkpoint after 2, of another batch, and 3 to 5 are
+    made again.
+    """
     run = shutil.copytree(begun[0], tmp_path / "run")
     judged = itertools.count(1)
     monkeypatch.setattr(SpikeGuard, "accepts", lambda *_: next(judged) != 3)
@@ -259,7 +265,8 @@ def test_folders_that_cannot_be_written_to_are_refused_before_anything_is_made(
         module.train(words_settings(tmp_path / "file", data, f"checkpoint.dir={tmp_path / 'file/below'}"))
     assert error.value.problems == [
         f"run.dir={tmp_path / 'file'}: {tmp_path / 'file'} is not a folder; choose another run.dir",
-        f"checkpoint.dir={tmp_path / 'file/below'}: {tmp_path / 'file'} is not a folder; choose another checkpoint.dir",
+        f"checkpoint.dir={tmp_path / 'file/below'}: {tmp_path / 'file'} is not a folder; choose another "
+        "checkpoint.dir",
     ]
 
 

@@ -1,4 +1,6 @@
-"""A stop that is asked for between steps is served there: validations are left, and done whole when the run goes on."""
+"""A stop that is asked for between steps is served there: validations are left, and done whole when the run
+goes on.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ RUN = (*TINY, f"train.steps={STEPS}", "train.eval_every=3", "checkpoint.every=4"
 def stop_in_validation(settings: Settings, which: int, rank: int) -> tuple[float, str | None, dict[str, Any]]:
     """On a rank: train; rank `rank` gets SIGTERM in the second, slow batch of the `which`-th validation.
 
-    Returns the seconds from then to the end, the latest checkpoint when that validation began, and the summary.
+    Returns the seconds from then to the end, the latest checkpoint when that validation began, and the
+    summary.
     """
     real, began, at, before = Accumulation.losses, 0, [0.0], list[str]()
 
@@ -65,7 +68,8 @@ def settings_of(folder: Path, data: Path, *more: str) -> Settings:
     return ci_settings(folder, data, *RUN, f"train.eval_batches={BATCHES}", *more)
 
 
-# the last validation is of the whole split, and has 15 batches or more; the first is after step 3, which saves nothing
+# the last validation is of the whole split, and has 15 batches or more; the first is after step 3, which
+# saves nothing
 @pytest.mark.parametrize(("which", "step", "before"), [(1, 3, "none"), (3, STEPS, f"step-{STEPS:08d}")])
 def test_sigterm_in_a_validation_ends_it_at_the_next_batch_with_a_checkpoint(
     which: int, step: int, before: str, reference: Path, ci_data: Path, tmp_path: Path
@@ -130,7 +134,9 @@ def test_sigterm_in_a_step_takes_no_further_step(ci_data: Path, tmp_path: Path) 
 def test_a_run_that_was_restored_where_it_validates_does_so_again_and_writes_it_once(
     reference: Path, ci_data: Path, tmp_path: Path
 ) -> None:
-    """Validation brings rows up to date, which later steps see in their last bits; the checkpoint was saved before it."""
+    """Validation brings rows up to date, which later steps see in their last bits; the checkpoint was saved
+    before it.
+    """
     run, ways = tmp_path / "run", ("checkpoint.every=3", "train.steps=6")
     run_on_ranks(train_here, 1, settings_of(run, ci_data, *ways), False)
     (run / "summary.json").unlink()

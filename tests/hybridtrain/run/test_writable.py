@@ -36,7 +36,8 @@ def test_files_in_the_way_are_named(tmp_path: Path) -> None:
     assert found(f"run.dir={link}", f"checkpoint.dir=file://{below}", f"data.path={file}") == [
         f"run.dir={link}: {link} is not a folder; choose another run.dir",
         f"checkpoint.dir={below}: {file} is not a folder; choose another checkpoint.dir",
-        f"data.path={file}: is not a folder; it must be one that `hybridtrain data` wrote, or a new one with data.source",
+        f"data.path={file}: is not a folder; it must be one that `hybridtrain data` wrote, or a new one "
+        "with data.source",
     ]
     assert found(f"run.dir={tmp_path}", f"data.path={below}", wanted) == [
         f"data.path={below}: {file} is not a folder; choose another data.path"
@@ -87,7 +88,8 @@ def test_a_folder_that_may_not_be_written_to_is_named(
     if os.geteuid() == 0:  # root may write anywhere: asked as another user would be
         monkeypatch.setattr(folders.os, "access", lambda path, mode: bool(Path(path).stat().st_mode & 0o222))
     assert found(f"run.dir={tmp_path / 'kept/run'}") == [
-        f"run.dir={tmp_path / 'kept/run'}: {tmp_path / 'kept'} may not be written to by this user; choose another run.dir"
+        f"run.dir={tmp_path / 'kept/run'}: {tmp_path / 'kept'} may not be written to by this user; choose "
+        "another run.dir"
     ]
 
 

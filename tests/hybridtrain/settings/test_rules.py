@@ -85,10 +85,10 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
                 "engram.weight_decay=2.0",
             ],
             [
-                "optim.muon_lr * optim.weight_decay = 0.5 * 2 = 1 turns weights to zero or round in one step; optim.weight_decay "
-                "may be below 2",
-                "optim.lr * engram.lr_multiplier * engram.weight_decay = 0.5 * 2 = 1 turns weights to zero or round in one step; "
-                "engram.weight_decay may be below 2",
+                "optim.muon_lr * optim.weight_decay = 0.5 * 2 = 1 turns weights to zero or round in one "
+                "step; optim.weight_decay may be below 2",
+                "optim.lr * engram.lr_multiplier * engram.weight_decay = 0.5 * 2 = 1 turns weights to zero "
+                "or round in one step; engram.weight_decay may be below 2",
             ],
         ),
         (
@@ -105,8 +105,8 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
         (
             ["optim.weight_decay=400.0", "engram.weight_decay=400.0", "engram.enabled=false"],
             [
-                "optim.lr * optim.weight_decay = 0.003 * 400 = 1.2 turns weights to zero or round in one step; optim.weight_decay "
-                "may be below 333.333"
+                "optim.lr * optim.weight_decay = 0.003 * 400 = 1.2 turns weights to zero or round in one "
+                "step; optim.weight_decay may be below 333.333"
             ],
         ),
         (
@@ -125,13 +125,15 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
         (
             ['data.validation=["held.txt"]', "data.validation_fraction=0.1"],
             [
-                "data.validation_fraction and data.validation are both given; either is held out, leave one out"
+                "data.validation_fraction and data.validation are both given; either is held out, leave one "
+                "out"
             ],
         ),
         (
             ["data.tokenizer=t.json", "data.vocab_size=100"],
             [
-                "data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own vocabulary, leave one out"
+                "data.vocab_size and data.tokenizer are both given; a loaded tokenizer has its own "
+                "vocabulary, leave one out"
             ],
         ),
         (
@@ -141,29 +143,30 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
         (
             ["parallel.pp=2", "parallel.reshard_after_forward=true", "parallel.schedule=zero_bubble"],
             [
-                "parallel.reshard_after_forward=true frees parameters that parallel.schedule=zero_bubble still needs; "
-                "it may be false, or parallel.schedule gpipe or 1f1b"
+                "parallel.reshard_after_forward=true frees parameters that parallel.schedule=zero_bubble "
+                "still needs; it may be false, or parallel.schedule gpipe or 1f1b"
             ],
         ),
         (
             ["train.compile=true", "train.recompute=selective"],
             [
-                "train.recompute=selective: the products inside compiled layers are not seen; it may be none or full, "
-                "or train.compile=false"
+                "train.recompute=selective: the products inside compiled layers are not seen; it may be "
+                "none or full, or train.compile=false"
             ],
         ),
         (
             ["train.compile=true", "parallel.pp=2", "parallel.schedule=zbv"],
             [
-                "train.compile=true: parallel.schedule=zbv goes back through a layer in parts, and a compiled layer does all of it "
-                "each time and may overwrite what the next needs; it may be false, or parallel.schedule one of gpipe, 1f1b, "
-                "interleaved"
+                "train.compile=true: parallel.schedule=zbv goes back through a layer in parts, and a "
+                "compiled layer does all of it each time and may overwrite what the next needs; it may be "
+                "false, or parallel.schedule one of gpipe, 1f1b, interleaved"
             ],
         ),
         (
             ["train.precision=bfloat16", "model.dim=36"],
             [
-                "model.dim=36 is not a multiple of 8, as grouped products need (rows of 16 bytes); the next is 40"
+                "model.dim=36 is not a multiple of 8, as grouped products need (rows of 16 bytes); the next "
+                "is 40"
             ],
         ),
         (
@@ -217,7 +220,8 @@ def test_widths_that_grouped_products_cannot_have_are_refused_where_there_are_ex
         (
             ["train.steps=4"],
             [
-                "optim.warmup_steps=50 with train.steps=4: the learning rate only rises, to 8% of its peak at the last step",
+                "optim.warmup_steps=50 with train.steps=4: the learning rate only rises, to 8% of its peak "
+                "at the last step",
                 "train.eval_every=100 with train.steps=4: validation at the end only",
                 "checkpoint.every=100 with train.steps=4: a checkpoint at the end only",
             ],
@@ -230,10 +234,10 @@ def test_widths_that_grouped_products_cannot_have_are_refused_where_there_are_ex
                 "checkpoint.keep_every=150",
             ],
             [
-                "optim.decay_fraction=0.95 of train.steps=500 begins within the warm-up: the decay has the 450 steps that "
-                "optim.warmup_steps=50 leaves",
-                "checkpoint.keep_every=150 is not a multiple of checkpoint.every=100: what stays for good is the checkpoint of "
-                "every 300th step",
+                "optim.decay_fraction=0.95 of train.steps=500 begins within the warm-up: the decay has the "
+                "450 steps that optim.warmup_steps=50 leaves",
+                "checkpoint.keep_every=150 is not a multiple of checkpoint.every=100: what stays for good "
+                "is the checkpoint of every 300th step",
             ],
         ),
         (

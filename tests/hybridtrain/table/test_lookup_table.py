@@ -1,4 +1,6 @@
-"""When rows are read, and where they lie: rows that come ahead of their step give the same bits, or those of one update ago."""
+"""When rows are read, and where they lie: rows that come ahead of their step give the same bits, or those of
+one update ago.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ from tests.training import CI, ci_settings, loss_curve
 DECAY = "engram.weight_decay=2.0"
 FAR = "parallel.mem_placement=strided"
 PIPELINE = ("parallel.pp=2", "train.micro_batches=2", "parallel.mem=2", DECAY)
-CASES = {  # by world and name: the ways of engram.fetch, of which "stale" twice where its repetition is looked at, and the rest
+# by world and name: the ways of engram.fetch, of which "stale" twice where its repetition is looked at, and
+# the rest
+CASES = {
     1: {
         "one": ("step overlap stale", DECAY),
         "one, two exchanges": ("step overlap", DECAY, "train.micro_batches=2", "engram.exchange_groups=2"),
@@ -99,7 +103,9 @@ class Rig:
         self.upcoming: tuple[Batch, StepPlan] | None = None
 
     def due(self, plan: StepPlan, following: StepPlan) -> int:
-        """Bytes that a step sends to other ranks: rows of here that are fetched during it, and gradients of their rows."""
+        """Bytes that a step sends to other ranks: rows of here that are fetched during it, and gradients of
+        their rows.
+        """
         mode = self.settings.engram.fetch
         (first, *others), ahead = plan.exchanges, following.exchanges[0]
         routes: dict[str, list[AllToAllSplits | None]] = {
@@ -152,7 +158,9 @@ def own_state(run: Seen) -> dict[str, Tensor]:
 
 
 def run_modes(cases: dict[str, list[Settings]], resumed: dict[str, Settings], folder: str) -> tuple[Any, Any]:
-    """On a rank: every case in all its modes, and what the `resumed` do after a checkpoint of the first of them."""
+    """On a rank: every case in all its modes, and what the `resumed` do after a checkpoint of the first of
+    them.
+    """
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
     modes: dict[str, list[Seen]] = {}
@@ -163,7 +171,9 @@ def run_modes(cases: dict[str, list[Settings]], resumed: dict[str, Settings], fo
 
 
 def save_and_resume(resumed: dict[str, Settings], folder: str) -> dict[str, Seen]:
-    """What the first run does after step SAVED, and what every one does that goes on from its checkpoint there."""
+    """What the first run does after step SAVED, and what every one does that goes on from its checkpoint
+    there.
+    """
     undisturbed = Rig(next(iter(resumed.values())))
     undisturbed.steps(0, SAVED)
     path = checkpoint.Saver(undisturbed.parts, Path(folder), "digest").save(SAVED)
@@ -182,7 +192,9 @@ def settings_of(data: Path, *overrides: str) -> Settings:
 
 
 class Worlds(dict[int, tuple[Any, Any]]):
-    """By world: by case and mode, and by resumed run, what every rank saw. A world is run when it is first asked for."""
+    """By world: by case and mode, and by resumed run, what every rank saw. A world is run when it is first
+    asked for.
+    """
 
     def __init__(self, data: Path, folder: Path) -> None:
         super().__init__()
@@ -318,7 +330,9 @@ def test_stale_rows_are_those_of_one_update_ago(ci_data: Path, monkeypatch: pyte
 
 
 def test_a_run_reports_its_fetches_and_resumes_stale_bitwise(ci_data: Path, tmp_path: Path) -> None:
-    """Through `hybridtrain train`: what the metrics and the summary say, and that a checkpoint of the loop has the rows too."""
+    """Through `hybridtrain train`: what the metrics and the summary say, and that a checkpoint of the loop
+    has the rows too.
+    """
     run, again = tmp_path / "run", tmp_path / "again"
     data = (f"data.path={ci_data}", "train.global_batch=8", "train.eval_every=4", "train.eval_batches=1")
     overrides = (*data, "engram.fetch=stale", "engram.device=host", "train.steps=8", "checkpoint.every=5")

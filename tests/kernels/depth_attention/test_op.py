@@ -1,4 +1,6 @@
-"""Attention over depth as a model would call it: by torch and by Triton, merged with the attention of a sequence."""
+"""Attention over depth as a model would call it: by torch and by Triton, merged with the attention of a
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_equals_the_definition(how: str, N: int, H: int, G: int, S: int, C: int)
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, deep_k: Tensor, deep_v: Tensor) -> Tensor:
-    """One softmax over the earlier tokens of a sequence [T, G, C] and the slots [T, S, G, C] of the token itself, written out."""
+    """One softmax over the earlier tokens of a sequence [T, G, C] and the slots [T, S, G, C] of the token
+    itself, written out.
+    """
     R, out = q.size(1) // k.size(1), []
     for t in range(len(q)):
         keys, values = (

@@ -1,4 +1,6 @@
-"""Attention by blocks of queries against its definition by a mask of all pairs; of long sequences no tensor has all pairs."""
+"""Attention by blocks of queries against its definition by a mask of all pairs; of long sequences no tensor
+has all pairs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Grouped products of FP8 operands, interpreted on the CPU: the operands bit for bit, the products within the stated bounds."""
+"""Grouped products of FP8 operands, interpreted on the CPU: the operands bit for bit, the products within the
+stated bounds.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def test_operands_are_bit_exact(R: int, C: int, dtype: torch.dtype) -> None:
 
 
 def slack(x: Tensor) -> Tensor:
-    """How far an element of a row may be from itself in FP8: 3 bits of mantissa, and a least step of 2^-9 under the scale."""
+    """How far an element of a row may be from itself in FP8: 3 bits of mantissa, and a least step of 2^-9
+    under the scale.
+    """
     return x.abs() * 2**-4 + x.abs().amax(-1, keepdim=True) / 448 * 2**-10
 
 

@@ -1,4 +1,6 @@
-"""The blocked head-and-loss against its definition: blocks, ignored targets, extreme logits, no gradient wanted."""
+"""The blocked head-and-loss against its definition: blocks, ignored targets, extreme logits, no gradient
+wanted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The experts from tokens to tokens against their definition: empty experts, absent choices, one and several threads."""
+"""The experts from tokens to tokens against their definition: empty experts, absent choices, one and several
+threads.
+"""
 
 from __future__ import annotations
 

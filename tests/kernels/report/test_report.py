@@ -1,4 +1,6 @@
-"""The compiler's side: the stored report is of these sources and says what it must; a fresh compile agrees with it."""
+"""The compiler's side: the stored report is of these sources and says what it must; a fresh compile agrees
+with it.
+"""
 
 from __future__ import annotations
 
