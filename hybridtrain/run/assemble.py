@@ -17,7 +17,7 @@ from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingErr
 from hybridtrain.kernels.short_conv.op import short_conv
 from hybridtrain.model.cost import stage_costs
 from hybridtrain.model.engram import StepRows
-from hybridtrain.model.feedforwards.moe import position_in_expert
+from hybridtrain.model.exchanges import position_in_expert
 from hybridtrain.model.init import init_parameters
 from hybridtrain.model.lm import HybridLM, Part
 from hybridtrain.monitor.loss_spikes import SpikeGuard

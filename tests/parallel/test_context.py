@@ -13,8 +13,7 @@ from torch import Tensor
 from hybridtrain.kernels.short_conv.op import short_conv
 from hybridtrain.model import common as context_module
 from hybridtrain.model.common import make_context
-from hybridtrain.model.feedforwards.moe import position_in_expert
-from hybridtrain.model.mixers.attention import attend
+from hybridtrain.model.exchanges import attend, position_in_expert
 from hybridtrain.parallel.context import ContextParallel
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
