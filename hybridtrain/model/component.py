@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from hybridtrain.errors import UserError
 from hybridtrain.model.exchanges import LOCAL, Exchanges
 from hybridtrain.settings.section import Section
 
@@ -156,8 +157,8 @@ class Residual(Component):
     carried: Callable[[Any, Frame, int], tuple[Carried, ...]]
 
 
-class ComponentError(ValueError):
-    """A module is not what its declaration says; the message begins with the module's path."""
+class ComponentError(UserError):
+    """A module is not what its component declares; the message has the path of what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -198,18 +199,21 @@ class Wiring:
     wrap_layer: Callable[[Compute], Compute] = _as_it_is
 
     def build(self, component: Component, section: Any, frame: Frame) -> Placed:
-        """The component's module. Raises ComponentError where its parameters are not those declared, or where
-        it was not built with an exchange that it needs: it would compute something else on several ranks."""
+        """The component's module. Raises ComponentError where it was not built with an exchange that it needs:
+        on several ranks it would compute something else."""
         taken = _Noted(self.whole if "" in component.gathers else self.shards)
         placed = Placed(frame.path, component.build(section, frame, taken), component, section)
-        _check_names(placed)
-        for name, why in _needed(placed).items():
+        for name, why in _needed(component, section).items():
             if name not in taken.names:
                 raise ComponentError(
-                    f"{frame.path}: {component.name} {why}, but was built without `exchanges.{name}`; take "
-                    "it when the module is built, or its tokens do not meet those of other ranks"
+                    f"{frame.path}: {component.name} {why}, but was built without `exchanges.{name}`; take it "
+                    "when the module is built, or its tokens do not meet those of other ranks"
                 )
         return placed
+
+
+LOCAL_WIRING = Wiring()
+"""All of a model on one device."""
 
 
 class _Noted(Exchanges):
@@ -227,26 +231,13 @@ class _Noted(Exchanges):
         return object.__getattribute__(self, name)
 
 
-def _needed(placed: Placed) -> dict[str, str]:
+def _needed(component: Component, section: Any) -> dict[str, str]:
     """The exchanges that a component cannot do without, and why."""
-    component, section = placed.component, placed.section
     of = {Sees.KEYS: "attend", Sees.STATE: "scan"}
     needed = {of[s]: f"sees {s}" for s in of if s == component.sees}
-    if component.reach(section) > 0:
-        needed["convolve"] = f"looks {component.reach(section)} tokens back"
-    if any(p.cut in (Cut.EXPERT_COLUMN, Cut.EXPERT_ROW) for p in placed.parameters.values()):
+    if (reach := component.reach(section)) > 0:
+        needed["convolve"] = f"looks {reach} tokens back"
+    experts = (Cut.EXPERT_COLUMN, Cut.EXPERT_ROW)
+    if any(p.cut in experts for p in component.parameters(section).values()):
         needed["dispatch"] = "has experts"
     return needed
-
-
-def _check_names(placed: Placed) -> None:
-    declared, there = set(placed.parameters), {name for name, _ in placed.module.named_parameters()}
-    for names, problem in (
-        (declared - there, "are declared and are not parameters of the module"),
-        (there - declared, "are parameters that no declaration names"),
-    ):
-        if names:
-            raise ComponentError(
-                f"{placed.path}: {', '.join(sorted(names))} {problem} ({placed.component.name}); "
-                f"its parameters are {', '.join(sorted(there)) or 'none'}"
-            )
