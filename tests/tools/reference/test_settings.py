@@ -1,22 +1,9 @@
-"""docs/settings.md is what the settings' definitions say."""
+"""The types of settings in the words of docs/reference/settings.md, and their dotted names."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
 from hybridtrain.settings import Settings
-from tools.settings_table import describe_type, main
-
-ROOT = Path(__file__).parents[2]
-
-
-def test_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
-    main()
-    assert capsys.readouterr().out == (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"), (
-        "run: python tools/settings_table.py > docs/settings.md"
-    )
+from tools.reference.settings import describe_type, names
 
 
 def test_types_and_bounds_in_words() -> None:
@@ -26,3 +13,11 @@ def test_types_and_bounds_in_words() -> None:
     assert describe_type(fields["memory"]["orders"]) == "list of integers >= 1"
     assert describe_type(fields["optim"]["schedule"]) == '`"cosine"` or `"wsd"`'
     assert describe_type(fields["run"]["dir"]) == "string not empty"
+
+
+def test_names_are_dotted_and_say_what_is_a_section() -> None:
+    found = names()
+    assert found["model.moe"]
+    assert not found["model.moe.top_k"]
+    assert "moe.top_k" not in found
+    assert len(found) > 100

@@ -1,4 +1,4 @@
-"""Every setting as markdown, from the settings' own definitions: `python tools/settings_table.py > docs/settings.md`."""
+"""Every setting as markdown, from the settings' own definitions."""
 
 from __future__ import annotations
 
@@ -14,16 +14,31 @@ from hybridtrain.settings import Settings
 
 HEAD = """# Settings
 
-Written by `python tools/settings_table.py > docs/settings.md`; a test compares. A run's settings are a TOML file with these
-sections and, on the command line, overrides `section.key=value`. What is left out has the default. Unknown keys, wrong types and
-contradictions are reported all at once. The run folder's `settings.toml` holds every value of a run.
+`python -m tools.reference` writes this page from the definitions of the settings.
+A run's settings are a TOML file with these sections and, on the command line, overrides `section.key=value`.
+A key that is left out has its default.
+Unknown keys, wrong types and contradictions are reported all at once.
+The run folder's `settings.toml` holds every value of a run.
 
 Lengths are in tokens, batches in sequences, learning rates per optimizer step.
 """
 
 
-def main() -> None:
-    print(HEAD + "".join(section("", Settings)), end="")
+def page() -> str:
+    """The whole page."""
+    return HEAD + "".join(section("", Settings))
+
+
+def names(model: type[BaseModel] = Settings, before: str = "") -> dict[str, bool]:
+    """Every dotted name of the settings, sections too, e.g. `model.moe` and `model.moe.top_k`, and whether it is a section."""
+    found: dict[str, bool] = {}
+    for key, field in model.model_fields.items():
+        name = f"{before}.{key}".lstrip(".")
+        inner = field.annotation
+        found[name] = isinstance(inner, type) and issubclass(inner, BaseModel)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found |= names(inner, name)
+    return found
 
 
 def section(name: str, model: type[BaseModel]) -> list[str]:
@@ -82,6 +97,3 @@ def _toml(value: Any) -> str:
 def _text(field: FieldInfo) -> str:
     return (field.description or "").replace("|", "\\|")
 
-
-if __name__ == "__main__":
-    main()
