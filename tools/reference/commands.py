@@ -78,7 +78,7 @@ def _usage(parameter: Any) -> str:
 
 
 def _kind(hint: Any) -> str:
-    """A parameter's type and bounds in words: `integer >= 1`, `strings, the option repeated`."""
+    """A parameter's type and bounds in words: `integer >= 1`, `strings`."""
     bounds = ""
     if get_origin(hint) is Annotated:
         hint, info = get_args(hint)[:2]
@@ -89,7 +89,7 @@ def _kind(hint: Any) -> str:
     if hint is bool:
         return "flag"
     if get_origin(hint) is list:
-        return f"{_WORDS[get_args(hint)[0]]}, one or more"
+        return f"{_WORDS[get_args(hint)[0]]}s"
     return f"{_WORDS[hint]} {bounds}".strip()
 
 
@@ -100,7 +100,7 @@ def _default(parameter: Any) -> str:
     if value is None or value == "":
         return "none"
     if isinstance(value, bool):
-        return ("on" if value else "off") if parameter.secondary_opts or not value else "on"
+        return "on" if value else "off"
     return f"`{json.dumps(value) if not isinstance(value, str) else value}`"
 
 
