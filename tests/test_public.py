@@ -1,4 +1,4 @@
-"""The files by which the project is published agree with it: CITATION.cff, workflows, forms, hooks, owners."""
+"""What the project is published with agrees with it: CITATION.cff, workflows, forms, hooks, owners."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tools.check_subject import problems
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
-LOCK = dict(re.findall(r"^([\w.-]+)==([\w.+-]+)", (ROOT / "requirements.lock").read_text(encoding="utf-8"), re.M))
+TEMPLATES = (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")
+FORMS = sorted(path for path in TEMPLATES if path.name != "config.yml")
 
 
 def load(path: Path) -> Any:
@@ -45,7 +45,8 @@ def test_workflows_run_targets_that_exist_within_a_time(path: Path) -> None:
         commands = "\n".join(step.get("run", "") for step in job["steps"])
         called = [*re.findall(r"\bmake ([a-z][\w-]*)", commands), *suites]
         assert called, f"{path.name}: {name} runs no make target"
-        assert set(called) <= targets, f"{path.name}: {name} runs {set(called) - targets}, which the Makefile lacks"
+        missing = set(called) - targets
+        assert not missing, f"{path.name}: {name} runs {missing}, which the Makefile lacks"
 
 
 def test_ci_tests_every_python_that_is_supported() -> None:
@@ -70,7 +71,8 @@ def test_issue_forms_have_fields_with_names_of_their_own(path: Path) -> None:
 def test_hooks_use_the_version_of_ruff_that_the_tests_use() -> None:
     hooks = load(ROOT / ".pre-commit-config.yaml")
     (ruff,) = (repo for repo in hooks["repos"] if "ruff" in repo["repo"])
-    assert ruff["rev"] == f"v{LOCK['ruff']}"
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert f"\nruff=={ruff['rev'].removeprefix('v')}\n" in lock
     (local,) = (repo for repo in hooks["repos"] if repo["repo"] == "local")
     for hook in local["hooks"]:
         scripts = [word for word in hook["entry"].split() if word.startswith("tools/")]
@@ -94,9 +96,8 @@ def test_owners_own_every_file() -> None:
         ("x" * 73, ["the subject has 73 characters, at most 72 are legal"]),
         ("é" * 72, []),
         ("\n# a comment\n", ["the message has no subject"]),
-        ("Say why.\n", ["the subject ends with a dot; leave it out"]),
         ("Say why\nA body.\n", ["line 2 is not empty; an empty line parts subject and body"]),
-        ("# a comment\n" + "x" * 80 + "\n# ------------------------ >8 ------------------------\nx\ny", ["the subject has 80"]),
+        (f"# a comment\n{'x' * 80}\n# {'-' * 24} >8 {'-' * 24}\nx\ny", ["the subject has 80"]),
     ],
 )
 def test_subjects_of_commits(message: str, expected: list[str]) -> None:
@@ -109,7 +110,7 @@ def test_the_hook_refuses_a_long_subject(tmp_path: Path) -> None:
     message = tmp_path / "message"
     for text, status in (("Say why\n", 0), ("x" * 73, 1)):
         message.write_text(text, encoding="utf-8")
-        command = [sys.executable, ROOT / "tools" / "check_subject.py", message]
+        command = [sys.executable, str(ROOT / "tools" / "check_subject.py"), str(message)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == status
         assert ("at most 72" in done.stderr) == bool(status)

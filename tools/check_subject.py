@@ -1,4 +1,4 @@
-"""Check a commit message: `python tools/check_subject.py FILE`, as git's commit-msg hook (.pre-commit-config.yaml) calls it."""
+"""Check a commit message: `python tools/check_subject.py FILE`, as git's commit-msg hook calls it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 LONGEST = 72  # characters of a subject: `git log --oneline` shows it whole in 80 columns
-_SCISSORS = "# ------------------------ >8 ------------------------"  # git drops all from here on (commit --verbose)
+# git drops all from here on (commit --verbose)
+_SCISSORS = "# ------------------------ >8 ------------------------"
 
 
 def problems(message: str) -> list[str]:
@@ -21,8 +22,6 @@ def problems(message: str) -> list[str]:
     found = []
     if len(subject) > LONGEST:
         found.append(f"the subject has {len(subject)} characters, at most {LONGEST} are legal")
-    if subject.endswith("."):
-        found.append("the subject ends with a dot; leave it out")
     if len(lines) > 1 and lines[1]:
         found.append("line 2 is not empty; an empty line parts subject and body")
     return found

@@ -1,4 +1,7 @@
-"""Print what the pages say and is not so: `python -m tools.docs [--prose] [PAGE ...]`; exit status 1 where there is something."""
+"""Print what the pages name and does not exist: `python -m tools.docs [--prose] [PAGE ...]`.
+
+Exit status 1 where there is something.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from tools.docs.prose import prose_problems
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="pages to check; all where not given")
-    parser.add_argument("--prose", action="store_true", help="also tell lines that are long or have several sentences")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="pages; all if none is given")
+    parser.add_argument("--prose", action="store_true", help="also long lines, and several sentences a line")
     parser.add_argument("--count", action="store_true", help="print how many a page has instead of each")
     arguments = parser.parse_args()
     chosen = [Page(path.resolve()) for path in arguments.pages] or list(pages())

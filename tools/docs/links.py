@@ -23,9 +23,10 @@ def link_problems(page: Page, known: dict[Path, Page]) -> list[str]:
         if not target.exists():
             problems.append(page.at(link.line, f"link to {path}, which does not exist"))
         elif not target.is_relative_to(page.root):
-            problems.append(page.at(link.line, f"link to {path}, which lies outside of the project"))
+            problems.append(page.at(link.line, f"link to {path}, which is outside of the project"))
         elif anchor and target.suffix == ".md":
             there = known.setdefault(target, known.get(target) or Page(target, page.root))
             if anchor not in there.anchors:
-                problems.append(page.at(link.line, f"link to {link.target}: {there.name} has no heading #{anchor}"))
+                problem = f"link to {link.target}: {there.name} has no heading #{anchor}"
+                problems.append(page.at(link.line, problem))
     return problems

@@ -1,4 +1,4 @@
-"""What a page names exists: commands and their options, settings, make targets, scripts, files and folders."""
+"""What a page names exists: commands, options, settings, make targets, scripts, files and folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ COMMANDS = {name: option_names(command) for name, command in subcommands()}
 GROUPS = {name.rpartition(" ")[0] for name in COMMANDS if " " in name}
 
 # Dotted names that begin like a setting and are none, and options of other programs: by whom.
-OTHER_NAMES = {"deepspeed.initialize": "a function of DeepSpeed", "memory.table": "the table's name in a checkpoint"}
+OTHER_NAMES = {
+    "deepspeed.initialize": "a function of DeepSpeed",
+    "memory.table": "the table's name in a checkpoint",
+}
 OTHER_OPTIONS = {
     "--num_gpus": "deepspeed",
     "--nproc-per-node": "torchrun",
@@ -34,7 +37,7 @@ OTHER_OPTIONS = {
 _OUTPUT = re.compile(r"(runs|checkpoints|site|build|dist)/|curves\.svg$")  # what commands write
 _MADE = {"settings.toml"}  # a name of files that runs write
 _FILE = re.compile(r"[\w.*/-]*(?:/|\.(?:py|toml|md|sh|lock|json|ya?ml|cff|svg))")
-_SOURCE = re.compile(r"[\w-]+\.(?:py|toml|md|sh|lock)")  # without a folder a name counts as one of the project's only so
+_SOURCE = re.compile(r"[\w-]+\.(?:py|toml|md|sh|lock)")  # names without a folder that are looked for
 _SUFFIXES = ("json", "toml", "safetensors", "pt", "py", "npy", "jsonl", "model", "txt", "md")
 _SETTING = re.compile(rf"(?:{'|'.join(sorted({name.partition('.')[0] for name in SETTINGS}))})(?:\.\w+)+")
 _ASSIGNED = re.compile(r"[A-Z_]+=\S*")
@@ -76,7 +79,7 @@ def checked_lines(page: Page) -> range | set[int]:
 
 
 def _is_old(page: Page, code: Code) -> bool:
-    """Whether this is the first name of "`old` → `new`" in CHANGELOG.md. The new one is checked like any other."""
+    """Whether this is the old name of "`old` → `new`" in CHANGELOG.md. The new one is checked."""
     line = page.text.splitlines()[code.line - 1]
     return page.path.name == "CHANGELOG.md" and f"`{code.text}` → `" in line
 
@@ -141,15 +144,18 @@ def _script(words: list[str], root: Path) -> Iterator[str]:
     """`python tools/x.py …` and `python -m tools.x …`."""
     if words[:1] == ["-m"] and len(words) > 1 and words[1].split(".")[0] in ("tools", "tests"):
         module = root / words[1].replace(".", "/")
-        script, rest = next((p for p in (module.with_suffix(".py"), module / "__main__.py") if p.is_file()), None), words[2:]
+        script = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
+        name, *rest = words[1:]
     elif words and words[0].startswith("tools/"):
-        script, rest = root / words[0], words[1:]
+        name, *rest = words
+        script = root / name
     else:
         return
-    if script is None or not script.is_file():
-        yield f"no script {words[1] if words[0] == '-m' else words[0]}"
-        return
-    yield from (f"{script.relative_to(root)} has no option {o}" for o in _options(rest) if o not in script_options(script))
+    if script.is_file():
+        unknown = (option for option in _options(rest) if option not in script_options(script))
+        yield from (f"{script.relative_to(root)} has no option {option}" for option in unknown)
+    else:
+        yield f"no script {name}"
 
 
 def _options(words: list[str]) -> list[str]:
@@ -159,8 +165,10 @@ def _options(words: list[str]) -> list[str]:
 def _bare_options(words: list[str], root: Path) -> Iterator[str]:
     """Options by themselves, as `--resume`: some command or script has them."""
     if words and words[0].startswith("--"):
-        known = set().union(*COMMANDS.values(), OTHER_OPTIONS, *map(script_options, (root / "tools").rglob("*.py")))
-        yield from (f"no command and no script has an option {option}" for option in _options(words) if option not in known)
+        scripts = map(script_options, (root / "tools").rglob("*.py"))
+        known = set().union(*COMMANDS.values(), OTHER_OPTIONS, *scripts)
+        unknown = (option for option in _options(words) if option not in known)
+        yield from (f"no command and no script has an option {option}" for option in unknown)
 
 
 def _unknown_settings(words: list[str]) -> Iterator[str]:
@@ -196,9 +204,15 @@ def _paths(page: Page, words: list[str]) -> Iterator[str]:
         if not _FILE.fullmatch(word) or "//" in word or word.startswith("/") or _OUTPUT.match(word):
             continue
         if "/" in word:
-            found = any((place / word).exists() or ("*" in word and any(place.glob(word))) for place in places)
+            found = any((p / word).exists() or ("*" in word and any(p.glob(word))) for p in places)
         else:  # among others it is an argument, e.g. of a command
-            found = len(words) > 1 or not _SOURCE.fullmatch(word) or word in _MADE or word in _file_names(page.root) or (page.root / word).exists()
+            found = (
+                len(words) > 1
+                or not _SOURCE.fullmatch(word)
+                or word in _MADE
+                or word in _file_names(page.root)
+                or (page.root / word).exists()
+            )
         if not found:
             yield f"no file or folder {word}"
 
@@ -216,14 +230,9 @@ def _file_names(root: Path) -> set[str]:
 @cache
 def script_options(script: Path) -> set[str]:
     """Options that a script of tools/ declares by `add_argument`."""
-    calls = (node for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
-    names = {
-        argument.value
-        for call in calls
-        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"
-        for argument in call.args
-        if isinstance(argument, ast.Constant) and isinstance(argument.value, str) and argument.value.startswith("--")
-    }
-    return names | {"--help"}
-
-
+    names = {"--help"}
+    for call in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument":
+            texts = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+            names.update(text for text in texts if isinstance(text, str) and text.startswith("--"))
+    return names

@@ -1,4 +1,4 @@
-"""A page of Markdown as what the checks look at: inline code, code blocks, links, headings and prose, each with its line."""
+"""A page of Markdown as the checks see it: code, links, headings and prose, each with its line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GENERATED = re.compile(r"^`python -m tools\.reference` writes this page", re.M)
 
 @dataclass(frozen=True)
 class Code:
-    """Inline code or a code block: its text, its 1-based line, and the language of a block ("" where none is given)."""
+    """Inline code or a code block: its text, its 1-based line, a block's language ("" if none is given)."""
 
     text: str
     line: int
@@ -74,7 +74,7 @@ class Page:
 
     @cached_property
     def anchors(self) -> set[str]:
-        """What a link to this page may have after its #: a slug a heading, as GitHub makes it, and ids of HTML elements."""
+        """What a link may have after its #: a slug a heading, as on GitHub, and ids of HTML elements."""
         found = set(re.findall(r'<\w+ [^>]*\b(?:id|name)="([^"]+)"', self.text))
         for title, _ in self.headings:
             slug = base = slugify(title)
@@ -86,8 +86,10 @@ class Page:
         return found
 
     def _take(self, token: Token, heading: bool, row: int) -> None:
-        """Code, links and text of one inline token; `row`: the line of the table's row that it stands in, or 0."""
-        begin, end = (row, row) if row else ((token.map[0] + 1, token.map[1]) if token.map else (1, 1))
+        """Code, links and text of one inline token; `row`: the line of its row of a table, or 0."""
+        begin, end = (token.map[0] + 1, token.map[1]) if token.map else (1, 1)
+        if row:
+            begin = end = row
         line = begin
         title = ""
         for child in token.children or ():
@@ -107,12 +109,12 @@ class Page:
             self.prose += [(text, begin + offset) for offset, text in enumerate(token.content.splitlines())]
 
     def _find(self, text: str, line: int, end: int) -> int:
-        """The first line from `line` to `end` that has `text`; `line` where none has it as it stands (it is wrapped)."""
+        """The first line from `line` to `end` that has `text`; `line` where none has it (it is wrapped)."""
         return next((n for n in range(line, end + 1) if text in self._lines[n - 1]), line)
 
 
 def slugify(title: str) -> str:
-    """A heading's anchor by GitHub's rule: lower case, letters, digits, - and _ stay, spaces become -, the rest goes."""
+    """A heading's anchor by GitHub's rule: lower case; letters, digits, - and _ stay, spaces become -."""
     return re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
 
 

@@ -1,4 +1,4 @@
-"""One sentence a line: a change of a sentence is then a change of one line, and reviews show what was changed."""
+"""One sentence a line: a change of a sentence is then a change of one line, and a review shows it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def prose_problems(page: Page) -> list[str]:
     for text, line in page.prose:
         plain = _LINK.sub("]", text)
         if len(plain) > LONGEST:
-            problems.append(page.at(line, f"a line of {len(plain)} characters, more than {LONGEST}; write one short sentence a line"))
+            problems.append(page.at(line, f"{len(plain)} characters on a line, more than {LONGEST}"))
         elif sentences(text) > 1:
             problems.append(page.at(line, f"{sentences(text)} sentences on a line; write one a line"))
     return problems
 
 
 def sentences(text: str) -> int:
-    """How many sentences begin on a line of Markdown. Dots in code, in targets of links and in abbreviations end none."""
+    """How many sentences are on a line of Markdown. Dots in code, link targets, abbreviations end none."""
     plain = _SHORT.sub("x", _LINK.sub("]", _CODE.sub("`", text)))
     return 1 + len(_NEXT.findall(plain))

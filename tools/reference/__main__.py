@@ -14,7 +14,7 @@ PAGES: dict[str, Callable[[], str]] = {"commands.md": commands.page, "settings.m
 
 
 def stale(folder: Path) -> list[str]:
-    """The names of the generated pages that are missing in `folder` or differ from what would be written."""
+    """Names of the generated pages that `folder` lacks or that are not what would be written."""
     return [name for name, page in PAGES.items() if not _holds(folder / name, page())]
 
 
@@ -33,7 +33,7 @@ def _holds(path: Path, text: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is not current")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is not current")
     if parser.parse_args().check:
         if names := stale(FOLDER):
             print(f"not current: {', '.join(names)}; run: python -m tools.reference", file=sys.stderr)

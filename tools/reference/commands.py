@@ -1,4 +1,4 @@
-"""Every command of `hybridtrain` as markdown, with its arguments and options, from their declarations in the code."""
+"""Every command of `hybridtrain` as markdown: arguments and options, from their declarations."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _WORDS = {int: "integer", float: "number", str: "string", Path: "path"}
 
 
 def subcommands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command that can be run, as ("kernels report", its command), in the order in which they are declared."""
+    """Every command that can be run, as ("kernels report", its command), in order of declaration."""
     # typer has a class of its own for groups, which is not click's in every version: both have `commands`
-    for name, command in getattr(group if group is not None else typer.main.get_command(app), "commands").items():  # noqa: B009
+    group = group if group is not None else typer.main.get_command(app)
+    for name, command in group.commands.items():
         path = f"{before} {name}".strip()
         if hasattr(command, "commands"):
             yield from subcommands(command, path)
@@ -52,7 +53,7 @@ def _section(name: str, command: Any) -> str:
     options = [p for p in command.params if p.param_type_name == "option"]
     usage = " ".join(["hybridtrain", name, *map(_usage, arguments), *(["[OPTIONS]"] if options else [])])
     hints = get_type_hints(inspect.unwrap(command.callback), include_extras=True)
-    lines = [f"\n## hybridtrain {name}\n", f"\n{inspect.cleandoc(command.help)}\n", f"\n```text\n{usage}\n```\n"]
+    lines = [f"\n## hybridtrain {name}\n\n{inspect.cleandoc(command.help)}\n\n```text\n{usage}\n```\n"]
     if arguments:
         lines += ["\n| argument | type | meaning |\n", "|---|---|---|\n"]
         lines += [f"| `{_display(p)}` | {_kind(hints[p.name])} | {_cell(p.help)} |\n" for p in arguments]

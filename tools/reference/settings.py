@@ -30,7 +30,7 @@ def page() -> str:
 
 
 def names(model: type[BaseModel] = Settings, before: str = "") -> dict[str, bool]:
-    """Every dotted name of the settings, sections too, e.g. `model.moe` and `model.moe.top_k`, and whether it is a section."""
+    """Every dotted name, e.g. `model.moe` and `model.moe.top_k`, and whether it is a section."""
     found: dict[str, bool] = {}
     for key, field in model.model_fields.items():
         name = f"{before}.{key}".lstrip(".")
@@ -49,7 +49,8 @@ def section(name: str, model: type[BaseModel]) -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             inner += section(f"{name}.{key}".lstrip("."), field.annotation)
         else:
-            cells = (f"`{key}`", describe_type(field), f"`{_toml(field.get_default(call_default_factory=True))}`", _text(field))
+            default = _toml(field.get_default(call_default_factory=True))
+            cells = (f"`{key}`", describe_type(field), f"`{default}`", _text(field))
             lines.append(f"| {' | '.join(cells)} |\n")
     if lines:
         lines = [f"\n## {name}\n\n", "| key | type | default | meaning |\n", "|---|---|---|---|\n", *lines]
@@ -78,7 +79,8 @@ def _kind(annotation: Any) -> str:
 
 
 def _bounds_of(item: Any) -> list[str]:
-    return [text for part in (item.metadata if isinstance(item, FieldInfo) else [item]) if (text := _bound(part))]
+    parts = item.metadata if isinstance(item, FieldInfo) else [item]
+    return [text for part in parts if (text := _bound(part))]
 
 
 def _bound(item: Any) -> str:
@@ -95,5 +97,5 @@ def _toml(value: Any) -> str:
 
 
 def _text(field: FieldInfo) -> str:
-    return (field.description or "").replace("|", "\\|")
-
+    text = (field.description or "").replace("|", "\\|")
+    return text.replace("][", "]\\[")  # which would be a link by reference

@@ -1,4 +1,4 @@
-"""The page of commands has every command, argument and option; a page that is not current is told and written."""
+"""The page of commands has every command and option; a page that is not current is told and written."""
 
 from __future__ import annotations
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hybridtrain.settings import Settings
 from tools.reference.settings import describe_type, names
 
 
 def test_types_and_bounds_in_words() -> None:
-    fields = {name: field.annotation.model_fields for name, field in Settings.model_fields.items()}  # type: ignore[union-attr]
+    sections: dict[str, Any] = {name: field.annotation for name, field in Settings.model_fields.items()}
+    fields = {name: section.model_fields for name, section in sections.items()}
     assert describe_type(fields["train"]["steps"]) == "integer >= 1"
     assert describe_type(fields["optim"]["beta1"]) == "number >= 0 and <= 1"
     assert describe_type(fields["memory"]["orders"]) == "list of integers >= 1"
