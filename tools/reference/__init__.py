@@ -2,5 +2,6 @@
 
 settings.py   settings.md, from the tree of settings
 commands.py   commands.md, from the commands' own declarations
-site.py       for mkdocs: a page for each module, from its docstrings, and the pages that do not lie in docs/
+tree.py       what the site shows beside docs/: modules, READMEs, the pages at the top of the project
+site.py       hooks of mkdocs, which add those to the site; only this file needs mkdocs
 """
