@@ -11,7 +11,9 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # torch.compiler.disable would import the compiler here, for seconds
+from torch._compile import (
+    _disable_dynamo,  # torch.compiler.disable would import the compiler here, for seconds
+)
 
 from hybridtrain.kernels.document_attention.op import Spans, read_spans
 from hybridtrain.kernels.rms_norm.op import rms_norm
