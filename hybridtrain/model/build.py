@@ -10,7 +10,7 @@ from hybridtrain.errors import UserError
 from hybridtrain.model.component import Component, Engram, Frame, Parameter
 from hybridtrain.model.engram import ENGRAM
 from hybridtrain.model.exchanges import Exchanges
-from hybridtrain.model.registry import BUILT_IN, Components
+from hybridtrain.model.registry import Components
 from hybridtrain.settings.layers import LayerSpec
 from hybridtrain.settings.section import Section
 from hybridtrain.settings.tree import Settings
@@ -22,7 +22,7 @@ class ComponentError(UserError):
 
 def components_of(settings: Settings) -> Components:
     """What the layers of `settings` may be made of."""
-    return BUILT_IN
+    return Components.load(settings.model.components)
 
 
 def frame_of(settings: Settings, path: str = "") -> Frame:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain.kernels import choose
+from hybridtrain.model.exchanges import local_dispatch
 from hybridtrain.model.feedforwards.moe import DROPPED, GroupedExperts, MoESettings, Router
 from hybridtrain.parallel import collectives
 from hybridtrain.parallel.experts import AllToAllDispatch, DispatchMemoryError, ExpertExchange
