@@ -57,6 +57,14 @@ class Counters:
             self._paused = False
 
 
+class CountingModule(nn.Module):
+    """A module that takes running sums while it trains, which model/statistics.py collects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counters = Counters()
+
+
 MASKED_TOKENS = 2048
 """The longest sequences that have a mask of all pairs: 4 MB of it each, which attention on the CPU makes 16
 of.
