@@ -225,11 +225,6 @@ def cut_component(placed: Placed, axis: TensorAxis) -> None:
             owner.register_parameter(leaf, cut(owner.get_parameter(leaf), axis, 0))
         elif parameter.cut in (Cut.COLUMN, Cut.ROW):
             linear = _linear_of(placed, owner_name, leaf)
-            if parameter.cut == Cut.COLUMN and not _gathered(placed, owner_name):
-                raise ComponentError(
-                    f"{placed.path}.{name} is cut by {parameter.cut}, which reads whole sequences, and no "
-                    f"path in `gathers` of {placed.component.name} holds it: {list(placed.component.gathers)}"
-                )
             style = ColumnLinear if parameter.cut == Cut.COLUMN else RowLinear
             placed.module.set_submodule(owner_name, style(linear, axis))
     for path in placed.component.gathers:
@@ -249,13 +244,9 @@ def _linear_of(placed: Placed, owner_name: str, leaf: str) -> nn.Linear:
     at = f"the {type(owner).__name__} {owner_name}" if owner_name else "the component itself"
     name = f"{owner_name}.{leaf}" if owner_name else leaf
     raise ComponentError(
-        f"{placed.path}: {name} is cut by columns or rows, so it must be the weight of an nn.Linear inside of "
-        f"the component; it belongs to {at}; it may be a {Cut.VECTOR} or {Cut.WHOLE}"
+        f"{placed.path}: {name} is cut by columns or rows, so it must be the weight of an nn.Linear inside "
+        f"of the component; it belongs to {at}; it may be a {Cut.VECTOR} or {Cut.WHOLE}"
     )
-
-
-def _gathered(placed: Placed, name: str) -> bool:
-    return any(path in ("", name) or name.startswith(f"{path}.") for path in placed.component.gathers)
 
 
 def _submodule(placed: Placed, path: str) -> nn.Module | None:

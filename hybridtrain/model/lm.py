@@ -11,25 +11,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hybridtrain.kernels.cross_entropy.op import cross_entropy_sum
-from hybridtrain.model.build import build, components_of, layer_components
+from hybridtrain.model.build import build, components_of, layer_components, model_parameters
 from hybridtrain.model.common import RMSNorm, SequenceContext, make_context
-from hybridtrain.model.component import LOCAL_WIRING, NORM, Cut, Parameter, Placed, Wiring
+from hybridtrain.model.component import LOCAL_WIRING, Parameter, Placed, Wiring
 from hybridtrain.model.engram import StepRows
 from hybridtrain.model.exchanges import IGNORED
 from hybridtrain.model.residuals.add import Stream
 from hybridtrain.settings.layers import LayerSpec, engram_layers, layer_specs
 from hybridtrain.settings.tree import Settings
-
-PARAMETERS = {
-    # along the vocabulary; looked up or compared one by one, so Muon has neither
-    "embed.weight": Parameter(Cut.COLUMN, group="no_decay"),
-    "head.weight": Parameter(Cut.COLUMN, group="adamw"),
-    "norm.weight": NORM,
-}
-"""The parameters that are in no layer."""
-
-LAYER_NORMS = {"mixer_norm.weight": NORM, "feedforward_norm.weight": NORM}
-"""The parameters of a layer that are in no component."""
 
 
 class Layer(nn.Module):
@@ -58,7 +47,7 @@ class Layer(nn.Module):
         return out
 
     def compute(self, stream: Stream, context: SequenceContext, rows_BTSC: Tensor | None) -> Stream:
-        """The stream behind this layer; `rows_BTSC` are its looked-up rows, None for a layer without memory."""
+        """The stream behind this layer; `rows_BTSC` are its looked-up rows; None: no Engram layer."""
         number = 0
         if self.engram is not None:
             engram = self.engram
@@ -180,3 +169,10 @@ class HybridLM(nn.Module):
         head = self.head if self.head is not None else self.embed
         assert head is not None
         return head.weight
+
+    def declared_parameters(self) -> dict[str, tuple[nn.Parameter, Parameter]]:
+        """Each parameter here by its name, with its declaration; the step's rows are no parameters of the
+        model."""
+        declared = model_parameters(self.settings)
+        here = {name: p for name, p in self.named_parameters() if not name.startswith("rows.")}
+        return {name: (parameter, declared[name]) for name, parameter in here.items()}

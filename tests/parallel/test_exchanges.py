@@ -249,16 +249,11 @@ def changed(**cuts: Cut) -> Mixer:
             "layers.0.mixer: norm.weight is cut by columns or rows, .* it belongs to the RMSNorm norm",
         ),
         (
-            replace(RECURRENCE, gathers=()),
-            "layers.0.mixer.w_factor.weight is cut by column, which reads whole sequences, and no path in "
-            r"`gathers` of recurrence holds it: \[\]",
-        ),
-        (
             replace(RECURRENCE, gathers=("", "shared")),
             "layers.0.mixer: `gathers` of recurrence names shared, which is no submodule",
         ),
     ],
-    ids=["a plain parameter", "no nn.Linear", "not gathered", "no such submodule"],
+    ids=["a plain parameter", "no nn.Linear", "no such submodule"],
 )
 def test_a_cut_that_cannot_be_made_is_an_error_with_its_path(component: Mixer, why: str) -> None:
     with mesh_on_paper(Layout.resolve(2, tp=2), 0) as mesh:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.model.build import build
+from hybridtrain.model.build import build as build_component
 from hybridtrain.model.exchanges import LOCAL, position_in_expert
 from hybridtrain.model.feedforwards.moe import MOE, MoE
 from hybridtrain.model.statistics import apply_router_statistics, collect, reset
@@ -26,7 +26,7 @@ def build(**moe: Any) -> MoE:
             "train": {"global_batch": 4, "seq_len": 32},
         }
     )
-    layer = build(settings, MOE, "layers.0.feedforward", LOCAL)
+    layer = build_component(settings, MOE, "layers.0.feedforward", LOCAL)
     assert isinstance(layer, MoE)
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
