@@ -6,10 +6,18 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from hybridtrain.errors import UserError
-from hybridtrain.model.component import NORM, Component, Cut, Engram, Frame, Parameter
+from hybridtrain.model.component import (
+    NORM,
+    Component,
+    ComponentError,
+    Cut,
+    Engram,
+    Frame,
+    Parameter,
+    Placed,
+    Wiring,
+)
 from hybridtrain.model.engram import ENGRAM
-from hybridtrain.model.exchanges import Exchanges
 from hybridtrain.model.registry import Components
 from hybridtrain.settings.layers import LayerSpec, layer_specs
 from hybridtrain.settings.section import Section
@@ -25,10 +33,6 @@ OUTSIDE: Mapping[str, Parameter] = {
 
 LAYER_NORMS: Mapping[str, Parameter] = {"mixer_norm.weight": NORM, "feedforward_norm.weight": NORM}
 """The parameters of a layer that are in no component."""
-
-
-class ComponentError(UserError):
-    """A module is not what its component declares; the message has the parameter's path."""
 
 
 def components_of(settings: Settings) -> Components:
@@ -63,16 +67,16 @@ def layer_components(settings: Settings, spec: LayerSpec) -> dict[str, Component
     }
 
 
-def build(settings: Settings, component: Component, path: str, exchanges: Exchanges) -> nn.Module:
+def build(settings: Settings, component: Component, path: str, wiring: Wiring) -> Placed:
     """The component's module at `path` in the model.
 
     Raises ComponentError where the module has a parameter that the declaration does not name, or the other
-    way round.
+    way round, or takes no exchange that it needs.
     """
     section = section_of(settings, component)
-    module = component.build(section, frame_of(settings, path), exchanges)
-    check_parameters(component, module, component.parameters(section), path)
-    return module
+    placed = wiring.build(component, section, frame_of(settings, path))
+    check_parameters(component, placed.module, component.parameters(section), path)
+    return placed
 
 
 def check_parameters(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hybridtrain.model.build import frame_of, layer_components, layer_parameters, section_of
-from hybridtrain.model.exchanges import LOCAL
+from hybridtrain.model.component import LOCAL_WIRING
 from hybridtrain.model.lm import HybridLM, Layer, Part
 from hybridtrain.settings.layers import LayerSpec, engram_layers, layer_specs
 from hybridtrain.settings.tree import Settings
@@ -38,7 +38,7 @@ class LayerCost:
 def layer_cost(settings: Settings, spec: LayerSpec) -> LayerCost:
     """Counted on a layer of this kind on the meta device."""
     with torch.device("meta"):
-        layer = Layer(settings, spec, "layer", LOCAL)
+        layer = Layer(settings, spec, "layer", LOCAL_WIRING)
     declared, components = layer_parameters(settings, spec), layer_components(settings, spec)
     shares, flops = dict[str, float](), 0.0
     for place, component in components.items():

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from hybridtrain.kernels.cross_entropy.op import cross_entropy_sum
 from hybridtrain.model.build import build, components_of, layer_components, model_parameters
 from hybridtrain.model.common import RMSNorm, SequenceContext, make_context
-from hybridtrain.model.component import Parameter
+from hybridtrain.model.component import LOCAL_WIRING, Parameter, Placed, Wiring
 from hybridtrain.model.engram import StepRows
-from hybridtrain.model.exchanges import IGNORED, LOCAL, Exchanges
+from hybridtrain.model.exchanges import IGNORED
 from hybridtrain.model.residuals.add import Stream
 from hybridtrain.settings.layers import LayerSpec, engram_layers, layer_specs
 from hybridtrain.settings.tree import Settings
@@ -23,21 +23,29 @@ from hybridtrain.settings.tree import Settings
 class Layer(nn.Module):
     """`path` is where it stands in the model: "layers.3"."""
 
-    def __init__(self, settings: Settings, spec: LayerSpec, path: str, exchanges: Exchanges) -> None:
+    def __init__(self, settings: Settings, spec: LayerSpec, path: str, wiring: Wiring) -> None:
         super().__init__()
         model = settings.model
-        modules = {
-            name: build(settings, component, f"{path}.{name}", exchanges)
+        placed = {
+            name: build(settings, component, f"{path}.{name}", wiring)
             for name, component in layer_components(settings, spec).items()
         }
+        self.components = tuple(placed.values())
+        modules = {name: component.module for name, component in placed.items()}
         self.residual = modules["residual"]
         self.engram = modules.get("engram")
         self.mixer_norm = RMSNorm(model.dim, model.norm_eps)
         self.mixer = modules["mixer"]
         self.feedforward_norm = RMSNorm(model.dim, model.norm_eps)
         self.feedforward = modules["feedforward"]
+        self.run = wiring.wrap_layer(self.compute)
 
     def forward(self, stream: Stream, context: SequenceContext, rows_BTSC: Tensor | None) -> Stream:
+        """`compute`, as the model's wiring runs it; hooks on the layer stay outside of that."""
+        out: Stream = self.run(stream, context, rows_BTSC)
+        return out
+
+    def compute(self, stream: Stream, context: SequenceContext, rows_BTSC: Tensor | None) -> Stream:
         """The stream behind this layer; `rows_BTSC` are its looked-up rows, None for a layer without memory."""
         number = 0
         if self.engram is not None:
@@ -72,7 +80,7 @@ class HybridLM(nn.Module):
 
     Its parameters are not meaningful before `init_parameters` (init.py) or a checkpoint fills them; a part's
     have the names and values that they have in the whole. `rows` is where memory layers find their rows;
-    parts may share it. `exchanges` reach tokens and experts that lie elsewhere.
+    parts may share it. `wiring` reaches tokens and experts that lie elsewhere.
     """
 
     def __init__(
@@ -81,7 +89,7 @@ class HybridLM(nn.Module):
         vocab_size: int,
         part: Part | None = None,
         rows: StepRows | None = None,
-        exchanges: Exchanges = LOCAL,
+        wiring: Wiring = LOCAL_WIRING,
     ) -> None:
         super().__init__()
         model, specs = settings.model, layer_specs(settings)
@@ -93,7 +101,7 @@ class HybridLM(nn.Module):
         # A dict and not a list: a pipeline stage that holds some of the layers keeps their names.
         self.layers = nn.ModuleDict(
             {
-                str(i): Layer(settings, specs[i], f"layers.{i}", exchanges)
+                str(i): Layer(settings, specs[i], f"layers.{i}", wiring)
                 for i in range(self.part.low, self.part.high)
             }
         )
@@ -105,9 +113,7 @@ class HybridLM(nn.Module):
             else None
         )
         self.rows = rows if rows is not None else StepRows()
-        self.positions_T: Tensor | None = None  # which tokens of a sequence are here; None: all
-        # `project` makes the logits of tied embeddings
-        self.head_losses, self.project = exchanges.head_loss, exchanges.logits
+        self.wiring = wiring
 
     def forward(
         self,
@@ -134,7 +140,12 @@ class HybridLM(nn.Module):
         # not of a later part's inputs: their tokens may be a tp rank's own
         tokens = inputs.size(1) if documents_BT is None else documents_BT.size(1)
         context = make_context(
-            documents_BT, tokens, attention.head_dim, attention.rope_theta, inputs.device, self.positions_T
+            documents_BT,
+            tokens,
+            attention.head_dim,
+            attention.rope_theta,
+            inputs.device,
+            self.wiring.positions_T,
         )
         # without the embedding of a first part, `inputs` are the carry; a scheme with sources would have them
         # in it
@@ -151,8 +162,13 @@ class HybridLM(nn.Module):
             return stream.carry
         h_BTD = self.norm(self.residual.finish(stream))
         if targets_BT is not None:
-            return self.head_losses(h_BTD, self.head_weight_VD, targets_BT)
-        return self.project(h_BTD, self.head_weight_VD) if self.head is None else self.head(h_BTD)
+            return self.wiring.shards.head_loss(h_BTD, self.head_weight_VD, targets_BT)
+        return self.wiring.shards.logits(h_BTD, self.head_weight_VD)
+
+    @property
+    def components(self) -> list[Placed]:
+        """Of all layers here, in order."""
+        return [placed for layer in self.layers.values() for placed in layer.components]
 
     @property
     def head_weight_VD(self) -> Tensor:

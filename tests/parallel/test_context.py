@@ -32,7 +32,7 @@ def documents(kind: str) -> Tensor:
 
 def check(kind: str) -> None:
     mesh = mesh_here(cp=torch.distributed.get_world_size())
-    context = ContextParallel(mesh.cp, TOKENS, short_conv, position_in_expert)
+    context = ContextParallel(mesh.cp, TOKENS)
     places, docs = context.positions(), documents(kind)
     generator = torch.Generator().manual_seed(0)
 
@@ -76,7 +76,7 @@ def check(kind: str) -> None:
 def check_places() -> None:
     """Lines before experts are of whole sequences."""
     mesh = mesh_here(cp=torch.distributed.get_world_size())
-    context = ContextParallel(mesh.cp, TOKENS, short_conv, position_in_expert)
+    context = ContextParallel(mesh.cp, TOKENS)
     experts = torch.randint(5, (SEQUENCES, TOKENS, 1), generator=torch.Generator().manual_seed(0))
     here = context.positions()
     assert torch.equal(context.position_in_expert(experts[:, here]), position_in_expert(experts)[:, here])
@@ -84,7 +84,7 @@ def check_places() -> None:
 
 def check_bytes_and_balance() -> None:
     mesh = mesh_here(cp=torch.distributed.get_world_size())
-    context = ContextParallel(mesh.cp, TOKENS, short_conv, position_in_expert)
+    context = ContextParallel(mesh.cp, TOKENS)
     local, size = TOKENS // mesh.cp.size, mesh.cp.size
     q = torch.randn(SEQUENCES, local, HEADS, WIDTH)
     kv = [torch.randn(SEQUENCES, local, KV_HEADS, WIDTH, requires_grad=True) for _ in range(2)]

@@ -16,7 +16,7 @@ from hybridtrain.kernels import choose
 from hybridtrain.model.exchanges import local_dispatch
 from hybridtrain.model.feedforwards.moe import DROPPED, GroupedExperts, MoESettings, Router
 from hybridtrain.parallel import collectives
-from hybridtrain.parallel.experts import AllToAllDispatch, DispatchMemoryError, ExpertExchange
+from hybridtrain.parallel.experts import AllToAllDispatch, DispatchMemoryError, ExpertExchange, Hop
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
 
@@ -201,7 +201,7 @@ def check_group_limits(node_size: int, top_k: int, most: int) -> None:
         torch.nn.init.normal_(router.weight)
         x_ND = torch.randn(64, DIM)
         experts_NK, gates_NK = router(x_ND)
-        trip = ExpertExchange.dispatch(mesh.ep_levels[0], EXPERTS, x_ND, experts_NK, gates_NK, "MoE", 0)
+        trip = ExpertExchange.dispatch(Hop(mesh.ep_levels[0], EXPERTS, "MoE", 0), x_ND, experts_NK, gates_NK)
         trip.arrive()
         visits.append(int(torch.bincount(trip.order_P // top_k).max()))
     assert visits == [most, min(top_k, 4 // node_size)]

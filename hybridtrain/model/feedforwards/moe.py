@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hybridtrain.kernels.moe_swiglu.op import moe_swiglu
 from hybridtrain.kernels.router_topk.op import Routing, Rule, router_topk
-from hybridtrain.model.common import CountingModule
+from hybridtrain.model.common import CountingModule, local, uncompiled
 from hybridtrain.model.component import Cut, FeedForward, Frame, Parameter
 from hybridtrain.model.exchanges import Exchanges
 from hybridtrain.model.feedforwards.dense import SWIGLU, SwiGLU
@@ -172,13 +172,8 @@ class GroupedExperts(nn.Module):
     ) -> Tensor:
         """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 count
         nothing; `present` is how many are inside, where that is known."""
-        w_gate, w_up, w_down = (_local(w) for w in (self.w_gate, self.w_up, self.w_down))
+        w_gate, w_up, w_down = (local(w) for w in (self.w_gate, self.w_up, self.w_down))
         return moe_swiglu(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down, absent, present)
-
-
-def _local(weight: Tensor) -> Tensor:
-    """This rank's experts where the weight is a DTensor; the weight itself where it is not."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 DROPPED = -1  # no expert's number
@@ -202,6 +197,7 @@ class MoE(CountingModule):
         self.dispatch = exchanges.dispatch(moe.num_experts, self.most is not None, frame.path)
         self.position_in_expert = exchanges.position_in_expert
 
+    @uncompiled  # shapes that only the data know, and products that inductor does not take in float32
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, -2)
         experts_NK, gates_NK = self.router(x_ND)
