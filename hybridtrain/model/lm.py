@@ -5,6 +5,7 @@ B batch, T tokens, D model width, V vocabulary, L memory layers, S slots, C row 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Layer(nn.Module):
             name: build(settings, component, f"{path}.{name}", wiring)
             for name, component in layer_components(settings, spec).items()
         }
-        self.components = tuple(placed.values())
+        self.components: Sequence[Placed] = tuple(placed.values())
         modules = {name: component.module for name, component in placed.items()}
         self.residual = modules["residual"]
         self.engram = modules.get("engram")
@@ -46,7 +47,7 @@ class Layer(nn.Module):
         return out
 
     def compute(self, stream: Stream, context: SequenceContext, rows_BTSC: Tensor | None) -> Stream:
-        """The stream behind this layer; `rows_BTSC` are its looked-up rows, None for a layer without memory."""
+        """The stream behind this layer; `rows_BTSC` are its looked-up rows; None: no Engram layer."""
         number = 0
         if self.engram is not None:
             engram = self.engram
@@ -99,12 +100,10 @@ class HybridLM(nn.Module):
         with_table = self.part.first or (self.part.last and model.tie_embeddings)
         self.embed = nn.Embedding(vocab_size, model.dim) if with_table else None
         # A dict and not a list: a pipeline stage that holds some of the layers keeps their names.
-        self.layers = nn.ModuleDict(
-            {
-                str(i): Layer(settings, specs[i], f"layers.{i}", wiring)
-                for i in range(self.part.low, self.part.high)
-            }
-        )
+        low, high = self.part.low, self.part.high
+        layers = {str(i): Layer(settings, specs[i], f"layers.{i}", wiring) for i in range(low, high)}
+        self.layers = nn.ModuleDict(layers)
+        self.components: Sequence[Placed] = [p for layer in layers.values() for p in layer.components]
         self.residual = components_of(settings).residuals[model.residual]
         self.norm = RMSNorm(model.dim, model.norm_eps) if self.part.last else None
         self.head = (
@@ -164,11 +163,6 @@ class HybridLM(nn.Module):
         if targets_BT is not None:
             return self.wiring.shards.head_loss(h_BTD, self.head_weight_VD, targets_BT)
         return self.wiring.shards.logits(h_BTD, self.head_weight_VD)
-
-    @property
-    def components(self) -> list[Placed]:
-        """Of all layers here, in order."""
-        return [placed for layer in self.layers.values() for placed in layer.components]
 
     @property
     def head_weight_VD(self) -> Tensor:

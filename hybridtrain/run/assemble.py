@@ -165,7 +165,9 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
         stages.append(model)
     layers = tuple(layer for model in stages for layer in model.engram_layers)
     positions = wiring.positions_T.cpu() if wiring.positions_T is not None else None
-    table = LookupTable(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
+    table = (
+        LookupTable(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
+    )
     engine = _engine(settings, mesh, here, stages, dtype)
     return Run(settings, mesh, vocabulary, tuple(stages), table, engine, positions, SpikeGuard(train))
 
