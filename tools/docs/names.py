@@ -21,7 +21,7 @@ GROUPS = {name.rpartition(" ")[0] for name in COMMANDS if " " in name}
 # Dotted names that begin like a setting and are none, and options of other programs: by whom.
 OTHER_NAMES = {
     "deepspeed.initialize": "a function of DeepSpeed",
-    "memory.table": "the table's name in a checkpoint",
+    "table.rows": "the table's name in a checkpoint",
 }
 OTHER_OPTIONS = {
     "--num_gpus": "deepspeed",
