@@ -103,6 +103,20 @@ def test_what_reads_a_checkpoint_imports_nothing_unasked(
     assert sprung.exists()
 
 
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+def test_a_format_without_its_names_refuses_a_component_by_name(
+    settings_of: Of, tmp_path: Path, to: str
+) -> None:
+    settings = settings_of("run", "train.steps=1", "train.eval_every=0")
+    train_on(1, settings)
+    named = [part for name in settings.model.components for part in ("--components", name)]
+    out = tmp_path / "out"
+    message = refused(hybridtrain("export", settings.run.dir, out, "--format", to, *named))
+    assert f"gated_recurrence: the format {to} has no names for its parameters" in message
+    assert f"scaled_residual: the format {to} has no names for its parameters" in message
+    assert not out.exists()
+
+
 def test_a_stored_tree_may_name_only_what_its_user_named(trap: Path, tmp_path: Path) -> None:
     stored = {"model": {"components": [str(trap)]}}
     with pytest.raises(SettingsError, match="to import them is to run their code"):
