@@ -11,7 +11,6 @@ import typer
 
 from hybridtrain.errors import UserError
 from hybridtrain.parallel.layout import LayoutError
-from hybridtrain.settings.load import load_settings
 
 app = typer.Typer(
     name="hybridtrain",
@@ -47,6 +46,27 @@ Allow = Annotated[
         "seed or other data it goes on with a new epoch"
     ),
 ]
+
+
+def _allow_components(context: typer.Context, names: list[str] | None) -> list[str]:
+    """Let what this command reads name these components, until it ends."""
+    if names:
+        from hybridtrain.model.registry import allowing
+
+        context.with_resource(allowing(names))
+    return names or []
+
+
+Components = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--components",
+        metavar="NAME",
+        callback=_allow_components,
+        help="module or .py file that the checkpoint's own model.components may import, which runs its code; "
+        "once for each",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
@@ -59,11 +79,15 @@ def train(
     allow: Allow = "",
 ) -> None:
     """Train on this process, or as one rank of a torchrun launch."""
+    from hybridtrain.model.registry import allowing
     from hybridtrain.run.loop import train as run
     from hybridtrain.run.resume import parse_allow
+    from hybridtrain.settings.load import load_settings
 
     allowed = parse_allow(allow, resume or auto_resume)
-    run(load_settings(config, overrides or []), resume or (None if auto_resume else False), allowed)
+    settings = load_settings(config, overrides or [])
+    with allowing(settings.model.components):
+        run(settings, resume or (None if auto_resume else False), allowed)
 
 
 @app.command()
@@ -91,6 +115,7 @@ def launch(
     from hybridtrain.run.process_setup import check_compiler, resolve_layout
     from hybridtrain.run.resume import parse_allow
     from hybridtrain.run.writable import check_folders
+    from hybridtrain.settings.load import load_settings
 
     allowed = parse_allow(allow, resume or auto_resume)
     settings = load_settings(config, overrides or [])
@@ -196,6 +221,7 @@ def evaluate(
     ] = None,
     batches: Annotated[int, typer.Option(min=0, help="global batches; 0: the whole split")] = 0,
     as_json: Json = False,
+    components: Components = None,
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint."""
     from hybridtrain.checkpoint import open_storage
@@ -213,6 +239,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="sample among the k likeliest; 0: all")] = 40,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    components: Components = None,
 ) -> None:
     """Continue a text with a checkpoint."""
     from hybridtrain.checkpoint import open_storage
@@ -279,6 +306,7 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16; auto: that of the import, else float32")
     ] = "auto",
+    components: Components = None,
 ) -> None:
     """Write a checkpoint in another format."""
     from hybridtrain.checkpoint import open_storage
@@ -337,6 +365,7 @@ def reshard(
     tokenizer: Annotated[
         Path | None, typer.Option(help="a tokenizer.json with more tokens behind those of the run's")
     ] = None,
+    components: Components = None,
 ) -> None:
     """Lay a checkpoint out for another layout, without its ranks; every tensor's checksum stays what it was."""
     from hybridtrain.checkpoint import open_storage

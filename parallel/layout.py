@@ -9,8 +9,8 @@ tokens are dispatched over nodes first; lookup tables fold over all ranks as `me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -28,23 +28,31 @@ class LayoutError(ValueError):
         super().__init__("\n".join([f"layout does not fit {ranks}", *(f"  {v}" for v in self.violations)]))
 
 
+def _none() -> Mapping[str, int]:
+    return {}
+
+
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a layout must divide, in the model's and the run's own numbers. None: the model has no such part."""
+    """What a layout must divide, in the model's and the run's own numbers. None: the model has no such part.
+
+    divides: numbers by their keys that tp must divide
+    reach: how many tokens left of its own a component looks at, by what of it does
+    whole_sequences: components that see sequences in a way that no exchange under cp serves
+    experts_of: the section that `num_experts` and `expert_hidden` are of
+    """
 
     global_batch: int
     micro_batches: int
     seq_len: int
     num_layers: int
     dim: int
-    num_heads: int
-    num_kv_heads: int
     num_experts: int | None
     memory_rows: int | None
-    conv_reach: int = 0  # tokens that the memory's convolution looks back
-    dense_hidden: int | None = None
-    shared_hidden: int | None = None  # width of all shared experts together
-    memory_slots: int | None = None  # of one memory layer
+    divides: Mapping[str, int] = field(default_factory=_none)
+    reach: Mapping[str, int] = field(default_factory=_none)
+    whole_sequences: tuple[str, ...] = ()
+    experts_of: str = "model.moe"
     expert_hidden: int | None = None
     expert_multiple: int = 4  # elements of 16 bytes
 
@@ -220,7 +228,7 @@ class Layout:
             out.append(f"parallel.etp={self.etp} but no layer of model.layers is moe; etp may be 1")
         elif facts.num_experts is not None and facts.num_experts % self.ep:
             out.append(
-                f"parallel.ep={self.ep} does not divide model.moe.num_experts={facts.num_experts}; "
+                f"parallel.ep={self.ep} does not divide {facts.experts_of}.num_experts={facts.num_experts}; "
                 f"ep may be {choices(divisors(facts.num_experts))}"
             )
         elif (self.ep > 1 or self.tp > 1) and facts.num_experts is not None and facts.dim % self.edp:
@@ -228,41 +236,22 @@ class Layout:
                 f"parallel: edp = {self._fold} / ep = {self.edp} does not divide model.dim={facts.dim}; "
                 f"edp may be {choices(divisors(facts.dim))}"
             )
-        for axis, key, number in (
-            ("tp", "model.attention.num_kv_heads", facts.num_kv_heads),
-            ("tp", "model.attention.num_heads", facts.num_heads),
-            ("tp", "train.seq_len" if self.cp == 1 else "train.seq_len / cp", facts.seq_len // self.cp),
-            ("tp", "model.dense.hidden", facts.dense_hidden),
-            ("tp", "model.moe.num_shared x hidden", facts.shared_hidden),
-            ("tp", "len(engram.orders) x engram.heads", facts.memory_slots),
-        ):
-            degree = getattr(self, axis)
-            if number is not None and number % degree:
+        tokens = "train.seq_len" if self.cp == 1 else "train.seq_len / cp"
+        for key, number in {**facts.divides, tokens: facts.seq_len // self.cp}.items():
+            if number % self.tp:
                 out.append(
-                    f"parallel.{axis}={degree} does not divide {key}={number}; {axis} may be "
-                    f"{choices(divisors(number))}"
+                    f"parallel.tp={self.tp} does not divide {key}={number}; tp may be {choices(divisors(number))}"
                 )
-        chunk = facts.seq_len // (2 * self.cp)
-        if self.cp > 1 and facts.seq_len % (2 * self.cp):
-            legal = [d // 2 for d in divisors(facts.seq_len) if d % 2 == 0] or [1]
-            out.append(
-                f"parallel.cp={self.cp}: 2 x cp does not divide train.seq_len={facts.seq_len}; cp may be "
-                f"{choices(legal)}"
-            )
-        elif self.cp > 1 and facts.conv_reach > chunk:
-            out.append(
-                f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {facts.conv_reach} "
-                f"of engram.conv's reach; set train.seq_len >= {2 * self.cp * facts.conv_reach} or "
-                "engram.conv=false"
-            )
+        out += self._context_problems(facts)
         if (
             self.etp > 1
             and facts.expert_hidden is not None
             and facts.expert_hidden % (facts.expert_multiple * self.etp)
         ):
             out.append(
-                f"parallel.etp={self.etp} cuts model.moe.hidden={facts.expert_hidden} into no multiples of "
-                f"{facts.expert_multiple}, as grouped products need; set model.moe.hidden="
+                f"parallel.etp={self.etp} cuts {facts.experts_of}.hidden={facts.expert_hidden} into no multiples of "
+                f"{facts.expert_multiple}, as grouped products need; set "
+                f"{facts.experts_of}.hidden="
                 f"{_next_multiple(facts.expert_hidden, facts.expert_multiple * self.etp)} or etp=1"
             )
         if (
@@ -285,6 +274,31 @@ class Layout:
         out += others
         if out:
             raise LayoutError(self.world, out)
+
+    def _context_problems(self, facts: ModelFacts) -> list[str]:
+        """In which the model does not fit sequences that are spread over cp."""
+        if self.cp == 1:
+            return []
+        out = [
+            f"parallel.cp={self.cp}: {name} sees a sequence in a way that no exchange serves; cp may be 1"
+            for name in facts.whole_sequences
+        ]
+        if facts.seq_len % (2 * self.cp):
+            legal = [d // 2 for d in divisors(facts.seq_len) if d % 2 == 0] or [1]
+            out.append(
+                f"parallel.cp={self.cp}: 2 x cp does not divide train.seq_len={facts.seq_len}; cp may be "
+                f"{choices(legal)}"
+            )
+            return out
+        chunk = facts.seq_len // (2 * self.cp)
+        for of, reach in facts.reach.items():
+            if reach > chunk:
+                without = " or engram.conv=false" if of == "engram.conv" else ""
+                out.append(
+                    f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {reach} of {of}'s "
+                    f"reach; set train.seq_len >= {2 * self.cp * reach}{without}"
+                )
+        return out
 
     def describe(self) -> str:
         """The axes above one, in order: `dp_shard 4 · ep 2 · mem 4`."""

@@ -58,7 +58,7 @@ def export_hf(
     or that of the import. One shard is in memory at a time. Raises FormatError listing why a family that was
     named is not, and where a tensor has values beyond the dtype.
     """
-    source = open_source(path)
+    source = open_source(path, "hf")
     run, info, settings, stored = source
     origin = read_origin(run)
     dtype = output_dtype(dtype, origin)

@@ -58,7 +58,7 @@ def export_megatron(
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f'--transformer-impl "{implementation}": it may be {", ".join(IMPLEMENTATIONS)}')
-    source = open_source(path)
+    source = open_source(path, "megatron")
     origin = read_origin(source.run)
     dtype = output_dtype(dtype, origin)
     settings = source.settings

@@ -19,13 +19,17 @@ from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, write_atomically
 from hybridtrain.data.progress import say
 from hybridtrain.data.sources import file_digest
 from hybridtrain.data.tokenizer import find_separator, load_tokenizer, vocabulary_size
-from hybridtrain.errors import CheckpointError, UserError
+from hybridtrain.errors import CheckpointError, FormatError, UserError
 from hybridtrain.formats.folder import new_folder
 from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.tensors import DTYPES, is_stacked, to_theirs
 from hybridtrain.formats.values import Values
+from hybridtrain.model.build import layer_components
+from hybridtrain.model.component import Engram
+from hybridtrain.model.registry import BUILT_IN
 from hybridtrain.run.init_from import ORIGIN, check_tensors, copy_companions
 from hybridtrain.run.run_folder import SETTINGS, find_checkpoint
+from hybridtrain.settings.layers import layer_specs
 from hybridtrain.settings.load import dump_settings, parse_settings
 from hybridtrain.settings.tree import Settings
 
@@ -60,15 +64,18 @@ class Source(NamedTuple):
         return to_theirs(name, self.stored.read(f"model.{name}"), head_dim)
 
 
-def open_source(path: Path) -> Source:
-    """The run folder or checkpoint `path`, verified. Raises CheckpointError where it is damaged or has no
-    tokenizer.
+def open_source(path: Path, to: str) -> Source:
+    """The run folder or checkpoint `path`, verified, for an export to the format `to`.
+
+    Raises CheckpointError where it is damaged or has no tokenizer, FormatError where it has components that
+    the format has no names for.
     """
     run, saved = find_checkpoint(path)
     if not (run / TOKENIZER).is_file():
         raise CheckpointError(f"{run} lacks {TOKENIZER}, which belongs to its checkpoints")
     info = checkpoint.read_info(saved)
     settings = parse_settings(info["settings"], source=str(saved))
+    refuse_unnamed(settings, to, str(saved))
     if file_digest(run / TOKENIZER) != info["tokenizer_digest"]:
         raise CheckpointError(
             f"{run / TOKENIZER} is another tokenizer than the one that {saved} was trained with"
@@ -77,6 +84,18 @@ def open_source(path: Path) -> Source:
     stored = StoredTensors(saved)
     check_tensors(stored, settings, info)
     return Source(run, info, settings, stored)
+
+
+def refuse_unnamed(settings: Settings, to: str, source: str) -> None:
+    """Raise FormatError naming the components of the layers whose parameters the format `to` has no names
+    for."""
+    ours = BUILT_IN.all
+    used = [c for spec in layer_specs(settings) for c in layer_components(settings, spec).values()]
+    known = [c for c in used if isinstance(c, Engram) or any(c is other for other in ours)]
+    unnamed = {c.name for c in used if to not in c.formats or not any(c is other for other in known)}
+    if unnamed:
+        problems = [f"{name}: the format {to} has no names for its parameters" for name in sorted(unnamed)]
+        raise FormatError(source, problems)
 
 
 def biased(stored: StoredTensors) -> bool:

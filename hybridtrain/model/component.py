@@ -96,8 +96,8 @@ class Component:
     shares: parameters by name of which one token reads a share only (experts): the share
     sums: shapes of the running sums that it takes while it trains (model/statistics.py)
     ops: kernels that it may call (keys of [kernels]); shown in the header of a run
-    names: its parameters' names in other formats: format → name here → name there; a format that is
-        absent refuses the component by name
+    formats: other formats whose tables in formats/ have its parameters; another one, and every format for a
+        component that is not of this package, is refused by name
     """
 
     name: str
@@ -112,7 +112,7 @@ class Component:
     shares: Callable[[Any], Mapping[str, float]] = _nothing
     sums: Callable[[Any], Mapping[str, tuple[int, ...]]] = _nothing
     ops: tuple[str, ...] = ()
-    names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    formats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

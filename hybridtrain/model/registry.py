@@ -171,6 +171,9 @@ def _module(name: str) -> ModuleType:
         raise ComponentsError([f'model.components: "{name}" cannot be imported: {what}']) from error
 
 
+BUILT_IN = Components.load(())
+"""Those of this package alone."""
+
 _ALLOWED: ContextVar[frozenset[str]] = ContextVar("components that the user named", default=frozenset())
 
 

@@ -5,10 +5,21 @@ from __future__ import annotations
 import torch
 
 from hybridtrain.kernels import choose
+from hybridtrain.model.build import layer_components
 from hybridtrain.model.common import MASKED_TOKENS
+from hybridtrain.model.component import Sees
 from hybridtrain.run.assemble import Run
 from hybridtrain.run.process_setup import compute_dtype
 from hybridtrain.settings.layers import layer_specs
+
+IN_TORCH = {
+    "rope": "torch complex product",
+    "swiglu": "torch, two passes",
+    "grouped_mlp": "torch grouped_mm",
+    "permute": "torch index_select, own backward",
+    "router_topk": "torch topk",
+}
+"""What carries the ops that components declare, where no kernel does."""
 
 
 def implementations(run: Run) -> dict[str, str]:
@@ -19,20 +30,19 @@ def implementations(run: Run) -> dict[str, str]:
     compiled = " · compiled between exchanges" if train.compile else ""
     ops = {
         "layers": f"{str(dtype).removeprefix('torch.')} · recompute {train.recompute}{compiled}",
-        "attention": f"torch scaled_dot_product_attention{_long_attention(run, cuda and dtype != torch.float32)}",
-        "rope": "torch complex product",
-        "swiglu": "torch, two passes",
         "rms_norm": "torch, own backward" if blocked else "torch rms_norm",
-        "grouped_mlp": "torch grouped_mm",
-        "permute": "torch index_select, own backward",
         "head and loss": "blocked over tokens, own backward"
         if blocked
         else "torch product, then cross_entropy",
     }
     if run.mesh.tp.size > 1:
         ops["head and loss"] = f"vocabulary over tp={run.mesh.tp.size}, blocked over tokens, own backward"
-    if any(spec.feedforward == "moe" for spec in layer_specs(run.settings)):
-        ops["router_topk"] = "torch topk"
+    used = [c for spec in layer_specs(run.settings) for c in layer_components(run.settings, spec).values()]
+    if any(component.sees is Sees.KEYS for component in used):
+        long = _long_attention(run, cuda and dtype != torch.float32)
+        ops["attention"] = f"torch scaled_dot_product_attention{long}"
+    declared = {op for component in used for op in component.ops}
+    ops |= {op: how for op, how in IN_TORCH.items() if op in declared}
     if run.table is not None:
         ops |= {
             "engram_hash": "torch int64",

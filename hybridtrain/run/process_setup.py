@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.launch.local import RENDEZVOUS
+from hybridtrain.model.build import build, layer_components, section_of
+from hybridtrain.model.component import LOCAL_WIRING, Component, Cut, Sees
+from hybridtrain.model.engram import ENGRAM
 from hybridtrain.parallel.compile import missing_compiler
 from hybridtrain.parallel.deepspeed import missing
 from hybridtrain.parallel.layout import Layout, ModelFacts
@@ -23,7 +28,7 @@ _NET_SECONDS = 30  # torch ends a collective this much later than the watchdog, 
 
 def resolve_layout(settings: Settings, world: int) -> Layout:
     """The run's layout on `world` ranks; raises LayoutError listing everything that does not fit."""
-    parallel, model = settings.parallel, settings.model
+    parallel = settings.parallel
     layout = Layout.resolve(
         world,
         pp=parallel.pp,
@@ -39,39 +44,62 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
         else 0,
         mem_placement=parallel.mem_placement,
     )
-    specs = layer_specs(settings)
-    has_conv = settings.engram.conv and any(s.engram for s in specs)
-    slots = len(settings.engram.orders) * settings.engram.heads
     layout.check(
-        ModelFacts(
-            global_batch=settings.train.global_batch,
-            micro_batches=settings.train.micro_batches,
-            seq_len=settings.train.seq_len,
-            num_layers=len(specs),
-            dim=model.dim,
-            num_heads=model.attention.num_heads,
-            num_kv_heads=model.attention.num_kv_heads,
-            num_experts=model.moe.num_experts if any(s.feedforward == "moe" for s in specs) else None,
-            conv_reach=(settings.engram.conv_kernel - 1) * max(settings.engram.orders) if has_conv else 0,
-            memory_rows=slots * settings.engram.rows_per_head if any(s.engram for s in specs) else None,
-            dense_hidden=model.dense.hidden if any(s.feedforward == "dense" for s in specs) else None,
-            shared_hidden=model.moe.num_shared * model.moe.hidden
-            if any(s.feedforward == "moe" for s in specs)
-            else None,
-            memory_slots=slots if any(s.engram for s in specs) else None,
-            expert_multiple=8 if settings.train.precision == "bfloat16" else 4,
-            expert_hidden=model.moe.hidden if any(s.feedforward == "moe" for s in specs) else None,
-        ),
+        model_facts(settings),
         stage_problems(
             parallel.schedule,
             parallel.pp,
             parallel.stages_per_rank,
             parallel.stage_cuts,
-            len(specs),
+            len(layer_specs(settings)),
             settings.train.micro_batches,
         ),
     )
     return layout
+
+
+def model_facts(settings: Settings) -> ModelFacts:
+    """What a layout must fit, as the components of the layers declare it."""
+    specs, train, engram = layer_specs(settings), settings.train, settings.engram
+    every = [c for spec in dict.fromkeys(specs) for c in layer_components(settings, spec).values()]
+    components = list({id(component): component for component in every}.values())
+    divides: dict[str, int] = {}
+    reach: dict[str, int] = {}
+    for component in components:
+        section = section_of(settings, component)
+        divides |= component.divides(section)
+        if tokens := component.reach(section):
+            reach["engram.conv" if component is ENGRAM else f"model.{component.name}"] = tokens
+    return ModelFacts(
+        global_batch=train.global_batch,
+        micro_batches=train.micro_batches,
+        seq_len=train.seq_len,
+        num_layers=len(specs),
+        dim=settings.model.dim,
+        memory_rows=engram.slots * engram.rows_per_head if any(s.engram for s in specs) else None,
+        divides=divides,
+        reach=reach,
+        whole_sequences=tuple(c.name for c in components if c.sees is Sees.SEQUENCE),
+        expert_multiple=8 if train.precision == "bfloat16" else 4,
+        **_experts(settings, components),
+    )
+
+
+def _experts(settings: Settings, components: Sequence[Component]) -> dict[str, Any]:
+    """Of the first component with experts, counted on the meta device; None where there is none."""
+    for component in components:
+        declared = component.parameters(section_of(settings, component))
+        name = next((name for name, p in declared.items() if p.cut is Cut.EXPERT_COLUMN), None)
+        if name is not None:
+            with torch.device("meta"):
+                module = build(settings, component, component.name, LOCAL_WIRING).module
+            number, _, hidden = module.get_parameter(name).shape
+            return {
+                "num_experts": number,
+                "expert_hidden": hidden,
+                "experts_of": f"model.{component.name}",
+            }
+    return {"num_experts": None}
 
 
 def join_world(settings: Settings) -> Mesh:

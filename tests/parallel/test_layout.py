@@ -29,8 +29,6 @@ FACTS = ModelFacts(
     seq_len=64,
     num_layers=4,
     dim=48,
-    num_heads=4,
-    num_kv_heads=4,
     num_experts=8,
     memory_rows=8000,
 )
@@ -358,7 +356,7 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
         ),
         (
             {"world": 4, "cp": 4},
-            {"conv_reach": 9},
+            {"reach": {"engram.conv": 9}},
             [
                 "parallel.cp=4 leaves chunks of 8 tokens, fewer than the 9 of engram.conv's reach; "
                 "set train.seq_len >= 72 or engram.conv=false"
@@ -366,22 +364,30 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
         ),
         (
             {"world": 3, "tp": 3},
-            {"num_heads": 6, "num_kv_heads": 2, "dense_hidden": 96, "shared_hidden": 40, "memory_slots": 8},
+            {
+                "divides": {
+                    "model.attention.num_kv_heads": 2,
+                    "model.attention.num_heads": 6,
+                    "model.dense.hidden": 96,
+                    "model.moe.num_shared x hidden": 40,
+                    "len(engram.orders) x engram.heads": 8,
+                }
+            },
             [
                 "parallel.tp=3 does not divide model.attention.num_kv_heads=2; tp may be 1 or 2",
-                "parallel.tp=3 does not divide train.seq_len=64; tp may be 1, 2, 4, 8, 16, 32 or 64",
                 "parallel.tp=3 does not divide model.moe.num_shared x hidden=40; tp may be 1, 2, 4, 5, 8, "
                 "10, 20 or 40",
                 "parallel.tp=3 does not divide len(engram.orders) x engram.heads=8; tp may be 1, 2, 4 or 8",
+                "parallel.tp=3 does not divide train.seq_len=64; tp may be 1, 2, 4, 8, 16, 32 or 64",
             ],
         ),
         (
             {"world": 4, "tp": 4},
-            {"num_heads": 6, "dense_hidden": 98, "seq_len": 66},
+            {"divides": {"model.attention.num_heads": 6, "model.dense.hidden": 98}, "seq_len": 66},
             [
                 "parallel.tp=4 does not divide model.attention.num_heads=6; tp may be 1, 2, 3 or 6",
-                "parallel.tp=4 does not divide train.seq_len=66; tp may be 1, 2, 3, 6, 11, 22, 33 or 66",
                 "parallel.tp=4 does not divide model.dense.hidden=98; tp may be 1, 2, 7, 14, 49 or 98",
+                "parallel.tp=4 does not divide train.seq_len=66; tp may be 1, 2, 3, 6, 11, 22, 33 or 66",
             ],
         ),
         (
@@ -419,7 +425,7 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
         ),
         (
             {"world": 30, "pp": 5, "tp": 3, "ep": 3, "mem": 15},
-            {"num_kv_heads": 2, "num_heads": 6},
+            {"divides": {"model.attention.num_kv_heads": 2, "model.attention.num_heads": 6}},
             [
                 "parallel.ep=3 does not divide model.moe.num_experts=8; ep may be 1, 2, 4 or 8",
                 "parallel.tp=3 does not divide model.attention.num_kv_heads=2; tp may be 1 or 2",
@@ -449,6 +455,18 @@ def test_models_that_do_not_fit_are_refused_with_every_violation(
     assert str(caught.value).startswith(f"layout does not fit {degrees['world']} ranks\n  parallel")
 
 
+def test_what_no_exchange_serves_is_refused_by_name_under_cp() -> None:
+    facts = replace(FACTS, whole_sequences=("bidirectional",), reach={"model.wide": 20})
+    Layout.resolve(2).check(facts)
+    with pytest.raises(LayoutError) as caught:
+        Layout.resolve(2, cp=2).check(facts)
+    assert caught.value.violations == [
+        "parallel.cp=2: bidirectional sees a sequence in a way that no exchange serves; cp may be 1",
+        "parallel.cp=2 leaves chunks of 16 tokens, fewer than the 20 of model.wide's reach; set "
+        "train.seq_len >= 80",
+    ]
+
+
 def test_what_others_found_is_told_with_the_layouts_own() -> None:
     with pytest.raises(LayoutError) as caught:
         Layout.resolve(10, pp=5, dp_shard=2).check(FACTS, ["of the schedule", "of the stages"])
@@ -466,7 +484,16 @@ def test_what_others_found_is_told_with_the_layouts_own() -> None:
     "degrees", [{"world": 2, "tp": 2}, {"world": 4, "tp": 4}, {"world": 8, "tp": 4, "ep": 8, "mem": 2}]
 )
 def test_models_that_fit_pass_under_tp(degrees: dict[str, int]) -> None:
-    Layout.resolve(**degrees).check(replace(FACTS, dense_hidden=96, shared_hidden=48, memory_slots=8))
+    Layout.resolve(**degrees).check(
+        replace(
+            FACTS,
+            divides={
+                "model.dense.hidden": 96,
+                "model.moe.num_shared x hidden": 48,
+                "len(engram.orders) x engram.heads": 8,
+            },
+        )
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 24])

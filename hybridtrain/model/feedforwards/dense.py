@@ -49,4 +49,5 @@ DENSE = FeedForward(
     gathers=("",),
     divides=lambda section: {"model.dense.hidden": section.hidden},
     ops=("swiglu",),
+    formats=("hf", "megatron"),
 )

@@ -252,4 +252,5 @@ MOE = FeedForward(
     shares=_shares,
     sums=_sums,
     ops=("router_topk", "permute", "grouped_mlp", "swiglu"),
+    formats=("hf", "megatron"),
 )

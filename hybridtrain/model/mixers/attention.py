@@ -93,4 +93,5 @@ ATTENTION = Mixer(
     divides=_divides,
     flops=_flops,
     ops=("rope",),
+    formats=("hf", "megatron"),
 )

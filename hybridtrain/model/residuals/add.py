@@ -42,4 +42,5 @@ ADD = Residual(
     start=lambda h_BTD: Stream(h_BTD, {}),
     finish=lambda stream: stream.carry,
     carried=lambda _, frame, before: (Carried("carry", frame.dim),),
+    formats=("hf", "megatron"),
 )
