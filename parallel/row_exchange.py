@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.kernels.row_gather.op import pack, unpack
-from hybridtrain.kernels.segment_sum import segment_sum
+from hybridtrain.kernels.rows.op import segment_sum
+from hybridtrain.kernels.rows.wire import pack, unpack
 from hybridtrain.parallel.async_all_to_all import begin_all_to_all
 from hybridtrain.parallel.collectives import (
     Group,

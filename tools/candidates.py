@@ -15,25 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.kernels.cross_entropy import op as cross_entropy
-from hybridtrain.kernels.engram_gate import op as engram_gate
-from hybridtrain.kernels.engram_gate import reference as engram_gate_reference
+from hybridtrain.kernels.engram import op as engram_gate
+from hybridtrain.kernels.engram import op as short_conv
+from hybridtrain.kernels.engram import reference as engram_gate_reference
+from hybridtrain.kernels.engram import reference as short_conv_reference
 from hybridtrain.kernels.engram_hash import op as engram_hash
 from hybridtrain.kernels.engram_hash import reference as hash_reference
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.kernels.grouped_mlp.op import grouped_swiglu
 from hybridtrain.kernels.linear_cross_entropy import op as linear_cross_entropy
 from hybridtrain.kernels.moe_swiglu.op import moe_swiglu
+from hybridtrain.kernels.norms import op as rms_norm
+from hybridtrain.kernels.norms import op as rope
+from hybridtrain.kernels.norms import reference as rms_norm_reference
+from hybridtrain.kernels.norms import reference as rope_reference
 from hybridtrain.kernels.permute import op as permute
 from hybridtrain.kernels.permute import reference as permute_reference
-from hybridtrain.kernels.rms_norm import op as rms_norm
-from hybridtrain.kernels.rms_norm import reference as rms_norm_reference
-from hybridtrain.kernels.rope import op as rope
-from hybridtrain.kernels.rope import reference as rope_reference
 from hybridtrain.kernels.router_topk import op as router_topk
-from hybridtrain.kernels.row_gather import op as row_gather
-from hybridtrain.kernels.segment_sum import op as segment_sum
-from hybridtrain.kernels.short_conv import op as short_conv
-from hybridtrain.kernels.short_conv import reference as short_conv_reference
+from hybridtrain.kernels.rows import op as row_gather
+from hybridtrain.kernels.rows import op as segment_sum
 from hybridtrain.kernels.swiglu import op as swiglu
 from hybridtrain.kernels.swiglu import reference as swiglu_reference
 

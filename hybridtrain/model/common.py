@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.kernels.document_attention.op import Spans, read_spans
-from hybridtrain.kernels.rms_norm.op import rms_norm
-from hybridtrain.kernels.rope.op import rope
+from hybridtrain.kernels.norms.op import rms_norm, rope
 
 
 class RMSNorm(nn.RMSNorm):

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.kernels.engram_gate.op import engram_gate
-from hybridtrain.kernels.row_gather.op import row_gather
-from hybridtrain.kernels.short_conv.op import short_conv
+from hybridtrain.kernels.engram.op import engram_gate, short_conv
+from hybridtrain.kernels.rows.op import row_gather
 from hybridtrain.model.common import Counters, RMSNorm
 from hybridtrain.settings.tree import Settings
 

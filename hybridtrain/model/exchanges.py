@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.kernels.document_attention.op import document_attention
+from hybridtrain.kernels.engram.op import short_conv
 from hybridtrain.kernels.linear_cross_entropy.op import linear_cross_entropy_sum
-from hybridtrain.kernels.short_conv.op import short_conv
 from hybridtrain.model.common import SequenceContext
 
 IGNORED = -100

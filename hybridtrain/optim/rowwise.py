@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain.errors import SettingsError
-from hybridtrain.kernels.row_gather.op import row_gather
+from hybridtrain.kernels.rows.op import row_gather
 from hybridtrain.kernels.rowwise_adam.op import Step, fade, rounded, rounding_seed, rowwise_adam
 from hybridtrain.optim.decay import DecayLog
 from hybridtrain.settings.tree import EngramSettings

@@ -13,8 +13,8 @@ from torch import nn
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels import choose
+from hybridtrain.kernels.engram.op import short_conv
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
-from hybridtrain.kernels.short_conv.op import short_conv
 from hybridtrain.model.cost import stage_costs
 from hybridtrain.model.engram import StepRows
 from hybridtrain.model.feedforwards.moe import position_in_expert

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from hybridtrain.data.batches import Batch
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.kernels.engram_hash.op import row_ids
-from hybridtrain.kernels.row_gather.op import row_gather
+from hybridtrain.kernels.rows.op import row_gather
 from hybridtrain.model.engram import StepRows
 from hybridtrain.model.init import init_table
 from hybridtrain.optim.rowwise import make_row_optimizer

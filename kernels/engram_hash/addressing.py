@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -49,6 +49,11 @@ class Addressing:
     to compressed id; pad_id: the compressed id that stands left of the first token and beyond a boundary.
     boundary: "document" stops n-grams at document starts, "stream" only at the left edge of the window.
 
+    Made of these: max_order, the longest n-gram in tokens; num_slots, S, the rows that one token reads in one
+    memory layer; offsets int64 [L, O, K], the first row of each head in the packed table of all memory
+    layers; rows_per_layer, of each layer's packed table; num_rows, of that of all layers: every row id is in
+    [0, num_rows).
+
     Raises AddressingError listing everything that is wrong.
     """
 
@@ -60,6 +65,11 @@ class Addressing:
     compression: Int64s
     pad_id: int
     boundary: Boundary
+    max_order: int = field(init=False)
+    num_slots: int = field(init=False)
+    offsets: Int64s = field(init=False)
+    rows_per_layer: tuple[int, ...] = field(init=False)
+    num_rows: int = field(init=False)
 
     def __post_init__(self) -> None:
         problems = _problems(self)
@@ -69,6 +79,17 @@ class Addressing:
             array = np.array(getattr(self, name), dtype=np.int64)
             array.flags.writeable = False
             object.__setattr__(self, name, array)
+        ends = np.cumsum(self.primes.reshape(-1))
+        rows = tuple(int(number) for number in self.primes.sum(axis=(1, 2)))
+        derived = {
+            "max_order": max(self.orders),
+            "num_slots": len(self.orders) * self.heads,
+            "offsets": (ends - self.primes.reshape(-1)).reshape(self.primes.shape),
+            "rows_per_layer": rows,
+            "num_rows": sum(rows),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def draw(
@@ -107,39 +128,13 @@ class Addressing:
             boundary=boundary,
         )
 
-    @property
-    def max_order(self) -> int:
-        """The longest n-gram, in tokens."""
-        return max(self.orders)
-
-    @property
-    def num_slots(self) -> int:
-        """S: rows that one token reads in one memory layer."""
-        return len(self.orders) * self.heads
-
-    @cached_property
-    def rows_per_layer(self) -> tuple[int, ...]:
-        """Rows of each memory layer's packed table."""
-        return tuple(int(rows) for rows in self.primes.sum(axis=(1, 2)))
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the packed table of all memory layers; every row id is in [0, num_rows)."""
-        return sum(self.rows_per_layer)
-
-    @cached_property
-    def offsets(self) -> Int64s:
-        """int64 [L, O, K]: first row of each head in the packed table of all memory layers."""
-        ends = np.cumsum(self.primes.reshape(-1))
-        return (ends - self.primes.reshape(-1)).reshape(self.primes.shape)
-
     @cached_property
     def compression_digest(self) -> str:
         """SHA-256 of the compression map as little-endian int64; another map would change every address."""
         return hashlib.sha256(self.compression.astype("<i8").tobytes()).hexdigest()
 
     def to_json(self) -> str:
-        """Everything but the compression map itself, which is named by its digest; `from_json` reads it back."""
+        """All but the compression map itself, which is named by its digest; `from_json` reads it back."""
         return json.dumps(
             {
                 "format": FORMAT,
@@ -167,9 +162,8 @@ class Addressing:
         arrays, problems = {}, []
         for name in ("multipliers", "primes"):
             try:
-                arrays[name] = np.array(
-                    tree[name]
-                )  # of Python integers: int64 where they fit, of floats or ragged lists: not
+                # of Python integers: int64 where they fit, of floats or ragged lists: not
+                arrays[name] = np.array(tree[name])
             except ValueError:
                 arrays[name] = np.empty(0)
             if arrays[name].dtype != np.int64:
@@ -187,8 +181,10 @@ class Addressing:
         )
         stored = tree.get("compression_sha256", out.compression_digest)
         if stored != out.compression_digest:
-            message = f"made for another token compression: sha256 {stored} is stored, the map given has {out.compression_digest}"
-            raise AddressingError([message])
+            given = out.compression_digest
+            raise AddressingError(
+                [f"made for another token compression: sha256 {stored} is stored, the map given has {given}"]
+            )
         return out
 
 
@@ -224,10 +220,8 @@ def _parse(text: str) -> dict[str, Any]:
         raise AddressingError([f"is longer than {_MAX_TEXT:,} characters"])
     try:
         tree = json.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # no JSON, a number of thousands of digits, lists in lists in lists
+    # no JSON, a number of thousands of digits, lists in lists in lists
+    except (ValueError, RecursionError) as error:
         raise AddressingError([f"is not JSON: {error}"]) from None
     if not isinstance(tree, dict):
         raise AddressingError(["is no JSON object"])

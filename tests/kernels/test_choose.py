@@ -12,8 +12,8 @@ import torch
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels import choose
-from hybridtrain.kernels.rms_norm import op as rms_norm_op
-from hybridtrain.kernels.rms_norm import reference as rms_norm
+from hybridtrain.kernels.norms import op as rms_norm_op
+from hybridtrain.kernels.norms import reference as rms_norm
 from hybridtrain.kernels.swiglu import op as swiglu_op
 from hybridtrain.kernels.swiglu import reference as swiglu
 from hybridtrain.settings.tree import KernelSettings

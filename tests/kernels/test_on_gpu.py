@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hybridtrain.kernels import choose
-from hybridtrain.kernels.segment_sum.reference import segment_sum
+from hybridtrain.kernels.rows.reference import segment_sum
 from hybridtrain.run import loop
 from hybridtrain.settings.load import load_settings
 from hybridtrain.settings.tree import KernelSettings
@@ -42,7 +42,7 @@ def test_kernels_with_gradients(size: tuple[int, int]) -> None:
 
 @gpu
 def test_segment_sum_is_bit_exact() -> None:
-    from hybridtrain.kernels.segment_sum import kernel
+    from hybridtrain.kernels.rows import kernel
 
     values, segment = torch.randn(3000, 80, device="cpu"), torch.randint(0, 200, (3000,), device="cpu")
     assert torch.equal(
@@ -51,7 +51,7 @@ def test_segment_sum_is_bit_exact() -> None:
 
 
 def miniature(folder: Path, data: Path, *overrides: str) -> tuple[list[float], dict[str, str]]:
-    """Losses of configs/ci_gpu.toml, and what carried each op, in this process, alone in a world of one rank."""
+    """Losses of configs/ci_gpu.toml, and what carried each op, in this process, in a world of one rank."""
     with torch.device("cpu"):  # what the run puts elsewhere it says itself
         loop.train(
             load_settings(CI_GPU, [f"run.dir={folder}", f"data.path={data}", "data.source=[]", *overrides])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridtrain.kernels.short_conv.op import short_conv
+from hybridtrain.kernels.engram.op import short_conv
 from hybridtrain.model import common as context_module
 from hybridtrain.model.common import make_context
 from hybridtrain.model.feedforwards.moe import position_in_expert

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hybridtrain.data.batches import Batch
 from hybridtrain.kernels import choose
-from hybridtrain.kernels.short_conv.op import short_conv
+from hybridtrain.kernels.engram.op import short_conv
 from hybridtrain.model.feedforwards.moe import position_in_expert
 from hybridtrain.parallel.apply import materialize, write_local
 from hybridtrain.parallel.collectives import Group

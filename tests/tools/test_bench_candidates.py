@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain.kernels.choose import OPS
+from hybridtrain.kernels.ops import OPS
 from tools import bench_candidates as tool
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridtrain.kernels.document_attention.op import document_attention
-from hybridtrain.kernels.rope.op import rope
+from hybridtrain.kernels.norms.op import rope
 from hybridtrain.model.common import HeadNorm, SequenceContext
 from hybridtrain.settings.tree import Settings
 

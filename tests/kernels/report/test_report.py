@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from hybridtrain.kernels.choose import TRITON_OPS
+from hybridtrain.kernels.ops import TRITON_OPS
 from hybridtrain.kernels.report.command import END, PAGE, START, STORED, unknown, write_page
 from hybridtrain.kernels.report.hardware import TARGETS
 from hybridtrain.kernels.report.table import digest, markdown

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybridtrain.kernels.router_topk import reference
-from hybridtrain.kernels.router_topk.reference import Rule
+from hybridtrain.kernels.router_topk.op import Rule
 from hybridtrain.kernels.testing import check, poisoned
 
 kernel = pytest.importorskip(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridtrain.kernels.short_conv import op, reference
+from hybridtrain.kernels.engram import op, reference
 from hybridtrain.kernels.testing import check
 
 
