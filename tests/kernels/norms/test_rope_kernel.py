@@ -8,7 +8,9 @@ import torch
 from hybridtrain.kernels.norms import op, reference
 from hybridtrain.kernels.testing import check
 
-kernel = pytest.importorskip("hybridtrain.kernels.norms.rope_kernel", reason="needs triton", exc_type=ImportError)
+kernel = pytest.importorskip(
+    "hybridtrain.kernels.norms.rope_kernel", reason="needs triton", exc_type=ImportError
+)
 
 
 def rotation(T: int, C: int) -> torch.Tensor:

@@ -1,3 +1,5 @@
+"""The segment sum by torch, bit for bit the definition's, and the gather with its gradient."""
+
 from __future__ import annotations
 
 import pytest
@@ -5,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridtrain.kernels.rows import reference, segment_sum
-from hybridtrain.kernels.rows.op import _by_bags
+from hybridtrain.kernels.rows import reference
+from hybridtrain.kernels.rows.op import _by_bags, row_gather, segment_sum
+from hybridtrain.kernels.testing import check
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,3 +91,8 @@ def test_cuda_adds_in_the_same_order():
     assert torch.equal(
         segment_sum(values.cuda(), segment.cuda(), 200).cpu(), segment_sum(values, segment, 200)
     )
+
+
+def test_gathers_any_shape_of_rows_with_the_gradient() -> None:
+    rows = torch.randint(30, (3, 5, 2))
+    check(row_gather, reference.row_gather, [torch.randn(40, 24)], rows)

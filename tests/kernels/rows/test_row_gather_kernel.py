@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridtrain.kernels.rows import reference
+from hybridtrain.kernels.rows import eight_bits, reference
 from hybridtrain.kernels.testing import check, poisoned
 
 kernel = pytest.importorskip(
@@ -21,7 +21,7 @@ def test_gathers(U: int, D: int, dtype: torch.dtype) -> None:
         assert torch.equal(kernel.row_gather(table, rows), table[rows])
     wide = torch.randn(40, D + 5).to(dtype)[:, 2 : D + 2]
     assert torch.equal(kernel.row_gather(wide, rows[::2]), wide[rows[::2]])
-    assert torch.equal(kernel.pack(wide, rows[::2]), reference.pack(wide[rows[::2]]))
+    assert torch.equal(kernel.pack(wide, rows[::2]), eight_bits.pack(wide[rows[::2]]))
 
 
 def test_gradient() -> None:
@@ -38,7 +38,7 @@ def test_addresses_beyond_31_bits() -> None:
     table[0], table[2] = torch.arange(64), torch.arange(64) + 64
     assert table[2].storage_offset() == 2**31
     assert torch.equal(kernel.row_gather(table, torch.tensor([2, 0])), table[[2, 0]])
-    assert torch.equal(kernel.pack(table, torch.tensor([2, 0])), reference.pack(table[[2, 0]]))
+    assert torch.equal(kernel.pack(table, torch.tensor([2, 0])), eight_bits.pack(table[[2, 0]]))
 
 
 @pytest.mark.parametrize(("U", "D"), [(0, 8), (1, 60), (63, 5), (257, 100)])
@@ -47,15 +47,15 @@ def test_packs_and_unpacks_as_the_definition(U: int, D: int) -> None:
     table[0] = 0
     with poisoned():
         packed, all_rows = kernel.pack(table, rows), kernel.pack(table.bfloat16(), None)
-        assert torch.equal(packed, reference.pack(table[rows]))
-        assert torch.equal(all_rows, reference.pack(table.bfloat16()))
-        assert torch.equal(kernel.unpack(packed, D), reference.unpack(packed, D))
+        assert torch.equal(packed, eight_bits.pack(table[rows]))
+        assert torch.equal(all_rows, eight_bits.pack(table.bfloat16()))
+        assert torch.equal(kernel.unpack(packed, D), eight_bits.unpack(packed, D))
 
 
 def test_every_code_and_every_border_between_two() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     values = codes.view(torch.float8_e4m3fn).float()
-    packed = torch.zeros(1, reference.packed_width(256), dtype=torch.uint8)
+    packed = torch.zeros(1, eight_bits.packed_width(256), dtype=torch.uint8)
     packed[0, :256], packed.view(torch.float32)[0, -1] = codes, 1.0
     torch.testing.assert_close(kernel.unpack(packed, 256)[0], values, rtol=0, atol=0, equal_nan=True)
     finite = values[values.isfinite()].sort().values
@@ -64,7 +64,7 @@ def test_every_code_and_every_border_between_two() -> None:
         [finite, middles, middles.nextafter(torch.tensor(1e9)), middles.nextafter(torch.tensor(-1e9))]
     )
     assert near.abs().max() == 448  # so the scale is one
-    assert torch.equal(kernel.pack(near[None], None), reference.pack(near[None]))
+    assert torch.equal(kernel.pack(near[None], None), eight_bits.pack(near[None]))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
@@ -72,7 +72,7 @@ def test_every_code_and_every_border_between_two() -> None:
 def test_what_is_not_finite_stays_so(wrong: float) -> None:
     x = torch.randn(2, 32)
     x[0, 3] = wrong
-    for pack, unpack in ((kernel.pack, kernel.unpack), (lambda x, _: reference.pack(x), reference.unpack)):
+    for pack, unpack in ((kernel.pack, kernel.unpack), (lambda x, _: eight_bits.pack(x), eight_bits.unpack)):
         out = unpack(pack(x, None), 32)
         assert not out[0, 3].isfinite()
         assert out[1].isfinite().all()

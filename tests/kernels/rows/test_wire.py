@@ -1,27 +1,21 @@
-"""The gather by torch, and what rows lose on the wire."""
+"""What rows lose on the wire."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from hybridtrain.kernels.rows import op, reference
-from hybridtrain.kernels.testing import check
-
-
-def test_any_shape_of_rows_and_the_gradient() -> None:
-    rows = torch.randint(30, (3, 5, 2))
-    check(op.row_gather, reference.row_gather, [torch.randn(40, 24)], rows)
+from hybridtrain.kernels.rows.wire import pack, unpack
 
 
 @pytest.mark.parametrize(("wire", "bytes_of_a_row"), [("exact", 400), ("bfloat16", 200), ("float8", 112)])
 def test_rows_come_back_within_the_bound(wire: str, bytes_of_a_row: int) -> None:
     table, rows = torch.randn(500, 100) * 10.0 ** torch.randint(-9, 9, (500, 1)), torch.randperm(500)[:200]
-    payload = op.pack(table, rows, wire)
+    payload = pack(table, rows, wire)
     assert payload[0].nbytes == bytes_of_a_row
-    assert torch.equal(payload, op.pack(table[rows], None, wire))
+    assert torch.equal(payload, pack(table[rows], None, wire))
     wanted = table[rows].double()
-    error = (op.unpack(payload, 100, wire).double() - wanted).abs()
+    error = (unpack(payload, 100, wire).double() - wanted).abs()
     scale = wanted.abs().amax(1, keepdim=True) / 448
     bound = {
         "exact": 0 * scale,
@@ -34,5 +28,5 @@ def test_rows_come_back_within_the_bound(wire: str, bytes_of_a_row: int) -> None
 
 
 def test_packed_rows_are_packed_again_as_they_are() -> None:
-    once = op.unpack(op.pack(torch.randn(50, 24), None, "float8"), 24, "float8")
-    assert torch.equal(op.unpack(op.pack(once, None, "float8"), 24, "float8"), once)
+    once = unpack(pack(torch.randn(50, 24), None, "float8"), 24, "float8")
+    assert torch.equal(unpack(pack(once, None, "float8"), 24, "float8"), once)
