@@ -21,7 +21,7 @@ class Op:
     implementations: what [kernels] may name beside `auto`
     on_gpu: what `auto` is on a GPU; on the CPU it is torch's formulation
     sources: modules with its Triton kernels, whose `cases()` the report compiles
-    keeps: torch's operations in it whose results `train.recompute=selective` keeps
+    keeps: torch's operations (of torch.ops.aten) in it whose results `train.recompute=selective` keeps
     has_key: whether [kernels] has a key for it: a model asks for it, and there is a choice
     """
 

@@ -21,7 +21,7 @@ from hybridtrain.kernels.engram import reference as engram_gate_reference
 from hybridtrain.kernels.engram import reference as short_conv_reference
 from hybridtrain.kernels.engram_hash import op as engram_hash
 from hybridtrain.kernels.engram_hash import reference as hash_reference
-from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.kernels.engram_hash.addressing import Addressing, TableShape
 from hybridtrain.kernels.grouped_mlp.op import grouped_swiglu
 from hybridtrain.kernels.linear_cross_entropy import op as linear_cross_entropy
 from hybridtrain.kernels.moe_swiglu.op import moe_swiglu
@@ -269,7 +269,9 @@ def _rows(N: int) -> Iterator[Race]:
             "sort, embedding_bag": lambda v: segment_sum._by_bags(v, segment, num),
         },
     )
-    addressing = Addressing.draw([1], [2, 3], 4, 16_384, torch.arange(4096).numpy(), pad_id=0, seed=5)
+    addressing = Addressing.draw(
+        TableShape([1], [2, 3], 4, 16_384), torch.arange(4096).numpy(), pad_id=0, seed=5
+    )
     tokens, starts = torch.randint(4096, (N // 128, 128)), torch.rand(N // 128, 128) < 0.02
     yield Race(
         "engram_hash",

@@ -14,7 +14,7 @@ from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels import choose
 from hybridtrain.kernels.engram.op import short_conv
-from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
+from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError, TableShape
 from hybridtrain.model.cost import stage_costs
 from hybridtrain.model.engram import StepRows
 from hybridtrain.model.feedforwards.moe import position_in_expert
@@ -103,10 +103,7 @@ def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | 
     try:
         if not engram.addressing:
             return Addressing.draw(
-                layers,
-                engram.orders,
-                engram.heads,
-                engram.rows_per_head,
+                TableShape(layers, engram.orders, engram.heads, engram.rows_per_head),
                 vocabulary.compression,
                 pad_id,
                 engram.boundary,

@@ -27,10 +27,10 @@ DOCUMENT_ATTENTION = Op(
     "torch scaled_dot_product_attention",
     ("torch",),
     keeps=(
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
-        "aten::_scaled_dot_product_flash_attention",
-        "aten::_scaled_dot_product_efficient_attention",
-        "aten::_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
     ),
     has_key=False,
 )

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,15 @@ class AddressingError(ValueError):
         super().__init__(
             "\n".join([f"addressing: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)])
         )
+
+
+class TableShape(NamedTuple):
+    """Layers, orders and heads of an addressing, and the least number of rows of one head."""
+
+    layers: Sequence[int]
+    orders: Sequence[int]
+    heads: int
+    rows_per_head: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +103,7 @@ class Addressing:
     @classmethod
     def draw(
         cls,
-        layers: Sequence[int],
-        orders: Sequence[int],
-        heads: int,
-        rows_per_head: int,
+        shape: TableShape,
         compression: npt.ArrayLike,
         pad_id: int,
         boundary: Boundary = "document",
@@ -106,9 +112,10 @@ class Addressing:
         """The addressing of a new model: multipliers from `seed`, and the first unused primes >=
         rows_per_head.
 
-        rows_per_head is the least number of rows of one head; compression is int [V]; the rest is as in the
-        class. Raises AddressingError for values that are out of range.
+        compression is int [V]; the rest is as in the class. Raises AddressingError for values that are out of
+        range.
         """
+        layers, orders, heads, rows_per_head = shape
         problems = [f"rows_per_head={rows_per_head} must be at least 1"] if rows_per_head < 1 else []
         problems += [f"seed={seed} must not be negative"] if seed < 0 else []
         problems += _order_problems(layers, orders, heads)

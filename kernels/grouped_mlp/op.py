@@ -21,7 +21,7 @@ GROUPED_MLP = Op(
     ("torch", "triton", "fp8"),  # fp8: Triton's with FP8 operands
     on_gpu="torch",  # cuBLAS' grouped products, at full speed
     sources=("grouped_mlp.kernel", "grouped_mlp.fp8"),
-    keeps=("aten::_grouped_mm",),
+    keeps=("_grouped_mm",),
 )
 
 

@@ -260,9 +260,11 @@ def _memory(device: str, N: int, D: int) -> Iterator[Contest]:
 
     from hybridtrain.kernels.engram_hash import kernel as hashing
     from hybridtrain.kernels.engram_hash import op
-    from hybridtrain.kernels.engram_hash.addressing import Addressing
+    from hybridtrain.kernels.engram_hash.addressing import Addressing, TableShape
 
-    addressing = Addressing.draw([1, 3], [2, 3, 4], 8, 100_000, np.arange(1000) % 900, pad_id=7, seed=5)
+    addressing = Addressing.draw(
+        TableShape([1, 3], [2, 3, 4], 8, 100_000), np.arange(1000) % 900, pad_id=7, seed=5
+    )
     tokens, starts = torch.randint(0, 1000, (1, N), device=device), torch.rand(1, N, device=device) < 0.01
     fused, plain = (lambda t, s, f=f: f(addressing, t, s) for f in (hashing.row_ids, op.row_ids))
     yield Contest("engram_hash", f"N={N} S=48", (tokens, starts), fused, plain, N * (9 + 48 * 8))
