@@ -1,11 +1,11 @@
 """Puts a meta-device model on its ranks: the order in which parallelism is applied, once, with the reason on
-each line.
+each line. What reaches over ranks while the model computes was handed to it before (exchanges.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,94 +14,68 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from hybridtrain.model.component import ComponentError, Cut, Placed
 from hybridtrain.parallel.collectives import Group
-from hybridtrain.parallel.compile import compile_layer
-from hybridtrain.parallel.context import ContextParallel
-from hybridtrain.parallel.experts import AllToAllDispatch, SharedWidthDispatch
 from hybridtrain.parallel.fsdp import set_collectives
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.plans import EXPERT_WIDTH, TENSOR_PARTS, TENSOR_PLAN
-from hybridtrain.parallel.recompute import recompute_layer
-from hybridtrain.parallel.tensor import Style, TensorAxis
+from hybridtrain.parallel.tensor import TensorAxis, cut_component, cut_vocabulary
+
+EXPERT_WIDTH = {Cut.EXPERT_COLUMN: 2, Cut.EXPERT_ROW: 1}
+"""The dim of the hidden width in a parameter of experts; cut under etp."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How parameters lie on the ranks of a mesh, beside the cuts that components declare.
+
+    Layers compute in `dtype`; parameters and their gradients are float32. Without `fsdp` every rank keeps
+    whole parameters, of the experts its own; another engine then reduces gradients.
+    """
+
+    reshard_after_forward: bool = False
+    dtype: torch.dtype = torch.float32
+    fsdp: bool = True
 
 
 def parallelize(
     model: nn.Module,
     layers: Collection[nn.Module],
+    components: Sequence[Placed],
     mesh: Mesh,
-    *,
-    num_experts: int,
-    reshard_after_forward: bool,
-    context: ContextParallel | None = None,
-    recompute: str = "none",
-    compiled: bool = False,
-    dtype: torch.dtype = torch.float32,
-    fsdp: bool = True,
+    sharding: Sharding,
 ) -> None:
     """Shard `model` or a pipeline stage of it (on the meta device) in place over `mesh`; one rank's stay as
     they are.
 
-    A MoE module is one that has `experts` (a module of `[E, …]` parameters) and `dispatch` (replaced under ep
-    > 1). Layers compute in `dtype`; parameters and their gradients are float32. Without `fsdp` every rank
-    keeps whole parameters, of the experts its own; another engine then reduces gradients.
+    `components` are those in `layers`. The model was built with the exchanges of the same mesh. Raises
+    ComponentError where a declared cut cannot be made.
     """
-    if dtype != torch.float32 and mesh.data_mesh is None:
-        raise ValueError(f"computing in {dtype} needs a mesh, also of one rank: make_mesh(…, always=True)")
-    shared = mesh.dense_mesh is not None and mesh.dense_mesh.size() > 1
-    shard = partial(_shard, reshard_after_forward=reshard_after_forward, dtype=dtype)
-    if (
-        context is not None
-    ):  # no parameter changes, but tp's convolution goes around this one, so it stands first
-        for module in model.modules():
-            for name in ("attend", "convolve", "position_in_expert"):
-                if hasattr(module, name):
-                    setattr(module, name, getattr(context, name))
+    if sharding.dtype != torch.float32 and mesh.data_mesh is None:
+        raise ValueError(
+            f"computing in {sharding.dtype} needs a mesh, also of one rank: make_mesh(…, always=True)"
+        )
     if mesh.tp.size > 1 and mesh.dense_mesh is not None:
         # before ep and FSDP: it decides what a module computes, they only decide where the parts of a
         # parameter lie
-        _split_tensors(model, TensorAxis(mesh.tp, mesh.dense_mesh["tp"]), TENSOR_PLAN)
+        axis = TensorAxis(mesh.tp, mesh.dense_mesh["tp"])
+        cut_vocabulary(model, axis)
+        for placed in components:
+            cut_component(placed, axis)
     if (mesh.ep.size > 1 or mesh.tp.size > 1) and mesh.expert_mesh is not None:
         # ranks of tp see different tokens: to experts they are data-parallel
-        for name, moe in [
-            (n, m) for n, m in model.named_modules() if hasattr(m, "experts") and hasattr(m, "dispatch")
-        ]:
-            experts = moe.get_submodule("experts")
-            _split_experts(
-                experts, mesh.expert_mesh, mesh.layout.etp
-            )  # first: everything after must see the local experts only
-            if mesh.ep.size > 1:
-                dispatch = AllToAllDispatch(mesh.ep_levels, num_experts, name)
-                setattr(moe, "dispatch", dispatch)  # noqa: B010  (a plain attribute of nn.Module to mypy)
-            if (
-                mesh.layout.etp > 1
-            ):  # around the dispatch over ep: that takes each token to all parts of its experts' width
-                setattr(moe, "dispatch", SharedWidthDispatch(getattr(moe, "dispatch"), mesh.tp))  # noqa: B009, B010
-            # before their layer: experts shard over the edp ranks that hold copies of them, not over
-            # dp_shard; along dim 1, since ep already cuts dim 0 and two cuts of one dim would interleave in
-            # checkpoints
-            copies = (
-                mesh.expert_mesh["dp_replicate", "edp"]
-                if mesh.layout.dp_replicate > 1
-                else mesh.expert_mesh["edp"]
-            )
-            if fsdp:
-                shard(experts, copies, (mesh.edp, mesh.dp_replicate), dim=1)
-    groups = (mesh.fsdp, mesh.dp_replicate)
-    for layer in layers:
-        # behind all that changes what a layer computes, and inside recomputation, which runs what was
-        # compiled again
-        if compiled:
-            compile_layer(layer)
-        recompute_layer(
-            layer, recompute
-        )  # before FSDP: its hooks stay outside, so that gathering and reducing are not run again
-    if fsdp and mesh.data_mesh is not None and (shared or dtype != torch.float32):
+        for placed in components:
+            for experts, cuts in _experts(placed).items():
+                _split_experts(experts, cuts, mesh.expert_mesh, mesh.layout.etp)
+                if sharding.fsdp:  # before their layer, whose own parameters are then those that are left
+                    _shard_experts(experts, mesh, sharding)
+    shared = mesh.dense_mesh is not None and mesh.dense_mesh.size() > 1
+    if sharding.fsdp and mesh.data_mesh is not None and (shared or sharding.dtype != torch.float32):
+        groups = (mesh.fsdp, mesh.dp_replicate)
         for layer in layers:
-            shard(
-                layer, mesh.data_mesh, groups
-            )  # layer by layer: one gather per layer, overlapping the one before
+            # layer by layer: one gather per layer, overlapping the one before
+            _shard(layer, mesh.data_mesh, groups, sharding)
         # last: the root takes what no layer holds (embedding, final norm, head)
-        _shard(model, mesh.data_mesh, groups, reshard_after_forward=False, dtype=dtype)
+        _shard(model, mesh.data_mesh, groups, replace(sharding, reshard_after_forward=False))
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -120,54 +94,61 @@ def write_local(param: Tensor, draw: Callable[..., Tensor]) -> None:
     param.to_local().copy_(draw(rows, tuple(within)) if shape[1:] != param.shape[1:] else draw(rows))
 
 
-def _split_tensors(model: nn.Module, axis: TensorAxis, plan: dict[str, Style]) -> None:
-    """Hand in what works on sequence shards, and put every module that `plan` names in its style."""
-    for module in model.modules():
-        for attribute, make in TENSOR_PARTS.items():
-            if attribute in vars(module):
-                setattr(module, attribute, make(getattr(module, attribute), axis.group))
-    patterns = [(pattern.split("."), style) for pattern, style in plan.items()]
-    for name, module in list(model.named_modules()):
-        parts = name.split(".")
-        for pattern, style in patterns:
-            if len(parts) == len(pattern) and all(p in ("*", n) for p, n in zip(pattern, parts, strict=True)):
-                model.set_submodule(name, style(module, axis))
+def _experts(placed: Placed) -> dict[nn.Module, dict[str, Cut]]:
+    """The component's modules of experts, each with the cuts of its parameters, all of which are experts'."""
+    found: dict[nn.Module, dict[str, Cut]] = {}
+    for name, parameter in placed.parameters.items():
+        if parameter.cut in EXPERT_WIDTH:
+            owner, _, leaf = name.rpartition(".")
+            found.setdefault(placed.module.get_submodule(owner), {})[leaf] = parameter.cut
+    for experts, cuts in found.items():
+        others = {name for name, _ in experts.named_parameters()} - set(cuts)
+        if experts is placed.module or others:
+            raise ComponentError(
+                f"{placed.path}: {', '.join(cuts)} of experts must be in a submodule of their own, without "
+                f"{', '.join(sorted(others)) or 'the rest of the component'}"
+            )
+    return found
 
 
-def _split_experts(experts: nn.Module, mesh: DeviceMesh, etp: int) -> None:
-    for name, param in list(experts.named_parameters(recurse=False)):
+def _split_experts(experts: nn.Module, cuts: Mapping[str, Cut], mesh: DeviceMesh, etp: int) -> None:
+    for name, cut in cuts.items():
+        param = experts.get_parameter(name)
         if etp > 1:
-            part = distribute_tensor(param, mesh["ep", "etp"], [Shard(0), Shard(EXPERT_WIDTH[name])])
+            part = distribute_tensor(param, mesh["ep", "etp"], [Shard(0), Shard(EXPERT_WIDTH[cut])])
         else:
             part = distribute_tensor(param, mesh["ep"], [Shard(0)])
         experts.register_parameter(name, nn.Parameter(part))
 
 
+def _shard_experts(experts: nn.Module, mesh: Mesh, sharding: Sharding) -> None:
+    """Over the edp ranks that hold copies of them, not over dp_shard; along dim 1, since ep already cuts dim 0
+    and two cuts of one dim would interleave in checkpoints."""
+    assert mesh.expert_mesh is not None  # for the type checker
+    axes = ("dp_replicate", "edp") if mesh.layout.dp_replicate > 1 else ("edp",)
+    _shard(experts, mesh.expert_mesh[axes], (mesh.edp, mesh.dp_replicate), sharding, dim=1)
+
+
 def _shard(
-    module: nn.Module,
-    mesh: DeviceMesh,
-    groups: tuple[Group, Group],
-    dim: int = 0,
-    *,
-    reshard_after_forward: bool,
-    dtype: torch.dtype,
+    module: nn.Module, mesh: DeviceMesh, groups: tuple[Group, Group], sharding: Sharding, dim: int = 0
 ) -> None:
     """`groups` are those of the mesh, sharded and replicated, that what is sent is counted for."""
 
     def place(param: nn.Parameter) -> Shard:
-        """The first dim from `dim` on that is not cut already."""
-        cut = (
-            {p.dim for p in param.placements if isinstance(p, Shard)} if isinstance(param, DTensor) else set()
-        )
-        return Shard(next(d for d in range(dim, param.ndim) if d not in cut))
+        """The first dim from `dim` on that is not cut already; a vector that tp cuts is cut again."""
+        placements = param.placements if isinstance(param, DTensor) else ()
+        cut = {p.dim for p in placements if isinstance(p, Shard)}
+        return Shard(next((d for d in range(dim, param.ndim) if d not in cut), 0))
 
     # parameters are cast once, before they are gathered, and their gradients before they are reduced; inputs
     # cast themselves
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=sharding.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     fully_shard(
         module,
         mesh=mesh,
-        reshard_after_forward=reshard_after_forward,
+        reshard_after_forward=sharding.reshard_after_forward,
         shard_placement_fn=place,
         mp_policy=policy,
     )

@@ -6,18 +6,34 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 
-def compile_layer(layer: nn.Module) -> None:
-    """Compile what `layer` computes while it trains; validation, which another graph would be needed for,
-    runs uncompiled.
+class CompiledLayer:
+    """What a layer computes, compiled for training. Validation, which another graph would be needed for, runs
+    uncompiled.
 
-    Layers of one kind share their graphs. Exchanges break them by themselves (collectives.py).
+    Layers of one kind share their graphs. Exchanges break them by themselves (collectives.py), and so do
+    functions that the model marks `uncompiled`.
     """
+
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        self._compute = compute
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._compute(*args)
+        if self._compiled is None:
+            self._compiled = torch.compile(self._compute, dynamic=False)
+        return self._compiled(*args)
+
+
+def prepare_compiler() -> None:
+    """What must be set before the first layer is compiled."""
     from torch import _dynamo as dynamo  # here: it takes seconds, and most runs do not compile
 
     # a graph for each kind of layer, with and without inner document starts; beyond the limit torch would
@@ -27,24 +43,6 @@ def compile_layer(layer: nn.Module) -> None:
     # used last would be tried first, and a layer that is run again would be given another than the first
     # time. So they are tried in order of age.
     torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]  # torch's stubs lack it
-    for module in layer.modules():
-        if hasattr(
-            module, "dispatch"
-        ):  # shapes that only the data know, and products that inductor does not take in float32
-            _leave_out(module, "forward")
-        if hasattr(module, "counters"):
-            _leave_out(module.counters, "add")
-    forward = layer.forward
-    compiled = torch.compile(forward, dynamic=False)
-
-    def run(*args: Any) -> Any:
-        return compiled(*args) if torch.is_grad_enabled() else forward(*args)
-
-    setattr(layer, "forward", run)  # noqa: B010  (a method to mypy)
-
-
-def _leave_out(owner: object, attribute: str) -> None:
-    setattr(owner, attribute, torch.compiler.disable(getattr(owner, attribute)))
 
 
 def missing_compiler() -> str | None:

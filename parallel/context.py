@@ -6,48 +6,39 @@ its own chunk, so the two chunks together cost every rank the same (the split of
 §3.3.2).
 
 Shape legend: B sequences, T tokens of a whole sequence, t = T / cp tokens here, C = T / (2·cp) tokens of a
-chunk, H heads, X head width, D model width, J kernel taps.
+chunk, H heads, X head width, D model width, J kernel taps, W channels of a scan.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.kernels.document_attention.op import document_attention
+from hybridtrain.kernels.engram.op import short_conv
+from hybridtrain.model.common import SequenceContext
+from hybridtrain.model.exchanges import affine_scan, position_in_expert
 from hybridtrain.parallel.collectives import Group, all_gather_autograd
-
-Convolution = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, float], Tensor]
 
 
 class ContextParallel:
-    """This rank's chunks, and the exchanges that a layer needs: keys and values, the convolution's left edge,
-    and under a capacity who chose which expert."""
+    """This rank's chunks, and the exchanges that a layer needs: keys and values, the state of a scan, the
+    convolution's left edge, and under a capacity who chose which expert."""
 
-    def __init__(
-        self,
-        group: Group,
-        seq_len: int,
-        convolve: Convolution,
-        position_in_expert: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.group, self._convolve, self._places_in_line = group, convolve, position_in_expert
+    def __init__(self, group: Group, seq_len: int) -> None:
+        self.group = group
         self.chunk = seq_len // (2 * group.size)
         self.chunks = (group.rank, 2 * group.size - 1 - group.rank)
         every = [chunk for rank in range(group.size) for chunk in (rank, 2 * group.size - 1 - rank)]
-        self._order = [
-            every.index(chunk) for chunk in range(len(every))
-        ]  # where chunk i lies among the gathered ones
+        # where chunk i lies among the gathered ones
+        self._order = [every.index(chunk) for chunk in range(len(every))]
 
     def positions(self) -> Tensor:
         """int64 [t]: the places in the sequence of the tokens that this rank holds, in its order."""
         return torch.cat([torch.arange(self.chunk) + chunk * self.chunk for chunk in self.chunks])
 
-    def attend(self, q_BtHX: Tensor, k_BtHX: Tensor, v_BtHX: Tensor, context: Any) -> Tensor:
+    def attend(self, q_BtHX: Tensor, k_BtHX: Tensor, v_BtHX: Tensor, context: SequenceContext) -> Tensor:
         """Softmax attention of this rank's queries over the whole sequence; `context.mask_B1TT` is [B, 1, t,
         T], or None where there are `context.spans`."""
         kv = torch.stack([k_BtHX, v_BtHX])  # one exchange for both
@@ -61,15 +52,50 @@ class ContextParallel:
                     document_attention(q, k, v, context.documents_BT, context.spans, chunk * self.chunk)
                 )
                 continue
+            mask = context.mask_B1TT
+            assert mask is not None  # for the type checker: make_context gives a part one of the two
             out_BHCX = F.scaled_dot_product_attention(
                 q_BtHX[:, here].transpose(1, 2),
                 k_BTHX[:, :seen].transpose(1, 2),
                 v_BTHX[:, :seen].transpose(1, 2),
-                attn_mask=context.mask_B1TT[:, :, here, :seen],
+                attn_mask=mask[:, :, here, :seen],
                 enable_gqa=k_BTHX.size(2) != q_BtHX.size(2),
             )
             out.append(out_BHCX.transpose(1, 2))
         return torch.cat(out, dim=1)
+
+    def scan(self, factor_BtW: Tensor, input_BtW: Tensor, context: SequenceContext) -> Tensor:
+        """See `Scan`: every chunk is scanned from zero, and what the state before it adds comes on top.
+
+        What a chunk makes of a state before it is its last product and its last state. Those of all chunks
+        are gathered, in float32: 4 B·W numbers of each rank, however long the sequence.
+        """
+        factor_BtW = self._stop_at_documents(factor_BtW, context.documents_BT)
+        scans = [
+            affine_scan(*both)
+            for both in zip(factor_BtW.chunk(2, dim=1), input_BtW.chunk(2, dim=1), strict=True)
+        ]
+        last = torch.stack([torch.stack([x[:, -1].float() for x in scan]) for scan in scans])
+        gathered = all_gather_autograd(last, self.group).flatten(0, 1)  # [2 cp, 2, B, W], by rank and place
+        before_BW = torch.zeros_like(gathered[0, 0])  # the state that reaches the chunk
+        before = []
+        for place in self._order:
+            before.append(before_BW)
+            product_BW, state_BW = gathered[place]
+            before_BW = product_BW * before_BW + state_BW
+        out = [
+            state_BCW + (product_BCW.float() * before[chunk][:, None]).to(state_BCW.dtype)
+            for (product_BCW, state_BCW), chunk in zip(scans, self.chunks, strict=True)
+        ]
+        return torch.cat(out, dim=1)
+
+    def _stop_at_documents(self, factor_BtW: Tensor, documents_BT: Tensor | None) -> Tensor:
+        """The factors here, zero at the first token of every document."""
+        if documents_BT is None:
+            return factor_BtW
+        here_t = self.positions().to(documents_BT.device)
+        same_Bt = documents_BT[:, here_t] == documents_BT[:, (here_t - 1).clamp_min(0)]
+        return factor_BtW * same_Bt[..., None]
 
     def convolve(
         self,
@@ -101,12 +127,12 @@ class ContextParallel:
                 )
                 documents = torch.cat([before, documents_BT[:, start : start + self.chunk]], dim=1)
             wide = torch.cat([left, x_BCD], dim=1)
-            out.append(self._convolve(wide, weight_D, kernel_JD, documents, dilation, eps)[:, halo:])
+            out.append(short_conv(wide, weight_D, kernel_JD, documents, dilation, eps)[:, halo:])
         return torch.cat(out, dim=1)
 
     def position_in_expert(self, experts_BtK: Tensor) -> Tensor:
         """The places of this rank's pairs in the lines of whole sequences; expert numbers alone are sent."""
-        parts = self._places_in_line(self._gather(experts_BtK, dim=1)).split(self.chunk, dim=1)
+        parts = position_in_expert(self._gather(experts_BtK, dim=1)).split(self.chunk, dim=1)
         return torch.cat([parts[chunk] for chunk in self.chunks], dim=1)
 
     def _gather(self, x: Tensor, dim: int) -> Tensor:

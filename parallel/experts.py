@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain.kernels.permute.op import collect, sort_by_destination, spread
+from hybridtrain.model.exchanges import Dispatch
 from hybridtrain.parallel.async_all_to_all import all_to_all_autograd, start_all_to_all
 from hybridtrain.parallel.collectives import (
     Group,
@@ -32,10 +33,6 @@ from hybridtrain.parallel.replay import replayed
 
 # (x_QD, experts_QK, gates_QK, absent=True, present=pairs) -> each token's gated sum over the experts here
 Experts = Callable[..., Tensor]
-
-Dispatch = Callable[
-    [Tensor, Tensor, Tensor, Experts], Callable[[], Tensor]
-]  # (x_ND, experts_NK, gates_NK, experts) -> finish
 
 
 class DispatchMemoryError(MemoryError):
@@ -73,8 +70,7 @@ class Load:
 
 
 class AllToAllDispatch:
-    """Dispatch by one all-to-all per group, from the outermost group to the innermost; a MoE layer takes it
-    in place of its local default.
+    """Dispatch by one all-to-all per group, from the outermost group to the innermost.
 
     Experts are numbered along the groups, the first slowest: over (`ep`), or over (`ep_inter`, `ep_intra`).
     Pairs whose expert is outside 0..num_experts-1 are absent: they go nowhere.
@@ -92,17 +88,16 @@ class AllToAllDispatch:
         `experts` are this rank's own. What is computed between the two runs while the tokens of the first
         group travel.
         """
-        even = (
-            experts_NK.numel()
-        )  # where every rank has as many tokens, and every expert gets as many of them
-        first = ExpertExchange.dispatch(
-            self.groups[0], self.num_experts, x_ND, experts_NK, gates_NK, self.layer, even
-        )
+        # where every rank has as many tokens, and every expert gets as many of them
+        even = experts_NK.numel()
+        hop = Hop(self.groups[0], self.num_experts, self.layer, even)
+        first = ExpertExchange.dispatch(hop, x_ND, experts_NK, gates_NK)
 
         def finish() -> Tensor:
             trips, arrived = [first], first.arrive()
             for group in self.groups[1:]:
-                trips.append(ExpertExchange.dispatch(group, trips[-1].here, *arrived, self.layer, even))
+                hop = Hop(group, trips[-1].here, self.layer, even)
+                trips.append(ExpertExchange.dispatch(hop, *arrived))
                 arrived = trips[-1].arrive()
             x_QD, experts_QK, gates_QK = arrived
             with trips[-1].load.guard():
@@ -115,6 +110,16 @@ class AllToAllDispatch:
 
 
 @dataclass(frozen=True)
+class Hop:
+    """One group that tokens travel over. `even`: pairs of each rank where all have as many, for messages."""
+
+    group: Group
+    num_experts: int  # of the whole group
+    layer: str
+    even: int
+
+
+@dataclass(frozen=True)
 class ExpertExchange:
     """Tokens under way over one group: each once to every rank that has one of its experts."""
 
@@ -124,38 +129,26 @@ class ExpertExchange:
     inverse_NK: Tensor
     send: list[int]
     receive: list[int]
-    arrive: Callable[
-        [], tuple[Tensor, Tensor, Tensor]
-    ]  # x_QD, experts_QK from 0 here, gates_QK; to be called once
+    # x_QD, experts_QK from 0 here, gates_QK; to be called once
+    arrive: Callable[[], tuple[Tensor, Tensor, Tensor]]
 
     @classmethod
-    def dispatch(
-        cls,
-        group: Group,
-        num_experts: int,
-        x_ND: Tensor,
-        experts_NK: Tensor,
-        gates_NK: Tensor,
-        layer: str,
-        even: int,
-    ) -> ExpertExchange:
-        """Collective; `num_experts` are those of the whole group."""
-        here = num_experts // group.size
-        order_Q, inverse_NK, asked_R2 = sort_by_destination(experts_NK, num_experts, group.size)
-        both = read_numbers(
-            torch.stack([asked_R2, exchange_counts(asked_R2, group)])
-        )  # where the host waits for the device
+    def dispatch(cls, hop: Hop, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> ExpertExchange:
+        """Collective over the hop's group."""
+        group, here = hop.group, hop.num_experts // hop.group.size
+        order_Q, inverse_NK, asked_R2 = sort_by_destination(experts_NK, hop.num_experts, group.size)
+        # where the host waits for the device
+        both = read_numbers(torch.stack([asked_R2, exchange_counts(asked_R2, group)]))
         send, receive = ([tokens for tokens, _ in side] for side in both)
-        load = Load(layer, group, sum(receive), sum(pairs for _, pairs in both[1]), even)
+        load = Load(hop.layer, group, sum(receive), sum(pairs for _, pairs in both[1]), hop.even)
 
         with load.guard():
             order_P = order_Q[: sum(send)]
             rank_P = torch.repeat_interleave(
                 torch.arange(group.size, device=x_ND.device), asked_R2[:, 0], output_size=len(order_P)
             )
-            local_PK = (
-                experts_NK[order_P // experts_NK.size(1)] - rank_P[:, None] * here
-            )  # outside 0..here-1: lives elsewhere
+            # outside 0..here-1: lives elsewhere
+            local_PK = experts_NK[order_P // experts_NK.size(1)] - rank_P[:, None] * here
             local_QK = all_to_all(local_PK, send, receive, group)
             start = partial(start_all_to_all, send=send, receive=receive, group=group, guard=load.guard)
             finish_gates, finish_x = (start(spread(rows, order_P, inverse_NK)) for rows in (gates_NK, x_ND))

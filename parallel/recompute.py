@@ -2,7 +2,8 @@
 exchanges.
 
     full       of a layer its inputs and the results of its exchanges are kept
-    selective  the results of matrix products and of attention too: norms, rotations, gates and activations are made again
+    selective  the results of matrix products and of attention too: norms, rotations, gates and activations
+               are made again
 
 Exchanges are not repeated (replay.py); gathering parameters is FSDP's own business.
 """
@@ -14,11 +15,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hybridtrain.kernels.ops import OPS
+from hybridtrain.model.common import not_counting
 from hybridtrain.parallel.replay import Replay
 
 _ATEN = torch.ops.aten
@@ -31,25 +32,26 @@ PRODUCTS = {
 """What `selective` keeps: the results of nearly all of a layer's arithmetic."""
 
 
-def recompute_layer(layer: nn.Module, mode: str) -> None:
-    """Let `layer` recompute in the backward pass; hooks on it, FSDP's among them, stay outside and run once."""
+def recomputed(compute: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    """What a layer computes, run again in the backward pass as `mode` says: full, selective or none.
+
+    Hooks on the layer, FSDP's among them, stay outside and run once.
+    """
     if mode == "none":
-        return
-    forward: Callable[..., Any] = layer.forward
-    counters: list[Any] = [module.counters for module in layer.modules() if hasattr(module, "counters")]
+        return compute
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         replay = Replay()
         products = [_KeepProducts(replay)] if mode == "selective" else []
-        return _all(replay, *products), _all(replay, *products, *(counter.paused() for counter in counters))
+        return _all(replay, *products), _all(replay, *products, not_counting())
 
-    def recomputed(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*args)
+            return compute(*args)
         # nothing in a layer draws random numbers, so no generator's state is kept
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-    setattr(layer, "forward", recomputed)  # noqa: B010  (a method to mypy); not a wrapping module: names must not change
+    return run
 
 
 class _KeepProducts(TorchDispatchMode):

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hybridtrain.kernels.cross_entropy.op import partial_gradient, partial_sums, wide_product
+from hybridtrain.model.component import ComponentError, Cut, Placed
 from hybridtrain.parallel.collectives import Group, all_gather_autograd, all_reduce_, reduce_scatter_autograd
 
 CPU_BLOCK_ELEMENTS = 1 << 19  # logits per block: 2 MiB of float32
@@ -37,10 +38,6 @@ class TensorAxis:
 
     group: Group
     mesh: DeviceMesh
-
-
-Style = Callable[[nn.Module, TensorAxis], nn.Module]
-"""Cuts a module and returns what stands in its place."""
 
 
 def gather_sequence(x_BSD: Tensor, group: Group) -> Tensor:
@@ -65,26 +62,29 @@ def local(weight: Tensor) -> Tensor:
 
 class ColumnLinear(nn.Module):
     """Rows of the weight [out, in] are cut: whole input, gathered by `gather_input` once for all readers, to
-    own outputs.
+    own outputs. A bias is declared as a vector.
     """
 
-    def __init__(self, linear: nn.Module, axis: TensorAxis) -> None:
+    def __init__(self, linear: nn.Linear, axis: TensorAxis) -> None:
         super().__init__()
-        self.weight = cut(_weight(linear), axis, 0)
+        self.weight, self.bias = cut(linear.weight, axis, 0), linear.bias
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return F.linear(x_BTD, local(self.weight))
+        return F.linear(x_BTD, local(self.weight), None if self.bias is None else local(self.bias))
 
 
 class RowLinear(nn.Module):
-    """Columns of the weight [out, in] are cut: own inputs of whole sequences to the sum's sequence shard."""
+    """Columns of the weight [out, in] are cut: own inputs of whole sequences to the sum's sequence shard. A
+    bias is whole and is added to the sum.
+    """
 
-    def __init__(self, linear: nn.Module, axis: TensorAxis) -> None:
+    def __init__(self, linear: nn.Linear, axis: TensorAxis) -> None:
         super().__init__()
-        self.weight, self.group = cut(_weight(linear), axis, 1), axis.group
+        self.weight, self.bias, self.group = cut(linear.weight, axis, 1), linear.bias, axis.group
 
     def forward(self, x_BTX: Tensor) -> Tensor:
-        return scatter_sequence(F.linear(x_BTX, local(self.weight)), self.group)
+        out_BSD = scatter_sequence(F.linear(x_BTX, local(self.weight)), self.group)
+        return out_BSD if self.bias is None else out_BSD + self.bias
 
 
 class VocabularyEmbedding(nn.Module):
@@ -92,10 +92,10 @@ class VocabularyEmbedding(nn.Module):
     out.
     """
 
-    def __init__(self, embedding: nn.Module, axis: TensorAxis) -> None:
+    def __init__(self, embedding: nn.Embedding, axis: TensorAxis) -> None:
         super().__init__()
-        self.vocab_size = len(_weight(embedding))
-        self.weight, self.group = cut(_weight(embedding), axis, 0), axis.group
+        self.vocab_size = embedding.num_embeddings
+        self.weight, self.group = cut(embedding.weight, axis, 0), axis.group
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         weight_WD = local(self.weight)
@@ -103,19 +103,6 @@ class VocabularyEmbedding(nn.Module):
         inside_BT = (local_BT >= 0) & (local_BT < len(weight_WD))
         x_BTD = F.embedding(local_BT.where(inside_BT, 0), weight_WD) * inside_BT.unsqueeze(-1)
         return scatter_sequence(x_BTD, self.group)  # one term of each sum is not zero, so it is exact
-
-
-class VocabularyHead(nn.Module):
-    """Logits of whole sequences over the whole vocabulary, from sequence shards. Training takes
-    `VocabularyLoss` instead.
-    """
-
-    def __init__(self, linear: nn.Module, axis: TensorAxis) -> None:
-        super().__init__()
-        self.weight, self.project = cut(_weight(linear), axis, 0), VocabularyLogits(axis.group)
-
-    def forward(self, h_BSD: Tensor) -> Tensor:
-        return self.project(h_BSD, self.weight)
 
 
 @dataclass(frozen=True)
@@ -148,7 +135,7 @@ class VocabularyLoss:
     def __call__(self, h_BSD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
         h_ND = gather_sequence(h_BSD, self.group).flatten(0, 1)
         first = first_of(len(weight_VD), self.group)
-        args = (h_ND, local(weight_VD), targets_BT.flatten(), first, self.ignored, self.group)
+        args = (h_ND, local(weight_VD), targets_BT.flatten(), first, self)
         loss: Tensor = _VocabularyLoss.apply(*args)  # type: ignore[no-untyped-call]
         return loss
 
@@ -156,8 +143,9 @@ class VocabularyLoss:
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, first: int, ignored: int, group: Group
+        ctx: Any, h_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, first: int, head: VocabularyLoss
     ) -> Tensor:
+        group = head.group
         highest_N, summed_N, chosen_N = (h_ND.new_empty(len(h_ND), dtype=torch.float32) for _ in range(3))
         for block in _blocks(h_ND, weight_WD):
             parts = partial_sums(h_ND[block] @ weight_WD.T, targets_N[block], first)
@@ -166,13 +154,13 @@ class _VocabularyLoss(torch.autograd.Function):
         both = torch.stack([summed_N * (highest_N - top_N).exp(), chosen_N])
         summed_N, chosen_N = all_reduce_(both, group).unbind()
         normalizer_N = top_N + summed_N.log()
-        keep_N = targets_N != ignored
+        keep_N = targets_N != head.ignored
         ctx.first = first
         ctx.save_for_backward(h_ND, weight_WD, normalizer_N, targets_N, keep_N)
         return ((top_N - chosen_N + summed_N.log()) * keep_N).sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Of the whole loss by this rank's logits: for `h` a partial sum, which `gather_sequence` completes."""
         h_ND, weight_WD, normalizer_N, targets_N, keep_N = ctx.saved_tensors
         grad_h = torch.empty_like(h_ND)
@@ -188,7 +176,7 @@ class _VocabularyLoss(torch.autograd.Function):
                 grad_weight.addmm_(grad.T, h)
             else:
                 grad_weight += wide_product(grad.T, h)
-        return grad_h, grad_weight.to(weight_WD.dtype), None, None, None, None
+        return grad_h, grad_weight.to(weight_WD.dtype), None, None, None
 
 
 def _blocks(h_ND: Tensor, weight_WD: Tensor) -> list[slice]:
@@ -198,36 +186,18 @@ def _blocks(h_ND: Tensor, weight_WD: Tensor) -> list[slice]:
 
 
 @dataclass(frozen=True)
-class SequenceConvolution:
-    """The short convolution on sequence shards: gathers whole sequences and keeps the own part of the result."""
+class WholeSequences:
+    """A function of sequences on shards of them: gathers its first `gathered` arguments, and keeps the own part
+    of the result."""
 
-    convolve: Callable[..., Tensor]
+    function: Callable[..., Tensor]
     group: Group
+    gathered: int = 1
 
-    def __call__(self, x_BSD: Tensor, *others: Any) -> Tensor:
-        out_BTD = self.convolve(gather_sequence(x_BSD, self.group), *others)
-        return out_BTD.chunk(self.group.size, 1)[self.group.rank]
-
-
-@dataclass(frozen=True)
-class SequencePlaces:
-    """Places in the lines before experts, which are of whole sequences: gathers the choices and keeps the own
-    part.
-    """
-
-    position_in_expert: Callable[[Tensor], Tensor]
-    group: Group
-
-    def __call__(self, experts_BSK: Tensor) -> Tensor:
-        return self.position_in_expert(gather_sequence(experts_BSK, self.group)).chunk(self.group.size, 1)[
-            self.group.rank
-        ]
-
-
-def gather_input(module: nn.Module, axis: TensorAxis) -> nn.Module:
-    """The module as it is, reading whole sequences: one gather for all column-parallel products inside."""
-    module.register_forward_pre_hook(lambda _, args: (gather_sequence(args[0], axis.group), *args[1:]))
-    return module
+    def __call__(self, *args: Any) -> Tensor:
+        whole = [gather_sequence(x, self.group) for x in args[: self.gathered]]
+        out_BT = self.function(*whole, *args[self.gathered :])
+        return out_BT.chunk(self.group.size, 1)[self.group.rank]
 
 
 def first_of(size: int, group: Group) -> int:
@@ -235,7 +205,66 @@ def first_of(size: int, group: Group) -> int:
     return min(group.rank * -(-size // group.size), size)
 
 
-def _weight(module: nn.Module) -> nn.Parameter:
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)  # for the type checker: styles are for modules of one weight
-    return weight
+def cut_vocabulary(model: nn.Module, axis: TensorAxis) -> None:
+    """Cut the embedding and the head of a model, its own `nn.Embedding` and `nn.Linear`, over the vocabulary.
+    Logits and losses are for the exchanges that the model was built with."""
+    for name, child in list(model.named_children()):
+        if isinstance(child, nn.Embedding):
+            model.set_submodule(name, VocabularyEmbedding(child, axis))
+        elif isinstance(child, nn.Linear):
+            child.weight = cut(child.weight, axis, 0)
+
+
+def cut_component(placed: Placed, axis: TensorAxis) -> None:
+    """Cut a component's parameters over `tp` as it declares, and give whole sequences to what `gathers` them.
+
+    Experts stay: they are spread with the tokens' exchange (apply.py). Raises ComponentError with the path of
+    what cannot be cut so.
+    """
+    for name, parameter in placed.parameters.items():
+        owner_name, _, leaf = name.rpartition(".")
+        if parameter.cut == Cut.VECTOR:
+            owner = placed.module.get_submodule(owner_name)
+            owner.register_parameter(leaf, cut(owner.get_parameter(leaf), axis, 0))
+        elif parameter.cut in (Cut.COLUMN, Cut.ROW):
+            linear = _linear_of(placed, owner_name, leaf)
+            if parameter.cut == Cut.COLUMN and not _gathered(placed, owner_name):
+                raise ComponentError(
+                    f"{placed.path}.{name} is cut by {parameter.cut}, which reads whole sequences, and no path "
+                    f"in `gathers` of {placed.component.name} holds it: {list(placed.component.gathers)}"
+                )
+            style = ColumnLinear if parameter.cut == Cut.COLUMN else RowLinear
+            placed.module.set_submodule(owner_name, style(linear, axis))
+    for path in placed.component.gathers:
+        if (module := _submodule(placed, path)) is not None:
+            gather_input(module, axis)
+
+
+def gather_input(module: nn.Module, axis: TensorAxis) -> None:
+    """Let the module read whole sequences: one gather for all column-parallel products inside."""
+    module.register_forward_pre_hook(lambda _, args: (gather_sequence(args[0], axis.group), *args[1:]))
+
+
+def _linear_of(placed: Placed, owner_name: str, leaf: str) -> nn.Linear:
+    owner = placed.module.get_submodule(owner_name)
+    if owner_name and type(owner) is nn.Linear and leaf == "weight":
+        return owner
+    at = f"the {type(owner).__name__} {owner_name}" if owner_name else "the component itself"
+    raise ComponentError(
+        f"{placed.path}: {f'{owner_name}.{leaf}'.lstrip('.')} is cut by columns or rows, so it must be the weight "
+        f"of an nn.Linear inside of the component; it belongs to {at}; it may be a {Cut.VECTOR} or {Cut.WHOLE}"
+    )
+
+
+def _gathered(placed: Placed, name: str) -> bool:
+    return any(path in ("", name) or name.startswith(f"{path}.") for path in placed.component.gathers)
+
+
+def _submodule(placed: Placed, path: str) -> nn.Module | None:
+    """None where the component was built without it: its attribute is None."""
+    owner_name, _, leaf = path.rpartition(".")
+    missing = object()
+    module = getattr(placed.module.get_submodule(owner_name), leaf, missing) if path else placed.module
+    if module is missing or not (module is None or isinstance(module, nn.Module)):
+        raise ComponentError(f"{placed.path}: `gathers` of {placed.component.name} names {path}, which is no submodule")
+    return module

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import (
+    _disable_dynamo,  # torch.compiler.disable would import the compiler here, for seconds
+)
 
 from hybridtrain.kernels.document_attention.op import Spans, read_spans
 from hybridtrain.kernels.norms.op import rms_norm, rope
@@ -31,6 +37,41 @@ class HeadNorm(RMSNorm):
         return rope(x_BTHC, rotation_TR, self.weight, self.epsilon)
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that a compiled layer calls as it is: its graphs end before it and begin anew behind it."""
+    left_out = _disable_dynamo(function)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        # without a compiler at work `left_out` would import it
+        return (left_out if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return run
+
+
+def local(parameter: Tensor) -> Tensor:
+    """The part of a parameter that this rank has, where it is cut; else the parameter."""
+    to_local = getattr(parameter, "to_local", None)
+    return parameter if to_local is None else to_local()
+
+
+_counting: ContextVar[bool] = ContextVar("counting", default=True)
+
+
+@contextmanager
+def not_counting() -> Iterator[None]:
+    """While what was counted before is computed a second time."""
+    token = _counting.set(False)
+    try:
+        yield
+    finally:
+        _counting.reset(token)
+
+
 class Counters:
     """Named sums since the last reset; detached, on the module's device, additive over micro-batches and
     ranks.
@@ -38,22 +79,13 @@ class Counters:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self._paused = False
 
+    @uncompiled
     def add(self, name: str, value: Tensor) -> None:
-        if self._paused:
+        if not _counting.get():
             return
         value = value.detach()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """While what was counted before is computed a second time."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
 
 
 MASKED_TOKENS = 2048

@@ -11,13 +11,14 @@ Shape legend: B sequences, T tokens, D model width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from hybridtrain.model.exchanges import Exchanges
+from hybridtrain.errors import UserError
+from hybridtrain.model.exchanges import LOCAL, Exchanges
 from hybridtrain.settings.section import Section
 
 
@@ -154,3 +155,89 @@ class Residual(Component):
     start: Callable[[Tensor], Any]
     finish: Callable[[Any], Tensor]
     carried: Callable[[Any, Frame, int], tuple[Carried, ...]]
+
+
+class ComponentError(UserError):
+    """A module is not what its component declares; the message has the path of what is wrong."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A component's module as it stands in a model."""
+
+    path: str
+    module: nn.Module
+    component: Component
+    section: Any
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """What the component declares of the module's parameters."""
+        return self.component.parameters(self.section)
+
+
+Compute = Callable[..., Any]
+
+
+def _as_it_is(compute: Compute) -> Compute:
+    return compute
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What a model is handed when it is built; the defaults are for a model on one device.
+
+    whole: for components that are given whole sequences ("" in `gathers`)
+    shards: for those that are given this rank's part of each sequence under tp, and for the head
+    positions_T: which tokens of a sequence this rank has, int64; None: all
+    wrap_layer: from what a layer computes to what runs it (recomputed, compiled); hooks stay outside
+    """
+
+    whole: Exchanges = LOCAL
+    shards: Exchanges = LOCAL
+    positions_T: Tensor | None = None
+    wrap_layer: Callable[[Compute], Compute] = _as_it_is
+
+    def build(self, component: Component, section: Any, frame: Frame) -> Placed:
+        """The component's module. Raises ComponentError where it was not built with an exchange that it needs:
+        on several ranks it would compute something else."""
+        taken = _Noted(self.whole if "" in component.gathers else self.shards)
+        placed = Placed(frame.path, component.build(section, frame, taken), component, section)
+        for name, why in _needed(component, section).items():
+            if name not in taken.names:
+                raise ComponentError(
+                    f"{frame.path}: {component.name} {why}, but was built without `exchanges.{name}`; take it "
+                    "when the module is built, or its tokens do not meet those of other ranks"
+                )
+        return placed
+
+
+LOCAL_WIRING = Wiring()
+"""All of a model on one device."""
+
+
+class _Noted(Exchanges):
+    """Exchanges that remember which of them were taken."""
+
+    names: set[str]
+
+    def __init__(self, exchanges: Exchanges) -> None:
+        super().__init__(**{f.name: getattr(exchanges, f.name) for f in fields(exchanges)})
+        object.__setattr__(self, "names", set())
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in Exchanges.__dataclass_fields__:
+            object.__getattribute__(self, "names").add(name)
+        return object.__getattribute__(self, name)
+
+
+def _needed(component: Component, section: Any) -> dict[str, str]:
+    """The exchanges that a component cannot do without, and why."""
+    of = {Sees.KEYS: "attend", Sees.STATE: "scan"}
+    needed = {of[s]: f"sees {s}" for s in of if s == component.sees}
+    if (reach := component.reach(section)) > 0:
+        needed["convolve"] = f"looks {reach} tokens back"
+    experts = (Cut.EXPERT_COLUMN, Cut.EXPERT_ROW)
+    if any(p.cut in experts for p in component.parameters(section).values()):
+        needed["dispatch"] = "has experts"
+    return needed

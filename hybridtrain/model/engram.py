@@ -5,16 +5,89 @@ B batch, T tokens, D model width, S slots (orders * heads), C row width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from hybridtrain.kernels.engram.op import engram_gate, short_conv
+from hybridtrain.kernels.engram.op import engram_gate
 from hybridtrain.kernels.rows.op import row_gather
 from hybridtrain.model.common import Counters, RMSNorm
-from hybridtrain.settings.tree import Settings
+from hybridtrain.model.component import NORM, Cut, Engram, Frame, Parameter, Sees
+from hybridtrain.model.exchanges import Exchanges
+from hybridtrain.settings.section import Fraction, Natural, NonNegative, Positive, Section
+
+
+class EngramSettings(Section):
+    enabled: bool = Field(True, description="false removes the memory from every layer of the pattern")
+    orders: tuple[Positive, ...] = Field((2, 3), description="n-gram lengths")
+    heads: Positive = Field(4, description="hash heads per order")
+    head_dim: Positive = Field(32, description="width of one row")
+    rows_per_head: Positive = Field(16384, description="a head has the first unused prime >= this many rows")
+    hash_seed: Natural = Field(0, description="seed of the multipliers")
+    addressing: str = Field(
+        "", description="JSON file with stored multipliers and primes to use instead of drawing them"
+    )
+    boundary: Literal["document", "stream"] = Field(
+        "document", description="n-grams stop at document starts, or run across"
+    )
+    gate_floor: float = Field(
+        1e-6,
+        gt=0,
+        le=1e6,
+        description="least |s| under the gate's root; bounds its slope to 1/(2*sqrt(gate_floor))",
+    )
+    conv: bool = Field(True, description="short convolution after the gate")
+    conv_kernel: Positive = Field(
+        4, description="taps of the short convolution; its dilation is the longest order"
+    )
+    init_std: float = Field(0.02, gt=0, description="standard deviation of rows at initialisation")
+    checksum: bool = Field(False, description="verify every exchanged payload with a checksum")
+    exchange_groups: Positive = Field(1, description="exchanges per step; divides train.micro_batches")
+    fetch: Literal["step", "overlap", "stale"] = Field(
+        "step",
+        description="when rows are read: before their step; those that the step before leaves alone already during it (the same "
+        "numbers); or all of them during it, one update old",
+    )
+    device: Literal["device", "host"] = Field(
+        "device", description="table, row state and row update: with the model, or on the CPU"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of the table; bfloat16 rows are rounded stochastically, by run.seed, step and row",
+    )
+    wire: Literal["exact", "bfloat16", "float8"] = Field(
+        "exact",
+        description="what rows travel as: as they are, or rounded; float8 is e4m3 with a scale for each row",
+    )
+    wire_gradients: Literal["exact", "bfloat16", "float8"] = Field(
+        "exact", description="what the rows' gradients travel as: float32 as they are, or rounded like `wire`"
+    )
+    optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam"] = Field(
+        "rowwise_adam",
+        description="of the table; adam is the dense reference, with two moments per element and a dense update",
+    )
+    lr_multiplier: float = Field(
+        5.0, gt=0, description="learning rate of the table as a multiple of optim.lr"
+    )
+    beta2: Fraction = Field(0.95, description="decay of the table's second moment per step")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the table's second moment")
+    weight_decay: NonNegative = Field(
+        0.0, description="of the table; decoupled, replayed when a row is next read"
+    )
+
+    @property
+    def slots(self) -> int:
+        """Rows that a token reads in one layer."""
+        return len(self.orders) * self.heads
+
+    def problems(self) -> list[str]:
+        out: list[str] = []
+        if not self.orders or list(self.orders) != sorted(set(self.orders)) or self.orders[0] < 2:
+            out.append(f"orders={list(self.orders)} must be rising n-gram lengths from 2 on, e.g. [2, 3]")
+        return out
 
 
 class EngramLayer(nn.Module):
@@ -26,10 +99,9 @@ class EngramLayer(nn.Module):
     sqrt(|s|)), up to 1 / (2 sqrt(floor)): single tokens near s = 0 can dominate a step's gradient.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, engram: EngramSettings, frame: Frame, exchanges: Exchanges) -> None:
         super().__init__()
-        dim, eps, engram = settings.model.dim, settings.model.norm_eps, settings.engram
-        width = len(engram.orders) * engram.heads * engram.head_dim
+        dim, eps, width = frame.dim, frame.norm_eps, engram.slots * engram.head_dim
         self.counters = Counters()
         self.eps, self.gate_floor = eps, engram.gate_floor
         self.dilation = engram.orders[-1]
@@ -38,7 +110,7 @@ class EngramLayer(nn.Module):
         self.h_norm = RMSNorm(dim, eps)
         self.k_norm = RMSNorm(dim, eps)
         self.conv_norm = RMSNorm(dim, eps) if engram.conv else None
-        self.convolve = short_conv  # a parallel layout may hand in another
+        self.convolve = exchanges.convolve
         self.conv = nn.Parameter(torch.empty(engram.conv_kernel, dim)) if engram.conv else None
 
     def forward(self, h_BTD: Tensor, rows_BTSC: Tensor, documents_BT: Tensor | None) -> Tensor:
@@ -56,6 +128,32 @@ class EngramLayer(nn.Module):
         if self.conv is None or self.conv_norm is None:
             return u_BTD
         return self.convolve(u_BTD, self.conv_norm.weight, self.conv, documents_BT, self.dilation, self.eps)
+
+
+def _parameters(engram: EngramSettings) -> Mapping[str, Parameter]:
+    conv = (
+        {"conv": Parameter(Cut.WHOLE, "zeros", "no_decay"), "conv_norm.weight": NORM} if engram.conv else {}
+    )
+    return {
+        "wk.weight": Parameter(Cut.ROW),  # over the slots: each rank fetched the rows of its own
+        "wv.weight": Parameter(Cut.ROW, "residual"),
+        "h_norm.weight": NORM,
+        "k_norm.weight": NORM,
+        **conv,
+    }
+
+
+ENGRAM = Engram(
+    name="engram",
+    section=EngramSettings,
+    build=EngramLayer,
+    parameters=_parameters,
+    sees=Sees.NEIGHBOURS,
+    divides=lambda engram: {"len(engram.orders) x engram.heads": engram.slots},
+    reach=lambda engram: (engram.conv_kernel - 1) * max(engram.orders) if engram.conv else 0,
+    sums=lambda _: {"gate_sum": (), "gate_count": ()},
+    ops=("engram_gate", "row_gather", "short_conv"),
+)
 
 
 class StepRows(nn.Module):

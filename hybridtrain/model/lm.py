@@ -5,59 +5,72 @@ B batch, T tokens, D model width, V vocabulary, L memory layers, S slots, C row 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridtrain.kernels.cross_entropy.op import cross_entropy_sum
-from hybridtrain.kernels.linear_cross_entropy.op import linear_cross_entropy_sum
+from hybridtrain.model.build import build, components_of, layer_components
 from hybridtrain.model.common import RMSNorm, SequenceContext, make_context
-from hybridtrain.model.engram import EngramLayer, StepRows
-from hybridtrain.model.feedforwards.dense import make_dense
-from hybridtrain.model.feedforwards.moe import MoE
-from hybridtrain.model.mixers.attention import Attention
-from hybridtrain.model.residuals.add import RESIDUALS, Stream
+from hybridtrain.model.component import LOCAL_WIRING, NORM, Cut, Parameter, Placed, Wiring
+from hybridtrain.model.engram import StepRows
+from hybridtrain.model.exchanges import IGNORED
+from hybridtrain.model.residuals.add import Stream
 from hybridtrain.settings.layers import LayerSpec, engram_layers, layer_specs
 from hybridtrain.settings.tree import Settings
 
-MIXERS: dict[str, Callable[[Settings], nn.Module]] = {"attention": Attention}
-FEEDFORWARDS: dict[str, Callable[[Settings], nn.Module]] = {"dense": make_dense, "moe": MoE}
+PARAMETERS = {
+    # along the vocabulary; looked up or compared one by one, so Muon has neither
+    "embed.weight": Parameter(Cut.COLUMN, group="no_decay"),
+    "head.weight": Parameter(Cut.COLUMN, group="adamw"),
+    "norm.weight": NORM,
+}
+"""The parameters that are in no layer."""
+
+LAYER_NORMS = {"mixer_norm.weight": NORM, "feedforward_norm.weight": NORM}
+"""The parameters of a layer that are in no component."""
 
 
 class Layer(nn.Module):
-    def __init__(self, settings: Settings, spec: LayerSpec) -> None:
+    """`path` is where it stands in the model: "layers.3"."""
+
+    def __init__(self, settings: Settings, spec: LayerSpec, path: str, wiring: Wiring) -> None:
         super().__init__()
         model = settings.model
-        self.residual = RESIDUALS[model.residual]()
-        self.engram = EngramLayer(settings) if spec.engram else None
+        placed = {
+            name: build(settings, component, f"{path}.{name}", wiring)
+            for name, component in layer_components(settings, spec).items()
+        }
+        self.components = tuple(placed.values())
+        modules = {name: component.module for name, component in placed.items()}
+        self.residual = modules["residual"]
+        self.engram = modules.get("engram")
         self.mixer_norm = RMSNorm(model.dim, model.norm_eps)
-        self.mixer = MIXERS[spec.mixer](settings)
+        self.mixer = modules["mixer"]
         self.feedforward_norm = RMSNorm(model.dim, model.norm_eps)
-        self.feedforward = FEEDFORWARDS[spec.feedforward](settings)
+        self.feedforward = modules["feedforward"]
+        self.run = wiring.wrap_layer(self.compute)
 
     def forward(self, stream: Stream, context: SequenceContext, rows_BTSC: Tensor | None) -> Stream:
-        """The stream behind this layer; `rows_BTSC` are its looked-up rows, None for a layer without memory."""
-        if self.engram is not None:
-            memory = self.engram
-            stream = self.residual(stream, lambda h: memory(h, rows_BTSC, context.documents_BT))
-        stream = self.residual(stream, lambda h: self.mixer(self.mixer_norm(h), context))
-        out: Stream = self.residual(stream, lambda h: self.feedforward(self.feedforward_norm(h)))
+        """`compute`, as the model's wiring runs it; hooks on the layer stay outside of that."""
+        out: Stream = self.run(stream, context, rows_BTSC)
         return out
 
-
-IGNORED = -100
+    def compute(self, stream: Stream, context: SequenceContext, rows_BTSC: Tensor | None) -> Stream:
+        """The stream behind this layer; `rows_BTSC` are its looked-up rows, None for a layer without memory."""
+        number = 0
+        if self.engram is not None:
+            engram = self.engram
+            stream = self.residual(stream, number, lambda h: engram(h, rows_BTSC, context.documents_BT))
+            number += 1
+        stream = self.residual(stream, number, lambda h: self.mixer(self.mixer_norm(h), context))
+        out: Stream = self.residual(stream, number + 1, lambda h: self.feedforward(self.feedforward_norm(h)))
+        return out
 
 
 def token_losses_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Sum over tokens of the cross-entropy in nats, float32 scalar; targets of -100 do not count."""
     return cross_entropy_sum(logits_BTV.flatten(0, -2), targets_BT.flatten(), IGNORED)
-
-
-def head_losses_sum(h_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
-    """`token_losses_sum` of the logits h @ weight^T, which are never held all at once on the CPU."""
-    return linear_cross_entropy_sum(h_BTD.flatten(0, -2), weight_VD, targets_BT.flatten(), IGNORED)
 
 
 @dataclass(frozen=True)
@@ -78,11 +91,16 @@ class HybridLM(nn.Module):
 
     Its parameters are not meaningful before `init_parameters` (init.py) or a checkpoint fills them; a part's
     have the names and values that they have in the whole. `rows` is where memory layers find their rows;
-    parts may share it.
+    parts may share it. `wiring` reaches tokens and experts that lie elsewhere.
     """
 
     def __init__(
-        self, settings: Settings, vocab_size: int, part: Part | None = None, rows: StepRows | None = None
+        self,
+        settings: Settings,
+        vocab_size: int,
+        part: Part | None = None,
+        rows: StepRows | None = None,
+        wiring: Wiring = LOCAL_WIRING,
     ) -> None:
         super().__init__()
         model, specs = settings.model, layer_specs(settings)
@@ -93,9 +111,12 @@ class HybridLM(nn.Module):
         self.embed = nn.Embedding(vocab_size, model.dim) if with_table else None
         # A dict and not a list: a pipeline stage that holds some of the layers keeps their names.
         self.layers = nn.ModuleDict(
-            {str(i): Layer(settings, specs[i]) for i in range(self.part.low, self.part.high)}
+            {
+                str(i): Layer(settings, specs[i], f"layers.{i}", wiring)
+                for i in range(self.part.low, self.part.high)
+            }
         )
-        self.residual = RESIDUALS[model.residual]
+        self.residual = components_of(settings).residuals[model.residual]
         self.norm = RMSNorm(model.dim, model.norm_eps) if self.part.last else None
         self.head = (
             nn.Linear(model.dim, vocab_size, bias=False)
@@ -103,9 +124,7 @@ class HybridLM(nn.Module):
             else None
         )
         self.rows = rows if rows is not None else StepRows()
-        self.positions_T: Tensor | None = None  # which tokens of a sequence are here; None: all
-        # A parallel layout may hand in others: `project` makes the logits of tied embeddings.
-        self.head_losses, self.project = head_losses_sum, F.linear
+        self.wiring = wiring
 
     def forward(
         self,
@@ -132,11 +151,11 @@ class HybridLM(nn.Module):
         # not of a later part's inputs: their tokens may be a tp rank's own
         tokens = inputs.size(1) if documents_BT is None else documents_BT.size(1)
         context = make_context(
-            documents_BT, tokens, attention.head_dim, attention.rope_theta, inputs.device, self.positions_T
+            documents_BT, tokens, attention.head_dim, attention.rope_theta, inputs.device, self.wiring.positions_T
         )
         # without the embedding of a first part, `inputs` are the carry; a scheme with sources would have them
         # in it
-        stream = self.residual.start(
+        stream: Stream = self.residual.start(
             self.embed(inputs) if self.part.first and self.embed is not None else inputs
         )
         for name, layer in self.layers.items():
@@ -149,8 +168,13 @@ class HybridLM(nn.Module):
             return stream.carry
         h_BTD = self.norm(self.residual.finish(stream))
         if targets_BT is not None:
-            return self.head_losses(h_BTD, self.head_weight_VD, targets_BT)
-        return self.project(h_BTD, self.head_weight_VD) if self.head is None else self.head(h_BTD)
+            return self.wiring.shards.head_loss(h_BTD, self.head_weight_VD, targets_BT)
+        return self.wiring.shards.logits(h_BTD, self.head_weight_VD)
+
+    @property
+    def components(self) -> list[Placed]:
+        """Of all layers here, in order."""
+        return [placed for layer in self.layers.values() for placed in layer.components]
 
     @property
     def head_weight_VD(self) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels.rows.op import row_gather
 from hybridtrain.kernels.rowwise_adam.op import Step, fade, rounded, rounding_seed, rowwise_adam
+from hybridtrain.model.engram import EngramSettings
 from hybridtrain.optim.decay import DecayLog
-from hybridtrain.settings.tree import EngramSettings
 
 _ROWS_AT_ONCE = 1 << 18
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from hybridtrain.model.lm import HybridLM, Part
-from hybridtrain.parallel.apply import parallelize
+from hybridtrain.parallel.apply import Sharding, parallelize
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import Mesh, mesh_on_paper
 from hybridtrain.run.assemble import resolve_stages
@@ -103,14 +103,8 @@ def place_model(settings: Settings, layout: Layout, vocab_size: int) -> Placemen
 def _stage_tensors(settings: Settings, vocab_size: int, part: Part, mesh: Mesh) -> dict[str, Tensor]:
     with torch.device("meta"):
         model = HybridLM(settings, vocab_size, part)
-    parallelize(
-        model,
-        list(model.layers.values()),
-        mesh,
-        num_experts=settings.model.moe.num_experts,
-        reshard_after_forward=False,
-        fsdp=settings.train.engine == "native",
-    )
+    sharding = Sharding(fsdp=settings.train.engine == "native")
+    parallelize(model, list(model.layers.values()), model.components, mesh, sharding)
     tensors: dict[str, Tensor] = model.state_dict()
     return tensors
 

@@ -13,19 +13,17 @@ from torch import nn
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels import choose
-from hybridtrain.kernels.engram.op import short_conv
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError, TableShape
 from hybridtrain.model.cost import stage_costs
 from hybridtrain.model.engram import StepRows
-from hybridtrain.model.feedforwards.moe import position_in_expert
 from hybridtrain.model.init import init_parameters
 from hybridtrain.model.lm import HybridLM, Part
 from hybridtrain.monitor.loss_spikes import SpikeGuard
 from hybridtrain.optim.groups import build_optimizers
-from hybridtrain.parallel.apply import materialize, parallelize, write_local
-from hybridtrain.parallel.context import ContextParallel
+from hybridtrain.parallel.apply import Sharding, materialize, parallelize, write_local
 from hybridtrain.parallel.deepspeed import DeepSpeedEngine
 from hybridtrain.parallel.engine import Engine, NativeEngine
+from hybridtrain.parallel.exchanges import wire
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.pipeline import Pipeline, StageModule
 from hybridtrain.parallel.schedule import Accumulation, Schedule
@@ -147,45 +145,26 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
         choose.use(choose.resolve(settings.kernels.model_dump(), mesh.device.type), mesh.device.type)
     except choose.KernelChoiceError as error:
         raise SettingsError("settings", error.problems) from None
-    context = (
-        ContextParallel(mesh.cp, settings.train.seq_len, short_conv, position_in_expert)
-        if mesh.cp.size > 1
-        else None
-    )
-    positions = context.positions() if context is not None else None
     dtype = compute_dtype(settings, mesh.device)
     here = [stage for stage in resolve_stages(settings, vocabulary.size) if stage.pp_rank == mesh.pp.rank]
     rows = StepRows()
+    train = settings.train
+    wiring = wire(mesh, train.seq_len, train.recompute, compiled=train.compile)
+    sharding = Sharding(settings.parallel.reshard_after_forward, dtype, fsdp=train.engine == "native")
     stages: list[HybridLM] = []
     for stage in here:
+        part = Part(stage.low, stage.high, stage.is_first, stage.is_last)
         with torch.device("meta"):
-            model = HybridLM(
-                settings, vocabulary.size, Part(stage.low, stage.high, stage.is_first, stage.is_last), rows
-            )
-        parallelize(
-            model,
-            list(model.layers.values()),
-            mesh,
-            num_experts=settings.model.moe.num_experts,
-            reshard_after_forward=settings.parallel.reshard_after_forward,
-            context=context,
-            recompute=settings.train.recompute,
-            compiled=settings.train.compile,
-            dtype=dtype,
-            fsdp=settings.train.engine == "native",
-        )
+            model = HybridLM(settings, vocabulary.size, part, rows, wiring)
+        parallelize(model, list(model.layers.values()), model.components, mesh, sharding)
         materialize(model, mesh.device)
-        model.positions_T = positions.to(mesh.device) if positions is not None else None
         init_parameters(model, settings, write_local)
         stages.append(model)
     layers = tuple(layer for model in stages for layer in model.engram_layers)
-    table = (
-        LookupTable(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
-    )
+    positions = wiring.positions_T.cpu() if wiring.positions_T is not None else None
+    table = LookupTable(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
     engine = _engine(settings, mesh, here, stages, dtype)
-    return Run(
-        settings, mesh, vocabulary, tuple(stages), table, engine, positions, SpikeGuard(settings.train)
-    )
+    return Run(settings, mesh, vocabulary, tuple(stages), table, engine, positions, SpikeGuard(train))
 
 
 def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:

@@ -23,13 +23,14 @@ from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.files.untrusted import first_of
 from hybridtrain.formats.values import dtype_problems
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
+from hybridtrain.model.engram import EngramSettings
 from hybridtrain.model.lm import HybridLM
 from hybridtrain.optim.rowwise import make_row_optimizer
 from hybridtrain.run.assemble import Run, addressing_misfits
 from hybridtrain.run.run_folder import find_checkpoint
 from hybridtrain.settings.layers import engram_layers, layer_specs
 from hybridtrain.settings.load import parse_settings
-from hybridtrain.settings.tree import EngramSettings, Settings
+from hybridtrain.settings.tree import Settings
 
 ROWS_AT_ONCE = 1 << 18
 # what an import found in the model's own description, for exports to give back (formats/origin.py)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 
 from hybridtrain.settings.layers import layer_specs
+from hybridtrain.settings.section import Section, divisors_of
 from hybridtrain.settings.tree import DataSettings, Settings
 
 WHOLE_BACKWARD = ("gpipe", "1f1b", "interleaved")
@@ -22,53 +23,19 @@ def contradictions(s: Settings) -> list[str]:
         out.append(str(error))
     if not s.model.layers:
         out.append("model.layers is empty; a model needs at least one layer")
-    attention, moe, engram = s.model.attention, s.model.moe, s.engram
-    if attention.num_heads % attention.num_kv_heads:
-        out.append(
-            f"model.attention.num_kv_heads={attention.num_kv_heads} does not divide "
-            f"num_heads={attention.num_heads}; it may be {_divisors(attention.num_heads)}"
-        )
-    if attention.head_dim % 2:
-        out.append(
-            f"model.attention.head_dim={attention.head_dim} is odd; RoPE needs an even one, e.g. "
-            f"{attention.head_dim + 1}"
-        )
+    engram = s.engram
+    out += section_problems(s)
     out += unfit_widths(s, 2 if s.train.precision == "bfloat16" else 4)
     out += _useless_steps(s)
-    if moe.top_k > moe.num_experts:
-        out.append(
-            f"model.moe.top_k={moe.top_k} exceeds num_experts={moe.num_experts}; it may be 1 to "
-            f"{moe.num_experts}"
-        )
-    if moe.num_experts % moe.num_groups:
-        out.append(
-            f"model.moe.num_groups={moe.num_groups} does not divide num_experts={moe.num_experts}; "
-            f"it may be {_divisors(moe.num_experts)}"
-        )
-    elif moe.top_groups > moe.num_groups:
-        out.append(
-            f"model.moe.top_groups={moe.top_groups} exceeds num_groups={moe.num_groups}; it may be 1 to "
-            f"{moe.num_groups}"
-        )
-    elif moe.num_experts >= moe.top_k > moe.top_groups * (moe.num_experts // moe.num_groups):
-        reach = moe.top_groups * (moe.num_experts // moe.num_groups)
-        out.append(
-            f"model.moe.top_k={moe.top_k} exceeds the {reach} experts in top_groups={moe.top_groups} groups; "
-            f"it may be 1 to {reach}"
-        )
-    if not engram.orders or list(engram.orders) != sorted(set(engram.orders)) or engram.orders[0] < 2:
-        out.append(
-            f"engram.orders={list(engram.orders)} must be rising n-gram lengths from 2 on, e.g. [2, 3]"
-        )
     if s.train.global_batch % s.train.micro_batches:
         out.append(
             f"train.micro_batches={s.train.micro_batches} does not divide "
-            f"train.global_batch={s.train.global_batch}; it may be {_divisors(s.train.global_batch)}"
+            f"train.global_batch={s.train.global_batch}; it may be {divisors_of(s.train.global_batch)}"
         )
     if s.train.micro_batches % engram.exchange_groups:
         out.append(
             f"engram.exchange_groups={engram.exchange_groups} does not divide "
-            f"train.micro_batches={s.train.micro_batches}; it may be {_divisors(s.train.micro_batches)}"
+            f"train.micro_batches={s.train.micro_batches}; it may be {divisors_of(s.train.micro_batches)}"
         )
     if engram.fetch == "overlap" and engram.optimizer == "adam":
         out.append(
@@ -135,6 +102,15 @@ def contradictions(s: Settings) -> list[str]:
                 "start with train.engine=native, and go on with --resume train.engine=deepspeed"
             )
     return out + _given_twice(s.data)
+
+
+def section_problems(section: Section, prefix: str = "") -> list[str]:
+    """What the section and those inside it find wrong with themselves, with whole keys."""
+    out = [f"{prefix}{problem}" for problem in section.problems()]
+    for name in type(section).model_fields:
+        if isinstance(inner := getattr(section, name), Section):
+            out += section_problems(inner, f"{prefix}{name}.")
+    return out
 
 
 def _given_twice(data: DataSettings) -> list[str]:
@@ -263,11 +239,3 @@ def _beyond_deepspeed(s: Settings) -> list[str]:
             "may be 1, 2 or 3"
         )
     return out
-
-
-def _divisors(number: int) -> str:
-    """The divisors of `number` in words: "1, 2 or 4". (The layout has its own: settings import nothing of
-    parallel/.)
-    """
-    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
-    return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"

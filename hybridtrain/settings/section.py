@@ -30,3 +30,14 @@ class Section(BaseModel):
         if isinstance(value, tuple) and "" in value:
             raise ValueError("has an empty entry")
         return value
+
+    def problems(self) -> list[str]:
+        """In which its values do not fit each other: a line each, which begins with the key and says what
+        would be legal. The section's own name is put before it."""
+        return []
+
+
+def divisors_of(number: int) -> str:
+    """The divisors of `number` in words: "1, 2 or 4"."""
+    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"

@@ -10,6 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hybridtrain.model.engram import EngramSettings
+from hybridtrain.model.feedforwards.dense import DenseSettings
+from hybridtrain.model.feedforwards.moe import MoESettings
+from hybridtrain.model.mixers.attention import AttentionSettings
 from hybridtrain.settings.section import Axis, Fraction, Natural, NonNegative, Positive, Section
 
 
@@ -52,40 +56,6 @@ class DataSettings(Section):
     verify: bool = Field(True, description="check the shards' checksums before training")
 
 
-class AttentionSettings(Section):
-    num_heads: Positive = Field(4, description="heads of queries")
-    num_kv_heads: Positive = Field(4, description="heads of keys and values; divides num_heads")
-    head_dim: Positive = Field(32, description="even; num_heads * head_dim need not equal model.dim")
-    rope_theta: float = Field(10_000.0, gt=0)
-    qk_norm: bool = Field(True, description="RMS-normalise queries and keys per head")
-
-
-class DenseSettings(Section):
-    hidden: Positive = Field(512, description="width of the dense SwiGLU")
-
-
-class MoESettings(Section):
-    num_experts: Positive = Field(8, description="routed experts")
-    top_k: Positive = Field(2, description="experts per token")
-    hidden: Positive = Field(256, description="width of one expert's SwiGLU")
-    num_shared: Natural = Field(0, description="shared experts that see every token, each of width `hidden`")
-    score: Literal["softmax", "sigmoid"] = Field("softmax", description="how router logits become scores")
-    normalize_gates: bool = Field(True, description="the chosen experts' gates sum to one")
-    gate_scale: float = Field(1.0, gt=0, description="factor on the routed output")
-    num_groups: Positive = Field(1, description="expert groups of group-limited routing; 1 turns it off")
-    top_groups: Positive = Field(1, description="groups a token may choose from")
-    bias_rate: NonNegative = Field(
-        0.001, description="step of the auxiliary-loss-free selection bias; 0 turns it off"
-    )
-    aux_weight: NonNegative = Field(0.0, description="weight of the global load-balance loss")
-    z_weight: NonNegative = Field(0.0, description="weight of the router z-loss")
-    capacity: NonNegative = Field(
-        0.0,
-        le=1e6,
-        description="pairs that an expert takes of a sequence, as a multiple of the even share; it drops the later tokens'; 0: all",
-    )
-
-
 class ModelSettings(Section):
     dim: Positive = Field(128, description="width of the residual stream")
     layers: tuple[str, ...] = Field(
@@ -104,65 +74,6 @@ class ModelSettings(Section):
     attention: AttentionSettings = AttentionSettings()
     dense: DenseSettings = DenseSettings()
     moe: MoESettings = MoESettings()
-
-
-class EngramSettings(Section):
-    enabled: bool = Field(True, description="false removes the memory from every layer of the pattern")
-    orders: tuple[Positive, ...] = Field((2, 3), description="n-gram lengths")
-    heads: Positive = Field(4, description="hash heads per order")
-    head_dim: Positive = Field(32, description="width of one row")
-    rows_per_head: Positive = Field(16384, description="a head has the first unused prime >= this many rows")
-    hash_seed: Natural = Field(0, description="seed of the multipliers")
-    addressing: str = Field(
-        "", description="JSON file with stored multipliers and primes to use instead of drawing them"
-    )
-    boundary: Literal["document", "stream"] = Field(
-        "document", description="n-grams stop at document starts, or run across"
-    )
-    gate_floor: float = Field(
-        1e-6,
-        gt=0,
-        le=1e6,
-        description="least |s| under the gate's root; bounds its slope to 1/(2*sqrt(gate_floor))",
-    )
-    conv: bool = Field(True, description="short convolution after the gate")
-    conv_kernel: Positive = Field(
-        4, description="taps of the short convolution; its dilation is the longest order"
-    )
-    init_std: float = Field(0.02, gt=0, description="standard deviation of rows at initialisation")
-    checksum: bool = Field(False, description="verify every exchanged payload with a checksum")
-    exchange_groups: Positive = Field(1, description="exchanges per step; divides train.micro_batches")
-    fetch: Literal["step", "overlap", "stale"] = Field(
-        "step",
-        description="when rows are read: before their step; those that the step before leaves alone already during it (the same "
-        "numbers); or all of them during it, one update old",
-    )
-    device: Literal["device", "host"] = Field(
-        "device", description="table, row state and row update: with the model, or on the CPU"
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="of the table; bfloat16 rows are rounded stochastically, by run.seed, step and row",
-    )
-    wire: Literal["exact", "bfloat16", "float8"] = Field(
-        "exact",
-        description="what rows travel as: as they are, or rounded; float8 is e4m3 with a scale for each row",
-    )
-    wire_gradients: Literal["exact", "bfloat16", "float8"] = Field(
-        "exact", description="what the rows' gradients travel as: float32 as they are, or rounded like `wire`"
-    )
-    optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam"] = Field(
-        "rowwise_adam",
-        description="of the table; adam is the dense reference, with two moments per element and a dense update",
-    )
-    lr_multiplier: float = Field(
-        5.0, gt=0, description="learning rate of the table as a multiple of optim.lr"
-    )
-    beta2: Fraction = Field(0.95, description="decay of the table's second moment per step")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the table's second moment")
-    weight_decay: NonNegative = Field(
-        0.0, description="of the table; decoupled, replayed when a row is next read"
-    )
 
 
 class OptimSettings(Section):

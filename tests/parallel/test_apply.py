@@ -4,17 +4,26 @@ sums over ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.parallel.apply import materialize, parallelize, sync_gradients, write_local
+from hybridtrain.model.component import (
+    LOCAL_WIRING,
+    Cut,
+    FeedForward,
+    Frame,
+    Parameter,
+    Wiring,
+)
+from hybridtrain.model.exchanges import Exchanges
+from hybridtrain.parallel.apply import Sharding, materialize, parallelize, sync_gradients, write_local
+from hybridtrain.parallel.exchanges import wire
 from hybridtrain.parallel.experts import AllToAllDispatch
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import make_mesh
+from hybridtrain.settings.section import Section
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
 
@@ -36,39 +45,42 @@ class Experts(nn.Module):
         return torch.einsum("nd,edf,en->nf", x_ND, weight, here_EN.to(x_ND.dtype)) * gates_NK
 
 
-def local_dispatch(
-    x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Callable[..., Tensor]
-) -> Callable[[], Tensor]:
-    return lambda: experts(x_ND, experts_NK, gates_NK)
-
-
 class Moe(nn.Module):
     """One expert a token, by the token's number."""
 
-    def __init__(self) -> None:
+    def __init__(self, section: None, frame: Frame, exchanges: Exchanges) -> None:
         super().__init__()
         self.experts = Experts()
-        self.dispatch: Callable[..., Callable[[], Tensor]] = local_dispatch
+        self.dispatch = exchanges.dispatch(EXPERTS, False, frame.path)
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
         return self.dispatch(x_ND, (tokens_N % EXPERTS)[:, None], torch.ones(len(x_ND), 1), self.experts)()
 
 
+MOE = FeedForward(
+    name="moe",
+    section=Section,
+    build=Moe,
+    parameters=lambda _: {"experts.weight": Parameter(Cut.EXPERT_COLUMN)},
+)
+
+
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, path: str, wiring: Wiring) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(5, DIM))  # 5 rows: no whole number of them on 2 or 4 ranks
-        self.moe = Moe()
+        self.placed = wiring.build(MOE, Section(), Frame(DIM, 1e-6, 7, 7, f"{path}.moe"))
+        self.moe = self.placed.module
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
         return x_ND + torch.tanh(x_ND @ self.weight.T) @ self.weight + self.moe(x_ND, tokens_N)
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, wiring: Wiring = LOCAL_WIRING) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, DIM)
-        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.layers = nn.ModuleList([Layer(f"layers.{i}", wiring) for i in range(2)])
 
     def forward(self, tokens_N: Tensor) -> Tensor:
         x_ND = self.embed(tokens_N)
@@ -83,16 +95,13 @@ def whole(name: str, shape: torch.Size) -> Tensor:
 
 def build(degrees: dict[str, int] | None, reshard: bool = False) -> Model:
     """The model on one rank, or over this world's ranks; its parameters are the same however it is cut."""
+    alone = make_mesh(Layout.resolve(1), 0, torch.device("cpu"), 60)
+    mesh = mesh_here(**degrees) if degrees is not None else alone
+    wiring = wire(mesh, 7)
     with torch.device("meta"):
-        model = Model()
-    mesh = (
-        mesh_here(**degrees)
-        if degrees is not None
-        else make_mesh(Layout.resolve(1), 0, torch.device("cpu"), 60)
-    )
-    parallelize(
-        model, list(model.layers), mesh, num_experts=EXPERTS, reshard_after_forward=reshard, context=None
-    )
+        model = Model(wiring)
+    components = [layer.placed for layer in model.layers]
+    parallelize(model, list(model.layers), components, mesh, Sharding(reshard))
     materialize(model, mesh.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -184,7 +193,6 @@ def test_a_world_of_one_is_left_as_it_is() -> None:
     model = build(None)
     assert {type(p) for p in model.parameters()} == {nn.Parameter}
     assert [type(m) for m in model.modules()].count(Moe) == 2
-    assert model.layers[0].moe.dispatch is local_dispatch  # type: ignore[union-attr]
     sync_gradients(model, False)
     model(tokens(0, 0)).backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -207,11 +215,4 @@ def test_another_precision_needs_a_mesh() -> None:
     with pytest.raises(
         ValueError, match=r"torch.bfloat16 needs a mesh, also of one rank: make_mesh\(…, always=True\)"
     ):
-        parallelize(
-            model,
-            list(model.layers),
-            mesh,
-            num_experts=EXPERTS,
-            reshard_after_forward=False,
-            dtype=torch.bfloat16,
-        )
+        parallelize(model, list(model.layers), [], mesh, Sharding(dtype=torch.bfloat16))

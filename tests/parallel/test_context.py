@@ -13,8 +13,7 @@ from torch import Tensor
 from hybridtrain.kernels.engram.op import short_conv
 from hybridtrain.model import common as context_module
 from hybridtrain.model.common import make_context
-from hybridtrain.model.feedforwards.moe import position_in_expert
-from hybridtrain.model.mixers.attention import attend
+from hybridtrain.model.exchanges import attend, position_in_expert
 from hybridtrain.parallel.context import ContextParallel
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
@@ -33,7 +32,7 @@ def documents(kind: str) -> Tensor:
 
 def check(kind: str) -> None:
     mesh = mesh_here(cp=torch.distributed.get_world_size())
-    context = ContextParallel(mesh.cp, TOKENS, short_conv, position_in_expert)
+    context = ContextParallel(mesh.cp, TOKENS)
     places, docs = context.positions(), documents(kind)
     generator = torch.Generator().manual_seed(0)
 
@@ -77,7 +76,7 @@ def check(kind: str) -> None:
 def check_places() -> None:
     """Lines before experts are of whole sequences."""
     mesh = mesh_here(cp=torch.distributed.get_world_size())
-    context = ContextParallel(mesh.cp, TOKENS, short_conv, position_in_expert)
+    context = ContextParallel(mesh.cp, TOKENS)
     experts = torch.randint(5, (SEQUENCES, TOKENS, 1), generator=torch.Generator().manual_seed(0))
     here = context.positions()
     assert torch.equal(context.position_in_expert(experts[:, here]), position_in_expert(experts)[:, here])
@@ -85,7 +84,7 @@ def check_places() -> None:
 
 def check_bytes_and_balance() -> None:
     mesh = mesh_here(cp=torch.distributed.get_world_size())
-    context = ContextParallel(mesh.cp, TOKENS, short_conv, position_in_expert)
+    context = ContextParallel(mesh.cp, TOKENS)
     local, size = TOKENS // mesh.cp.size, mesh.cp.size
     q = torch.randn(SEQUENCES, local, HEADS, WIDTH)
     kv = [torch.randn(SEQUENCES, local, KV_HEADS, WIDTH, requires_grad=True) for _ in range(2)]

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from hybridtrain.kernels import choose
-from hybridtrain.model.feedforwards.moe import DROPPED, GroupedExperts, LocalDispatch, Router
+from hybridtrain.model.feedforwards.moe import DROPPED, GroupedExperts, MoESettings, Router
 from hybridtrain.parallel import collectives
-from hybridtrain.parallel.experts import AllToAllDispatch, DispatchMemoryError, ExpertExchange
-from hybridtrain.settings.tree import MoESettings
+from hybridtrain.parallel.experts import AllToAllDispatch, DispatchMemoryError, ExpertExchange, Hop
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
 
@@ -135,7 +134,7 @@ def check_dispatch(choice: Choice, node_size: int) -> None:
     parts = [inputs(i, choice) for i in range(size)]
     x, experts_NK, gates, grad = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     x, gates, whole = x.requires_grad_(), gates.requires_grad_(), experts_of(0, EXPERTS)
-    expected = LocalDispatch(drops=DROPPED in experts_NK)(x, experts_NK, gates, whole)()
+    expected = local_dispatch(EXPERTS, DROPPED in experts_NK, "")(x, experts_NK, gates, whole)()
     expected.backward(grad)
 
     x_ND, experts_NK, gates_NK, grad_ND = parts[rank]
@@ -201,7 +200,7 @@ def check_group_limits(node_size: int, top_k: int, most: int) -> None:
         torch.nn.init.normal_(router.weight)
         x_ND = torch.randn(64, DIM)
         experts_NK, gates_NK = router(x_ND)
-        trip = ExpertExchange.dispatch(mesh.ep_levels[0], EXPERTS, x_ND, experts_NK, gates_NK, "MoE", 0)
+        trip = ExpertExchange.dispatch(Hop(mesh.ep_levels[0], EXPERTS, "MoE", 0), x_ND, experts_NK, gates_NK)
         trip.arrive()
         visits.append(int(torch.bincount(trip.order_P // top_k).max()))
     assert visits == [most, min(top_k, 4 // node_size)]

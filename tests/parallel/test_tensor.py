@@ -18,19 +18,18 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from hybridtrain.data.batches import Batch
 from hybridtrain.kernels import choose
 from hybridtrain.kernels.engram.op import short_conv
-from hybridtrain.model.feedforwards.moe import position_in_expert
+from hybridtrain.model.exchanges import position_in_expert
 from hybridtrain.parallel.apply import materialize, write_local
 from hybridtrain.parallel.collectives import Group
 from hybridtrain.parallel.engine import local_gradients, sum_over_tp, tp_copies
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import Mesh, make_mesh
 from hybridtrain.parallel.tensor import (
-    SequenceConvolution,
-    SequencePlaces,
     TensorAxis,
     VocabularyEmbedding,
     VocabularyLogits,
     VocabularyLoss,
+    WholeSequences,
     gather_sequence,
     scatter_sequence,
 )
@@ -133,7 +132,7 @@ def convolution(mesh: Mesh) -> None:
             [w.clone().requires_grad_() for w in drawn_weights],
         )
         whole, weights = x_BTD.clone().requires_grad_(), [w.clone().requires_grad_() for w in drawn_weights]
-        out_BSD = SequenceConvolution(short_conv, mesh.tp)(x_BSD, *own, documents, 3, 1e-6)
+        out_BSD = WholeSequences(short_conv, mesh.tp)(x_BSD, *own, documents, 3, 1e-6)
         reference_BTD = short_conv(whole, *weights, documents, 3, 1e-6)
         assert torch.equal(out_BSD, part(reference_BTD, mesh))
         out_BSD.square().sum().backward()
@@ -146,7 +145,7 @@ def convolution(mesh: Mesh) -> None:
 
 def lines_before_experts(mesh: Mesh) -> None:
     experts_BTK = torch.randint(3, (B, T, 1), generator=torch.Generator().manual_seed(0))
-    places = SequencePlaces(position_in_expert, mesh.tp)(part(experts_BTK, mesh))
+    places = WholeSequences(position_in_expert, mesh.tp)(part(experts_BTK, mesh))
     assert torch.equal(places, part(position_in_expert(experts_BTK), mesh))
 
 

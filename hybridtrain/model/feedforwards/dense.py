@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from pydantic import Field
 from torch import Tensor, nn
 
 from hybridtrain.kernels.swiglu.op import swiglu
-from hybridtrain.settings.tree import Settings
+from hybridtrain.model.component import Cut, FeedForward, Frame, Parameter
+from hybridtrain.model.exchanges import Exchanges
+from hybridtrain.settings.section import Positive, Section
+
+
+class DenseSettings(Section):
+    hidden: Positive = Field(512, description="width of the dense SwiGLU")
 
 
 class SwiGLU(nn.Module):
@@ -20,6 +29,24 @@ class SwiGLU(nn.Module):
         return out
 
 
-def make_dense(settings: Settings) -> SwiGLU:
-    """The dense feed-forward of a layer."""
-    return SwiGLU(settings.model.dim, settings.model.dense.hidden)
+SWIGLU: Mapping[str, Parameter] = {
+    "w_gate.weight": Parameter(Cut.COLUMN),
+    "w_up.weight": Parameter(Cut.COLUMN),
+    "w_down.weight": Parameter(Cut.ROW, "residual"),
+}
+"""The parameters of a `SwiGLU`."""
+
+
+def _build(section: DenseSettings, frame: Frame, _: Exchanges) -> SwiGLU:
+    return SwiGLU(frame.dim, section.hidden)
+
+
+DENSE = FeedForward(
+    name="dense",
+    section=DenseSettings,
+    build=_build,
+    parameters=lambda _: SWIGLU,
+    gathers=("",),
+    divides=lambda section: {"model.dense.hidden": section.hidden},
+    ops=("swiglu",),
+)

@@ -6,18 +6,70 @@ B batch, T tokens, N = B*T, D model width, E experts, K experts per token, P = N
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from hybridtrain.kernels.moe_swiglu.op import moe_swiglu
 from hybridtrain.kernels.router_topk.op import Routing, Rule, router_topk
-from hybridtrain.model.common import Counters
-from hybridtrain.model.feedforwards.dense import SwiGLU
-from hybridtrain.settings.tree import MoESettings, Settings
+from hybridtrain.model.common import Counters, local, uncompiled
+from hybridtrain.model.component import Cut, FeedForward, Frame, Parameter
+from hybridtrain.model.exchanges import Exchanges
+from hybridtrain.model.feedforwards.dense import SWIGLU, SwiGLU
+from hybridtrain.settings.section import Natural, NonNegative, Positive, Section, divisors_of
+
+
+class MoESettings(Section):
+    num_experts: Positive = Field(8, description="routed experts")
+    top_k: Positive = Field(2, description="experts per token")
+    hidden: Positive = Field(256, description="width of one expert's SwiGLU")
+    num_shared: Natural = Field(0, description="shared experts that see every token, each of width `hidden`")
+    score: Literal["softmax", "sigmoid"] = Field("softmax", description="how router logits become scores")
+    normalize_gates: bool = Field(True, description="the chosen experts' gates sum to one")
+    gate_scale: float = Field(1.0, gt=0, description="factor on the routed output")
+    num_groups: Positive = Field(1, description="expert groups of group-limited routing; 1 turns it off")
+    top_groups: Positive = Field(1, description="groups a token may choose from")
+    bias_rate: NonNegative = Field(
+        0.001, description="step of the auxiliary-loss-free selection bias; 0 turns it off"
+    )
+    aux_weight: NonNegative = Field(0.0, description="weight of the global load-balance loss")
+    z_weight: NonNegative = Field(0.0, description="weight of the router z-loss")
+    capacity: NonNegative = Field(
+        0.0,
+        le=1e6,
+        description="pairs that an expert takes of a sequence, as a multiple of the even share; it drops the later tokens'; 0: all",
+    )
+
+    def problems(self) -> list[str]:
+        out: list[str] = []
+        if self.top_k > self.num_experts:
+            out.append(
+                f"top_k={self.top_k} exceeds num_experts={self.num_experts}; it may be 1 to {self.num_experts}"
+            )
+        if self.num_experts % self.num_groups:
+            out.append(
+                f"num_groups={self.num_groups} does not divide num_experts={self.num_experts}; it may be "
+                f"{divisors_of(self.num_experts)}"
+            )
+        elif self.top_groups > self.num_groups:
+            out.append(
+                f"top_groups={self.top_groups} exceeds num_groups={self.num_groups}; it may be 1 to "
+                f"{self.num_groups}"
+            )
+        elif (
+            self.num_experts
+            >= self.top_k
+            > (reach := self.top_groups * (self.num_experts // self.num_groups))
+        ):
+            out.append(
+                f"top_k={self.top_k} exceeds the {reach} experts in top_groups={self.top_groups} groups; it "
+                f"may be 1 to {reach}"
+            )
+        return out
 
 
 class Router(nn.Module):
@@ -121,51 +173,11 @@ class GroupedExperts(nn.Module):
     ) -> Tensor:
         """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 count
         nothing; `present` is how many are inside, where that is known."""
-        w_gate, w_up, w_down = (_local(w) for w in (self.w_gate, self.w_up, self.w_down))
+        w_gate, w_up, w_down = (local(w) for w in (self.w_gate, self.w_up, self.w_down))
         return moe_swiglu(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down, absent, present)
 
 
-def _local(weight: Tensor) -> Tensor:
-    """This rank's experts where the weight is a DTensor; the weight itself where it is not."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
-
-
-class Dispatch(Protocol):
-    """Begins to bring tokens to their experts; what it returns, called once, gives the gated sum over each
-    token's experts [N, D].
-
-    What is computed in between runs while the tokens travel, if they do.
-    """
-
-    def __call__(
-        self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts
-    ) -> Callable[[], Tensor]: ...
-
-
-class LocalDispatch:
-    """All experts are on this device. With `drops`, pairs may be absent: of experts outside 0..E-1."""
-
-    def __init__(self, drops: bool = False) -> None:
-        self.drops = drops
-
-    def __call__(
-        self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: GroupedExperts
-    ) -> Callable[[], Tensor]:
-        y_ND: Tensor = experts(x_ND, experts_NK, gates_NK, absent=self.drops)
-        return lambda: y_ND
-
-
 DROPPED = -1  # no expert's number
-
-
-def position_in_expert(experts_BTK: Tensor) -> Tensor:
-    """How many earlier tokens of the same sequence chose the same expert: [B, T, K] int64. A token's experts
-    are distinct.
-    """
-    sorted_BP, order_BP = experts_BTK.flatten(1).sort(stable=True)
-    first_BP = torch.searchsorted(sorted_BP, sorted_BP)  # where the expert's line begins
-    place_BP = torch.arange(order_BP.size(1), device=order_BP.device) - first_BP
-    return torch.empty_like(order_BP).scatter_(1, order_BP, place_BP).view(experts_BTK.shape)
 
 
 class MoE(nn.Module):
@@ -176,22 +188,18 @@ class MoE(nn.Module):
     Gates stay as they are.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, moe: MoESettings, frame: Frame, exchanges: Exchanges) -> None:
         super().__init__()
-        dim, moe = settings.model.dim, settings.model.moe
-        self.router = Router(dim, moe, tokens_per_step=settings.train.global_batch * settings.train.seq_len)
-        self.experts = GroupedExperts(moe.num_experts, dim, moe.hidden)
-        self.shared = SwiGLU(dim, moe.num_shared * moe.hidden) if moe.num_shared else None
-        self.most = (
-            math.ceil(moe.capacity * settings.train.seq_len * moe.top_k / moe.num_experts)
-            if moe.capacity
-            else None
-        )
+        self.router = Router(frame.dim, moe, frame.tokens_per_step)
+        self.experts = GroupedExperts(moe.num_experts, frame.dim, moe.hidden)
+        self.shared = SwiGLU(frame.dim, moe.num_shared * moe.hidden) if moe.num_shared else None
+        even = frame.seq_len * moe.top_k / moe.num_experts
+        self.most = math.ceil(moe.capacity * even) if moe.capacity else None
         self.counters = Counters()
-        # A parallel layout may hand in others.
-        self.dispatch: Dispatch = LocalDispatch(drops=self.most is not None)
-        self.position_in_expert = position_in_expert
+        self.dispatch = exchanges.dispatch(moe.num_experts, self.most is not None, frame.path)
+        self.position_in_expert = exchanges.position_in_expert
 
+    @uncompiled  # shapes that only the data know, and products that inductor does not take in float32
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, -2)
         experts_NK, gates_NK = self.router(x_ND)
@@ -208,3 +216,42 @@ class MoE(nn.Module):
         if self.training:
             self.counters.add("dropped_pairs", dropped_BTK.sum())
         return experts_BTK.masked_fill(dropped_BTK, DROPPED)
+
+
+def _parameters(moe: MoESettings) -> Mapping[str, Parameter]:
+    shared = {f"shared.{name}": parameter for name, parameter in SWIGLU.items()} if moe.num_shared else {}
+    return {
+        # not for Muon: its rows are compared one by one and are no linear map between hidden states
+        "router.weight": Parameter(Cut.WHOLE, group="adamw"),
+        "experts.w_gate": Parameter(Cut.EXPERT_COLUMN),
+        "experts.w_up": Parameter(Cut.EXPERT_COLUMN),
+        "experts.w_down": Parameter(Cut.EXPERT_ROW, "residual"),
+        **shared,
+    }
+
+
+def _shares(moe: MoESettings) -> Mapping[str, float]:
+    return dict.fromkeys(("experts.w_gate", "experts.w_up", "experts.w_down"), moe.top_k / moe.num_experts)
+
+
+def _sums(moe: MoESettings) -> Mapping[str, tuple[int, ...]]:
+    optional = {"aux_loss": moe.aux_weight, "z_loss": moe.z_weight, "dropped_pairs": moe.capacity}
+    names = ["router_entropy", "router_tokens", *(name for name, on in optional.items() if on)]
+    return {"expert_tokens": (moe.num_experts,), **dict.fromkeys(names, ())}
+
+
+def _divides(moe: MoESettings) -> Mapping[str, int]:
+    return {"model.moe.num_shared x hidden": moe.num_shared * moe.hidden}
+
+
+MOE = FeedForward(
+    name="moe",
+    section=MoESettings,
+    build=MoE,
+    parameters=_parameters,
+    gathers=("shared",),  # the router and the experts read sequence shards
+    divides=_divides,
+    shares=_shares,
+    sums=_sums,
+    ops=("router_topk", "permute", "grouped_mlp", "swiglu"),
+)

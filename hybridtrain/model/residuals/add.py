@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from hybridtrain.model.component import Carried, Residual
+from hybridtrain.settings.section import Section
+
 
 class Stream(NamedTuple):
     """What flows from layer to layer; a tuple, so that hooks of parallel wrappers see the tensors in it."""
@@ -20,21 +23,23 @@ class Stream(NamedTuple):
     sources: dict[str, Tensor]
 
 
+class AddSettings(Section):
+    """Nothing to set."""
+
+
 class AddResidual(nn.Module):
     """h <- h + f(h): the carry is h [B, T, D], and there are no sources."""
 
-    @staticmethod
-    def start(h_BTD: Tensor) -> Stream:
-        """The stream before the first layer, from the embedded tokens."""
-        return Stream(h_BTD, {})
-
-    def forward(self, stream: Stream, sublayer: Callable[[Tensor], Tensor]) -> Stream:
+    def forward(self, stream: Stream, number: int, sublayer: Callable[[Tensor], Tensor]) -> Stream:
         return Stream(stream.carry + sublayer(stream.carry), stream.sources)
 
-    @staticmethod
-    def finish(stream: Stream) -> Tensor:
-        """The hidden state [B, T, D] behind the last layer."""
-        return stream.carry
 
-
-RESIDUALS: dict[str, type[AddResidual]] = {"add": AddResidual}
+ADD = Residual(
+    name="add",
+    section=AddSettings,
+    build=lambda *_: AddResidual(),
+    parameters=lambda _: {},
+    start=lambda h_BTD: Stream(h_BTD, {}),
+    finish=lambda stream: stream.carry,
+    carried=lambda _, frame, before: (Carried("carry", frame.dim),),
+)

@@ -7,7 +7,7 @@ import torch
 
 from hybridtrain.model import common as context
 from hybridtrain.model.common import make_context
-from hybridtrain.model.mixers.attention import attend
+from hybridtrain.model.exchanges import attend
 
 
 @pytest.mark.parametrize("starts", [[], [9, 10, 70]], ids=["one document", "several"])

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridtrain.model.build import frame_of
 from hybridtrain.model.engram import EngramLayer
+from hybridtrain.model.exchanges import LOCAL
 from hybridtrain.settings.tree import Settings
 
 B, T, DIM, SLOTS, WIDTH = 2, 20, 12, 6, 5
@@ -22,7 +24,7 @@ def build(conv: bool) -> EngramLayer:
             "engram": {"orders": (2, 3), "heads": 3, "head_dim": WIDTH, "conv": conv, "conv_kernel": 4},
         }
     )
-    memory = EngramLayer(settings)
+    memory = EngramLayer(settings.engram, frame_of(settings), LOCAL)
     generator = torch.Generator().manual_seed(0)
     for parameter in memory.parameters():
         torch.nn.init.normal_(parameter, std=0.5, generator=generator)

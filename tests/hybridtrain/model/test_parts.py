@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from hybridtrain.model.cost import count_parameters, flops_per_token, stage_costs
-from hybridtrain.model.engram import StepRows
+from hybridtrain.model.engram import EngramSettings, StepRows
+from hybridtrain.model.feedforwards.dense import DenseSettings
+from hybridtrain.model.feedforwards.moe import MoESettings
 from hybridtrain.model.init import init_parameters
 from hybridtrain.model.lm import HybridLM, Part
 from hybridtrain.model.statistics import collect, no_statistics
-from hybridtrain.settings.tree import DenseSettings, EngramSettings, ModelSettings, MoESettings, Settings
+from hybridtrain.settings.tree import ModelSettings, Settings
 
 VOCABULARY = 64
 

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels import choose
+from hybridtrain.model.engram import EngramSettings
 from hybridtrain.optim.rowwise import DenseAdam, RowwiseAdagrad, RowwiseAdam, make_row_optimizer
-from hybridtrain.settings.tree import EngramSettings
 
 R, D = 40, 6
 

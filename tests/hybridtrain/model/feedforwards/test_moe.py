@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.model.feedforwards.moe import MoE, position_in_expert
+from hybridtrain.model.build import build
+from hybridtrain.model.exchanges import LOCAL, position_in_expert
+from hybridtrain.model.feedforwards.moe import MOE, MoE
 from hybridtrain.model.statistics import apply_router_statistics, collect, reset
 from hybridtrain.settings.tree import Settings
 
@@ -24,7 +26,8 @@ def build(**moe: Any) -> MoE:
             "train": {"global_batch": 4, "seq_len": 32},
         }
     )
-    layer = MoE(settings)
+    layer = build(settings, MOE, "layers.0.feedforward", LOCAL)
+    assert isinstance(layer, MoE)
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.4, generator=generator)
