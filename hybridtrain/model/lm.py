@@ -45,9 +45,9 @@ class Layer(nn.Module):
         modules = {name: component.module for name, component in placed.items()}
         self.residual = modules["residual"]
         self.engram = modules.get("engram")
-        self.mixer_norm = RMSNorm(model.dim, model.norm_eps)
+        self.mixer_norm = RMSNorm(model.dim, model.norm_eps, wiring.backends)
         self.mixer = modules["mixer"]
-        self.feedforward_norm = RMSNorm(model.dim, model.norm_eps)
+        self.feedforward_norm = RMSNorm(model.dim, model.norm_eps, wiring.backends)
         self.feedforward = modules["feedforward"]
         self.run = wiring.wrap_layer(self.compute)
 
@@ -117,7 +117,7 @@ class HybridLM(nn.Module):
             }
         )
         self.residual = components_of(settings).residuals[model.residual]
-        self.norm = RMSNorm(model.dim, model.norm_eps) if self.part.last else None
+        self.norm = RMSNorm(model.dim, model.norm_eps, wiring.backends) if self.part.last else None
         self.head = (
             nn.Linear(model.dim, vocab_size, bias=False)
             if self.part.last and not model.tie_embeddings
@@ -151,7 +151,12 @@ class HybridLM(nn.Module):
         # not of a later part's inputs: their tokens may be a tp rank's own
         tokens = inputs.size(1) if documents_BT is None else documents_BT.size(1)
         context = make_context(
-            documents_BT, tokens, attention.head_dim, attention.rope_theta, inputs.device, self.wiring.positions_T
+            documents_BT,
+            tokens,
+            attention.head_dim,
+            attention.rope_theta,
+            inputs.device,
+            self.wiring.positions_T,
         )
         # without the embedding of a first part, `inputs` are the carry; a scheme with sources would have them
         # in it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hybridtrain.kernels import choose
+from hybridtrain.kernels.ops import OPS, resolve
 from hybridtrain.model.common import MASKED_TOKENS
 from hybridtrain.run.assemble import Run
 from hybridtrain.run.process_setup import compute_dtype
@@ -17,36 +17,28 @@ def implementations(run: Run) -> dict[str, str]:
     train, dtype = run.settings.train, compute_dtype(run.settings, run.mesh.device)
     blocked = not cuda and dtype == torch.float32
     compiled = " · compiled between exchanges" if train.compile else ""
+    there = {name: op.torch_on_gpu if cuda and op.torch_on_gpu else op.torch for name, op in OPS.items()}
+    if not blocked:  # torch's own kernels take other types than float32
+        there |= {name: OPS[name].torch_on_gpu for name in ("rms_norm", "cross_entropy")}
     ops = {
         "layers": f"{str(dtype).removeprefix('torch.')} · recompute {train.recompute}{compiled}",
-        "attention": f"torch scaled_dot_product_attention{_long_attention(run, cuda and dtype != torch.float32)}",
-        "rope": "torch complex product",
-        "swiglu": "torch, two passes",
-        "rms_norm": "torch, own backward" if blocked else "torch rms_norm",
-        "grouped_mlp": "torch grouped_mm",
-        "permute": "torch index_select, own backward",
-        "head and loss": "blocked over tokens, own backward"
-        if blocked
-        else "torch product, then cross_entropy",
+        "attention": there["attention"] + _long_attention(run, cuda and dtype != torch.float32),
+        **{name: there[name] for name in ("rope", "swiglu", "rms_norm", "grouped_mlp", "permute")},
+        "head and loss": there["cross_entropy"],
     }
     if run.mesh.tp.size > 1:
         ops["head and loss"] = f"vocabulary over tp={run.mesh.tp.size}, blocked over tokens, own backward"
     if any(spec.feedforward == "moe" for spec in layer_specs(run.settings)):
-        ops["router_topk"] = "torch topk"
+        ops["router_topk"] = there["router_topk"]
     if run.table is not None:
-        ops |= {
-            "engram_hash": "torch int64",
-            "engram_gate": "torch, around rms_norm",
-            "row_gather": "torch index_select",
-            "segment_sum": "torch sort + embedding_bag" if cuda else "torch index_add",
-            "row optimizer": type(run.table.optimizer).__name__,
-        }
+        ops |= {name: there[name] for name in ("engram_hash", "engram_gate", "row_gather", "segment_sum")}
+        ops["row optimizer"] = type(run.table.optimizer).__name__
         if run.settings.engram.conv:
-            ops["short_conv"] = "torch tap by tap"
+            ops["short_conv"] = there["short_conv"]
         if run.settings.engram.optimizer != "adam":
-            ops["rowwise_adam"] = "torch, several passes"
+            ops["rowwise_adam"] = there["rowwise_adam"]
     on_host = run.table is not None and run.table.table.device.type != run.mesh.device.type
-    for op, how in choose.table().items():
+    for op, how in resolve(run.settings.kernels.model_dump(), run.mesh.device.type).chosen.items():
         if on_host and op == "rowwise_adam":
             continue
         row = "head and loss" if op == "cross_entropy" else op

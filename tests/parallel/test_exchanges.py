@@ -118,7 +118,11 @@ def check_recurrence(packed: bool, degrees: dict[str, int]) -> None:
     """Every rank of dp has the same sequences, so gradients are as many times those of one rank."""
     mesh, alone = mesh_here(**degrees), make_mesh(Layout.resolve(1), 0, torch.device("cpu"), 60)
     wiring = wire(mesh, TOKENS)
-    x_BTD, grad_BTD, docs = drawn(0, SEQUENCES, TOKENS, DIM), drawn(1, SEQUENCES, TOKENS, DIM), documents(packed)
+    x_BTD, grad_BTD, docs = (
+        drawn(0, SEQUENCES, TOKENS, DIM),
+        drawn(1, SEQUENCES, TOKENS, DIM),
+        documents(packed),
+    )
     results = []
     for m, how in ((alone, LOCAL_WIRING), (mesh, wiring)):
         placed = place(RECURRENCE, how)
@@ -141,7 +145,9 @@ def check_recurrence(packed: bool, degrees: dict[str, int]) -> None:
     assert cut.keys() == parameters.keys()
     for name, parameter in parameters.items():
         expected = whole(parameter.grad) * mesh.layout.dp
-        torch.testing.assert_close(whole(cut[name].grad), expected, rtol=1e-4, atol=1e-4, msg=lambda t, n=name: f"{n}: {t}")
+        torch.testing.assert_close(
+            whole(cut[name].grad), expected, rtol=1e-4, atol=1e-4, msg=lambda t, n=name: f"{n}: {t}"
+        )
 
 
 def check_all(cases: list[dict[str, int]]) -> None:
