@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.kernels.choose import TORCH, Backends
-from hybridtrain.kernels.rows.op import segment_sum
-from hybridtrain.kernels.rows.wire import pack, unpack
+from hybridtrain.kernels.rows.op import pack, segment_sum, unpack
 from hybridtrain.parallel.async_all_to_all import begin_all_to_all
 from hybridtrain.parallel.collectives import (
     Group,

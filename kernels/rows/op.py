@@ -1,6 +1,7 @@
-"""Rows of a table by their numbers, and sums of rows by segment, both with one order of summation.
+"""Rows of a table by their numbers and sums of rows by segment, both with one order of summation; and rows as
+they travel.
 
-R rows, D width; N values, S segments. See reference.py for the definitions.
+R rows, D width; U rows asked for; N values, S segments. See reference.py and eight_bits.py for definitions.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.kernels.choose import TORCH, Backends, Op
+from hybridtrain.kernels.rows import eight_bits
 
 ROW_GATHER = Op("row_gather", "torch index_select", sources=("rows.row_gather_kernel",))
 SEGMENT_SUM = Op(
@@ -62,6 +64,31 @@ def segment_sum(
     # On CPU index_add_ walks the rows of a segment in order and shares out segments, not rows, among threads.
     out_SD = wide_ND.new_zeros(num_segments, wide_ND.shape[1])
     return out_SD.index_add_(0, segment_N, wide_ND).to(values_ND.dtype)
+
+
+def pack(table_RD: Tensor, rows_U: Tensor | None, wire: str, backends: Backends = TORCH) -> Tensor:
+    """The rows (None: all, as they stand) as they travel: [U, …] in the table's own type ("exact"),
+    "bfloat16", or "float8".
+    """
+    if wire == "float8" and backends.of(ROW_GATHER, table_RD) == "triton":
+        from hybridtrain.kernels.rows.row_gather_kernel import pack as fused
+
+        return fused(table_RD, rows_U)
+    rows_UD = table_RD if rows_U is None else row_gather(table_RD, rows_U, backends)
+    if wire == "float8":
+        return eight_bits.pack(rows_UD)
+    return rows_UD.bfloat16() if wire == "bfloat16" else rows_UD
+
+
+def unpack(payload: Tensor, width: int, wire: str, backends: Backends = TORCH) -> Tensor:
+    """[U, width] of what `pack` made, float32 or, of a wider table, as wide."""
+    if wire != "float8":
+        return payload.to(torch.promote_types(payload.dtype, torch.float32))
+    if backends.of(ROW_GATHER, payload) == "triton":
+        from hybridtrain.kernels.rows.row_gather_kernel import unpack as fused
+
+        return fused(payload, width)
+    return eight_bits.unpack(payload, width)
 
 
 def _by_bags(values_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridtrain.kernels.rows.wire import pack, unpack
+from hybridtrain.kernels.rows.op import pack, unpack
 
 
 @pytest.mark.parametrize(("wire", "bytes_of_a_row"), [("exact", 400), ("bfloat16", 200), ("float8", 112)])
