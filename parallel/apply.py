@@ -122,8 +122,8 @@ def _split_experts(experts: nn.Module, cuts: Mapping[str, Cut], mesh: DeviceMesh
 
 
 def _shard_experts(experts: nn.Module, mesh: Mesh, sharding: Sharding) -> None:
-    """Over the edp ranks that hold copies of them, not over dp_shard; along dim 1, since ep already cuts dim 0
-    and two cuts of one dim would interleave in checkpoints."""
+    """Over the edp ranks that hold copies of them, not over dp_shard; along dim 1, since ep already cuts dim
+    0 and two cuts of one dim would interleave in checkpoints."""
     assert mesh.expert_mesh is not None  # for the type checker
     axes = ("dp_replicate", "edp") if mesh.layout.dp_replicate > 1 else ("edp",)
     _shard(experts, mesh.expert_mesh[axes], (mesh.edp, mesh.dp_replicate), sharding, dim=1)

@@ -22,10 +22,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.kernels.cross_entropy.op import partial_gradient, partial_sums, wide_product
+from hybridtrain.model.common import local
 from hybridtrain.model.component import ComponentError, Cut, Placed
 from hybridtrain.parallel.collectives import Group, all_gather_autograd, all_reduce_, reduce_scatter_autograd
 
@@ -51,14 +52,9 @@ def scatter_sequence(x_BTD: Tensor, group: Group) -> Tensor:
     return reduce_scatter_autograd(x_BTD.unflatten(1, (group.size, -1)).transpose(0, 1), group)
 
 
-def cut(weight: nn.Parameter, axis: TensorAxis, dim: int) -> nn.Parameter:
+def cut(weight: Tensor, axis: TensorAxis, dim: int) -> nn.Parameter:
     """`weight` (on the meta device) as a parameter of which this rank holds a part of dim `dim`."""
     return nn.Parameter(distribute_tensor(weight, axis.mesh, [Shard(dim)]))
-
-
-def local(weight: Tensor) -> Tensor:
-    """This rank's part; its gradient is complete, since every user reads whole sequences."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class ColumnLinear(nn.Module):
@@ -163,7 +159,8 @@ class _VocabularyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """Of the whole loss by this rank's logits: for `h` a partial sum, which `gather_sequence` completes."""
+        """Of the whole loss by this rank's logits: for `h` a partial sum, which `gather_sequence`
+        completes."""
         h_ND, weight_WD, normalizer_N, targets_N, keep_N = ctx.saved_tensors
         grad_h = torch.empty_like(h_ND)
         grad_weight = torch.zeros_like(weight_WD, dtype=torch.promote_types(weight_WD.dtype, torch.float32))
@@ -188,8 +185,8 @@ def _blocks(h_ND: Tensor, weight_WD: Tensor) -> list[slice]:
 
 @dataclass(frozen=True)
 class WholeSequences:
-    """A function of sequences on shards of them: gathers its first `gathered` arguments, and keeps the own part
-    of the result."""
+    """A function of sequences on shards of them: gathers its first `gathered` arguments, and keeps the own
+    part of the result."""
 
     function: Callable[..., Tensor]
     group: Group
@@ -229,11 +226,6 @@ def cut_component(placed: Placed, axis: TensorAxis) -> None:
             owner.register_parameter(leaf, cut(owner.get_parameter(leaf), axis, 0))
         elif parameter.cut in (Cut.COLUMN, Cut.ROW):
             linear = _linear_of(placed, owner_name, leaf)
-            if parameter.cut == Cut.COLUMN and not _gathered(placed, owner_name):
-                raise ComponentError(
-                    f"{placed.path}.{name} is cut by {parameter.cut}, which reads whole sequences, and no path "
-                    f"in `gathers` of {placed.component.name} holds it: {list(placed.component.gathers)}"
-                )
             style = ColumnLinear if parameter.cut == Cut.COLUMN else RowLinear
             placed.module.set_submodule(owner_name, style(linear, axis))
     for path in placed.component.gathers:
@@ -251,14 +243,11 @@ def _linear_of(placed: Placed, owner_name: str, leaf: str) -> nn.Linear:
     if owner_name and type(owner) is nn.Linear and leaf == "weight":
         return owner
     at = f"the {type(owner).__name__} {owner_name}" if owner_name else "the component itself"
+    name = f"{owner_name}.{leaf}" if owner_name else leaf
     raise ComponentError(
-        f"{placed.path}: {f'{owner_name}.{leaf}'.lstrip('.')} is cut by columns or rows, so it must be the weight "
-        f"of an nn.Linear inside of the component; it belongs to {at}; it may be a {Cut.VECTOR} or {Cut.WHOLE}"
+        f"{placed.path}: {name} is cut by columns or rows, so it must be the weight of an nn.Linear inside "
+        f"of the component; it belongs to {at}; it may be a {Cut.VECTOR} or {Cut.WHOLE}"
     )
-
-
-def _gathered(placed: Placed, name: str) -> bool:
-    return any(path in ("", name) or name.startswith(f"{path}.") for path in placed.component.gathers)
 
 
 def _submodule(placed: Placed, path: str) -> nn.Module | None:

@@ -310,7 +310,7 @@ def identity(settings: Settings) -> dict[str, Any]:
     rates = ("bias_rate", "aux_weight", "z_weight")
     tree = {
         "model": settings.model.model_dump(
-            mode="json", exclude={"init_std": True, "vocab_size": True, "moe": set(rates)}
+            mode="json", exclude={"init_std": True, "vocab_size": True, "components": True, "moe": set(rates)}
         ),
         "engram": settings.engram.model_dump(mode="json", include=kept),
         "optim": {"backbone": settings.optim.backbone},
@@ -322,7 +322,7 @@ def changed_settings(ours: Settings, theirs: dict[str, Any]) -> list[tuple[str, 
     """(key, ours, theirs) of every setting that differs from `theirs`, a checkpoint's; what it lacks was the
     default.
     """
-    was = dict(_flatten(Settings().model_dump(mode="json"))) | dict(_flatten(theirs))
+    was = dict(_flatten(type(ours)().model_dump(mode="json"))) | dict(_flatten(theirs))
     now = dict(_flatten(ours.model_dump(mode="json")))
     return [(key, value, was[key]) for key, value in now.items() if value != was[key]]
 

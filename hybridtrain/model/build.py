@@ -7,17 +7,38 @@ from collections.abc import Mapping
 from torch import nn
 
 from hybridtrain.kernels.choose import TORCH, Backends
-from hybridtrain.model.component import Component, ComponentError, Engram, Frame, Parameter, Placed, Wiring
+from hybridtrain.model.component import (
+    NORM,
+    Component,
+    ComponentError,
+    Cut,
+    Engram,
+    Frame,
+    Parameter,
+    Placed,
+    Wiring,
+)
 from hybridtrain.model.engram import ENGRAM
-from hybridtrain.model.registry import BUILT_IN, Components
-from hybridtrain.settings.layers import LayerSpec
+from hybridtrain.model.registry import Components
+from hybridtrain.settings.layers import LayerSpec, layer_specs
 from hybridtrain.settings.section import Section
 from hybridtrain.settings.tree import Settings
+
+OUTSIDE: Mapping[str, Parameter] = {
+    # along the vocabulary; looked up or compared one by one, so Muon has neither
+    "embed.weight": Parameter(Cut.COLUMN, group="no_decay"),
+    "head.weight": Parameter(Cut.COLUMN, group="adamw"),
+    "norm.weight": NORM,
+}
+"""The parameters of a model that are in no layer."""
+
+LAYER_NORMS: Mapping[str, Parameter] = {"mixer_norm.weight": NORM, "feedforward_norm.weight": NORM}
+"""The parameters of a layer that are in no component."""
 
 
 def components_of(settings: Settings) -> Components:
     """What the layers of `settings` may be made of."""
-    return BUILT_IN
+    return Components.load(settings.model.components)
 
 
 def frame_of(settings: Settings, path: str = "", backends: Backends = TORCH) -> Frame:
@@ -62,19 +83,47 @@ def build(settings: Settings, component: Component, path: str, wiring: Wiring) -
 def check_parameters(
     component: Component, module: nn.Module, declared: Mapping[str, Parameter], path: str
 ) -> None:
-    """Raise ComponentError listing the parameters that only the module or only the declaration has."""
-    real = {name for name, _ in module.named_parameters()}
+    """Raise ComponentError listing what the module and the declaration of its parameters have not in common."""
+    real = dict(module.named_parameters())
     problems = [
-        f"{path}.{name}: is not in the declaration's parameters" for name in sorted(real - {*declared})
+        f"{path}.{name}: is not in the declaration's parameters" for name in real if name not in declared
     ]
-    problems += [
-        f"{path}.{name}: is declared, and the module has none" for name in sorted({*declared} - real)
-    ]
+    for name, parameter in declared.items():
+        if name not in real:
+            problems.append(f"{path}.{name}: is declared, and the module has none")
+        elif parameter.group == "matrix" and real[name].ndim < 2:
+            problems.append(
+                f'{path}.{name}: has {real[name].ndim} dim and is in the group "matrix"; it may be "adamw" or '
+                '"no_decay"'
+            )
+        elif parameter.cut is Cut.COLUMN and not _gathered(component, name):
+            problems.append(
+                f"{path}.{name}: is cut as column, which reads whole sequences, and is in no module of "
+                f"gathers={list(component.gathers)}"
+            )
     if problems:
-        lines = [f"{type(component).__name__} {component.name}: the module is not as declared", *problems]
-        raise ComponentError("\n  ".join(lines))
+        kind = type(component).__name__
+        raise ComponentError("\n  ".join([f"{kind} {component.name}: is not as it declares", *problems]))
 
 
-def declared_parameters(settings: Settings, component: Component) -> Mapping[str, Parameter]:
-    """The declaration of each parameter, by its name in the component's module."""
-    return component.parameters(section_of(settings, component))
+def _gathered(component: Component, name: str) -> bool:
+    return any(path == "" or name.startswith(f"{path}.") for path in component.gathers)
+
+
+def layer_parameters(settings: Settings, spec: LayerSpec) -> dict[str, Parameter]:
+    """The declarations of a layer's parameters, by their names in the layer."""
+    out = dict(LAYER_NORMS)
+    for place, component in layer_components(settings, spec).items():
+        declared = component.parameters(section_of(settings, component))
+        out |= {f"{place}.{name}": parameter for name, parameter in declared.items()}
+    return out
+
+
+def model_parameters(settings: Settings) -> dict[str, Parameter]:
+    """The declarations of all parameters of the whole model, by their names."""
+    out = dict(OUTSIDE)
+    if settings.model.tie_embeddings:
+        del out["head.weight"]
+    for i, spec in enumerate(layer_specs(settings)):
+        out |= {f"layers.{i}.{name}": p for name, p in layer_parameters(settings, spec).items()}
+    return out

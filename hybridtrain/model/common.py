@@ -89,6 +89,14 @@ class Counters:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
 
+class CountingModule(nn.Module):
+    """A module that takes running sums while it trains, which model/statistics.py collects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counters = Counters()
+
+
 MASKED_TOKENS = 2048
 """The longest sequences that have a mask of all pairs: 4 MB of it each, which attention on the CPU makes 16
 of.

@@ -131,7 +131,8 @@ class FeedForward(Component):
 
 @dataclass(frozen=True, kw_only=True)
 class Engram(Component):
-    """Called as `module(h_BTD, rows_BTSC, documents_BT)`: what it adds, [B, T, D]; rows of whole sequences."""
+    """Called as `module(h_BTD, rows_BTSC, documents_BT)`: what it adds, [B, T, D]. Rows are of whole
+    sequences."""
 
 
 @dataclass(frozen=True)
@@ -203,15 +204,15 @@ class Wiring:
     backends: Backends = TORCH
 
     def build(self, component: Component, section: Any, frame: Frame) -> Placed:
-        """The component's module. Raises ComponentError where it was not built with an exchange that it needs:
-        on several ranks it would compute something else."""
+        """The component's module. Raises ComponentError where it was not built with an exchange that it
+        needs: on several ranks it would compute something else."""
         taken = _Noted(self.whole if "" in component.gathers else self.shards)
         placed = Placed(frame.path, component.build(section, frame, taken), component, section)
         for name, why in _needed(component, section).items():
             if name not in taken.names:
                 raise ComponentError(
-                    f"{frame.path}: {component.name} {why}, but was built without `exchanges.{name}`; take it "
-                    "when the module is built, or its tokens do not meet those of other ranks"
+                    f"{frame.path}: {component.name} {why}, but was built without `exchanges.{name}`; take "
+                    "it when the module is built, or its tokens do not meet those of other ranks"
                 )
         return placed
 

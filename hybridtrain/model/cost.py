@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hybridtrain.settings.layers import layer_specs
+import torch
+
+from hybridtrain.model.build import frame_of, layer_components, layer_parameters, section_of
+from hybridtrain.model.component import LOCAL_WIRING
+from hybridtrain.model.lm import HybridLM, Layer, Part
+from hybridtrain.settings.layers import LayerSpec, engram_layers, layer_specs
 from hybridtrain.settings.tree import Settings
 
 
@@ -18,22 +23,52 @@ class ParameterCount:
     table_active: int
 
 
-def count_parameters(settings: Settings, vocab_size: int, table_rows: int) -> ParameterCount:
-    """Counts of the whole model with a packed table of `table_rows` rows (all memory layers together)."""
-    model, engram = settings.model, settings.engram
+@dataclass(frozen=True)
+class LayerCost:
+    """A layer's parameters, and those of its matrix products; of each, what one token reads. `flops`: forward
+    operations of a token beside those products."""
+
+    total: int
+    active: int
+    matrices: int
+    active_matrices: int
+    flops: float
+
+
+def layer_cost(settings: Settings, spec: LayerSpec) -> LayerCost:
+    """Counted on a layer of this kind on the meta device."""
+    with torch.device("meta"):
+        layer = Layer(settings, spec, "layer", LOCAL_WIRING)
+    declared, components = layer_parameters(settings, spec), layer_components(settings, spec)
+    shares, flops = dict[str, float](), 0.0
+    for place, component in components.items():
+        section = section_of(settings, component)
+        shares |= {f"{place}.{name}": share for name, share in component.shares(section).items()}
+        flops += component.flops(section, frame_of(settings))
+    total = active = matrices = active_matrices = 0
+    for name, parameter in layer.named_parameters():
+        read = round(parameter.numel() * shares.get(name, 1.0))
+        product = declared[name].group != "no_decay"
+        total, active = total + parameter.numel(), active + read
+        matrices, active_matrices = matrices + product * parameter.numel(), active_matrices + product * read
+    return LayerCost(total, active, matrices, active_matrices, flops)
+
+
+def layer_costs(settings: Settings) -> list[LayerCost]:
+    """Of every layer in order; each kind is counted once."""
     specs = layer_specs(settings)
-    outside = vocab_size * model.dim * (1 if model.tie_embeddings else 2) + model.dim
-    slots_width = len(engram.orders) * engram.heads * engram.head_dim
-    total = active = outside
-    for spec in specs:
-        common = _mixer(settings) + _norms(settings, spec.engram)
-        if spec.engram:
-            common += 2 * slots_width * model.dim + (engram.conv_kernel * model.dim if engram.conv else 0)
-        feedforward, feedforward_active = _feedforward(settings, spec.feedforward)
-        total += common + feedforward
-        active += common + feedforward_active
+    kinds = {spec: layer_cost(settings, spec) for spec in dict.fromkeys(specs)}
+    return [kinds[spec] for spec in specs]
+
+
+def count_parameters(settings: Settings, vocab_size: int, table_rows: int) -> ParameterCount:
+    """Counts of the whole model with a packed table of `table_rows` rows (all Engram layers together)."""
+    with torch.device("meta"):
+        outside = HybridLM(settings, vocab_size, Part(0, 0, first=True, last=True))
+    rest, costs, engram = sum(p.numel() for p in outside.parameters()), layer_costs(settings), settings.engram
     table = table_rows * engram.head_dim
-    table_active = slots_width * sum(spec.engram for spec in specs)
+    table_active = engram.slots * engram.head_dim * len(engram_layers(settings))
+    total, active = (rest + sum(cost.total for cost in costs), rest + sum(cost.active for cost in costs))
     return ParameterCount(total + table, active + table_active, table, table_active)
 
 
@@ -42,17 +77,12 @@ def flops_per_token(settings: Settings, vocab_size: int) -> float:
     two.
 
     6 * (weights of all matrix products a token takes part in; the embedding and the table are looked up and
-    cost none) + 6 * num_heads * head_dim * (seq_len + 1) per attention layer: scores and values, 2 products *
-    2 operations * 3 passes over the (seq_len + 1) / 2 keys that a token sees on average. Norms, gates and the
-    convolution are left out.
+    cost none) + 3 * what components declare beside them, as attention its scores and values. Norms, gates and
+    the convolution are left out.
     """
-    model, engram = settings.model, settings.engram
-    weights, attention = vocab_size * model.dim, 0
-    for spec in layer_specs(settings):
-        weights += _mixer(settings) + _feedforward(settings, spec.feedforward)[1]
-        weights += 2 * len(engram.orders) * engram.heads * engram.head_dim * model.dim if spec.engram else 0
-        attention += 6 * model.attention.num_heads * model.attention.head_dim * (settings.train.seq_len + 1)
-    return 6.0 * weights + attention
+    costs = layer_costs(settings)
+    weights = vocab_size * settings.model.dim + sum(cost.active_matrices for cost in costs)
+    return 6.0 * weights + 3.0 * sum(cost.flops for cost in costs)
 
 
 def stage_costs(settings: Settings, vocab_size: int) -> tuple[float, list[float], float]:
@@ -62,39 +92,10 @@ def stage_costs(settings: Settings, vocab_size: int) -> tuple[float, list[float]
     Parameters stand for memory, operations for time; the sum of all costs is 2. The lookup table is on no
     stage.
     """
-    model, engram, specs = settings.model, settings.engram, layer_specs(settings)
-    slots_width = len(engram.orders) * engram.heads * engram.head_dim
-    keys = model.attention.num_heads * model.attention.head_dim * (settings.train.seq_len + 1)
-    sizes, products = [], []
-    for spec in specs:
-        feedforward, feedforward_active = _feedforward(settings, spec.feedforward)
-        fusion = 2 * slots_width * model.dim if spec.engram else 0
-        common = _mixer(settings) + fusion
-        sizes.append(common + feedforward)
-        products.append(common + feedforward_active + keys)
-    table = vocab_size * model.dim
+    layers = layer_costs(settings)
+    sizes = [cost.matrices for cost in layers]
+    products = [cost.active_matrices + cost.flops / 2 for cost in layers]
+    table = vocab_size * settings.model.dim
     size, product = sum(sizes) + 2 * table, sum(products) + table
     costs = [s / size + p / product for s, p in zip(sizes, products, strict=True)]
     return table / size, costs, table / size + table / product
-
-
-def _mixer(settings: Settings) -> int:
-    attention = settings.model.attention
-    return 2 * settings.model.dim * attention.head_dim * (attention.num_heads + attention.num_kv_heads)
-
-
-def _norms(settings: Settings, has_memory: bool) -> int:
-    model = settings.model
-    memory = (3 if settings.engram.conv else 2) * model.dim if has_memory else 0
-    return 2 * model.dim + memory + (2 * model.attention.head_dim if model.attention.qk_norm else 0)
-
-
-def _feedforward(settings: Settings, kind: str) -> tuple[int, int]:
-    """Weights of a feed-forward: (all, those of one token)."""
-    dim, moe = settings.model.dim, settings.model.moe
-    if kind == "dense":
-        return (dense := 3 * dim * settings.model.dense.hidden), dense
-    expert, router = 3 * dim * moe.hidden, dim * moe.num_experts
-    return router + (moe.num_experts + moe.num_shared) * expert, router + (
-        moe.top_k + moe.num_shared
-    ) * expert

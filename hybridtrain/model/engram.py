@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.kernels.engram.op import ConvRule, GateNorms, engram_gate
 from hybridtrain.kernels.rows.op import row_gather
-from hybridtrain.model.common import Counters, RMSNorm
+from hybridtrain.model.common import CountingModule, RMSNorm
 from hybridtrain.model.component import NORM, Cut, Engram, Frame, Parameter, Sees
 from hybridtrain.model.exchanges import Exchanges
 from hybridtrain.settings.section import Fraction, Natural, NonNegative, Positive, Section
@@ -91,7 +91,7 @@ class EngramSettings(Section):
         return out
 
 
-class EngramLayer(nn.Module):
+class EngramLayer(CountingModule):
     """y = SiLU(conv(RMSNorm(u))) + u with u = g * W_V e, where g says how far the hidden state agrees with
     W_K e.
 
@@ -103,7 +103,6 @@ class EngramLayer(nn.Module):
     def __init__(self, engram: EngramSettings, frame: Frame, exchanges: Exchanges) -> None:
         super().__init__()
         dim, eps, width = frame.dim, frame.norm_eps, engram.slots * engram.head_dim
-        self.counters = Counters()
         self.eps, self.gate_floor, self.backends = eps, engram.gate_floor, frame.backends
         self.conv_rule = ConvRule(engram.orders[-1], eps)
         self.wk = nn.Linear(width, dim, bias=False)

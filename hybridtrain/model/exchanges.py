@@ -25,20 +25,12 @@ from hybridtrain.model.common import SequenceContext
 IGNORED = -100
 
 
-class Attend(Protocol):
-    """Causal softmax attention inside documents: (q_BTHC, k_BTHC, v_BTHC, context) → [B, T, H, C]."""
+Attend = Callable[[Tensor, Tensor, Tensor, SequenceContext], Tensor]
+"""Causal softmax attention inside documents: (q_BTHC, k_BTHC, v_BTHC, context) → [B, T, H, C]."""
 
-    def __call__(
-        self, q_BTHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, context: SequenceContext
-    ) -> Tensor: ...
-
-
-class Scan(Protocol):
-    """h_t = factor_t * h_(t-1) + input_t from h = 0 at every document's start: (factor_BTW, input_BTW,
-    context) → h [B, T, W]."""
-
-    def __call__(self, factor_BTW: Tensor, input_BTW: Tensor, context: SequenceContext) -> Tensor: ...
-
+Scan = Callable[[Tensor, Tensor, SequenceContext], Tensor]
+"""h_t = factor_t * h_(t-1) + input_t from h = 0 at every document's start: (factor_BTW, input_BTW, context) →
+h [B, T, W]."""
 
 Convolve = Callable[[Tensor, Tensor, Tensor, Tensor | None, ConvRule], Tensor]
 """The short convolution with its norm, inside documents: (x_BTD, weight_D, kernel_JD, documents_BT, rule) →

@@ -7,12 +7,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 
+from hybridtrain.model.component import Parameter
 from hybridtrain.model.feedforwards.moe import Router
+from hybridtrain.model.lm import HybridLM
 from hybridtrain.settings.layers import layer_specs
 from hybridtrain.settings.tree import Settings
 
@@ -30,23 +33,25 @@ and of the others.
 
 
 def init_parameters(
-    model: nn.Module, settings: Settings, write: Callable[[Tensor, Draw], None] | None = None
+    model: HybridLM, settings: Settings, write: Callable[[Tensor, Draw], None] | None = None
 ) -> None:
-    """Fill all parameters and router buffers of a model on a real device.
+    """Fill all parameters and router buffers of a model on a real device, as they are declared.
 
-    Norms are ones, the memory's convolution zeros, all else normal with `model.init_std`, scaled by 1/sqrt(2
-    layers) where it writes to the residual stream. `write(param, draw)` puts a parameter's value in place
+    `write(param, draw)` puts a parameter's value in place
     (default: copy it whole); a caller with sharded parameters writes `draw(rows, within)`, which costs what
     the part does.
     """
     write = write or _copy
-    for name, parameter in model.named_parameters():
-        if not name.startswith("rows."):
-            draw_this = partial(
-                draw, _key(name), tuple(parameter.shape), settings.run.seed, parameter_std(name, settings)
-            )
-            with torch.no_grad():
-                write(parameter, draw_this)
+    for name, (parameter, declared) in model.declared_parameters().items():
+        shape = tuple(parameter.shape)
+        std = _std(declared, settings)
+        draw_this = (
+            partial(draw, _key(name), shape, settings.run.seed, std)
+            if std is not None
+            else partial(constant, shape, _CONSTANTS.get(declared.init, declared.init))
+        )
+        with torch.no_grad():
+            write(parameter, draw_this)
     for module in model.modules():
         if isinstance(module, Router):
             module.reset_buffers()
@@ -61,21 +66,38 @@ def _key(name: str) -> str:
     return name.replace(".engram.", ".memory.")
 
 
-def parameter_std(name: str, settings: Settings) -> float | None:
-    """Standard deviation of the parameter `name`; 0 for zeros, None for ones."""
-    if name.endswith("norm.weight"):
+_CONSTANTS: dict[Any, float] = {"ones": 1.0, "zeros": 0.0}
+
+
+def _std(declared: Parameter, settings: Settings) -> float | None:
+    """Standard deviation of the parameter; None for a constant."""
+    if declared.init not in ("normal", "residual"):
         return None
-    if name.endswith(".conv"):
-        return 0.0
-    writes_residual = name.endswith(("wo.weight", "w_down.weight", "w_down", "engram.wv.weight"))
-    return settings.model.init_std / (math.sqrt(2 * len(layer_specs(settings))) if writes_residual else 1)
+    layers = len(layer_specs(settings))
+    return settings.model.init_std / (math.sqrt(2 * layers) if declared.init == "residual" else 1)
+
+
+def constant(
+    shape: tuple[int, ...], value: float, rows: slice | None = None, within: tuple[slice, ...] = ()
+) -> Tensor:
+    """Of a parameter whose elements are all `value`, the slices that `draw` takes too, float32 on the CPU."""
+    return torch.full([end - start for start, end in _bounds(shape, rows, within)], value)
+
+
+def _bounds(
+    shape: tuple[int, ...], rows: slice | None, within: tuple[slice, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Start and end along each dim."""
+    cuts = (rows or slice(None), *within)
+    part = tuple(cut.indices(size)[:2] for cut, size in zip(cuts, shape, strict=False))
+    return part + tuple((0, size) for size in shape[len(part) :])
 
 
 def draw(
     name: str,
     shape: tuple[int, ...],
     seed: int,
-    std: float | None,
+    std: float,
     rows: slice | None = None,
     within: tuple[slice, ...] = (),
 ) -> Tensor:
@@ -85,12 +107,9 @@ def draw(
     Experts have a generator each, and so have the tiles of what is larger than ONE_GENERATOR: a part costs,
     in time and memory, what it holds and the rest of the tiles that it cuts.
     """
-    part = tuple(
-        cut.indices(size)[:2] for cut, size in zip((rows or slice(None), *within), shape, strict=False)
-    )
-    part += tuple((0, size) for size in shape[len(part) :])
-    if std is None or std == 0:
-        return torch.full([end - start for start, end in part], 1.0 if std is None else 0.0)
+    part = _bounds(shape, rows, within)
+    if std == 0:
+        return constant(shape, 0.0, rows, within)
     if ".experts." not in name:
         return _normal_part(f"{seed}:{name}", shape, std, part)
     out = torch.empty([end - start for start, end in part])

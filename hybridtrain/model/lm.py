@@ -5,30 +5,20 @@ B batch, T tokens, D model width, V vocabulary, L memory layers, S slots, C row 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from hybridtrain.kernels.cross_entropy.op import cross_entropy_sum
-from hybridtrain.model.build import build, components_of, layer_components
+from hybridtrain.model.build import build, components_of, layer_components, model_parameters
 from hybridtrain.model.common import RMSNorm, SequenceContext, make_context
-from hybridtrain.model.component import LOCAL_WIRING, NORM, Cut, Parameter, Placed, Wiring
+from hybridtrain.model.component import LOCAL_WIRING, Parameter, Placed, Wiring
 from hybridtrain.model.engram import StepRows
 from hybridtrain.model.exchanges import IGNORED
 from hybridtrain.model.residuals.add import Stream
 from hybridtrain.settings.layers import LayerSpec, engram_layers, layer_specs
 from hybridtrain.settings.tree import Settings
-
-PARAMETERS = {
-    # along the vocabulary; looked up or compared one by one, so Muon has neither
-    "embed.weight": Parameter(Cut.COLUMN, group="no_decay"),
-    "head.weight": Parameter(Cut.COLUMN, group="adamw"),
-    "norm.weight": NORM,
-}
-"""The parameters that are in no layer."""
-
-LAYER_NORMS = {"mixer_norm.weight": NORM, "feedforward_norm.weight": NORM}
-"""The parameters of a layer that are in no component."""
 
 
 class Layer(nn.Module):
@@ -41,7 +31,7 @@ class Layer(nn.Module):
             name: build(settings, component, f"{path}.{name}", wiring)
             for name, component in layer_components(settings, spec).items()
         }
-        self.components = tuple(placed.values())
+        self.components: Sequence[Placed] = tuple(placed.values())
         modules = {name: component.module for name, component in placed.items()}
         self.residual = modules["residual"]
         self.engram = modules.get("engram")
@@ -57,7 +47,7 @@ class Layer(nn.Module):
         return out
 
     def compute(self, stream: Stream, context: SequenceContext, rows_BTSC: Tensor | None) -> Stream:
-        """The stream behind this layer; `rows_BTSC` are its looked-up rows, None for a layer without memory."""
+        """The stream behind this layer; `rows_BTSC` are its looked-up rows; None: no Engram layer."""
         number = 0
         if self.engram is not None:
             engram = self.engram
@@ -110,12 +100,10 @@ class HybridLM(nn.Module):
         with_table = self.part.first or (self.part.last and model.tie_embeddings)
         self.embed = nn.Embedding(vocab_size, model.dim) if with_table else None
         # A dict and not a list: a pipeline stage that holds some of the layers keeps their names.
-        self.layers = nn.ModuleDict(
-            {
-                str(i): Layer(settings, specs[i], f"layers.{i}", wiring)
-                for i in range(self.part.low, self.part.high)
-            }
-        )
+        low, high = self.part.low, self.part.high
+        layers = {str(i): Layer(settings, specs[i], f"layers.{i}", wiring) for i in range(low, high)}
+        self.layers = nn.ModuleDict(layers)
+        self.components: Sequence[Placed] = [p for layer in layers.values() for p in layer.components]
         self.residual = components_of(settings).residuals[model.residual]
         self.norm = RMSNorm(model.dim, model.norm_eps, wiring.backends) if self.part.last else None
         self.head = (
@@ -177,12 +165,14 @@ class HybridLM(nn.Module):
         return self.wiring.shards.logits(h_BTD, self.head_weight_VD)
 
     @property
-    def components(self) -> list[Placed]:
-        """Of all layers here, in order."""
-        return [placed for layer in self.layers.values() for placed in layer.components]
-
-    @property
     def head_weight_VD(self) -> Tensor:
         head = self.head if self.head is not None else self.embed
         assert head is not None
         return head.weight
+
+    def declared_parameters(self) -> dict[str, tuple[nn.Parameter, Parameter]]:
+        """Each parameter here by its name, with its declaration; the step's rows are no parameters of the
+        model."""
+        declared = model_parameters(self.settings)
+        here = {name: p for name, p in self.named_parameters() if not name.startswith("rows.")}
+        return {name: (parameter, declared[name]) for name, parameter in here.items()}

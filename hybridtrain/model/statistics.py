@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.model.common import Counters
+from hybridtrain.model.build import layer_components, section_of
+from hybridtrain.model.common import Counters, CountingModule
 from hybridtrain.model.feedforwards.moe import Router
 from hybridtrain.settings.layers import layer_specs
 from hybridtrain.settings.tree import Settings
@@ -36,17 +37,14 @@ def no_statistics(settings: Settings, device: torch.device | None = None) -> dic
 
     Made on `device` (None: the CPU), since to bring them there would wait for it.
     """
-    moe = settings.model.moe
-    optional = {"aux_loss": moe.aux_weight, "z_loss": moe.z_weight, "dropped_pairs": moe.capacity}
-    names = ["router_entropy", "router_tokens", *(name for name, on in optional.items() if on)]
-    zero, zeros = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), moe.num_experts))
     out: dict[str, Tensor] = {}
+    zeros: dict[tuple[int, ...], Tensor] = {}
     for i, spec in enumerate(layer_specs(settings)):
-        if spec.engram:
-            out |= {f"layers.{i}.gate_sum": zero, f"layers.{i}.gate_count": zero}
-        if spec.feedforward == "moe":
-            out[f"layers.{i}.expert_tokens"] = zeros
-            out |= {f"layers.{i}.{name}": zero for name in names}
+        for component in layer_components(settings, spec).values():
+            for name, shape in component.sums(section_of(settings, component)).items():
+                if shape not in zeros:
+                    zeros[shape] = torch.zeros(shape, dtype=torch.float64, device=device)
+                out[f"layers.{i}.{name}"] = zeros[shape]
     return out
 
 
@@ -70,8 +68,8 @@ def apply_router_statistics(model: nn.Module, totals: dict[str, Tensor]) -> None
 
 def _counters(model: nn.Module) -> Iterator[tuple[str, Counters]]:
     for name, module in model.named_modules():
-        if isinstance(counters := getattr(module, "counters", None), Counters):
-            yield _layer(name), counters
+        if isinstance(module, CountingModule):
+            yield _layer(name), module.counters
 
 
 def _layer(module_name: str) -> str:

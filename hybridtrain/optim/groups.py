@@ -1,4 +1,4 @@
-"""Which optimizer and which group each parameter of the model goes to, by its name and its number of dims."""
+"""Which optimizer and which group each parameter of the model goes to, as it is declared."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from hybridtrain.model.component import Parameter
+from hybridtrain.model.lm import HybridLM
 from hybridtrain.optim.muon import Muon
 from hybridtrain.settings.tree import OptimSettings
 
@@ -23,9 +25,10 @@ def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim
     """
     members: dict[tuple[str, int], list[nn.Parameter]] = {}
     meshes: list[object] = []
-    for name, parameter in model.named_parameters():
-        kind = group_kind(name, parameter.ndim, optim.backbone == "muon")
-        if kind is None or not parameter.requires_grad:
+    parts = [module for module in model.modules() if isinstance(module, HybridLM)]
+    for parameter, declared in (pair for part in parts for pair in part.declared_parameters().values()):
+        kind = group_kind(declared, parameter.ndim, optim.backbone == "muon")
+        if not parameter.requires_grad:
             continue
         mesh = getattr(parameter, "device_mesh", None)
         if mesh not in meshes:
@@ -68,19 +71,11 @@ def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim
     return out
 
 
-def group_kind(name: str, ndim: int, muon: bool) -> str | None:
-    """ "decay" or "no_decay" (AdamW), "muon" or "muon_experts"; None for memory rows.
-
-    Norms, biases, the embedding and the short convolution are not decayed. Muon leaves the head and the
-    router to AdamW, as it does the embedding: their rows are looked up or compared one by one and are no
-    linear map between hidden states.
-    """
-    parts = name.split(".")
-    if "rows" in parts:
-        return None
-    if ndim < 2 or "embed" in parts or "conv" in parts or any("norm" in part for part in parts):
+def group_kind(declared: Parameter, ndim: int, muon: bool) -> str:
+    """ "decay" or "no_decay" (AdamW), "muon" or "muon_experts": stacks of matrices."""
+    if declared.group == "no_decay":
         return "no_decay"
-    if not muon or "head" in parts or "router" in parts:
+    if not muon or declared.group == "adamw":
         return "decay"
     return "muon" if ndim == 2 else "muon_experts"
 

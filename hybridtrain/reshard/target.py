@@ -16,7 +16,7 @@ from hybridtrain.errors import UserError
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.run.process_setup import resolve_layout
 from hybridtrain.run.run_folder import ADDRESSING
-from hybridtrain.settings.layers import engram_layers
+from hybridtrain.settings.layers import engram_layers, layer_specs
 from hybridtrain.settings.load import parse_settings
 from hybridtrain.settings.tree import DataSettings, Settings
 
@@ -89,7 +89,7 @@ def _beside_tokenizer(before: Settings, out: Path) -> list[str]:
 
 def _growth_problems(info: dict[str, Any], before: Settings, growth: Growth) -> list[str]:
     experts, out = before.model.moe.num_experts, []
-    if growth.experts is not None and not any("moe" in entry for entry in before.model.layers):
+    if growth.experts is not None and all(spec.feedforward != "moe" for spec in layer_specs(before)):
         out.append(f"--grow-experts {growth.experts}: no layer of model.layers is moe")
     elif growth.experts is not None and growth.experts <= experts:
         out.append(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
+from hybridtrain.model.registry import Components
 from hybridtrain.settings.tree import Settings
 
-MIXERS = ("attention",)
-FEEDFORWARDS = ("dense", "moe")
 MAX_LAYERS = 10_000
 _ENTRY = re.compile(r"(?:(\d+)\*)?(engram\+)?(\w+)\+(\w+)")
 
@@ -27,20 +27,25 @@ def layer_specs(settings: Settings) -> tuple[LayerSpec, ...]:
 
     Raises ValueError naming the entry that is not `[N*][engram+]MIXER+FEEDFORWARD`.
     """
-    specs: list[LayerSpec] = []
-    for entry in settings.model.layers:
+    return _specs(settings.model.layers, settings.model.components, settings.engram.enabled)
+
+
+@functools.lru_cache(maxsize=64)
+def _specs(layers: tuple[str, ...], components: tuple[str, ...], engram: bool) -> tuple[LayerSpec, ...]:
+    known, specs = Components.load(components), list[LayerSpec]()
+    for entry in layers:
         match = _ENTRY.fullmatch(entry.replace(" ", ""))
-        if match is None or match[3] not in MIXERS or match[4] not in FEEDFORWARDS or match[1] == "0":
+        legal = match is not None and match[3] in known.mixers and match[4] in known.feedforwards
+        if match is None or not legal or match[1] == "0":
             renamed = "; memory+ is engram+ now" if "memory+" in entry else ""
             raise ValueError(
                 f'model.layers: "{entry}" is not a layer; write "[N*][engram+]MIXER+FEEDFORWARD" '
-                f"with MIXER one of {', '.join(MIXERS)} and FEEDFORWARD one of "
-                f"{', '.join(FEEDFORWARDS)}{renamed}"
+                f"with MIXER one of {', '.join(known.mixers)} and FEEDFORWARD one of "
+                f"{', '.join(known.feedforwards)}{renamed}"
             )
         if len(specs) + (more := int(match[1] or 1)) > MAX_LAYERS:
             raise ValueError(f"model.layers: more than {MAX_LAYERS:,} layers")
-        spec = LayerSpec(bool(match[2]) and settings.engram.enabled, match[3], match[4])
-        specs += [spec] * more
+        specs += [LayerSpec(bool(match[2]) and engram, match[3], match[4])] * more
     return tuple(specs)
 
 

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.files.untrusted import UntrustedFileError, read_toml
+from hybridtrain.model.registry import ComponentsError, not_allowed
 from hybridtrain.settings.rules import contradictions
-from hybridtrain.settings.tree import Settings
+from hybridtrain.settings.tree import Settings, settings_class
 
 RENAMED = {"memory": "engram"}
 """Sections that had other names before version 0.1."""
@@ -23,7 +24,7 @@ RENAMED = {"memory": "engram"}
 def load_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
     """The settings in the TOML file `path` with `section.key=value` overrides applied in order.
 
-    Raises SettingsError listing every unknown key, wrong type and contradiction, each with its key.
+    The components that it names are imported: the user named the file. Raises SettingsError listing every unknown key, wrong type and contradiction, each with its key.
     """
     try:
         tree = read_toml(Path(path))
@@ -31,25 +32,56 @@ def load_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
         raise SettingsError(str(path), [f"cannot be read: {error.strerror}"]) from None
     except UntrustedFileError as error:
         raise SettingsError(str(path), [str(error).removeprefix(f"{path}: ")]) from None
-    return parse_settings(tree, overrides, source=str(path))
+    return parse_settings(tree, overrides, source=str(path), vouched=True)
 
 
-def parse_settings(tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "settings") -> Settings:
-    """The settings in a nested dict, with overrides; raises SettingsError as `load_settings` does."""
+def parse_settings(
+    tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "settings", vouched: bool = False
+) -> Settings:
+    """The settings in a nested dict, with overrides; raises SettingsError as `load_settings` does.
+
+    Where nobody vouches for the tree, as for a checkpoint's own, `model.components` in it may name only what
+    the user named too: in an override, or in `registry.allowing`.
+    """
     problems = [p for override in overrides if (p := _apply_override(tree, override))]
-    known = set(_leaf_keys(Settings)) | set(_section_keys(Settings))
+    names = _components(tree)
+    vouched = vouched or any(o.startswith("model.components=") for o in overrides)
+    if not vouched and (refused := not_allowed(names)):
+        raise SettingsError(source, [*problems, _refusal(refused)])
+    try:
+        kind = settings_class(names)
+    except ComponentsError as error:
+        raise SettingsError(source, [*problems, *error.problems]) from error
+    known = set(_leaf_keys(kind)) | set(_section_keys(kind))
     unknown = [key for key in _dict_keys(tree) if key not in known]
     problems += [f"{key}: {_renamed(key, known) or f'unknown key{_suggest(key, known)}'}" for key in unknown]
     for key in unknown:
         _remove(tree, key)
     try:
-        settings = Settings.model_validate_json(json.dumps(tree, default=str))
+        settings = kind.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise SettingsError(source, problems + _messages(error)) from None
     problems += contradictions(settings)
     if problems:
         raise SettingsError(source, problems)
     return settings
+
+
+def _components(tree: dict[str, Any]) -> tuple[str, ...]:
+    """`model.components` of a tree that nothing was checked in; none where it is of another kind."""
+    model = tree.get("model")
+    names = model.get("components") if isinstance(model, dict) else None
+    fine = isinstance(names, list) and all(isinstance(n, str) and n and "\0" not in n for n in names)
+    return tuple(names) if fine and names is not None else ()
+
+
+def _refusal(names: Sequence[str]) -> str:
+    how = " ".join(f"--components {name}" for name in names)
+    return (
+        f"model.components={json.dumps(names)}: these settings are not yours to vouch for by naming their "
+        f"folder, and to import them is to run their code; if you trust it, name it: {how}, or in your own "
+        "run's model.components"
+    )
 
 
 def dump_settings(settings: Settings) -> str:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 
-from hybridtrain.settings.layers import layer_specs
+from hybridtrain.model.registry import Components
+from hybridtrain.settings.layers import LayerSpec, layer_specs
 from hybridtrain.settings.section import Section, divisors_of
 from hybridtrain.settings.tree import DataSettings, Settings
 
@@ -17,16 +18,19 @@ WHOLE_BACKWARD = ("gpipe", "1f1b", "interleaved")
 def contradictions(s: Settings) -> list[str]:
     """Everything in which the sections do not fit each other, one line each with the nearest legal value."""
     out: list[str] = []
+    specs: tuple[LayerSpec, ...] = ()
     try:
-        layer_specs(s)
+        specs = layer_specs(s)
     except ValueError as error:
         out.append(str(error))
+    if s.model.residual not in (known := Components.load(s.model.components).residuals):
+        out.append(f'model.residual="{s.model.residual}" is not known; it may be {" or ".join(known)}')
     if not s.model.layers:
         out.append("model.layers is empty; a model needs at least one layer")
     engram = s.engram
     out += section_problems(s)
-    out += unfit_widths(s, 2 if s.train.precision == "bfloat16" else 4)
-    out += _useless_steps(s)
+    out += unfit_widths(s, 2 if s.train.precision == "bfloat16" else 4) if specs else []
+    out += _useless_steps(s, any(spec.engram for spec in specs))
     if s.train.global_batch % s.train.micro_batches:
         out.append(
             f"train.micro_batches={s.train.micro_batches} does not divide "
@@ -164,7 +168,7 @@ def notices(s: Settings) -> list[str]:
     return out
 
 
-def _useless_steps(s: Settings) -> list[str]:
+def _useless_steps(s: Settings, has_table: bool) -> list[str]:
     """Running means that never move, and decays: decoupled, they multiply weights by 1 - rate * decay, which
     must stay above 0.
     """
@@ -178,7 +182,7 @@ def _useless_steps(s: Settings) -> list[str]:
     rules = [("optim.lr", optim.lr, "optim.weight_decay", optim.weight_decay)]
     if optim.backbone == "muon":
         rules.append(("optim.muon_lr", optim.muon_lr, "optim.weight_decay", optim.weight_decay))
-    if engram.enabled and any("engram" in entry for entry in s.model.layers):
+    if has_table:
         table = optim.lr * engram.lr_multiplier
         rules.append(("optim.lr * engram.lr_multiplier", table, "engram.weight_decay", engram.weight_decay))
     return out + [
@@ -194,7 +198,7 @@ def unfit_widths(s: Settings, bytes_per_element: int) -> list[str]:
     16 bytes.
     """
     step = 16 // bytes_per_element
-    if not any("moe" in entry for entry in s.model.layers):
+    if not any(spec.feedforward == "moe" for spec in layer_specs(s)):
         return []
     return [
         f"{key}={width} is not a multiple of {step}, as grouped products need (rows of 16 bytes); "

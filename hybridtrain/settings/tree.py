@@ -6,14 +6,16 @@ contradictions raise one `SettingsError` that lists all of them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import functools
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from hybridtrain.model.engram import EngramSettings
 from hybridtrain.model.feedforwards.dense import DenseSettings
 from hybridtrain.model.feedforwards.moe import MoESettings
 from hybridtrain.model.mixers.attention import AttentionSettings
+from hybridtrain.model.registry import Components
 from hybridtrain.settings.section import Axis, Fraction, Natural, NonNegative, Positive, Section
 
 
@@ -62,7 +64,14 @@ class ModelSettings(Section):
         ("attention+dense", "engram+attention+moe", "2*attention+moe"),
         description='one entry a layer, "[N*][engram+]MIXER+FEEDFORWARD"; N repeats it',
     )
-    residual: Literal["add"] = Field("add", description="how a layer's output joins the stream")
+    residual: str = Field(
+        "add", description="how a layer's output joins the stream: add, or one of `components`"
+    )
+    components: tuple[str, ...] = Field(
+        (),
+        description="modules or .py files, imported for mixers, feed-forwards and residual schemes of their own, "
+        "each with a section [model.NAME]",
+    )
     vocab_size: Natural = Field(
         0, description="rows of embedding and head; 0: the tokenizer's entries, more pads them"
     )
@@ -263,3 +272,26 @@ class Settings(Section):
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     kernels: KernelSettings = KernelSettings()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not self.model.components:
+            return super().__reduce_ex__(protocol)
+        return _restore, (self.model.components, self.model_dump_json())
+
+
+@functools.cache
+def settings_class(components: tuple[str, ...]) -> type[Settings]:
+    """The tree with a section [model.NAME] for each component of these modules that has something to set.
+
+    Imports them. Raises ComponentsError as `Components.load` does.
+    """
+    sections = {c.name: c.section for c in Components.load(components).added if c.section.model_fields}
+    if not sections:
+        return Settings
+    mounted: dict[str, Any] = {name: (section, section()) for name, section in sections.items()}
+    model: Any = create_model("ModelSettings", __base__=ModelSettings, **mounted)
+    return create_model("Settings", __base__=Settings, model=(model, model()))
+
+
+def _restore(components: tuple[str, ...], text: str) -> Settings:
+    return settings_class(components).model_validate_json(text)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain.kernels.choose import TORCH, Backends
+from hybridtrain.model.exchanges import local_dispatch
 from hybridtrain.model.feedforwards.moe import DROPPED, GroupedExperts, MoESettings, Router
 from hybridtrain.parallel import collectives
 from hybridtrain.parallel.experts import AllToAllDispatch, DispatchMemoryError, ExpertExchange, Hop
@@ -190,7 +191,7 @@ def test_equals_the_local_dispatch(size: int, node_sizes: list[int]) -> None:
 
 
 def check_group_limits(node_size: int, top_k: int, most: int) -> None:
-    """With 4 groups of 2 experts over 4 ranks: how many nodes a token visits, with the limit and without it."""
+    """With 4 groups of 2 experts over 4 ranks: how many nodes a token visits, with the limit and without."""
     mesh = mesh_here(ep=4, node_size=node_size)
     visits = []
     for limit in ({"num_groups": 4, "top_groups": most}, {}):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.kernels.moe_swiglu.op import Choice, ExpertWeights, moe_swiglu
 from hybridtrain.kernels.router_topk.op import Routing, Rule, router_topk
-from hybridtrain.model.common import Counters, local, uncompiled
+from hybridtrain.model.common import CountingModule, local, uncompiled
 from hybridtrain.model.component import Cut, FeedForward, Frame, Parameter
 from hybridtrain.model.exchanges import Exchanges
 from hybridtrain.model.feedforwards.dense import SWIGLU, SwiGLU
@@ -73,7 +73,7 @@ class MoESettings(Section):
         return out
 
 
-class Router(nn.Module):
+class Router(CountingModule):
     """Top-k routing with a selection bias, group limits, a global load-balance loss and a z-loss.
 
     `bias_E` shifts the selection and never the gates (arXiv 2408.15664). `load_E` is the share of each expert
@@ -91,7 +91,6 @@ class Router(nn.Module):
             moe.top_k, moe.score, moe.normalize_gates, moe.gate_scale, moe.num_groups, moe.top_groups
         )
         self.tokens_per_step = tokens_per_step
-        self.counters = Counters()
         self.weight = nn.Parameter(torch.empty(moe.num_experts, dim))
         self.register_buffer("bias_E", torch.empty(moe.num_experts, dtype=torch.float32))
         self.register_buffer("load_E", torch.empty(moe.num_experts, dtype=torch.float32))
@@ -184,7 +183,7 @@ class GroupedExperts(nn.Module):
 DROPPED = -1  # no expert's number
 
 
-class MoE(nn.Module):
+class MoE(CountingModule):
     """Routed experts and, where asked for, shared experts that see every token.
 
     With `moe.capacity` an expert takes the first `most` pairs of each sequence and drops the later ones: a
@@ -201,7 +200,6 @@ class MoE(nn.Module):
         )
         even = frame.seq_len * moe.top_k / moe.num_experts
         self.most = math.ceil(moe.capacity * even) if moe.capacity else None
-        self.counters = Counters()
         self.dispatch = exchanges.dispatch(moe.num_experts, self.most is not None, frame.path)
         self.position_in_expert = exchanges.position_in_expert
 

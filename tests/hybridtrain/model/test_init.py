@@ -12,23 +12,27 @@ from torch import Tensor
 
 from hybridtrain.model import init
 from hybridtrain.model.cost import count_parameters, flops_per_token
-from hybridtrain.model.init import TABLE_BLOCK, Draw, draw, init_parameters, init_table
+from hybridtrain.model.init import TABLE_BLOCK, Draw, constant, draw, init_parameters, init_table
 from hybridtrain.model.lm import HybridLM
 from hybridtrain.settings.load import parse_settings
 from hybridtrain.settings.tree import Settings
 
 
-@pytest.mark.parametrize(
-    "name", ["layers.1.feedforward.experts.w_up", "layers.1.mixer.wq.weight", "norm.weight", "x.conv"]
-)
+@pytest.mark.parametrize("name", ["layers.1.feedforward.experts.w_up", "layers.1.mixer.wq.weight", "x.conv"])
 def test_a_slice_is_a_slice_of_the_whole(name: str) -> None:
-    std = {"norm.weight": None, "x.conv": 0.0}.get(name, 0.5)
+    std = 0.0 if name == "x.conv" else 0.5
     whole = draw(name, (6, 4, 3), 7, std)
     parts = [draw(name, (6, 4, 3), 7, std, rows=slice(a, b)) for a, b in ((0, 1), (1, 5), (5, 5), (5, None))]
     assert torch.equal(torch.cat(parts), whole)
     if std:
         assert not torch.equal(whole, draw(name, (6, 4, 3), 8, std))
         assert not torch.equal(whole, draw(name + "x", (6, 4, 3), 7, std))
+
+
+def test_a_slice_of_a_constant() -> None:
+    part = constant((6, 4), 0.5, slice(1, 4), (slice(0, 2),))
+    assert part.shape == (3, 2)
+    assert (part == 0.5).all()
 
 
 def test_what_fits_one_generator_is_drawn_by_one() -> None:
@@ -93,7 +97,7 @@ def test_scales() -> None:
         elif name.endswith(".conv"):
             assert (parameter == 0).all(), name
         else:
-            residual = any(part in name for part in (".wo.", "w_down", "memory.wv"))
+            residual = any(part in name for part in (".wo.", "w_down", "engram.wv"))
             assert abs(parameter.std().item() / (scaled if residual else 0.02) - 1) < 0.1, name
     assert (model.layers["1"].feedforward.router.load_E == 1 / 8).all()
 

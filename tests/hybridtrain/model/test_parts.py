@@ -22,7 +22,7 @@ def settings(tied: bool = False) -> Settings:
     layers = ("attention+dense", "engram+attention+moe", "attention+moe", "engram+attention+dense")
     moe = MoESettings(num_experts=4, hidden=16, aux_weight=0.01, z_weight=0.01)
     model = ModelSettings(dim=32, layers=layers, tie_embeddings=tied, dense=DenseSettings(hidden=16), moe=moe)
-    return Settings(model=model, memory=EngramSettings(head_dim=8))
+    return Settings(model=model, engram=EngramSettings(head_dim=8))
 
 
 def build(s: Settings, part: Part | None = None, rows: StepRows | None = None) -> HybridLM:

@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from hybridtrain.model.build import model_parameters
+from hybridtrain.model.component import Cut, Parameter
+from hybridtrain.model.lm import HybridLM
 from hybridtrain.optim.groups import build_optimizers, group_kind, set_learning_rates
 from hybridtrain.optim.muon import Muon
+from hybridtrain.settings.load import parse_settings
 from hybridtrain.settings.tree import OptimSettings
 
 DECAY = [
@@ -24,11 +28,16 @@ NO_DECAY = [
 EXPERTS = ["layers.1.feedforward.experts.w_gate", "layers.1.feedforward.experts.w_down"]
 
 
-class Named(nn.Module):
+DECLARED = model_parameters(
+    parse_settings({}, ["model.layers=['engram+attention+dense', 'engram+attention+moe']"])
+)
+
+
+class Named(HybridLM):
     """A module tree with parameters of the given dotted names; experts are 3-D, norms 1-D, the rest 2-D."""
 
     def __init__(self, names, mesh=None):
-        super().__init__()
+        nn.Module.__init__(self)
         for name in names:
             *path, leaf = name.split(".")
             node: nn.Module = self
@@ -41,6 +50,10 @@ class Named(nn.Module):
             if mesh is not None and mesh(name) is not None:
                 parameter.device_mesh = mesh(name)
             node.register_parameter(leaf, parameter)
+
+
+    def declared_parameters(self):
+        return {n: (p, DECLARED[n]) for n, p in self.named_parameters() if not n.startswith("rows.")}
 
 
 class FakeMesh:
@@ -101,18 +114,17 @@ def test_memory_rows_and_frozen_parameters_are_left_out(backbone):
 
 
 @pytest.mark.parametrize(
-    ("name", "ndim", "kind"),
+    ("group", "ndim", "kind"),
     [
-        ("rows.leaf0", 2, None),
-        ("1.rows.leaf0", 2, None),
-        ("1.embed.weight", 2, "no_decay"),
-        ("_orig_mod.head.weight", 2, "decay"),
-        ("layers.3.feedforward.shared.w_up.weight", 2, "muon"),
-        ("layers.3.mixer.wq.bias", 1, "no_decay"),
+        ("no_decay", 2, "no_decay"),
+        ("adamw", 2, "decay"),
+        ("matrix", 2, "muon"),
+        ("matrix", 3, "muon_experts"),
     ],
 )
-def test_prefixes_do_not_hide_a_name(name, ndim, kind):
-    assert group_kind(name, ndim, muon=True) == kind
+def test_the_declared_group_says_who_updates(group, ndim, kind):
+    assert group_kind(Parameter(Cut.WHOLE, group=group), ndim, muon=True) == kind
+    assert group_kind(Parameter(Cut.WHOLE, group=group), ndim, muon=False).removeprefix("no_") == "decay"
 
 
 def test_meshes_do_not_share_groups():
@@ -126,8 +138,8 @@ def test_meshes_do_not_share_groups():
         "decay@dp_shardxtp": ["head.weight", "layers.0.mixer.wq.weight"],
         "decay": [
             "layers.0.feedforward.w_up.weight",
-            "layers.1.feedforward.router.weight",
             "layers.1.engram.wk.weight",
+            "layers.1.feedforward.router.weight",
         ],
         "decay@edp": ["layers.1.feedforward.experts.w_gate"],
         "decay@edp#2": ["layers.1.feedforward.experts.w_down"],

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.model.build import build
-from hybridtrain.model.exchanges import LOCAL, position_in_expert
+from hybridtrain.model.build import build as build_component
+from hybridtrain.model.component import LOCAL_WIRING
+from hybridtrain.model.exchanges import position_in_expert
 from hybridtrain.model.feedforwards.moe import MOE, MoE
 from hybridtrain.model.statistics import apply_router_statistics, collect, reset
 from hybridtrain.settings.tree import Settings
@@ -26,7 +27,7 @@ def build(**moe: Any) -> MoE:
             "train": {"global_batch": 4, "seq_len": 32},
         }
     )
-    layer = build(settings, MOE, "layers.0.feedforward", LOCAL)
+    layer = build_component(settings, MOE, "layers.0.feedforward", LOCAL_WIRING).module
     assert isinstance(layer, MoE)
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
