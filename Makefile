@@ -59,7 +59,7 @@ test-fuzz: $(READY)
 test-gpu: $(READY)
 	@$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'no CUDA device here: make test-gpu needs one GPU')" || exit 2
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q $(wildcard tests/kernels/*/test_kernel.py tests/kernels/*/test_fp8.py)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q $(wildcard tests/kernels/*/test_*kernel.py tests/kernels/*/test_fp8.py)
 	$(BIN)/hybridtrain kernels bench
 
 # What builds the site is installed by this target alone, the first time and when its versions change.

@@ -262,7 +262,7 @@ def kernels_report(
     """Compile every kernel for real GPUs, with none here: registers, spills, memory accesses, tensor cores,
     roofline.
     """
-    from hybridtrain.kernels.choose import TRITON_OPS
+    from hybridtrain.kernels.ops import TRITON_OPS
     from hybridtrain.kernels.report.command import requirements, unknown, write_page
     from hybridtrain.kernels.report.hardware import TARGETS
     from hybridtrain.kernels.report.table import markdown, report, to_json

@@ -1,118 +1,53 @@
-"""Which implementation carries each op: chosen once, from the settings, and said aloud in the run header.
+"""What an operation may be carried by, and what carries it in a run.
 
-`auto` is torch's formulation on the CPU and, on a GPU, what `ON_GPU` says. An implementation that is asked
-for by name and missing is refused with what is missing. The choice is the process's, like torch's own
-backends: an op asks `chosen` at each call.
+An op.py declares its operation as an `Op`; ops.py lists them and resolves the settings to `Backends`, which
+is the last argument of every op. Nothing is kept in the process.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-# what a run may choose for each op it uses; liger-kernel and apex are asked for their own fused form
-OPS: dict[str, tuple[str, ...]] = {
-    "rms_norm": ("torch", "triton", "liger", "apex"),
-    "swiglu": ("torch", "triton", "liger"),
-    "rope": ("torch", "triton"),
-    "segment_sum": ("torch", "triton"),
-    "permute": ("torch", "triton"),
-    "cross_entropy": ("torch", "triton"),
-    "grouped_mlp": ("torch", "triton", "fp8"),  # fp8: Triton's with FP8 operands
-    "router_topk": ("torch", "triton"),
-    "engram_gate": ("torch", "triton"),
-    "short_conv": ("torch", "triton"),
-    "row_gather": ("torch", "triton"),
-    "rowwise_adam": ("torch", "triton"),
-    "depth_attention": (
-        "torch",
-        "triton",
-    ),  # no part of a model asks for it yet, so settings have no key for it
-}
-# torch has a fused RMSNorm and cuBLAS' grouped products, both at full speed; the other ops it composes of
-# several passes
-ON_GPU = dict.fromkeys(OPS, "triton") | {"rms_norm": "torch", "grouped_mlp": "torch"}
 
-# every folder with a kernel.py: those above, and the hash, which is made on the CPU ahead of its step
-TRITON_OPS = (*OPS, "engram_hash")
+@dataclass(frozen=True)
+class Op:
+    """What there is to know of an operation, declared once.
 
-_MODULES = {"triton": "triton", "fp8": "triton", "liger": "liger_kernel", "apex": "apex"}
-_table: dict[str, str] = {}
-_device_type = "cpu"
-
-
-class KernelChoiceError(ValueError):
-    """An implementation was asked for that is not here; `problems` lists all of them."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
-
-
-def resolve(wanted: Mapping[str, str], device_type: str) -> dict[str, str]:
-    """The implementation of every op in OPS, where `wanted` names one or `auto`, on devices of the type.
-
-    Raises KernelChoiceError listing everything that is missing.
+    name: its key in [kernels] and its line in the header of a run
+    torch: torch's formulation in words, for the header; torch_on_gpu: on a GPU, where that is another
+    implementations: what [kernels] may name beside `auto`
+    on_gpu: what `auto` is on a GPU; on the CPU it is torch's formulation
+    sources: modules with its Triton kernels, whose `cases()` the report compiles
+    keeps: torch's operations (of torch.ops.aten) in it whose results `train.recompute=selective` keeps
+    has_key: whether [kernels] has a key for it: a model asks for it, and there is a choice
     """
-    problems, table = [], {}
-    for op, known in OPS.items():
-        choice = wanted.get(op, "auto")
-        if choice == "auto":
-            choice = (
-                ON_GPU[op] if device_type == "cuda" and _missing(ON_GPU[op], device_type) is None else "torch"
-            )
-        elif choice not in known:
-            problems.append(f"kernels.{op}={choice} does not exist; it may be auto, {', '.join(known)}")
-        elif (missing := _missing(choice, device_type)) is not None:
-            problems.append(f"kernels.{op}={choice} needs {missing}; it may be auto or torch here")
-        table[op] = choice
-    if problems:
-        raise KernelChoiceError(problems)
-    return table
+
+    name: str
+    torch: str
+    implementations: tuple[str, ...] = ("torch", "triton")
+    on_gpu: str = "triton"
+    torch_on_gpu: str = ""
+    sources: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
+    has_key: bool = True
 
 
-def use(table: Mapping[str, str], device_type: str = "cpu") -> None:
-    """From now on ops of this process on devices of the type take what the table says; all others take
-    torch's formulation.
-    """
-    global _device_type
-    _device_type = device_type
-    _table.clear()
-    _table.update(table)
+@dataclass(frozen=True)
+class Backends:
+    """What carries each operation, by its name, on devices of one type; torch carries those not named."""
+
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    device_type: str = "cpu"
+
+    def of(self, op: Op, x: Tensor) -> str:
+        """What carries a call with `x`: torch for a DTensor and on other devices (a GPU's host)."""
+        if hasattr(x, "to_local") or x.device.type != self.device_type:
+            return "torch"
+        return self.chosen.get(op.name, "torch")
 
 
-def table() -> dict[str, str]:
-    """What `use` was given last."""
-    return dict(_table)
-
-
-def chosen(op: str, x: Tensor) -> str:
-    """The implementation of `op` for a call with `x`; torch's, whatever was chosen, for a DTensor and on a
-    GPU's host.
-    """
-    return "torch" if hasattr(x, "to_local") or x.device.type != _device_type else _table.get(op, "torch")
-
-
-def _missing(implementation: str, device_type: str) -> str | None:
-    """What the implementation lacks here, in words; None where it is here."""
-    if implementation == "torch":
-        return None
-    module = _MODULES[implementation]
-    if importlib.util.find_spec(module) is None:
-        return f"the package {module.replace('_', '-')}"
-    interpreted = module == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device_type != "cuda" and not interpreted:
-        return "a CUDA device" + (
-            " (or TRITON_INTERPRET=1, which is for tests)" if module == "triton" else ""
-        )
-    if (
-        implementation == "fp8"
-        and not interpreted
-        and (torch.version.hip or torch.cuda.get_device_capability() < (8, 9))
-    ):
-        return "an NVIDIA GPU of compute capability 8.9 or higher"
-    return None
+TORCH = Backends()
+"""torch's formulation of every operation."""

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.kernels.document_attention.op import document_attention
-from hybridtrain.kernels.short_conv.op import short_conv
+from hybridtrain.kernels.engram.op import ConvRule, short_conv
 from hybridtrain.model.common import SequenceContext
-from hybridtrain.model.exchanges import affine_scan, position_in_expert
+from hybridtrain.model.exchanges import Convolve, affine_scan, position_in_expert
 from hybridtrain.parallel.collectives import Group, all_gather_autograd
 
 
@@ -26,8 +26,8 @@ class ContextParallel:
     """This rank's chunks, and the exchanges that a layer needs: keys and values, the state of a scan, the
     convolution's left edge, and under a capacity who chose which expert."""
 
-    def __init__(self, group: Group, seq_len: int) -> None:
-        self.group = group
+    def __init__(self, group: Group, seq_len: int, convolve: Convolve = short_conv) -> None:
+        self.group, self._convolve = group, convolve
         self.chunk = seq_len // (2 * group.size)
         self.chunks = (group.rank, 2 * group.size - 1 - group.rank)
         every = [chunk for rank in range(group.size) for chunk in (rank, 2 * group.size - 1 - rank)]
@@ -103,13 +103,12 @@ class ContextParallel:
         weight_D: Tensor,
         kernel_JD: Tensor,
         documents_BT: Tensor | None,
-        dilation: int,
-        eps: float,
+        rule: ConvRule,
     ) -> Tensor:
         """The short convolution with its norm, each chunk with the tokens left of it from the rank that has
         them.
         """
-        halo = (kernel_JD.size(0) - 1) * dilation
+        halo = (kernel_JD.size(0) - 1) * rule.dilation
         tails = torch.stack([chunk[:, self.chunk - halo :] for chunk in x_BtD.chunk(2, dim=1)])
         gathered = all_gather_autograd(tails, self.group).flatten(
             0, 1
@@ -127,7 +126,7 @@ class ContextParallel:
                 )
                 documents = torch.cat([before, documents_BT[:, start : start + self.chunk]], dim=1)
             wide = torch.cat([left, x_BCD], dim=1)
-            out.append(short_conv(wide, weight_D, kernel_JD, documents, dilation, eps)[:, halo:])
+            out.append(self._convolve(wide, weight_D, kernel_JD, documents, rule)[:, halo:])
         return torch.cat(out, dim=1)
 
     def position_in_expert(self, experts_BtK: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.model.component import Wiring
-from hybridtrain.model.exchanges import LOCAL, Dispatch, Exchanges, local_dispatch
+from hybridtrain.model.exchanges import Dispatch, Exchanges, local_dispatch, local_exchanges
 from hybridtrain.parallel.compile import CompiledLayer, prepare_compiler
 from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.experts import AllToAllDispatch, SharedWidthDispatch
@@ -23,15 +24,22 @@ from hybridtrain.parallel.recompute import recomputed
 from hybridtrain.parallel.tensor import VocabularyLogits, VocabularyLoss, WholeSequences
 
 
-def wire(mesh: Mesh, seq_len: int, recompute: str = "none", *, compiled: bool = False) -> Wiring:
+def wire(
+    mesh: Mesh,
+    seq_len: int,
+    recompute: str = "none",
+    *,
+    compiled: bool = False,
+    backends: Backends = TORCH,
+) -> Wiring:
     """What a model of sequences of `seq_len` tokens is built with on this rank.
 
     Its layers are compiled where `compiled` says so, and run again in the backward pass as `recompute` says:
     "none", "selective" or "full".
     """
-    whole, positions_T = replace(LOCAL, dispatch=partial(_dispatch, mesh)), None
+    whole, positions_T = replace(local_exchanges(backends), dispatch=partial(_dispatch, mesh, backends)), None
     if mesh.cp.size > 1:
-        context = ContextParallel(mesh.cp, seq_len)
+        context = ContextParallel(mesh.cp, seq_len, whole.convolve)
         positions_T = context.positions().to(mesh.device)
         whole = replace(
             whole,
@@ -40,7 +48,7 @@ def wire(mesh: Mesh, seq_len: int, recompute: str = "none", *, compiled: bool = 
             convolve=context.convolve,
             position_in_expert=context.position_in_expert,
         )
-    shards = _on_shards(whole, mesh) if mesh.tp.size > 1 else whole
+    shards = _on_shards(whole, mesh, backends) if mesh.tp.size > 1 else whole
     if compiled:
         prepare_compiler()
 
@@ -48,10 +56,10 @@ def wire(mesh: Mesh, seq_len: int, recompute: str = "none", *, compiled: bool = 
         # recomputation is around compilation: it runs again what was compiled
         return recomputed(CompiledLayer(compute) if compiled else compute, recompute)
 
-    return Wiring(whole, shards, positions_T, wrap_layer)
+    return Wiring(whole, shards, positions_T, wrap_layer, backends)
 
 
-def _on_shards(whole: Exchanges, mesh: Mesh) -> Exchanges:
+def _on_shards(whole: Exchanges, mesh: Mesh, backends: Backends) -> Exchanges:
     """The exchanges for tensors of which this rank has its part of each sequence."""
 
     def gathered(function: Callable[..., Tensor], tensors: int) -> WholeSequences:
@@ -63,15 +71,15 @@ def _on_shards(whole: Exchanges, mesh: Mesh) -> Exchanges:
         scan=gathered(whole.scan, 2),
         convolve=gathered(whole.convolve, 1),
         position_in_expert=gathered(whole.position_in_expert, 1),
-        head_loss=VocabularyLoss(mesh.tp),
+        head_loss=VocabularyLoss(mesh.tp, backends=backends),
         logits=VocabularyLogits(mesh.tp),
     )
 
 
-def _dispatch(mesh: Mesh, num_experts: int, drops: bool, path: str) -> Dispatch:
+def _dispatch(mesh: Mesh, backends: Backends, num_experts: int, drops: bool, path: str) -> Dispatch:
     inner = local_dispatch(num_experts, drops, path)
     if mesh.ep.size > 1:
-        inner = AllToAllDispatch(mesh.ep_levels, num_experts, path)
+        inner = AllToAllDispatch(mesh.ep_levels, num_experts, path, backends)
     if mesh.layout.etp == 1:
         return inner
     # around the dispatch over ep: that takes each token to all parts of its experts' width

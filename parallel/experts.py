@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.kernels.permute.op import collect, sort_by_destination, spread
 from hybridtrain.model.exchanges import Dispatch
 from hybridtrain.parallel.async_all_to_all import all_to_all_autograd, start_all_to_all
@@ -76,8 +77,10 @@ class AllToAllDispatch:
     Pairs whose expert is outside 0..num_experts-1 are absent: they go nowhere.
     """
 
-    def __init__(self, groups: Sequence[Group], num_experts: int, layer: str = "MoE") -> None:
-        self.groups, self.num_experts, self.layer = groups, num_experts, layer
+    def __init__(
+        self, groups: Sequence[Group], num_experts: int, layer: str = "MoE", backends: Backends = TORCH
+    ) -> None:
+        self.groups, self.num_experts, self.layer, self.backends = groups, num_experts, layer, backends
 
     def __call__(
         self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Experts
@@ -90,13 +93,13 @@ class AllToAllDispatch:
         """
         # where every rank has as many tokens, and every expert gets as many of them
         even = experts_NK.numel()
-        hop = Hop(self.groups[0], self.num_experts, self.layer, even)
+        hop = Hop(self.groups[0], self.num_experts, self.layer, even, self.backends)
         first = ExpertExchange.dispatch(hop, x_ND, experts_NK, gates_NK)
 
         def finish() -> Tensor:
             trips, arrived = [first], first.arrive()
             for group in self.groups[1:]:
-                hop = Hop(group, trips[-1].here, self.layer, even)
+                hop = Hop(group, trips[-1].here, self.layer, even, self.backends)
                 trips.append(ExpertExchange.dispatch(hop, *arrived))
                 arrived = trips[-1].arrive()
             x_QD, experts_QK, gates_QK = arrived
@@ -117,6 +120,7 @@ class Hop:
     num_experts: int  # of the whole group
     layer: str
     even: int
+    backends: Backends = TORCH
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,15 @@ class ExpertExchange:
     receive: list[int]
     # x_QD, experts_QK from 0 here, gates_QK; to be called once
     arrive: Callable[[], tuple[Tensor, Tensor, Tensor]]
+    backends: Backends
 
     @classmethod
     def dispatch(cls, hop: Hop, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> ExpertExchange:
         """Collective over the hop's group."""
         group, here = hop.group, hop.num_experts // hop.group.size
-        order_Q, inverse_NK, asked_R2 = sort_by_destination(experts_NK, hop.num_experts, group.size)
+        order_Q, inverse_NK, asked_R2 = sort_by_destination(
+            experts_NK, hop.num_experts, group.size, hop.backends
+        )
         # where the host waits for the device
         both = read_numbers(torch.stack([asked_R2, exchange_counts(asked_R2, group)]))
         send, receive = ([tokens for tokens, _ in side] for side in both)
@@ -151,16 +158,25 @@ class ExpertExchange:
             local_PK = experts_NK[order_P // experts_NK.size(1)] - rank_P[:, None] * here
             local_QK = all_to_all(local_PK, send, receive, group)
             start = partial(start_all_to_all, send=send, receive=receive, group=group, guard=load.guard)
-            finish_gates, finish_x = (start(spread(rows, order_P, inverse_NK)) for rows in (gates_NK, x_ND))
+            finish_gates, finish_x = (
+                start(spread(rows, order_P, inverse_NK, hop.backends)) for rows in (gates_NK, x_ND)
+            )
         return cls(
-            load, here, order_P, inverse_NK, send, receive, lambda: (finish_x(), local_QK, finish_gates())
+            load,
+            here,
+            order_P,
+            inverse_NK,
+            send,
+            receive,
+            lambda: (finish_x(), local_QK, finish_gates()),
+            hop.backends,
         )
 
     def combine(self, y_QD: Tensor) -> Tensor:
         """Send each received token's result back, and add up those of each token here: [N, D]."""
         with self.load.guard():
             y_PD = all_to_all_autograd(y_QD, self.receive, self.send, self.load.group, self.load.guard)
-            return collect(y_PD, self.order_P, self.inverse_NK)
+            return collect(y_PD, self.order_P, self.inverse_NK, self.backends)
 
 
 @replayed

@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from hybridtrain.kernels.ops import OPS
 from hybridtrain.model.common import not_counting
 from hybridtrain.parallel.replay import Replay
 
@@ -26,11 +27,7 @@ PRODUCTS = {
     _ATEN.mm.default,
     _ATEN.bmm.default,
     _ATEN.addmm.default,
-    _ATEN._grouped_mm.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    _ATEN._scaled_dot_product_flash_attention.default,
-    _ATEN._scaled_dot_product_efficient_attention.default,
-    _ATEN._scaled_dot_product_cudnn_attention.default,
+    *(getattr(_ATEN, name).default for op in OPS.values() for name in op.keeps),
 }
 """What `selective` keeps: the results of nearly all of a layer's arithmetic."""
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.kernels.row_gather.op import pack, unpack
-from hybridtrain.kernels.segment_sum import segment_sum
+from hybridtrain.kernels.choose import TORCH, Backends
+from hybridtrain.kernels.rows.op import pack, segment_sum, unpack
 from hybridtrain.parallel.async_all_to_all import begin_all_to_all
 from hybridtrain.parallel.collectives import (
     Group,
@@ -212,14 +212,15 @@ def _true_in_parts(mask: Tensor, sizes: list[int]) -> list[int]:
 
 
 class CommDtypes(NamedTuple):
-    """What rows, and their gradients, are while they travel: as they are, or narrower (see row_gather). The
-    same on every rank.
+    """What rows, and their gradients, are while they travel: as they are, or narrower (see kernels/rows); and
+    what packs and sums them. The same on every rank.
 
     Also what stays on its rank is made narrower, so that a run does not depend on where its rows are.
     """
 
     rows: str = "exact"
     gradients: str = "exact"
+    backends: Backends = TORCH
 
 
 AS_THEY_ARE = CommDtypes()
@@ -249,7 +250,7 @@ class RowExchange:
         """The route's rows as they are now, `[U, D]` where it is a whole plan, in ascending order of their
         ids: one all-to-all.
         """
-        sent = self.upload(pack(self.table, route.wanted_Q, self.wires.rows))
+        sent = self.upload(pack(self.table, route.wanted_Q, self.wires.rows, self.wires.backends))
         return self._unpack(
             checked_all_to_all(sent, route.receive, route.send, self.mem, "rows", self.checksum)
         )
@@ -257,7 +258,10 @@ class RowExchange:
     def begin(self, route: AllToAllSplits, rows_QD: Tensor) -> RowsInFlight:
         """Send the rows that this owner is asked for, beside what follows."""
         return RowsInFlight(
-            self.upload(pack(rows_QD, None, self.wires.rows)), route, self.ahead, self.checksum
+            self.upload(pack(rows_QD, None, self.wires.rows, self.wires.backends)),
+            route,
+            self.ahead,
+            self.checksum,
         )
 
     def complete(self, plan: RowPlan, arrival: RowsInFlight) -> Tensor:
@@ -275,14 +279,14 @@ class RowExchange:
         """Add the gradients of the plan's rows, from all ranks of `mem`, to the step's touched rows: one
         all-to-all.
         """
-        sent = pack(grad_UD, None, self.wires.gradients)
+        wire, backends = self.wires.gradients, self.wires.backends
+        sent = pack(grad_UD, None, wire, backends)
         received = checked_all_to_all(sent, plan.send, plan.receive, self.mem, "row gradients", self.checksum)
-        total_ND += segment_sum(
-            unpack(received, grad_UD.shape[1], self.wires.gradients), plan.slot_Q, len(total_ND)
-        )
+        rows_QD = unpack(received, grad_UD.shape[1], wire, backends)
+        total_ND += segment_sum(rows_QD, plan.slot_Q, len(total_ND), backends)
 
     def _unpack(self, payload: Tensor) -> Tensor:
-        return unpack(payload, self.table.shape[1], self.wires.rows)
+        return unpack(payload, self.table.shape[1], self.wires.rows, self.wires.backends)
 
     def reduce_replicas(self, total_ND: Tensor) -> None:
         """Sum the step's row gradients over the replicas of this shard, so that they stay bitwise equal."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.kernels.cross_entropy.op import partial_gradient, partial_sums, wide_product
 from hybridtrain.model.common import local
 from hybridtrain.model.component import ComponentError, Cut, Placed
@@ -127,6 +128,7 @@ class VocabularyLoss:
 
     group: Group
     ignored: int = -100
+    backends: Backends = TORCH
 
     def __call__(self, h_BSD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
         h_ND = gather_sequence(h_BSD, self.group).flatten(0, 1)
@@ -144,14 +146,14 @@ class _VocabularyLoss(torch.autograd.Function):
         group = head.group
         highest_N, summed_N, chosen_N = (h_ND.new_empty(len(h_ND), dtype=torch.float32) for _ in range(3))
         for block in _blocks(h_ND, weight_WD):
-            parts = partial_sums(h_ND[block] @ weight_WD.T, targets_N[block], first)
+            parts = partial_sums(h_ND[block] @ weight_WD.T, targets_N[block], first, head.backends)
             highest_N[block], summed_N[block], chosen_N[block] = parts
         top_N = all_reduce_(highest_N.clone(), group, dist.ReduceOp.MAX)
         both = torch.stack([summed_N * (highest_N - top_N).exp(), chosen_N])
         summed_N, chosen_N = all_reduce_(both, group).unbind()
         normalizer_N = top_N + summed_N.log()
         keep_N = targets_N != head.ignored
-        ctx.first = first
+        ctx.first, ctx.backends = first, head.backends
         ctx.save_for_backward(h_ND, weight_WD, normalizer_N, targets_N, keep_N)
         return ((top_N - chosen_N + summed_N.log()) * keep_N).sum()
 
@@ -165,9 +167,8 @@ class _VocabularyLoss(torch.autograd.Function):
         scale_N = keep_N * grads[0]
         for block in _blocks(h_ND, weight_WD):
             h = h_ND[block]
-            grad = partial_gradient(
-                h @ weight_WD.T, targets_N[block], ctx.first, normalizer_N[block], scale_N[block]
-            )
+            softmax = normalizer_N[block], scale_N[block]
+            grad = partial_gradient(h @ weight_WD.T, targets_N[block], ctx.first, *softmax, ctx.backends)
             torch.mm(grad, weight_WD, out=grad_h[block])
             if h.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad.T, h)

@@ -34,7 +34,7 @@ from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import UserError
 from hybridtrain.kernels.engram_hash.op import row_ids
-from hybridtrain.kernels.segment_sum import segment_sum
+from hybridtrain.kernels.rows.op import segment_sum
 from hybridtrain.launch.local import run_ranks
 from hybridtrain.model.engram import StepRows
 from hybridtrain.parallel.collectives import all_to_all, barrier, exchange_counts

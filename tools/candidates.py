@@ -15,25 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.kernels.cross_entropy import op as cross_entropy
-from hybridtrain.kernels.engram_gate import op as engram_gate
-from hybridtrain.kernels.engram_gate import reference as engram_gate_reference
+from hybridtrain.kernels.engram import op as engram
+from hybridtrain.kernels.engram import reference as engram_reference
 from hybridtrain.kernels.engram_hash import op as engram_hash
 from hybridtrain.kernels.engram_hash import reference as hash_reference
-from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.kernels.engram_hash.addressing import Addressing, TableShape
 from hybridtrain.kernels.grouped_mlp.op import grouped_swiglu
 from hybridtrain.kernels.linear_cross_entropy import op as linear_cross_entropy
-from hybridtrain.kernels.moe_swiglu.op import moe_swiglu
+from hybridtrain.kernels.moe_swiglu.op import Choice, ExpertWeights, moe_swiglu, sort_by_expert
+from hybridtrain.kernels.norms import op as norms
+from hybridtrain.kernels.norms import reference as norms_reference
 from hybridtrain.kernels.permute import op as permute
 from hybridtrain.kernels.permute import reference as permute_reference
-from hybridtrain.kernels.rms_norm import op as rms_norm
-from hybridtrain.kernels.rms_norm import reference as rms_norm_reference
-from hybridtrain.kernels.rope import op as rope
-from hybridtrain.kernels.rope import reference as rope_reference
 from hybridtrain.kernels.router_topk import op as router_topk
-from hybridtrain.kernels.row_gather import op as row_gather
-from hybridtrain.kernels.segment_sum import op as segment_sum
-from hybridtrain.kernels.short_conv import op as short_conv
-from hybridtrain.kernels.short_conv import reference as short_conv_reference
+from hybridtrain.kernels.rows import op as row_ops
 from hybridtrain.kernels.swiglu import op as swiglu
 from hybridtrain.kernels.swiglu import reference as swiglu_reference
 
@@ -68,9 +63,9 @@ def leaf(*shape: int, scale: float = 1.0) -> Tensor:
 
 def _norms(N: int, D: int) -> Iterator[Race]:
     forms: dict[str, Form] = {
-        "gradient by hand": lambda x, w: rms_norm.rms_norm(x, w, 1e-6),
+        "gradient by hand": lambda x, w: norms.rms_norm(x, w, 1e-6),
         "F.rms_norm": lambda x, w: F.rms_norm(x, w.shape, w, 1e-6),
-        "definition": lambda x, w: rms_norm_reference.rms_norm(x, w, 1e-6),
+        "definition": lambda x, w: norms_reference.rms_norm(x, w, 1e-6),
         "by hand, normed rows kept": lambda x, w: NormKept.apply(x, w, 1e-6),
     }
     yield Race("rms_norm", f"[{N}, {D}]", (leaf(N, D), leaf(D)), forms)
@@ -97,11 +92,11 @@ def _elementwise(N: int, D: int) -> Iterator[Race]:
         f"[{N // T}, {T}, 4, 32]",
         (leaf(N // T, T, 4, 32),),
         {
-            "complex product": lambda x: rope.rope(x, turn),
+            "complex product": lambda x: norms.rope(x, turn),
             "complex, broadcast": lambda x: torch.view_as_real(
                 torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn[:, None]
             ).flatten(-2),
-            "definition": lambda x: rope_reference.rope(x, real, None, 0.0),
+            "definition": lambda x: norms_reference.rope(x, real, None, 0.0),
             "swapped pairs": lambda x: _swapped_pairs(x, turn),
         },
     )
@@ -161,7 +156,7 @@ def _experts(N: int, D: int) -> Iterator[Race]:
     )
 
     def grouped(x: Tensor, gates: Tensor, *weights: Tensor) -> Tensor:
-        order, inverse, counts = permute.sort_by_expert(experts, E)
+        order, inverse, counts = sort_by_expert(experts, E)
         return permute.combine(
             grouped_swiglu(permute.permute(x, order, inverse), counts, *weights), gates, order, inverse
         )
@@ -180,7 +175,9 @@ def _experts(N: int, D: int) -> Iterator[Race]:
         f"[{N}, {D}], {E} x {width}, top {K}",
         (leaf(N, D), torch.rand(N, K).requires_grad_(), *weights),
         {
-            "expert by expert in cache": lambda x, gates, *w: moe_swiglu(x, experts, gates, *w),
+            "expert by expert in cache": lambda x, gates, *w: moe_swiglu(
+                x, Choice(experts, gates), ExpertWeights(*w)
+            ),
             "grouped_mm": grouped,
             "autograd, expert by expert": one_by_one,
         },
@@ -227,7 +224,7 @@ def _tokens(N: int, D: int) -> Iterator[Race]:
             ),
         },
     )
-    order, inverse, _ = permute.sort_by_expert(experts, E)
+    order, inverse, _ = sort_by_expert(experts, E)
     gates = torch.rand(N, K).requires_grad_()
     yield Race(
         "permute: there and back",
@@ -252,7 +249,7 @@ def _rows(N: int) -> Iterator[Race]:
         f"[{N}, {slots}] of [{unique}, {C}]",
         (leaf(unique, C),),
         {
-            "index_select, ordered sums": lambda rows: row_gather.row_gather(rows, index),
+            "index_select, ordered sums": lambda rows: row_ops.row_gather(rows, index),
             "F.embedding": lambda rows: F.embedding(index, rows),
             "rows[index]": lambda rows: rows[index],
         },
@@ -264,12 +261,14 @@ def _rows(N: int) -> Iterator[Race]:
         f"[{unique}, {C}] to [{num}, {C}]",
         (values,),
         {
-            "index_add": lambda v: segment_sum.segment_sum(v, segment, num),
+            "index_add": lambda v: row_ops.segment_sum(v, segment, num),
             "scatter_add": lambda v: v.new_zeros(num, C).scatter_add_(0, column, v),
-            "sort, embedding_bag": lambda v: segment_sum._by_bags(v, segment, num),
+            "sort, embedding_bag": lambda v: row_ops._by_bags(v, segment, num),
         },
     )
-    addressing = Addressing.draw([1], [2, 3], 4, 16_384, torch.arange(4096).numpy(), pad_id=0, seed=5)
+    addressing = Addressing.draw(
+        TableShape([1], [2, 3], 4, 16_384), torch.arange(4096).numpy(), pad_id=0, seed=5
+    )
     tokens, starts = torch.randint(4096, (N // 128, 128)), torch.rand(N // 128, 128) < 0.02
     yield Race(
         "engram_hash",
@@ -292,8 +291,10 @@ def _memory(N: int, D: int) -> Iterator[Race]:
         f"[{N // T}, {T}, {D}]",
         (h, k, v, leaf(D), leaf(D)),
         {
-            "two norms, dot": lambda *x: engram_gate.engram_gate(*x, 1e-6, 0.1)[0],
-            "definition": lambda h, k, v, *w: engram_gate_reference.engram_gate(
+            "two norms, dot": lambda h, k, v, *w: engram.engram_gate(
+                h, k, v, engram.GateNorms(*w, 1e-6, 0.1)
+            )[0],
+            "definition": lambda h, k, v, *w: engram_reference.engram_gate(
                 h.view(N, 1, D), k.view(N, 1, D), v.view(N, D), *(x[None] for x in w), 1e-6, 0.1
             )[0].view(h.shape),
             "norms folded into the dot": _folded_gate,
@@ -304,12 +305,12 @@ def _memory(N: int, D: int) -> Iterator[Race]:
         f"[{N // T}, {T}, {D}], 4 taps",
         (leaf(N // T, T, D), leaf(D), leaf(4, D)),
         {
-            "tap by tap": lambda u, w, taps: short_conv.short_conv(u, w, taps, None, 3, 1e-6),
-            "definition": lambda u, w, taps: short_conv_reference.short_conv(u, w, taps, None, 3, 1e-6),
+            "tap by tap": lambda u, w, taps: engram.short_conv(u, w, taps, None, engram.ConvRule(3, 1e-6)),
+            "definition": lambda u, w, taps: engram_reference.short_conv(u, w, taps, None, 3, 1e-6),
             "F.conv1d": lambda u, w, taps: (
                 F.silu(
                     F.conv1d(
-                        F.pad(rms_norm.rms_norm(u, w, 1e-6).mT, (9, 0)),
+                        F.pad(norms.rms_norm(u, w, 1e-6).mT, (9, 0)),
                         taps.t()[:, None],
                         groups=D,
                         dilation=3,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.model.component import (
     NORM,
     Component,
@@ -40,11 +41,11 @@ def components_of(settings: Settings) -> Components:
     return Components.load(settings.model.components)
 
 
-def frame_of(settings: Settings, path: str = "") -> Frame:
+def frame_of(settings: Settings, path: str = "", backends: Backends = TORCH) -> Frame:
     """What every component of the model is built for, at `path` in the model."""
     model, train = settings.model, settings.train
     tokens_per_step = train.global_batch * train.seq_len
-    return Frame(model.dim, model.norm_eps, train.seq_len, tokens_per_step, path)
+    return Frame(model.dim, model.norm_eps, train.seq_len, tokens_per_step, path, backends)
 
 
 def section_of(settings: Settings, component: Component) -> Section:
@@ -74,7 +75,7 @@ def build(settings: Settings, component: Component, path: str, wiring: Wiring) -
     way round, or takes no exchange that it needs.
     """
     section = section_of(settings, component)
-    placed = wiring.build(component, section, frame_of(settings, path))
+    placed = wiring.build(component, section, frame_of(settings, path, wiring.backends))
     check_parameters(component, placed.module, component.parameters(section), path)
     return placed
 

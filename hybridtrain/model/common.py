@@ -15,27 +15,27 @@ from torch._compile import (
     _disable_dynamo,  # torch.compiler.disable would import the compiler here, for seconds
 )
 
+from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.kernels.document_attention.op import Spans, read_spans
-from hybridtrain.kernels.rms_norm.op import rms_norm
-from hybridtrain.kernels.rope.op import rope
+from hybridtrain.kernels.norms.op import rms_norm, rope
 
 
 class RMSNorm(nn.RMSNorm):
     """torch's module on this project's op."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, backends: Backends = TORCH) -> None:
         super().__init__(dim, eps)
-        self.epsilon = eps
+        self.epsilon, self.backends = eps, backends
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.epsilon)
+        return rms_norm(x, self.weight, self.epsilon, self.backends)
 
 
 class HeadNorm(RMSNorm):
     """The norm of each head of queries or keys, and their rotation by position after it."""
 
     def forward(self, x_BTHC: Tensor, rotation_TR: Tensor) -> Tensor:  # type: ignore[override]
-        return rope(x_BTHC, rotation_TR, self.weight, self.epsilon)
+        return rope(x_BTHC, rotation_TR, self.weight, self.epsilon, self.backends)
 
 
 P = ParamSpec("P")

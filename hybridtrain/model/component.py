@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from hybridtrain.errors import UserError
+from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.model.exchanges import LOCAL, Exchanges
 from hybridtrain.settings.section import Section
 
@@ -70,6 +71,7 @@ class Frame:
     seq_len: int
     tokens_per_step: int  # of all ranks
     path: str = ""  # where the module stands in the model, for messages
+    backends: Backends = TORCH  # what carries its operations
 
 
 def _nothing(*_: Any) -> dict[str, Any]:
@@ -192,12 +194,14 @@ class Wiring:
     shards: for those that are given this rank's part of each sequence under tp, and for the head
     positions_T: which tokens of a sequence this rank has, int64; None: all
     wrap_layer: from what a layer computes to what runs it (recomputed, compiled); hooks stay outside
+    backends: what carries the operations of its modules
     """
 
     whole: Exchanges = LOCAL
     shards: Exchanges = LOCAL
     positions_T: Tensor | None = None
     wrap_layer: Callable[[Compute], Compute] = _as_it_is
+    backends: Backends = TORCH
 
     def build(self, component: Component, section: Any, frame: Frame) -> Placed:
         """The component's module. Raises ComponentError where it was not built with an exchange that it

@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hybridtrain.kernels.engram_gate.op import engram_gate
-from hybridtrain.kernels.row_gather.op import row_gather
+from hybridtrain.kernels.choose import TORCH, Backends
+from hybridtrain.kernels.engram.op import ConvRule, GateNorms, engram_gate
+from hybridtrain.kernels.rows.op import row_gather
 from hybridtrain.model.common import CountingModule, RMSNorm
 from hybridtrain.model.component import NORM, Cut, Engram, Frame, Parameter, Sees
 from hybridtrain.model.exchanges import Exchanges
@@ -102,8 +103,8 @@ class EngramLayer(CountingModule):
     def __init__(self, engram: EngramSettings, frame: Frame, exchanges: Exchanges) -> None:
         super().__init__()
         dim, eps, width = frame.dim, frame.norm_eps, engram.slots * engram.head_dim
-        self.eps, self.gate_floor = eps, engram.gate_floor
-        self.dilation = engram.orders[-1]
+        self.eps, self.gate_floor, self.backends = eps, engram.gate_floor, frame.backends
+        self.conv_rule = ConvRule(engram.orders[-1], eps)
         self.wk = nn.Linear(width, dim, bias=False)
         self.wv = nn.Linear(width, dim, bias=False)
         self.h_norm = RMSNorm(dim, eps)
@@ -118,15 +119,14 @@ class EngramLayer(CountingModule):
         """
         e_BTX = rows_BTSC.flatten(-2)
         k_BTD, v_BTD = self.wk(e_BTX), self.wv(e_BTX)
-        u_BTD, g_BT1 = engram_gate(
-            h_BTD, k_BTD, v_BTD, self.h_norm.weight, self.k_norm.weight, self.eps, self.gate_floor
-        )
+        norms = GateNorms(self.h_norm.weight, self.k_norm.weight, self.eps, self.gate_floor)
+        u_BTD, g_BT1 = engram_gate(h_BTD, k_BTD, v_BTD, norms, self.backends)
         if self.training:
             self.counters.add("gate_sum", g_BT1.sum())
             self.counters.add("gate_count", torch.full((), float(g_BT1.numel()), device=g_BT1.device))
         if self.conv is None or self.conv_norm is None:
             return u_BTD
-        return self.convolve(u_BTD, self.conv_norm.weight, self.conv, documents_BT, self.dilation, self.eps)
+        return self.convolve(u_BTD, self.conv_norm.weight, self.conv, documents_BT, self.conv_rule)
 
 
 def _parameters(engram: EngramSettings) -> Mapping[str, Parameter]:
@@ -164,6 +164,10 @@ class StepRows(nn.Module):
     out of the state dict; `clear` before anything walks the model's parameters.
     """
 
+    def __init__(self, backends: Backends = TORCH) -> None:
+        super().__init__()
+        self.backends = backends
+
     def set(self, leaves: Sequence[Tensor]) -> None:
         """Replace the leaves by these tensors (shared, not copied), one per micro-batch."""
         self.clear()
@@ -181,7 +185,7 @@ class StepRows(nn.Module):
             raise RuntimeError(
                 f"micro-batch {micro_batch} has no memory rows; the step set {len(self._parameters)} leaves"
             )
-        rows = row_gather(leaf, index)
+        rows = row_gather(leaf, index, self.backends)
         return rows if beside is None else _join(rows, beside).to(beside.dtype)
 
     def grads(self) -> list[Tensor]:

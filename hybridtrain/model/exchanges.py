@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.kernels.document_attention.op import document_attention
+from hybridtrain.kernels.engram.op import ConvRule, short_conv
 from hybridtrain.kernels.linear_cross_entropy.op import linear_cross_entropy_sum
-from hybridtrain.kernels.short_conv.op import short_conv
 from hybridtrain.model.common import SequenceContext
 
 IGNORED = -100
@@ -30,9 +32,9 @@ Scan = Callable[[Tensor, Tensor, SequenceContext], Tensor]
 """h_t = factor_t * h_(t-1) + input_t from h = 0 at every document's start: (factor_BTW, input_BTW, context) →
 h [B, T, W]."""
 
-Convolve = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, float], Tensor]
-"""The short convolution with its norm, inside documents: (x_BTD, weight_D, kernel_JD, documents_BT, dilation,
-eps) → [B, T, D]; see kernels/short_conv."""
+Convolve = Callable[[Tensor, Tensor, Tensor, Tensor | None, ConvRule], Tensor]
+"""The short convolution with its norm, inside documents: (x_BTD, weight_D, kernel_JD, documents_BT, rule) →
+[B, T, D]; see kernels/engram."""
 
 
 class Dispatch(Protocol):
@@ -112,10 +114,10 @@ def local_dispatch(num_experts: int, drops: bool, path: str) -> Dispatch:
     return dispatch
 
 
-def head_loss(h_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
+def head_loss(h_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, backends: Backends = TORCH) -> Tensor:
     """Summed cross-entropy in nats of the logits h @ weight^T, which are never held all at once on the CPU;
     targets of -100 do not count."""
-    return linear_cross_entropy_sum(h_BTD.flatten(0, -2), weight_VD, targets_BT.flatten(), IGNORED)
+    return linear_cross_entropy_sum(h_BTD.flatten(0, -2), weight_VD, targets_BT.flatten(), IGNORED, backends)
 
 
 @dataclass(frozen=True)
@@ -137,3 +139,10 @@ class Exchanges:
 
 LOCAL = Exchanges()
 """All of a model on one device."""
+
+
+def local_exchanges(backends: Backends) -> Exchanges:
+    """Those of a model on one device, carried by `backends`."""
+    return Exchanges(
+        convolve=partial(short_conv, backends=backends), head_loss=partial(head_loss, backends=backends)
+    )

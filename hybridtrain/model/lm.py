@@ -35,9 +35,9 @@ class Layer(nn.Module):
         modules = {name: component.module for name, component in placed.items()}
         self.residual = modules["residual"]
         self.engram = modules.get("engram")
-        self.mixer_norm = RMSNorm(model.dim, model.norm_eps)
+        self.mixer_norm = RMSNorm(model.dim, model.norm_eps, wiring.backends)
         self.mixer = modules["mixer"]
-        self.feedforward_norm = RMSNorm(model.dim, model.norm_eps)
+        self.feedforward_norm = RMSNorm(model.dim, model.norm_eps, wiring.backends)
         self.feedforward = modules["feedforward"]
         self.run = wiring.wrap_layer(self.compute)
 
@@ -105,7 +105,7 @@ class HybridLM(nn.Module):
         self.layers = nn.ModuleDict(layers)
         self.components: Sequence[Placed] = [p for layer in layers.values() for p in layer.components]
         self.residual = components_of(settings).residuals[model.residual]
-        self.norm = RMSNorm(model.dim, model.norm_eps) if self.part.last else None
+        self.norm = RMSNorm(model.dim, model.norm_eps, wiring.backends) if self.part.last else None
         self.head = (
             nn.Linear(model.dim, vocab_size, bias=False)
             if self.part.last and not model.tie_embeddings

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from hybridtrain.errors import SettingsError
-from hybridtrain.kernels.row_gather.op import row_gather
-from hybridtrain.kernels.rowwise_adam.op import Step, fade, rounded, rounding_seed, rowwise_adam
+from hybridtrain.kernels.choose import TORCH, Backends
+from hybridtrain.kernels.rows.op import row_gather
+from hybridtrain.kernels.rowwise_adam.op import RowState, Step, fade, rounded, rowwise_adam
+from hybridtrain.kernels.rowwise_adam.rounding import rounding_seed
 from hybridtrain.model.engram import EngramSettings
 from hybridtrain.optim.decay import DecayLog
 
@@ -65,7 +67,11 @@ class RowOptimizer(Protocol):
 
 
 def make_row_optimizer(
-    engram: EngramSettings, table_RD: Tensor, seed: int = 0, first_row: int = 0
+    engram: EngramSettings,
+    table_RD: Tensor,
+    seed: int = 0,
+    first_row: int = 0,
+    backends: Backends = TORCH,
 ) -> RowOptimizer:
     """The optimizer that `engram.optimizer` names for the local rows; it changes `table_RD` in place.
 
@@ -75,10 +81,11 @@ def make_row_optimizer(
     Raises SettingsError where the settings do not fit the optimizer.
     """
     rule: dict[str, Any] = {"eps": engram.eps, "weight_decay": engram.weight_decay}
+    rowwise = rule | {"seed": seed, "first_row": first_row, "backends": backends}
     if engram.optimizer == "rowwise_adam":
-        return RowwiseAdam(table_RD, beta2=engram.beta2, **rule, seed=seed, first_row=first_row)
+        return RowwiseAdam(table_RD, beta2=engram.beta2, **rowwise)
     if engram.optimizer == "rowwise_adagrad":
-        return RowwiseAdagrad(table_RD, **rule, seed=seed, first_row=first_row)
+        return RowwiseAdagrad(table_RD, **rowwise)
     if engram.beta2 >= 1.0:
         raise SettingsError(
             "settings", [f'engram.beta2={engram.beta2} must be below 1 for engram.optimizer="adam"']
@@ -105,6 +112,7 @@ class _Rowwise:
         weight_decay: float = 0.0,
         seed: int = 0,
         first_row: int = 0,
+        backends: Backends = TORCH,
     ) -> None:
         """`seed` and the number of the table's first row in the whole table decide how bfloat16 rows are
         rounded.
@@ -112,7 +120,7 @@ class _Rowwise:
         rows, device = len(table_RD), table_RD.device
         self.table_RD = table_RD
         self.eps, self.weight_decay = eps, weight_decay
-        self.seed, self.first_row = seed, first_row
+        self.seed, self.first_row, self.backends = seed, first_row, backends
         self.step_count = 0
         self.state = {
             "v": torch.zeros(rows, dtype=torch.float32, device=device),
@@ -141,7 +149,7 @@ class _Rowwise:
     @torch.no_grad()
     def values(self, rows_N: Tensor, coming_lr: float | None = None) -> Tensor:
         """See RowOptimizer; the same bits that `catch_up` will write."""
-        weights_ND = row_gather(self.table_RD, rows_N)
+        weights_ND = row_gather(self.table_RD, rows_N, self.backends)
         log = self._decay
         if log is None and coming_lr is not None and self.weight_decay > 0.0:
             log = self._no_decay_yet()
@@ -163,12 +171,9 @@ class _Rowwise:
         if len(rows_N) == 0:
             return
         self._about_to_change(rows_N)
-        v_R, last_R, decay = (
-            self.state["v"],
-            self.state["last"],
-            self._decay.entries if self._decay is not None else None,
-        )
-        rowwise_adam(self.table_RD, v_R, last_R, rows_N, grad_ND.float(), decay, self._numbers(lr))
+        state = RowState(self.table_RD, self.state["v"], self.state["last"])
+        decay = self._decay.entries if self._decay is not None else None
+        rowwise_adam(state, rows_N, grad_ND.float(), decay, self._numbers(lr), self.backends)
 
     def changed_since(self, step_count: int) -> Tensor:
         """See RowOptimizer; whatever writes to a row notes the step count, which may not have moved since."""
@@ -225,12 +230,14 @@ class _Rowwise:
 
     def _rounded(self, weights_ND: Tensor, rows_N: Tensor, step: int) -> Tensor:
         """The rows as the table holds them after that step."""
-        return rounded(
-            weights_ND, self.table_RD.dtype, rows_N + self.first_row, rounding_seed(self.seed, step)
-        )
+        return rounded(weights_ND, self.table_RD.dtype, rows_N + self.first_row, self._rounding(step))
+
+    def _rounding(self, step: int) -> int:
+        """The seed of the step's rounding; rows of other types than bfloat16 need none."""
+        return rounding_seed(self.seed, step) if self.table_RD.dtype == torch.bfloat16 else 0
 
     def _numbers(self, lr: float) -> Step:
-        seed = rounding_seed(self.seed, self.step_count)
+        seed = self._rounding(self.step_count)
         rule = (self._beta2(), self._gain(), self._correction())
         return Step(self.step_count, lr, self.eps, *rule, seed, self.first_row)
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError
-from hybridtrain.kernels import choose
-from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
+from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError, TableShape
+from hybridtrain.kernels.ops import KernelChoiceError, resolve
 from hybridtrain.model.cost import stage_costs
 from hybridtrain.model.engram import StepRows
 from hybridtrain.model.init import init_parameters
@@ -101,10 +101,7 @@ def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | 
     try:
         if not engram.addressing:
             return Addressing.draw(
-                layers,
-                engram.orders,
-                engram.heads,
-                engram.rows_per_head,
+                TableShape(layers, engram.orders, engram.heads, engram.rows_per_head),
                 vocabulary.compression,
                 pad_id,
                 engram.boundary,
@@ -145,14 +142,14 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
     table.
     """
     try:
-        choose.use(choose.resolve(settings.kernels.model_dump(), mesh.device.type), mesh.device.type)
-    except choose.KernelChoiceError as error:
+        backends = resolve(settings.kernels.model_dump(), mesh.device.type)
+    except KernelChoiceError as error:
         raise SettingsError("settings", error.problems) from None
     dtype = compute_dtype(settings, mesh.device)
     here = [stage for stage in resolve_stages(settings, vocabulary.size) if stage.pp_rank == mesh.pp.rank]
-    rows = StepRows()
+    rows = StepRows(backends)
     train = settings.train
-    wiring = wire(mesh, train.seq_len, train.recompute, compiled=train.compile)
+    wiring = wire(mesh, train.seq_len, train.recompute, compiled=train.compile, backends=backends)
     sharding = Sharding(settings.parallel.reshard_after_forward, dtype, fsdp=train.engine == "native")
     stages: list[HybridLM] = []
     for stage in here:

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from hybridtrain.kernels import choose
+from hybridtrain.kernels.ops import OPS, resolve
 from hybridtrain.model.build import layer_components
 from hybridtrain.model.common import MASKED_TOKENS
 from hybridtrain.model.component import Sees
 from hybridtrain.run.assemble import Run
 from hybridtrain.run.process_setup import compute_dtype
 from hybridtrain.settings.layers import layer_specs
-
-IN_TORCH = {
-    "rope": "torch complex product",
-    "swiglu": "torch, two passes",
-    "grouped_mlp": "torch grouped_mm",
-    "permute": "torch index_select, own backward",
-    "router_topk": "torch topk",
-}
-"""What carries the ops that components declare, where no kernel does."""
 
 
 def implementations(run: Run) -> dict[str, str]:
@@ -28,35 +19,29 @@ def implementations(run: Run) -> dict[str, str]:
     train, dtype = run.settings.train, compute_dtype(run.settings, run.mesh.device)
     blocked = not cuda and dtype == torch.float32
     compiled = " · compiled between exchanges" if train.compile else ""
+    there = {name: op.torch_on_gpu if cuda and op.torch_on_gpu else op.torch for name, op in OPS.items()}
+    if not blocked:  # torch's own kernels take other types than float32
+        there |= {name: OPS[name].torch_on_gpu for name in ("rms_norm", "cross_entropy")}
     ops = {
         "layers": f"{str(dtype).removeprefix('torch.')} · recompute {train.recompute}{compiled}",
-        "rms_norm": "torch, own backward" if blocked else "torch rms_norm",
-        "head and loss": "blocked over tokens, own backward"
-        if blocked
-        else "torch product, then cross_entropy",
+        "rms_norm": there["rms_norm"],
+        "head and loss": there["cross_entropy"],
     }
     if run.mesh.tp.size > 1:
         ops["head and loss"] = f"vocabulary over tp={run.mesh.tp.size}, blocked over tokens, own backward"
     used = [c for spec in layer_specs(run.settings) for c in layer_components(run.settings, spec).values()]
     if any(component.sees is Sees.KEYS for component in used):
-        long = _long_attention(run, cuda and dtype != torch.float32)
-        ops["attention"] = f"torch scaled_dot_product_attention{long}"
-    declared = {op for component in used for op in component.ops}
-    ops |= {op: how for op, how in IN_TORCH.items() if op in declared}
+        ops["attention"] = there["attention"] + _long_attention(run, cuda and dtype != torch.float32)
+    ops |= {op: there[op] for component in used for op in component.ops}
     if run.table is not None:
-        ops |= {
-            "engram_hash": "torch int64",
-            "engram_gate": "torch, around rms_norm",
-            "row_gather": "torch index_select",
-            "segment_sum": "torch sort + embedding_bag" if cuda else "torch index_add",
-            "row optimizer": type(run.table.optimizer).__name__,
-        }
-        if run.settings.engram.conv:
-            ops["short_conv"] = "torch tap by tap"
+        ops |= {name: there[name] for name in ("engram_hash", "segment_sum")}
+        ops["row optimizer"] = type(run.table.optimizer).__name__
+        if not run.settings.engram.conv:
+            del ops["short_conv"]
         if run.settings.engram.optimizer != "adam":
-            ops["rowwise_adam"] = "torch, several passes"
+            ops["rowwise_adam"] = there["rowwise_adam"]
     on_host = run.table is not None and run.table.table.device.type != run.mesh.device.type
-    for op, how in choose.table().items():
+    for op, how in resolve(run.settings.kernels.model_dump(), run.mesh.device.type).chosen.items():
         if on_host and op == "rowwise_adam":
             continue
         row = "head and loss" if op == "cross_entropy" else op

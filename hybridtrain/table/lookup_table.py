@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from hybridtrain.data.batches import Batch
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.kernels.engram_hash.op import row_ids
-from hybridtrain.kernels.row_gather.op import row_gather
+from hybridtrain.kernels.rows.op import row_gather
 from hybridtrain.model.engram import StepRows
 from hybridtrain.model.init import init_table
 from hybridtrain.optim.rowwise import make_row_optimizer
@@ -73,10 +73,10 @@ class LookupTable:
         self.low, self.high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
         rows_here = init_table(settings.run.seed, self.low, self.high, engram.head_dim, engram.init_std)
         self.table = rows_here.to(mesh.table_device, getattr(torch, engram.dtype))
-        self.optimizer = make_row_optimizer(engram, self.table, settings.run.seed, self.low)
+        self.optimizer = make_row_optimizer(engram, self.table, settings.run.seed, self.low, rows.backends)
         self.mode = engram.fetch
         ahead = mesh.own_mem_group("ahead") if self.mode != "step" else None
-        wires = CommDtypes(engram.wire, engram.wire_gradients)
+        wires = CommDtypes(engram.wire, engram.wire_gradients, rows.backends)
         self.exchange = RowExchange(
             self.table, mesh.mem, mesh.mem_replicate, engram.checksum, mesh.device, ahead, wires
         )
@@ -127,7 +127,7 @@ class LookupTable:
             self._ahead = None
         else:
             rows_UD = self.exchange.fetch(exchange)
-        self.rows.set([row_gather(rows_UD, select) for select in exchange.select])
+        self.rows.set([row_gather(rows_UD, select, self.rows.backends) for select in exchange.select])
 
     def fetch_ahead(self, plan: StepPlan, number: int, next_plan: StepPlan | None, lr: float) -> None:
         """Begin to bring the rows of the exchange after the plan's `number`-th (from 1), beside what the step
@@ -170,7 +170,7 @@ class LookupTable:
 
     def _begin_stale(self, plan: StepPlan, values_ND: Tensor) -> None:
         (exchange,) = plan.exchanges
-        rows_QD = row_gather(self.exchange.upload(values_ND), exchange.slot_Q)
+        rows_QD = row_gather(self.exchange.upload(values_ND), exchange.slot_Q, self.rows.backends)
         self._begin(exchange, exchange, rows_QD, SavedRows(plan.touched_N + self.low, values_ND))
 
     def hidden_seconds(self) -> float:

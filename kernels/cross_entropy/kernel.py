@@ -48,7 +48,8 @@ def _partial_kernel(logits_ptr, targets_ptr, lse_ptr, picked_ptr, V, first, BLOC
 
 @triton.jit
 def _gradient_kernel(
-    grad_lse_ptr, grad_picked_ptr, logits_ptr, targets_ptr, lse_ptr, grad_logits_ptr, V, first, BLOCK: tl.constexpr
+    grad_lse_ptr, grad_picked_ptr, logits_ptr, targets_ptr, lse_ptr, grad_logits_ptr, V, first,
+    BLOCK: tl.constexpr
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -76,7 +77,8 @@ def _gradient(
     N, V = logits_NV.shape
     block = min(BLOCK, max(64, triton.next_power_of_2(V)))
     launch(
-        _gradient_kernel, (N, ceil_div(V, block)), grad_lse, grad_picked, logits_NV, targets_N, lse_N, out, V, first,
+        _gradient_kernel, (N, ceil_div(V, block)), grad_lse, grad_picked, logits_NV, targets_N, lse_N, out,
+        V, first,
         constants={"BLOCK": block}, num_warps=max(1, block // 512),
     )  # fmt: skip
     return out

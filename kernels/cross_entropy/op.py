@@ -13,17 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.kernels.choose import chosen
+from hybridtrain.kernels.choose import TORCH, Backends, Op
+
+CROSS_ENTROPY = Op(
+    "cross_entropy",
+    "blocked over tokens, own backward",
+    torch_on_gpu="torch product, then cross_entropy",
+    sources=("cross_entropy.kernel",),
+)
 
 BLOCK_ELEMENTS = 1 << 18  # logits per block: 1 MiB of float32 stays in the second-level cache
 
 
-def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor, ignored: int) -> Tensor:
+def cross_entropy_sum(
+    logits_NV: Tensor, targets_N: Tensor, ignored: int, backends: Backends = TORCH
+) -> Tensor:
     """Float32 scalar, in nats; tokens whose target is `ignored` do not count.
 
     On the CPU its backward runs once: it hands out the buffer that the forward pass made.
     """
-    if chosen("cross_entropy", logits_NV) == "triton":
+    if backends.of(CROSS_ENTROPY, logits_NV) == "triton":
         from hybridtrain.kernels.cross_entropy.kernel import cross_entropy_sum as fused
 
         return fused(logits_NV, targets_N, ignored)
@@ -35,13 +44,15 @@ def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor, ignored: int) -> Ten
     return F.cross_entropy(logits_NV, targets_N, ignore_index=ignored, reduction="sum")
 
 
-def partial_sums(logits_NW: Tensor, targets_N: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+def partial_sums(
+    logits_NW: Tensor, targets_N: Tensor, first: int, backends: Backends = TORCH
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the entries `first` to first+W-1 of a vocabulary add to the loss, float32 [N]: (m, s, picked).
 
     Their log-sum-exp is m + log s, and m no less than the greatest logit less log W; `picked` is the target's
     logit, 0 where the target is not among them.
     """
-    if chosen("cross_entropy", logits_NW) == "triton":
+    if backends.of(CROSS_ENTROPY, logits_NW) == "triton":
         from hybridtrain.kernels.cross_entropy.kernel import partial
 
         lse_N, picked_N = partial(logits_NW, targets_N, first)
@@ -54,14 +65,19 @@ def partial_sums(logits_NW: Tensor, targets_N: Tensor, first: int) -> tuple[Tens
 
 
 def partial_gradient(
-    logits_NW: Tensor, targets_N: Tensor, first: int, normalizer_N: Tensor, scale_N: Tensor
+    logits_NW: Tensor,
+    targets_N: Tensor,
+    first: int,
+    normalizer_N: Tensor,
+    scale_N: Tensor,
+    backends: Backends = TORCH,
 ) -> Tensor:
     """scale * (softmax - [column = target]) of those entries [N, W], in the dtype of the logits; may
     overwrite the logits.
 
     `normalizer_N` is the log-sum-exp over the whole vocabulary.
     """
-    if chosen("cross_entropy", logits_NW) == "triton":
+    if backends.of(CROSS_ENTROPY, logits_NW) == "triton":
         from hybridtrain.kernels.cross_entropy.kernel import gradient
 
         grad_NW: Tensor = gradient(scale_N, -scale_N, logits_NW, targets_N, normalizer_N, first)

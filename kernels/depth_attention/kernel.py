@@ -130,7 +130,8 @@ def _backward(
     grad_q, grad_k, grad_v = torch.empty_like(q_NHC), *(k_NSGC.new_empty(k_NSGC.shape) for _ in range(2))
     numbers, constants = _arguments(q_NHC, k_NSGC, scale)
     launch(
-        _backward_kernel, (len(q_NHC), k_NSGC.size(2)), grad, q_NHC, k_NSGC, v_NSGC, lse_NH, delta_NH, grad_q, grad_k, grad_v,
+        _backward_kernel, (len(q_NHC), k_NSGC.size(2)), grad, q_NHC, k_NSGC, v_NSGC, lse_NH, delta_NH,
+        grad_q, grad_k, grad_v,
         *numbers, constants=constants,
     )  # fmt: skip
     return grad_q, grad_k, grad_v

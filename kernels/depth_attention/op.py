@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybridtrain.kernels.choose import chosen
+from hybridtrain.kernels.choose import TORCH, Backends, Op
 from hybridtrain.kernels.depth_attention.reference import merge
 
-__all__ = ["depth_attention", "merge"]
+DEPTH_ATTENTION = Op(
+    "depth_attention", "torch, scores in float32", sources=("depth_attention.kernel",), has_key=False
+)
+
+__all__ = ["DEPTH_ATTENTION", "depth_attention", "merge"]
 
 
-def depth_attention(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def depth_attention(
+    q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float, backends: Backends = TORCH
+) -> tuple[Tensor, Tensor]:
     """(output [N, H, C], float32 log-sum-exp [N, H]), both with gradients, so that `merge` may follow.
 
     Keys and values may be a slice of a preallocated buffer, slots and heads any distance apart. Raises
@@ -30,7 +36,7 @@ def depth_attention(q_NHC: Tensor, k_NSGC: Tensor, v_NSGC: Tensor, scale: float)
             f"q {list(q_NHC.shape)}, k {list(k_NSGC.shape)} and v {list(v_NSGC.shape)} must be [N, H, C] and "
             "twice [N, S, G, C] with S at least 1 and H a multiple of G"
         )
-    if chosen("depth_attention", q_NHC) == "triton":
+    if backends.of(DEPTH_ATTENTION, q_NHC) == "triton":
         from hybridtrain.kernels.depth_attention.kernel import depth_attention as fused
 
         return fused(q_NHC, k_NSGC, v_NSGC, scale)

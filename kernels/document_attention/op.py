@@ -16,10 +16,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._compile import (
-    _disable_dynamo as uncompiled,  # torch.compiler.disable would import the compiler here, for seconds
-)
 
+# torch.compiler.disable would import the compiler here, for seconds
+from torch._compile import _disable_dynamo as uncompiled
+
+from hybridtrain.kernels.choose import Op
+
+DOCUMENT_ATTENTION = Op(
+    "attention",
+    "torch scaled_dot_product_attention",
+    ("torch",),
+    keeps=(
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    ),
+    has_key=False,
+)
 STEP = 64  # the fewest queries of a block, and how finely `Spans.reach` knows where documents begin
 _MOST_QUERIES = 512
 _MASK_ELEMENTS = 1 << 22  # of a block, a sequence
@@ -75,7 +89,7 @@ def document_attention(
     """
     if spans.bounds is not None and q_BTHC.shape[:2] == k_BSHC.shape[:2] and _packs(q_BTHC):
         return _packed(q_BTHC, k_BSHC, v_BSHC, spans.bounds, spans.longest)
-    out: Tensor = _Blocks.apply(q_BTHC, k_BSHC, v_BSHC, documents_BS, spans.reach, first)  # type: ignore[no-untyped-call]
+    out: Tensor = _Blocks.apply(q_BTHC, k_BSHC, v_BSHC, documents_BS, (spans.reach, first))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -128,13 +142,12 @@ class _Blocks(torch.autograd.Function):
         k_BSHC: Tensor,
         v_BSHC: Tensor,
         documents_BS: Tensor | None,
-        reach: tuple[int, ...],
-        first: int,
+        place: tuple[tuple[int, ...], int],
     ) -> Tensor:
         ctx.save_for_backward(q_BTHC, k_BSHC, v_BSHC, documents_BS)
-        ctx.reach, ctx.first = reach, first
+        ctx.place = place
         out = torch.empty_like(q_BTHC)
-        for block in _blocks(q_BTHC, documents_BS, reach, first):
+        for block in _blocks(q_BTHC, documents_BS, *place):
             out[:, block.queries] = block.attend(q_BTHC, k_BSHC, v_BSHC)
         return out
 
@@ -147,7 +160,7 @@ class _Blocks(torch.autograd.Function):
         grad_k, grad_v = (
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v)
         )
-        for block in _blocks(q, documents_BS, ctx.reach, ctx.first):
+        for block in _blocks(q, documents_BS, *ctx.place):
             parts = [
                 x.detach().requires_grad_() for x in (q[:, block.queries], k[:, block.keys], v[:, block.keys])
             ]
@@ -158,7 +171,7 @@ class _Blocks(torch.autograd.Function):
             grad_q[:, block.queries] = of_q
             grad_k[:, block.keys] += of_k
             grad_v[:, block.keys] += of_v
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
 def _blocks(

@@ -11,9 +11,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,15 @@ class AddressingError(ValueError):
         )
 
 
+class TableShape(NamedTuple):
+    """Layers, orders and heads of an addressing, and the least number of rows of one head."""
+
+    layers: Sequence[int]
+    orders: Sequence[int]
+    heads: int
+    rows_per_head: int
+
+
 @dataclass(frozen=True, eq=False)
 class Addressing:
     """Everything that turns tokens into row numbers. Two addressings are the same when their `to_json()` are.
@@ -48,6 +57,11 @@ class Addressing:
     multipliers int64 [L, max(orders)]; primes int64 [L, O, K], all different; compression int64 [V], token id
     to compressed id; pad_id: the compressed id that stands left of the first token and beyond a boundary.
     boundary: "document" stops n-grams at document starts, "stream" only at the left edge of the window.
+
+    Made of these: max_order, the longest n-gram in tokens; num_slots, S, the rows that one token reads in one
+    memory layer; offsets int64 [L, O, K], the first row of each head in the packed table of all memory
+    layers; rows_per_layer, of each layer's packed table; num_rows, of that of all layers: every row id is in
+    [0, num_rows).
 
     Raises AddressingError listing everything that is wrong.
     """
@@ -60,6 +74,11 @@ class Addressing:
     compression: Int64s
     pad_id: int
     boundary: Boundary
+    max_order: int = field(init=False)
+    num_slots: int = field(init=False)
+    offsets: Int64s = field(init=False)
+    rows_per_layer: tuple[int, ...] = field(init=False)
+    num_rows: int = field(init=False)
 
     def __post_init__(self) -> None:
         problems = _problems(self)
@@ -69,14 +88,22 @@ class Addressing:
             array = np.array(getattr(self, name), dtype=np.int64)
             array.flags.writeable = False
             object.__setattr__(self, name, array)
+        ends = np.cumsum(self.primes.reshape(-1))
+        rows = tuple(int(number) for number in self.primes.sum(axis=(1, 2)))
+        derived = {
+            "max_order": max(self.orders),
+            "num_slots": len(self.orders) * self.heads,
+            "offsets": (ends - self.primes.reshape(-1)).reshape(self.primes.shape),
+            "rows_per_layer": rows,
+            "num_rows": sum(rows),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def draw(
         cls,
-        layers: Sequence[int],
-        orders: Sequence[int],
-        heads: int,
-        rows_per_head: int,
+        shape: TableShape,
         compression: npt.ArrayLike,
         pad_id: int,
         boundary: Boundary = "document",
@@ -85,9 +112,10 @@ class Addressing:
         """The addressing of a new model: multipliers from `seed`, and the first unused primes >=
         rows_per_head.
 
-        rows_per_head is the least number of rows of one head; compression is int [V]; the rest is as in the
-        class. Raises AddressingError for values that are out of range.
+        compression is int [V]; the rest is as in the class. Raises AddressingError for values that are out of
+        range.
         """
+        layers, orders, heads, rows_per_head = shape
         problems = [f"rows_per_head={rows_per_head} must be at least 1"] if rows_per_head < 1 else []
         problems += [f"seed={seed} must not be negative"] if seed < 0 else []
         problems += _order_problems(layers, orders, heads)
@@ -107,39 +135,13 @@ class Addressing:
             boundary=boundary,
         )
 
-    @property
-    def max_order(self) -> int:
-        """The longest n-gram, in tokens."""
-        return max(self.orders)
-
-    @property
-    def num_slots(self) -> int:
-        """S: rows that one token reads in one memory layer."""
-        return len(self.orders) * self.heads
-
-    @cached_property
-    def rows_per_layer(self) -> tuple[int, ...]:
-        """Rows of each memory layer's packed table."""
-        return tuple(int(rows) for rows in self.primes.sum(axis=(1, 2)))
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the packed table of all memory layers; every row id is in [0, num_rows)."""
-        return sum(self.rows_per_layer)
-
-    @cached_property
-    def offsets(self) -> Int64s:
-        """int64 [L, O, K]: first row of each head in the packed table of all memory layers."""
-        ends = np.cumsum(self.primes.reshape(-1))
-        return (ends - self.primes.reshape(-1)).reshape(self.primes.shape)
-
     @cached_property
     def compression_digest(self) -> str:
         """SHA-256 of the compression map as little-endian int64; another map would change every address."""
         return hashlib.sha256(self.compression.astype("<i8").tobytes()).hexdigest()
 
     def to_json(self) -> str:
-        """Everything but the compression map itself, which is named by its digest; `from_json` reads it back."""
+        """All but the compression map itself, which is named by its digest; `from_json` reads it back."""
         return json.dumps(
             {
                 "format": FORMAT,
@@ -167,9 +169,8 @@ class Addressing:
         arrays, problems = {}, []
         for name in ("multipliers", "primes"):
             try:
-                arrays[name] = np.array(
-                    tree[name]
-                )  # of Python integers: int64 where they fit, of floats or ragged lists: not
+                # of Python integers: int64 where they fit, of floats or ragged lists: not
+                arrays[name] = np.array(tree[name])
             except ValueError:
                 arrays[name] = np.empty(0)
             if arrays[name].dtype != np.int64:
@@ -187,8 +188,10 @@ class Addressing:
         )
         stored = tree.get("compression_sha256", out.compression_digest)
         if stored != out.compression_digest:
-            message = f"made for another token compression: sha256 {stored} is stored, the map given has {out.compression_digest}"
-            raise AddressingError([message])
+            given = out.compression_digest
+            raise AddressingError(
+                [f"made for another token compression: sha256 {stored} is stored, the map given has {given}"]
+            )
         return out
 
 
@@ -224,10 +227,8 @@ def _parse(text: str) -> dict[str, Any]:
         raise AddressingError([f"is longer than {_MAX_TEXT:,} characters"])
     try:
         tree = json.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # no JSON, a number of thousands of digits, lists in lists in lists
+    # no JSON, a number of thousands of digits, lists in lists in lists
+    except (ValueError, RecursionError) as error:
         raise AddressingError([f"is not JSON: {error}"]) from None
     if not isinstance(tree, dict):
         raise AddressingError(["is no JSON object"])

@@ -22,7 +22,8 @@ BLOCK_N = 128
 
 @triton.jit
 def _hash_kernel(
-    tokens_ptr, starts_ptr, compression_ptr, multipliers_ptr, primes_ptr, offsets_ptr, out_ptr, N, T, L, K, pad,
+    tokens_ptr, starts_ptr, compression_ptr, multipliers_ptr, primes_ptr, offsets_ptr, out_ptr, N, T, L, K,
+    pad,
     ORDERS: tl.constexpr, LONGEST: tl.constexpr, SLOTS: tl.constexpr, DOCUMENT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -56,17 +57,20 @@ def _hash_kernel(
 
 
 def _forward(
-    tokens: Tensor, starts: Tensor, compression: Tensor, multipliers_LJ: Tensor, primes_LOK: Tensor, offsets_LOK: Tensor,
+    tokens: Tensor, starts: Tensor, compression: Tensor, multipliers_LJ: Tensor, primes_LOK: Tensor,
+    offsets_LOK: Tensor,
     orders: list[int], pad: int, document: bool,
 ) -> Tensor:  # fmt: skip
     L, O, K = primes_LOK.shape  # noqa: E741
     N, T = tokens.numel(), tokens.size(-1)
     out = tokens.new_empty(*tokens.shape, L, O * K)
     launch(
-        _hash_kernel, (ceil_div(N, BLOCK_N), L), tokens, starts, compression, multipliers_LJ, primes_LOK, offsets_LOK, out,
+        _hash_kernel, (ceil_div(N, BLOCK_N), L), tokens, starts, compression, multipliers_LJ, primes_LOK,
+        offsets_LOK, out,
         N, T, L, K, pad,
         constants={
-            "ORDERS": sum(1 << order for order in orders), "LONGEST": max(orders), "SLOTS": O * K, "DOCUMENT": document,
+            "ORDERS": sum(1 << order for order in orders), "LONGEST": max(orders), "SLOTS": O * K,
+            "DOCUMENT": document,
             "BLOCK_N": BLOCK_N, "BLOCK_K": triton.next_power_of_2(K),
         },
         num_warps=4, traffic=num_bytes(out) + L * num_bytes(tokens, starts) + L * max(orders) * 8 * N,
@@ -79,7 +83,8 @@ _op = custom_op("hybridtrain::engram_hash", _forward, mutates_args=())
 
 @_op.register_fake
 def _(
-    tokens: Tensor, starts: Tensor, compression: Tensor, multipliers_LJ: Tensor, primes_LOK: Tensor, offsets_LOK: Tensor,
+    tokens: Tensor, starts: Tensor, compression: Tensor, multipliers_LJ: Tensor, primes_LOK: Tensor,
+    offsets_LOK: Tensor,
     orders: list[int], pad: int, document: bool,
 ) -> Tensor:  # fmt: skip
     L, O, K = primes_LOK.shape  # noqa: E741

@@ -10,7 +10,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hybridtrain.kernels.choose import Op
 from hybridtrain.kernels.engram_hash.addressing import Addressing
+
+# not chosen: the CPU makes the ids ahead of their step
+ENGRAM_HASH = Op("engram_hash", "torch int64", ("torch",), sources=("engram_hash.kernel",), has_key=False)
 
 
 def row_ids(addressing: Addressing, tokens: Tensor, starts: Tensor) -> Tensor:
@@ -26,9 +30,8 @@ def row_ids(addressing: Addressing, tokens: Tensor, starts: Tensor) -> Tensor:
         )
     compression, multipliers_LJ, primes_LOK, offsets_LOK = _tables(addressing, tokens.device)
     T = tokens.shape[-1]
-    compressed = compression.index_select(0, tokens.reshape(-1)).view(
-        tokens.shape
-    )  # refuses negative ids, as [] would not
+    # refuses negative ids, as [] would not
+    compressed = compression.index_select(0, tokens.reshape(-1)).view(tokens.shape)
     grams = _grams(addressing, compressed, starts)
     mixes = []
     mix = torch.zeros((), dtype=torch.int64, device=tokens.device)

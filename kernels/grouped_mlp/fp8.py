@@ -26,7 +26,8 @@ FP8 = torch.float8_e4m3fn
 
 @triton.jit
 def _quantise_kernel(
-    x_ptr, out_ptr, scale_ptr, R, C, stride_e, stride_r, stride_c, MOST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr, out_ptr, scale_ptr, R, C, stride_e, stride_r, stride_c, MOST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """Rows of a matrix of a stack in FP8, each divided by its scale: its greatest magnitude is MOST, FP8's
     own.
@@ -60,7 +61,8 @@ def quantise(x_ERC: Tensor, columns: bool = False) -> tuple[Tensor, Tensor]:
     block = {"BLOCK_R": 64, "BLOCK_C": 64} if columns else {"BLOCK_R": 4, "BLOCK_C": 512}
     launch(
         _quantise_kernel, (ceil_div(R, block["BLOCK_R"]), E), x_ERC, out, scale, R, C, *x_ERC.stride(),
-        constants={"MOST": torch.finfo(FP8).max, **block}, traffic=2 * num_bytes(x_ERC) + num_bytes(out, scale),
+        constants={"MOST": torch.finfo(FP8).max, **block}, traffic=2 * num_bytes(x_ERC) + num_bytes(out,
+        scale),
     )  # fmt: skip
     return out, scale
 

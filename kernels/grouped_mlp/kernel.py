@@ -24,7 +24,8 @@ from hybridtrain.kernels.swiglu.kernel import swiglu
 
 @triton.jit
 def _product_kernel(
-    a_ptr, w_ptr, counts_ptr, a_scale_ptr, w_scale_ptr, out_ptr, E, K, N, stride_e, stride_k, stride_n, PRECISION: tl.constexpr,
+    a_ptr, w_ptr, counts_ptr, a_scale_ptr, w_scale_ptr, out_ptr, E, K, N, stride_e, stride_k, stride_n,
+    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[rows of e] = a[rows of e] @ w[e], one tile of one expert's rows; FP8 operands have a scale a row
@@ -54,7 +55,7 @@ def _product_kernel(
         w = tl.load(w_at, mask=left[:, None] & (cols < N)[None, :], other=0.0)
         if (
             PRECISION == "fp8"
-        ):  # Hopper's tensor cores add FP8 products up in fewer bits than float32's; not over more than a tile
+        ):  # Hopper's tensor cores add FP8 products up in fewer bits than float32's; over one tile only
             total = tl.dot(a, w, total, max_num_imprecise_acc=BLOCK_K)
         else:
             total = tl.dot(a, w, total, input_precision=PRECISION)
@@ -129,7 +130,8 @@ def launch_product(
     constants, warps, stages = _options(P, E, a_PK.dtype)
     tiles = ceil_div(P, constants["BLOCK_M"]) + E if P else 0
     launch(
-        _product_kernel, (tiles, ceil_div(N, constants["BLOCK_N"])), a_PK, w_EKN, counts_E, *(scales or (None, None)), out,
+        _product_kernel, (tiles, ceil_div(N, constants["BLOCK_N"])), a_PK, w_EKN, counts_E,
+        *(scales or (None, None)), out,
         E, K, N, *w_EKN.stride(), constants=constants, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
@@ -147,7 +149,8 @@ def _weight(a_PK: Tensor, grad_PN: Tensor, counts_E: Tensor) -> Tensor:
     constants, warps, stages = _options(P, E, a_PK.dtype)
     grid = (ceil_div(K, constants["BLOCK_M"]) * ceil_div(N, constants["BLOCK_N"]), E)
     launch(
-        _weight_kernel, grid, a_PK, grad_PN, counts_E, out, E, K, N, constants=constants, num_warps=warps, num_stages=stages
+        _weight_kernel, grid, a_PK, grad_PN, counts_E, out, E, K, N, constants=constants, num_warps=warps,
+        num_stages=stages
     )  # fmt: skip
     return out
 
@@ -198,11 +201,7 @@ def grouped_swiglu(
 
 
 def cases() -> Iterator[Case]:
-    """64 experts of width 1408 at a model width of 2048: full groups, and few rows a group; then float32 and
-    FP8.
-    """
-    from hybridtrain.kernels.grouped_mlp import fp8
-
+    """64 experts of width 1408 at a model width of 2048: full groups, and few rows a group; then float32."""
     E, D, F = 64, 2048, 1408
     for P, dtype in ((65536, torch.bfloat16), (2048, torch.bfloat16), (65536, torch.float32)):
         x, counts = (
@@ -222,4 +221,3 @@ def cases() -> Iterator[Case]:
         }
         for name, run in ways.items():
             yield Case("grouped_mlp", f"{name} {shape}", run, least, flops, "matrix", bits=8 * dtype.itemsize)
-    yield from fp8.cases()

@@ -12,19 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.kernels.choose import chosen
+from hybridtrain.kernels.choose import TORCH, Backends, Op
 from hybridtrain.kernels.swiglu.op import swiglu
+
+GROUPED_MLP = Op(
+    "grouped_mlp",
+    "torch grouped_mm",
+    ("torch", "triton", "fp8"),  # fp8: Triton's with FP8 operands
+    on_gpu="torch",  # cuBLAS' grouped products, at full speed
+    sources=("grouped_mlp.kernel", "grouped_mlp.fp8"),
+    keeps=("_grouped_mm",),
+)
 
 
 def grouped_swiglu(
-    x_PD: Tensor, counts_E: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor
+    x_PD: Tensor,
+    counts_E: Tensor,
+    w_gate_EDF: Tensor,
+    w_up_EDF: Tensor,
+    w_down_EFD: Tensor,
+    backends: Backends = TORCH,
 ) -> Tensor:
     """The first counts[0] rows through expert 0, the next counts[1] through expert 1, and so on: [P, D].
 
     `counts_E` (int64, on the device of `x_PD`) sums to P: rows beyond its sum would come out uninitialised.
-    Raises ValueError where D or F rows are no multiples of 16 bytes, which `grouped_mm` needs.
+    Raises ValueError where D or F rows are not multiples of 16 bytes, which `grouped_mm` needs.
     """
-    match chosen("grouped_mlp", x_PD):
+    match backends.of(GROUPED_MLP, x_PD):
         case "triton":
             from hybridtrain.kernels.grouped_mlp.kernel import grouped_swiglu as fused
 
@@ -40,5 +54,6 @@ def grouped_swiglu(
             f"got model width {x_PD.size(1)} and expert width {w_gate_EDF.size(2)}"
         )
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    hidden_PF = swiglu(F.grouped_mm(x_PD, w_gate_EDF, offs=ends_E), F.grouped_mm(x_PD, w_up_EDF, offs=ends_E))
+    gate_PF, up_PF = (F.grouped_mm(x_PD, w, offs=ends_E) for w in (w_gate_EDF, w_up_EDF))
+    hidden_PF = swiglu(gate_PF, up_PF, backends)
     return F.grouped_mm(hidden_PF, w_down_EFD, offs=ends_E)

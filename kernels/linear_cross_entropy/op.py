@@ -2,11 +2,6 @@
 logits stay in cache and memory holds one block of them; elsewhere the product followed by the cross-entropy
 op.
 
-Forward and backward at N=2048, D=128, V=4096, float32, one thread, least CPU time of 25 interleaved runs,
-three times over, on a busy machine: 52-57 ms against 83-94 ms for head and cross-entropy op apart. Most of
-that is page faults of the logits: with an allocator that keeps its memory (M_MMAP_MAX=0) it is 57-63 ms
-against 67-70 ms.
-
 N tokens, D width, V vocabulary, M tokens of a block. See reference.py for the definition.
 """
 
@@ -19,24 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.kernels.choose import chosen
-from hybridtrain.kernels.cross_entropy.op import cross_entropy_sum
+from hybridtrain.kernels.choose import TORCH, Backends
+from hybridtrain.kernels.cross_entropy.op import CROSS_ENTROPY, cross_entropy_sum
 
 BLOCK_ELEMENTS = 1 << 19  # logits per block: 2 MiB of float32
 MIN_ROWS = 64  # fewer would starve the products of large vocabularies
 
 
-def linear_cross_entropy_sum(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int) -> Tensor:
+def linear_cross_entropy_sum(
+    h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, backends: Backends = TORCH
+) -> Tensor:
     """Float32 scalar, in nats; tokens whose target is `ignored` do not count."""
     plain = not hasattr(weight_VD, "to_local") and not hasattr(h_ND, "to_local")
-    if plain and chosen("cross_entropy", h_ND) == "triton":
+    if plain and backends.of(CROSS_ENTROPY, h_ND) == "triton":
         from hybridtrain.kernels.cross_entropy.kernel import linear_cross_entropy_sum as fused
 
         return fused(h_ND, weight_VD.to(h_ND.dtype), targets_N, ignored)
     if plain and h_ND.device.type == "cpu" and h_ND.dtype == weight_VD.dtype == torch.float32:
         with_grad = torch.is_grad_enabled() and (h_ND.requires_grad or weight_VD.requires_grad)
         return _linear_cross_entropy(h_ND, weight_VD, targets_N, ignored, with_grad)
-    return cross_entropy_sum(F.linear(h_ND, weight_VD), targets_N, ignored)
+    return cross_entropy_sum(F.linear(h_ND, weight_VD), targets_N, ignored, backends)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -54,11 +51,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             block = slice(start, start + rows)
             h, keep, index = h_ND[block], keep_N1[block], index_N1[block]
             logits = torch.mm(h, weight_VD.t(), out=buffer_MV[: len(h)])
-            highest, chosen = logits.amax(-1, keepdim=True), logits.gather(1, index)
+            highest, picked = logits.amax(-1, keepdim=True), logits.gather(1, index)
             softmax = torch.softmax(logits, -1, out=logits)
             # The greatest probability is at least 1/V, so its logarithm is exact where a target's could
             # underflow.
-            loss += (highest - softmax.amax(-1, keepdim=True).log_() - chosen).mul_(keep).sum()
+            loss += (highest - softmax.amax(-1, keepdim=True).log_() - picked).mul_(keep).sum()
             if with_grad:
                 softmax.scatter_add_(1, index, softmax.new_full((1, 1), -1.0).expand_as(index))
                 torch.mm(softmax, weight_VD, out=grad_h[block]).mul_(keep)

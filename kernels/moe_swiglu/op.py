@@ -1,5 +1,5 @@
 """The experts from tokens to tokens: on the CPU expert by expert in threads of one core each, elsewhere by
-grouped products.
+grouped products (groups.py).
 
 On the CPU nothing of [pairs, D] is gathered beforehand or weighted afterwards: an expert's tokens are
 gathered, multiplied and weighted while they lie in a core's cache, and its hidden rows take the gates, which
@@ -11,77 +11,82 @@ one expert. See reference.py for the definition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.kernels.choose import chosen
-from hybridtrain.kernels.grouped_mlp.op import grouped_swiglu
-from hybridtrain.kernels.moe_swiglu.threads import share_out
-from hybridtrain.kernels.permute.op import combine, permute, sort_by_expert
+from hybridtrain.kernels.choose import TORCH, Backends
+from hybridtrain.kernels.grouped_mlp.op import GROUPED_MLP
 
 _silu, _silu_backward = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
 
 
-def moe_swiglu(
-    x_ND: Tensor,
-    experts_NK: Tensor,
-    gates_NK: Tensor,
-    w_gate_EDF: Tensor,
-    w_up_EDF: Tensor,
-    w_down_EFD: Tensor,
-    absent: bool = False,
-    present: int | None = None,
-) -> Tensor:
-    """Each token's gated sum over its experts: [N, D] in the dtype of `x_ND`.
+class ExpertWeights(NamedTuple):
+    """The weights of E SwiGLUs, in one dtype."""
 
-    `experts_NK` int64 in [0, E). With `absent`, choices outside of it count nothing. `present` is how many
-    are inside, for a caller who knows: without it grouped products take the others along as rows of zeros,
-    since to ask would wait for the device.
+    gate_EDF: Tensor
+    up_EDF: Tensor
+    down_EFD: Tensor
+
+
+class Choice(NamedTuple):
+    """The experts of each token, int64 in [0, E), and their gates.
+
+    With `absent`, choices outside of [0, E) count nothing. `present` is how many are inside, for a caller who
+    knows: without it grouped products take the others along as rows of zeros, since to ask would wait for the
+    device.
     """
-    num_experts, num_pairs = len(w_gate_EDF), experts_NK.numel()
-    if absent:
-        experts_NK = experts_NK.where(
-            (experts_NK >= 0) & (experts_NK < num_experts), num_experts
-        )  # sorted behind all others
-    order_P, inverse_NK, counts = sort_by_expert(experts_NK, num_experts + absent)
-    counts_E = counts[:num_experts]
-    if _fused_here(x_ND, w_gate_EDF):
-        return _moe_swiglu(
-            x_ND, gates_NK, order_P, inverse_NK, counts_E.tolist(), w_gate_EDF, w_up_EDF, w_down_EFD
-        )
-    x_PD = permute(x_ND, order_P, inverse_NK)
-    if absent and present is None:
-        x_PD, counts_E = _absent_as_zeros(x_PD, counts_E)
-    there = num_pairs if present is None else present
-    y_PD = grouped_swiglu(x_PD[:there], counts_E, w_gate_EDF, w_up_EDF, w_down_EFD)
-    return combine(
-        F.pad(y_PD, (0, 0, 0, num_pairs - there)) if there < num_pairs else y_PD,
-        gates_NK,
-        order_P,
-        inverse_NK,
-    )
+
+    experts_NK: Tensor
+    gates_NK: Tensor
+    absent: bool = False
+    present: int | None = None
 
 
-def _absent_as_zeros(x_PD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows behind those of all experts, set to zero and handed to the last one: zero is all that comes
-    out, and all that their gradients add to any weight."""
-    total = counts_E.sum()
-    absent_P = torch.arange(len(x_PD), device=x_PD.device) >= total
-    return x_PD.masked_fill(absent_P[:, None], 0), torch.cat(
-        [counts_E[:-1], counts_E[-1:] + (len(x_PD) - total)]
-    )
+class Pairs(NamedTuple):
+    """Pairs in stable order of their expert, all int64: `order_P[i]` is the flat pair n*K+k that stands i-th,
+    `inverse_NK` says where each pair stands, `counts_E` how many each expert has."""
+
+    order_P: Tensor
+    inverse_NK: Tensor
+    counts_E: Tensor
 
 
-def _fused_here(x_ND: Tensor, w_gate_EDF: Tensor) -> bool:
-    return (
-        x_ND.device.type == "cpu"
-        and x_ND.dtype == w_gate_EDF.dtype
-        and chosen("grouped_mlp", x_ND) == "torch"
-    )
+def sort_by_expert(experts_NK: Tensor, num_experts: int) -> Pairs:
+    """The pairs of choices in [0, num_experts)."""
+    sorted_P, order_P = torch.sort(experts_NK.reshape(-1), stable=True)
+    inverse_P = torch.empty_like(order_P)
+    inverse_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
+    # not bincount: on a GPU the host waits for its least and its greatest number
+    counts_E = torch.searchsorted(sorted_P, torch.arange(num_experts + 1, device=order_P.device)).diff()
+    return Pairs(order_P, inverse_P.view(experts_NK.shape), counts_E)
+
+
+def moe_swiglu(x_ND: Tensor, choice: Choice, weights: ExpertWeights, backends: Backends = TORCH) -> Tensor:
+    """Each token's gated sum over its experts: [N, D] in the dtype of `x_ND`."""
+    experts_NK, num_experts = choice.experts_NK, len(weights.gate_EDF)
+    if choice.absent:  # sorted behind all others
+        experts_NK = experts_NK.where((experts_NK >= 0) & (experts_NK < num_experts), num_experts)
+    order_P, inverse_NK, counts = sort_by_expert(experts_NK, num_experts + choice.absent)
+    pairs = Pairs(order_P, inverse_NK, counts[:num_experts])
+    if _one_by_one(x_ND, weights, backends):
+        return _moe_swiglu(x_ND, choice.gates_NK, order_P, inverse_NK, pairs.counts_E.tolist(), *weights)
+    from hybridtrain.kernels.moe_swiglu.groups import by_groups
+
+    return by_groups(x_ND, choice, pairs, weights, backends)
+
+
+def _one_by_one(x_ND: Tensor, weights: ExpertWeights, backends: Backends) -> bool:
+    """Whether experts are computed one after the other in each thread."""
+    alike = x_ND.device.type == "cpu" and x_ND.dtype == weights.gate_EDF.dtype
+    return alike and backends.of(GROUPED_MLP, x_ND) == "torch"
 
 
 class _MoESwiGLU(torch.autograd.Function):
@@ -93,28 +98,22 @@ class _MoESwiGLU(torch.autograd.Function):
         order_P: Tensor,
         inverse_NK: Tensor,
         counts: list[int],
-        w_gate_EDF: Tensor,
-        w_up_EDF: Tensor,
-        w_down_EFD: Tensor,
+        *weights_EXX: Tensor,
     ) -> Tensor:
-        order_P, inverse_NK = (
-            order_P[: sum(counts)],
-            inverse_NK.clamp_max(sum(counts)),
-        )  # absent: the row of zeros at the end
+        order_P = order_P[: sum(counts)]
+        inverse_NK = inverse_NK.clamp_max(sum(counts))  # absent: the row of zeros at the end
         token_P = order_P // inverse_NK.size(1)
         weight_P1 = gates_NK.reshape(-1)[order_P].to(x_ND.dtype)[:, None]
-        gate_PF, up_PF = (x_ND.new_empty(len(order_P), w_gate_EDF.size(2)) for _ in range(2))
+        gate_PF, up_PF = (x_ND.new_empty(len(order_P), weights_EXX[0].size(2)) for _ in range(2))
         y_PD = _with_zero_row(x_ND, len(order_P))
 
-        tokens, weights, gates, ups, outs = (
-            t.split(counts) for t in (token_P, weight_P1, gate_PF, up_PF, y_PD[:-1])
-        )
-        w_gate, w_up, w_down = (w.unbind() for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+        per_pair = (token_P, weight_P1, gate_PF, up_PF, y_PD[:-1])
+        tokens, weights, gates, ups, outs = (t.split(counts) for t in per_pair)
+        w_gate, w_up, w_down = (w.unbind() for w in weights_EXX)
 
         def work(experts: Iterator[int]) -> None:
-            x_MD, hidden_MF = (
-                x_ND.new_empty(max(counts), width) for width in (x_ND.size(1), gate_PF.size(1))
-            )
+            widths = (x_ND.size(1), gate_PF.size(1))
+            x_MD, hidden_MF = (x_ND.new_empty(max(counts), width) for width in widths)
             for e in experts:
                 x = torch.index_select(x_ND, 0, tokens[e], out=x_MD[: counts[e]])
                 torch.mm(x, w_gate[e], out=gates[e])
@@ -124,26 +123,21 @@ class _MoESwiGLU(torch.autograd.Function):
 
         share_out(work, _largest_first(counts))
         ctx.counts = counts
-        ctx.save_for_backward(
-            x_ND, gates_NK, inverse_NK, token_P, weight_P1, gate_PF, up_PF, w_gate_EDF, w_up_EDF, w_down_EFD
-        )
+        kept = (x_ND, gates_NK, inverse_NK, token_P, weight_P1, gate_PF, up_PF)
+        ctx.save_for_backward(*kept, *weights_EXX)
         return F.embedding_bag(inverse_NK, y_PD, mode="sum")
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, gates_NK, inverse_NK, token_P, weight_P1, gate_PF, up_PF, w_gate_EDF, w_up_EDF, w_down_EFD = (
-            ctx.saved_tensors
-        )
-        counts, (width, hidden_width) = ctx.counts, w_gate_EDF.shape[1:]
+        x_ND, gates_NK, inverse_NK, token_P, weight_P1, gate_PF, up_PF, *weights_EXX = ctx.saved_tensors
+        counts, (width, hidden_width) = ctx.counts, weights_EXX[0].shape[1:]
         grad_x_PD, grad_weight_P = _with_zero_row(x_ND, len(token_P)), x_ND.new_zeros(len(token_P) + 1)
-        grad_gate_EDF, grad_up_EDF, grad_down_EFD = (
-            torch.empty_like(w) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)
-        )
+        grads_EXX = [torch.empty_like(w) for w in weights_EXX]
 
         per_pair = (token_P, weight_P1, gate_PF, up_PF, grad_x_PD[:-1], grad_weight_P[:-1])
         tokens, weights, gates, ups, grad_xs, grad_weights = (t.split(counts) for t in per_pair)
-        w_gate_t, w_up_t, w_down_t = (w.mT.unbind() for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
-        grads_gate, grads_up, grads_down = (w.unbind() for w in (grad_gate_EDF, grad_up_EDF, grad_down_EFD))
+        w_gate_t, w_up_t, w_down_t = (w.mT.unbind() for w in weights_EXX)
+        grads_gate, grads_up, grads_down = (w.unbind() for w in grads_EXX)
 
         def work(experts: Iterator[int]) -> None:
             x_MD, grad_MD = (x_ND.new_empty(max(counts), width) for _ in range(2))
@@ -166,7 +160,7 @@ class _MoESwiGLU(torch.autograd.Function):
         share_out(work, _largest_first(counts))
         grad_gates_NK = grad_weight_P[inverse_NK].to(gates_NK.dtype)
         grad_x_ND = F.embedding_bag(inverse_NK, grad_x_PD, mode="sum")
-        return grad_x_ND, grad_gates_NK, None, None, None, grad_gate_EDF, grad_up_EDF, grad_down_EFD
+        return grad_x_ND, grad_gates_NK, None, None, None, *grads_EXX
 
 
 def _with_zero_row(x_ND: Tensor, num_pairs: int) -> Tensor:
@@ -182,3 +176,51 @@ def _largest_first(counts: list[int]) -> list[int]:
 
 
 _moe_swiglu: Callable[..., Tensor] = _MoESwiGLU.apply
+
+
+def share_out(work: Callable[[Iterator[int]], None], experts: Sequence[int]) -> None:
+    """`work(some)` on as many threads as torch has here, of one core each and without gradients; together
+    they draw every expert once, in order. With fewer than two a thread, `work` runs once, in the caller's
+    thread, on all its cores.
+
+    A product of a few hundred rows is too small to be cut over cores: two cores make two of them side by side
+    in less time than one after the other, and find in their own cache what they have just written.
+    """
+    left = iter(experts)
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or len(experts) < 2 * num_threads:
+        work(left)
+        return
+    for running in [_pool(num_threads).submit(work, left) for _ in range(num_threads)]:
+        running.result()
+
+
+@cache
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    pool, all_started = ThreadPoolExecutor(num_threads, "experts"), Barrier(num_threads)
+    cores = _cores_of(num_threads)
+
+    def prepare() -> None:
+        if cores:
+            os.sched_setaffinity(0, {cores.pop()})  # this thread alone
+        torch.set_num_threads(1)
+        # a thread's first look makes the number its own; later it would see that of the threads to come
+        torch.get_num_threads()
+        torch.set_grad_enabled(False)
+        all_started.wait()
+
+    for started in [pool.submit(prepare) for _ in range(num_threads)]:
+        started.result()
+    torch.set_num_threads(num_threads)  # for the threads to come
+    return pool
+
+
+def _cores_of(num_threads: int) -> list[int]:
+    """A core for each of the threads, where this process has as many as them; else none: it is not known
+    which are idle.
+
+    Threads that sleep between two layers are often woken all on one core, and stay there as long as their
+    work takes.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return cores if len(cores) == num_threads else []

@@ -44,7 +44,8 @@ def _spread_kernel(
 
 @triton.jit
 def _collect_kernel(
-    y_ptr, inverse_ptr, gates_ptr, out_ptr, N, K, D, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    y_ptr, inverse_ptr, gates_ptr, out_ptr, N, K, D, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """out[n] = the sum over k, rising, of y[inverse[n, k]], each times its gate where GATED."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -86,7 +87,8 @@ def _count_kernel(
 
 @triton.jit
 def _line_up_kernel(
-    experts_ptr, starts_ptr, order_ptr, inverse_ptr, N, K, R, here, tiles, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    experts_ptr, starts_ptr, order_ptr, inverse_ptr, N, K, R, here, tiles, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """The places of a tile's tokens, which begin at starts[r, tile] on rank r."""
     tile = tl.program_id(0)
@@ -126,7 +128,8 @@ def _spread(x_ND: Tensor, order_Q: Tensor, inverse_NK: Tensor) -> Tensor:
     out = x_ND.new_empty(Q, D)
     tile, warps = row_tile(D)
     launch(
-        _spread_kernel, (ceil_div(Q, tile["BLOCK_N"]),), x_ND, order_Q, None, None, out, None, Q, inverse_NK.size(1), D,
+        _spread_kernel, (ceil_div(Q, tile["BLOCK_N"]),), x_ND, order_Q, None, None, out, None, Q,
+        inverse_NK.size(1), D,
         constants={"GATED": False, **tile}, num_warps=warps, traffic=num_bytes(x_ND, out, order_Q),
     )  # fmt: skip
     return out

@@ -12,39 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridtrain.kernels.choose import chosen
+from hybridtrain.kernels.choose import TORCH, Backends, Op
 from hybridtrain.kernels.permute import reference
-from hybridtrain.kernels.permute.reference import sort_by_expert
-from hybridtrain.kernels.row_gather.op import row_gather
+from hybridtrain.kernels.rows.op import row_gather
 
-__all__ = ["collect", "combine", "permute", "sort_by_destination", "sort_by_expert", "spread"]
+PERMUTE = Op("permute", "torch index_select, own backward", sources=("permute.kernel",))
 
 
 def sort_by_destination(
-    experts_NK: Tensor, num_experts: int, num_ranks: int
+    experts_NK: Tensor, num_experts: int, num_ranks: int, backends: Backends = TORCH
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(order_Q, inverse_NK, asked_R2) of tokens that go once to every rank that has one of their experts; see
     reference.py.
     """
-    if chosen("permute", experts_NK) == "triton":
+    if backends.of(PERMUTE, experts_NK) == "triton":
         from hybridtrain.kernels.permute import kernel
 
         return kernel.sort_by_destination(experts_NK, num_experts, num_ranks)
     return reference.sort_by_destination(experts_NK, num_experts, num_ranks)
 
 
-def spread(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
+def spread(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor, backends: Backends = TORCH) -> Tensor:
     """`permute` of pairs that stand for others: `inverse_NK` may be -1."""
-    if chosen("permute", x_ND) == "triton":
+    if backends.of(PERMUTE, x_ND) == "triton":
         from hybridtrain.kernels.permute import kernel
 
         return kernel.permute(x_ND, order_P, inverse_NK)
-    return row_gather(x_ND, order_P // inverse_NK.size(1))
+    return row_gather(x_ND, order_P // inverse_NK.size(1), backends)
 
 
-def collect(y_PD: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
+def collect(y_PD: Tensor, order_P: Tensor, inverse_NK: Tensor, backends: Backends = TORCH) -> Tensor:
     """Each token's sum over the rows of its pairs: [N, D]; `inverse_NK` may be -1."""
-    if chosen("permute", y_PD) == "triton":
+    if backends.of(PERMUTE, y_PD) == "triton":
         from hybridtrain.kernels.permute import kernel
 
         return kernel.combine(y_PD, None, order_P, inverse_NK)
@@ -55,18 +54,20 @@ def collect(y_PD: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
     return out_ND.to(y_PD.dtype)
 
 
-def permute(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
+def permute(x_ND: Tensor, order_P: Tensor, inverse_NK: Tensor, backends: Backends = TORCH) -> Tensor:
     """Row i of the result is the token of the i-th pair: [P, D]."""
-    if chosen("permute", x_ND) == "triton":
+    if backends.of(PERMUTE, x_ND) == "triton":
         from hybridtrain.kernels.permute import kernel
 
         return kernel.permute(x_ND, order_P, inverse_NK)
     return _permute(x_ND, order_P, inverse_NK)
 
 
-def combine(y_PD: Tensor, gates_NK: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
+def combine(
+    y_PD: Tensor, gates_NK: Tensor, order_P: Tensor, inverse_NK: Tensor, backends: Backends = TORCH
+) -> Tensor:
     """Each token's sum over its pairs, weighted by the gates, k rising: [N, D] in the dtype of `y_PD`."""
-    if chosen("permute", y_PD) == "triton":
+    if backends.of(PERMUTE, y_PD) == "triton":
         from hybridtrain.kernels.permute import kernel
 
         return kernel.combine(y_PD, gates_NK, order_P, inverse_NK)

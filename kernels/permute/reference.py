@@ -9,20 +9,6 @@ import torch
 from torch import Tensor
 
 
-def sort_by_expert(experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs in stable order of their expert: (order_P, inverse_NK, counts_E), all int64.
-
-    `order_P[i]` is the flat pair n*K+k that stands i-th; `inverse_NK` says where each pair stands.
-    """
-    flat_P = experts_NK.reshape(-1)
-    sorted_P, order_P = torch.sort(flat_P, stable=True)
-    inverse_P = torch.empty_like(order_P)
-    inverse_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
-    # not bincount: on a GPU the host waits for its least and its greatest number
-    counts_E = torch.searchsorted(sorted_P, torch.arange(num_experts + 1, device=order_P.device)).diff()
-    return order_P, inverse_P.view(experts_NK.shape), counts_E
-
-
 def sort_by_destination(
     experts_NK: Tensor, num_experts: int, num_ranks: int
 ) -> tuple[Tensor, Tensor, Tensor]:

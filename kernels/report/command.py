@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybridtrain.kernels.choose import TRITON_OPS
+from hybridtrain.kernels.ops import TRITON_OPS
 from hybridtrain.kernels.report.hardware import TARGETS
 
 START, END = "<!-- written by hybridtrain kernels report --page -->", "<!-- end of what is written -->"

@@ -53,7 +53,7 @@ class Machine:
 
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
-    """Types, constants and alignments by argument, as Triton itself specialises a call with these arguments."""
+    """Types, constants and alignments by argument, as Triton itself specialises such a call."""
     types: dict[str, str] = {}
     constants: dict[str, Any] = dict(launch.constants)
     attributes: dict[tuple[int, ...], Any] = {}

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridtrain.kernels.ops import OPS
+
 BFLOAT16_ERROR = 2.0**-6  # of the greatest element: a few roundings of bfloat16 inputs and outputs
 FP8_ERROR = 2.0**-3  # likewise, through two products of FP8 one after the other
 FLOAT32_ERROR = 2.0**-16  # sums and exponentials in another order
@@ -52,11 +54,17 @@ def contests(device: str, N: int = 16384, D: int = 4096) -> Iterator[Contest]:
         yield from made(device, N, D)
 
 
-def _parts(op: str) -> tuple[Any, Any]:
+def _modules(op: str) -> tuple[Any, Any]:
+    """Its Triton kernels, and its definition."""
+    source = OPS[op].sources[0]
+    definition = _DEFINITIONS.get(op, f"{source.partition('.')[0]}.reference")
     kernel, reference = (
-        importlib.import_module(f"hybridtrain.kernels.{op}.{name}") for name in ("kernel", "reference")
+        importlib.import_module(f"hybridtrain.kernels.{name}") for name in (source, definition)
     )
     return kernel, reference
+
+
+_DEFINITIONS = {"router_topk": "router_topk.op"}  # where that is not reference.py
 
 
 def _normal(device: str, *shape: int) -> Tensor:
@@ -81,7 +89,7 @@ def _libraries(**candidates: tuple[str, str, Callable[[Any], Candidate]]) -> dic
 def _norms(device: str, N: int, D: int) -> Iterator[Contest]:
     fused: Candidate
     plain: Candidate
-    kernel, reference = _parts("rms_norm")
+    kernel, reference = _modules("rms_norm")
     x, r, w, size = _normal(device, N, D), _normal(device, N, D), _normal(device, D), 2 * N * D
     others: dict[str, Candidate] = {"torch fused": lambda x, w: F.rms_norm(x, w.shape, w, EPS)}
     others |= _libraries(
@@ -120,7 +128,7 @@ def _norms(device: str, N: int, D: int) -> Iterator[Contest]:
 def _elementwise(device: str, N: int, D: int) -> Iterator[Contest]:
     fused: Candidate
     plain: Candidate
-    kernel, reference = _parts("swiglu")
+    kernel, reference = _modules("swiglu")
     inputs = _normal(device, N, D), _normal(device, N, D)
     others = _libraries(
         liger=("liger_kernel.transformers.functional", "liger_swiglu", lambda f: f),
@@ -128,7 +136,7 @@ def _elementwise(device: str, N: int, D: int) -> Iterator[Contest]:
     )
     yield Contest("swiglu", f"N={N} F={D}", inputs, kernel.swiglu, reference.swiglu, 16 * N * D, 0, others)
 
-    kernel, reference = _parts("rope")
+    kernel, reference = _modules("rope")
     turn = torch.randn(N, 128, device=device)
     heads, weight = _normal(device, 1, N, max(1, D // 128), 128), _normal(device, 128)
     size = 2 * heads.numel()
@@ -143,7 +151,7 @@ def _elementwise(device: str, N: int, D: int) -> Iterator[Contest]:
 def _losses(device: str, N: int, D: int) -> Iterator[Contest]:
     fused: Candidate
     plain: Candidate
-    kernel, reference = _parts("cross_entropy")
+    kernel, reference = _modules("cross_entropy")
     N, V = max(1, N // 4), 8 * D
     targets, logits = torch.randint(0, V, (N,), device=device), _normal(device, N, V)
     others: dict[str, Candidate] = {"torch fused": lambda x: F.cross_entropy(x, targets, reduction="sum")}
@@ -188,10 +196,12 @@ def _losses(device: str, N: int, D: int) -> Iterator[Contest]:
 def _permutations(device: str, N: int, D: int) -> Iterator[Contest]:
     fused: Candidate
     plain: Candidate
-    kernel, reference = _parts("permute")
+    from hybridtrain.kernels.moe_swiglu.op import sort_by_expert
+
+    kernel, reference = _modules("permute")
     N, K, E = max(1, N // 2), 8, 64
     experts = torch.rand(N, E, device=device).topk(K).indices
-    order, inverse, _ = reference.sort_by_expert(experts, E)
+    order, inverse, _ = sort_by_expert(experts, E)
     shape, size = f"N={N} K={K} D={D}", 2 * N * D
     fused, plain = (lambda x, f=f: f(x, order, inverse) for f in (kernel.permute, reference.permute))
     yield Contest("permute", f"permute {shape}", (_normal(device, N, D),), fused, plain, 2 * (1 + K) * size)
@@ -205,7 +215,7 @@ def _permutations(device: str, N: int, D: int) -> Iterator[Contest]:
 
 
 def _experts(device: str, N: int, D: int) -> Iterator[Contest]:
-    kernel, reference = _parts("grouped_mlp")
+    kernel, reference = _modules("grouped_mlp")
     fp8, op = (importlib.import_module(f"hybridtrain.kernels.grouped_mlp.{name}") for name in ("fp8", "op"))
     E, width = 16, D // 2
     counts = torch.bincount(
@@ -229,7 +239,7 @@ def _experts(device: str, N: int, D: int) -> Iterator[Contest]:
 def _memory(device: str, N: int, D: int) -> Iterator[Contest]:
     fused: Candidate
     plain: Candidate
-    kernel, reference = _parts("engram_gate")
+    kernel, reference = _modules("engram_gate")
     size = 2 * N * D
     gate = (
         _normal(device, N, 1, D),
@@ -240,7 +250,7 @@ def _memory(device: str, N: int, D: int) -> Iterator[Contest]:
     fused, plain = (lambda *t, f=f: f(*t, EPS, 0.01)[0] for f in (kernel.engram_gate, reference.engram_gate))
     yield Contest("engram_gate", f"N={N} D={D}", gate, fused, plain, 11 * size)
 
-    kernel, reference = _parts("short_conv")
+    kernel, reference = _modules("short_conv")
     documents = (torch.rand(1, N, device=device) < 0.01).cumsum(1)
     fused, plain = (
         lambda *t, f=f: f(*t, documents, 3, EPS) for f in (kernel.short_conv, reference.short_conv)
@@ -250,9 +260,11 @@ def _memory(device: str, N: int, D: int) -> Iterator[Contest]:
 
     from hybridtrain.kernels.engram_hash import kernel as hashing
     from hybridtrain.kernels.engram_hash import op
-    from hybridtrain.kernels.engram_hash.addressing import Addressing
+    from hybridtrain.kernels.engram_hash.addressing import Addressing, TableShape
 
-    addressing = Addressing.draw([1, 3], [2, 3, 4], 8, 100_000, np.arange(1000) % 900, pad_id=7, seed=5)
+    addressing = Addressing.draw(
+        TableShape([1, 3], [2, 3, 4], 8, 100_000), np.arange(1000) % 900, pad_id=7, seed=5
+    )
     tokens, starts = torch.randint(0, 1000, (1, N), device=device), torch.rand(1, N, device=device) < 0.01
     fused, plain = (lambda t, s, f=f: f(addressing, t, s) for f in (hashing.row_ids, op.row_ids))
     yield Contest("engram_hash", f"N={N} S=48", (tokens, starts), fused, plain, N * (9 + 48 * 8))
@@ -263,7 +275,7 @@ def _table(device: str, N: int, D: int) -> Iterator[Contest]:
     plain: Candidate
     R, U, C = 64 * N, 8 * N, min(D, 256)
     rows = torch.randperm(R, device=device)[:U].sort().values
-    kernel, reference = _parts("row_gather")
+    kernel, reference = _modules("row_gather")
     table, index = _normal(device, U, C), torch.randint(U, (N, 8), device=device)
     fused = lambda t, i, f=kernel.row_gather: f(t, i.flatten())  # noqa: E731
     plain = lambda t, i, f=reference.row_gather: f(t, i.flatten())  # noqa: E731
@@ -272,7 +284,7 @@ def _table(device: str, N: int, D: int) -> Iterator[Contest]:
         "row_gather", f"R={U} U={U} C={C}", (table, index), fused, plain, 10 * U * C + 16 * U, 0, others
     )
 
-    kernel, _ = _parts("segment_sum")
+    kernel, _ = _modules("segment_sum")
     values, segment = torch.randn(U, C, device=device), torch.randint(0, U // 2, (U,), device=device)
     plain = lambda v, s: v.new_zeros(U // 2, C).index_add_(0, s, v)  # noqa: E731
     fused = lambda v, s, f=kernel.segment_sum: f(v, s, U // 2)  # noqa: E731
@@ -283,11 +295,11 @@ def _table(device: str, N: int, D: int) -> Iterator[Contest]:
 
     from hybridtrain.kernels.rowwise_adam import kernel as updating
     from hybridtrain.kernels.rowwise_adam import op
-    from hybridtrain.kernels.rowwise_adam.reference import Step
 
     def update(how: Candidate) -> Candidate:
         def run(table: Tensor, v: Tensor, last: Tensor, rows: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-            how(table, v, last, rows, grad, None, Step(9, 1e-3, 1e-8, 0.95, 0.05, 0.9))
+            step = op.Step(9, 1e-3, 1e-8, 0.95, 0.05, 0.9)
+            how(op.RowState(table, v, last), rows, grad, None, step)
             return table, v, last
 
         return run
@@ -300,7 +312,7 @@ def _table(device: str, N: int, D: int) -> Iterator[Contest]:
 
 
 def _routing(device: str, N: int, D: int) -> Iterator[Contest]:
-    kernel, reference = _parts("router_topk")
+    kernel, reference = _modules("router_topk")
     N, E, K = 4 * N, 256, 8
     logits = (
         torch.rand(N, E, device=device).argsort(-1) / 32 - 4
@@ -315,7 +327,7 @@ def _routing(device: str, N: int, D: int) -> Iterator[Contest]:
 
 
 def _depth(device: str, N: int, D: int) -> Iterator[Contest]:
-    kernel, reference = _parts("depth_attention")
+    kernel, reference = _modules("depth_attention")
     N, S = max(1, N // 2), 32
     inputs = _normal(device, N, 32, 64), _normal(device, N, S, 8, 64), _normal(device, N, S, 8, 64)
     fused, plain = (

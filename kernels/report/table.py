@@ -11,8 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.kernels.choose import TRITON_OPS
 from hybridtrain.kernels.launch import Case, Launch, recording
+from hybridtrain.kernels.ops import OPS, TRITON_OPS
 from hybridtrain.kernels.report.hardware import TARGETS
 
 Row = dict[str, Any]
@@ -31,12 +31,13 @@ def report(ops: Sequence[str] = TRITON_OPS, targets: Sequence[str] = tuple(TARGE
 
 def _launches(op: str) -> Iterator[tuple[Case, Launch, int]]:
     """Every launch of the op's cases, with the bytes of all launches of its case."""
-    for case in importlib.import_module(f"hybridtrain.kernels.{op}.kernel").cases():
-        with recording() as launches:
-            case.run()
-        moved = sum(launch.traffic for launch in launches)
-        for launch in launches:
-            yield case, launch, moved
+    for source in OPS[op].sources:
+        for case in importlib.import_module(f"hybridtrain.kernels.{source}").cases():
+            with recording() as launches:
+                case.run()
+            moved = sum(launch.traffic for launch in launches)
+            for launch in launches:
+                yield case, launch, moved
 
 
 def _row(job: tuple[str, int, str]) -> Row:

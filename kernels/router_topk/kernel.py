@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hybridtrain.kernels.launch import Case, ceil_div, launch, num_bytes, partials, row_tile
-from hybridtrain.kernels.router_topk.reference import Routing, Rule
+from hybridtrain.kernels.router_topk.op import Routing, Rule
 
 
 @triton.jit
@@ -38,7 +38,8 @@ def _scores(logits, real, SOFTMAX: tl.constexpr):
 
 @triton.jit
 def _within_best_groups(
-    rank, cols, size, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr
+    rank, cols, size, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """`rank` with -inf outside the groups, each of `size` columns, whose two highest ranks have the greatest
     sums.
@@ -65,7 +66,8 @@ def _within_best_groups(
 def _forward_kernel(
     logits_ptr, bias_ptr, experts_ptr, gates_ptr, counts_ptr, shares_ptr, sums_ptr, N, E, scale, tiles, size,
     K: tl.constexpr, BLOCK_K: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr,
-    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     cols, places = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
@@ -119,7 +121,8 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad_gates_ptr, grad_shares_ptr, grad_z_ptr, logits_ptr, experts_ptr, grad_logits_ptr, N, E, scale,
-    K: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    K: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
@@ -172,8 +175,10 @@ def _forward(
     sums = logits_NE.new_empty(programs, 2)
     limits = {"GROUPS": groups, "TOP_GROUPS": top_groups, "BLOCK_G": triton.next_power_of_2(groups)}
     launch(
-        _forward_kernel, (programs,), logits_NE, bias_E, experts, gates, counts, shares, sums, N, E, scale, tiles, E // groups,
-        constants={"K": k, "BLOCK_K": triton.next_power_of_2(k), "SOFTMAX": softmax, "NORMALIZE": normalize, **limits, **tile},
+        _forward_kernel, (programs,), logits_NE, bias_E, experts, gates, counts, shares, sums, N, E, scale,
+        tiles, E // groups,
+        constants={"K": k, "BLOCK_K": triton.next_power_of_2(k), "SOFTMAX": softmax, "NORMALIZE": normalize,
+        **limits, **tile},
         num_warps=warps,
     )  # fmt: skip
     totals = sums.sum(0)
@@ -195,9 +200,11 @@ def _backward(
     N, E = logits_NE.shape
     tile, warps = row_tile(E, elements=1024)
     launch(
-        _backward_kernel, (ceil_div(N, tile["BLOCK_N"]),), grad_gates_NK, grad_shares_E, grad_z, logits_NE, experts_NK,
+        _backward_kernel, (ceil_div(N, tile["BLOCK_N"]),), grad_gates_NK, grad_shares_E, grad_z, logits_NE,
+        experts_NK,
         grad_logits, N, E, scale,
-        constants={"K": experts_NK.size(1), "SOFTMAX": softmax, "NORMALIZE": normalize, **tile}, num_warps=warps,
+        constants={"K": experts_NK.size(1), "SOFTMAX": softmax, "NORMALIZE": normalize, **tile},
+        num_warps=warps,
     )  # fmt: skip
     return grad_logits
 

@@ -1,24 +1,80 @@
-"""Routing: Triton in one pass, or the definition itself, which on the CPU is a few passes over a small
-matrix.
-
-N tokens, E experts. See reference.py for the definition.
+"""The routing of tokens to experts: the definition itself, which on the CPU is a few passes over a small
+matrix, or Triton in one pass. N tokens, E experts, K experts per token, G groups of experts; float32.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
-from hybridtrain.kernels.choose import chosen
-from hybridtrain.kernels.router_topk import reference
-from hybridtrain.kernels.router_topk.reference import Routing, Rule
+from hybridtrain.kernels.choose import TORCH, Backends, Op
 
-__all__ = ["Routing", "Rule", "router_topk"]
+ROUTER_TOPK = Op("router_topk", "torch topk", sources=("router_topk.kernel",))
 
 
-def router_topk(logits_NE: Tensor, bias_E: Tensor, rule: Rule) -> Routing:
-    """Experts and gates of every token, and the sums over the tokens; logits and bias float32."""
-    if chosen("router_topk", logits_NE) == "triton":
+class Rule(NamedTuple):
+    """How logits become experts and gates."""
+
+    top_k: int
+    score: str  # softmax or sigmoid
+    normalize: bool  # the gates of a token sum to one,
+    scale: float  # times this
+    num_groups: int = 1  # equal groups of neighbouring experts,
+    top_groups: int = 1  # of which a token may choose from so many
+
+
+class Routing(NamedTuple):
+    """The chosen experts with their gates, and what balance and metrics need, summed over the tokens."""
+
+    experts_NK: Tensor  # int64
+    gates_NK: Tensor
+    counts_E: Tensor  # int64, tokens of each expert
+    shares_E: Tensor  # sum of the scores as shares of one
+    z: Tensor  # sum of squared log-sum-exps
+    entropy: Tensor  # sum of the shares' entropies, in nats; without gradient
+
+
+def router_topk(logits_NE: Tensor, bias_E: Tensor, rule: Rule, backends: Backends = TORCH) -> Routing:
+    """Experts and gates of every token, and the sums over the tokens; logits and bias float32.
+
+    Scores are a softmax or sigmoids of the logits; the bias shifts the selection and never the gates (arXiv
+    2408.15664).
+    """
+    if backends.of(ROUTER_TOPK, logits_NE) == "triton":
         from hybridtrain.kernels.router_topk.kernel import router_topk as fused
 
         return fused(logits_NE, bias_E, rule)
-    return reference.router_topk(logits_NE, bias_E, rule)
+    scores_NE = logits_NE.softmax(-1) if rule.score == "softmax" else logits_NE.sigmoid()
+    experts_NK = select(scores_NE.detach() + bias_E, rule)
+    gates_NK = scores_NE.gather(1, experts_NK)
+    if rule.normalize:
+        gates_NK = gates_NK / gates_NK.sum(-1, keepdim=True).clamp_min(1e-20)
+    shares_NE = scores_NE if rule.score == "softmax" else scores_NE / scores_NE.sum(-1, keepdim=True)
+    sizes_NE = shares_NE.detach()
+    return Routing(
+        experts_NK,
+        gates_NK if rule.scale == 1 else gates_NK * rule.scale,
+        # not bincount: on a GPU the host waits for its least and its greatest number
+        experts_NK.new_zeros(logits_NE.size(1)).scatter_add_(
+            0, experts_NK.reshape(-1), torch.ones_like(experts_NK.reshape(-1))
+        ),
+        shares_NE.sum(0),
+        logits_NE.logsumexp(-1).square().sum(),
+        -(sizes_NE * sizes_NE.clamp_min(torch.finfo(sizes_NE.dtype).tiny).log()).sum(),
+    )
+
+
+def select(biased_NE: Tensor, rule: Rule) -> Tensor:
+    """The experts of the highest biased scores, within the best groups (DeepSeek-V3, arXiv 2412.19437).
+
+    A group's score is the sum of its two highest biased scores.
+    """
+    if rule.num_groups > 1:
+        grouped_NGX = biased_NE.unflatten(1, (rule.num_groups, -1))
+        score_NG = grouped_NGX.topk(min(2, grouped_NGX.size(2)), -1).values.sum(-1)
+        best_NG = score_NG.topk(rule.top_groups, -1).indices
+        barred_NG = torch.ones_like(score_NG, dtype=torch.bool).scatter_(1, best_NG, False)
+        biased_NE = grouped_NGX.masked_fill(barred_NG[:, :, None], -torch.inf).flatten(1)
+    return biased_NE.topk(rule.top_k, -1).indices

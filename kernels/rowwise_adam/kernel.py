@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hybridtrain.kernels.launch import Case, ceil_div, launch, num_bytes, row_tile
-from hybridtrain.kernels.rowwise_adam.reference import Step
+from hybridtrain.kernels.rowwise_adam.op import RowState, Step
 
 
 @triton.jit
@@ -30,7 +30,8 @@ def _mix(x):
 
 @triton.jit
 def _step_kernel(
-    table_ptr, v_ptr, last_ptr, rows_ptr, grad_ptr, decay_ptr, N, D, step, lr, eps, log2_high, log2_low, gain, correction, seed,
+    table_ptr, v_ptr, last_ptr, rows_ptr, grad_ptr, decay_ptr, N, D, step, lr, eps, log2_high, log2_low,
+    gain, correction, seed,
     first_row, DECAY: tl.constexpr, ROUND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     places = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -71,8 +72,10 @@ def _step(
     touched = N * (2 * D * table_RD.element_size() + 2 * 8)
     launch(
         _step_kernel, (ceil_div(N, tile["BLOCK_N"]),), table_RD, v_R, last_R, rows_N, grad_ND, decay,
-        N, D, step, lr, eps, high, log2 - high if math.isfinite(log2) else 0.0, gain, correction, seed, first_row,
-        constants={"DECAY": decay is not None, "ROUND": table_RD.dtype == torch.bfloat16, **tile}, num_warps=warps,
+        N, D, step, lr, eps, high, log2 - high if math.isfinite(log2) else 0.0, gain, correction, seed,
+        first_row,
+        constants={"DECAY": decay is not None, "ROUND": table_RD.dtype == torch.bfloat16, **tile},
+        num_warps=warps,
         traffic=touched + num_bytes(grad_ND, rows_N) + (8 * N if decay is not None else 0),
     )  # fmt: skip
 
@@ -88,17 +91,9 @@ def _(
     return None
 
 
-def rowwise_adam(
-    table_RD: Tensor,
-    v_R: Tensor,
-    last_R: Tensor,
-    rows_N: Tensor,
-    grad_ND: Tensor,
-    decay: Tensor | None,
-    step: Step,
-) -> None:
+def rowwise_adam(state: RowState, rows_N: Tensor, grad_ND: Tensor, decay: Tensor | None, step: Step) -> None:
     """As op.rowwise_adam; grad_ND any float."""
-    _op(table_RD, v_R, last_R, rows_N.contiguous(), grad_ND.contiguous(), decay, *step)
+    _op(*state, rows_N.contiguous(), grad_ND.contiguous(), decay, *step)
 
 
 def cases() -> Iterator[Case]:

@@ -6,33 +6,58 @@ R rows of a table, D width, N touched rows. See reference.py for the definition.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from hybridtrain.kernels.choose import chosen
-from hybridtrain.kernels.rowwise_adam.reference import Step, round_stochastically, rounding_seed
+from hybridtrain.kernels.choose import TORCH, Backends, Op
+from hybridtrain.kernels.rowwise_adam.rounding import round_stochastically
 
-__all__ = ["Step", "fade", "owed", "rounded", "rounding_seed", "rowwise_adam"]
+ROWWISE_ADAM = Op("rowwise_adam", "torch, several passes", sources=("rowwise_adam.kernel",))
+
+
+class RowState(NamedTuple):
+    """A table with its rows' second moments, float32, and the steps they were updated at last, int32."""
+
+    table_RD: Tensor
+    v_R: Tensor
+    last_R: Tensor
+
+
+class Step(NamedTuple):
+    """The numbers of one update; Adam has gain 1 - beta2 and correction 1 - beta2^number, Adagrad beta2, gain
+    and correction 1.
+    """
+
+    number: int  # counted from 1
+    lr: float
+    eps: float
+    beta2: float
+    gain: float
+    correction: float
+    seed: int = 0  # of rounding.py; with a row's number in the whole table it decides how it is rounded
+    first_row: int = 0  # this table's first row in the whole one
 
 
 def rowwise_adam(
-    table_RD: Tensor,
-    v_R: Tensor,
-    last_R: Tensor,
+    state: RowState,
     rows_N: Tensor,
     grad_ND: Tensor,
     decay: Tensor | None,
     step: Step,
+    backends: Backends = TORCH,
 ) -> None:
     """Update the rows, unique int64 [N], in place; allocates tensors of N rows only.
 
-    v_R float32, last_R int32, grad_ND float32, decay float64 [number of the step + 1 or more]. bfloat16
-    tables are rounded stochastically.
+    grad_ND float32, decay float64 [number of the step + 1 or more]: entry t is the log of the product of the
+    decay factors of steps 1 to t. bfloat16 tables are rounded stochastically.
     """
-    if chosen("rowwise_adam", table_RD) == "triton":
+    table_RD, v_R, last_R = state
+    if backends.of(ROWWISE_ADAM, table_RD) == "triton":
         from hybridtrain.kernels.rowwise_adam.kernel import rowwise_adam as fused
 
-        fused(table_RD, v_R, last_R, rows_N, grad_ND, decay, step)
+        fused(state, rows_N, grad_ND, decay, step)
         return
     last_N = last_R.index_select(0, rows_N)
     square_N = torch.linalg.vector_norm(grad_ND, dim=1).square_().div_(grad_ND.shape[1])
@@ -63,6 +88,6 @@ def owed(decay: Tensor, last_N: Tensor, total: Tensor | float) -> Tensor:
 
 def rounded(weights_ND: Tensor, dtype: torch.dtype, numbers_N: Tensor, seed: int) -> Tensor:
     """The weights as a table of this dtype holds them."""
-    return (
-        round_stochastically(weights_ND, numbers_N, seed) if dtype == torch.bfloat16 else weights_ND.to(dtype)
-    )
+    if dtype == torch.bfloat16:
+        return round_stochastically(weights_ND, numbers_N, seed)
+    return weights_ND.to(dtype)

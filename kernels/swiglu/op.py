@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridtrain.kernels.choose import chosen
+from hybridtrain.kernels.choose import TORCH, Backends, Op
+
+SWIGLU = Op("swiglu", "torch, two passes", ("torch", "triton", "liger"), sources=("swiglu.kernel",))
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, backends: Backends = TORCH) -> Tensor:
     """silu(gate) * up, of one shape and dtype."""
-    match chosen("swiglu", gate):
+    match backends.of(SWIGLU, gate):
         case "triton":
             from hybridtrain.kernels.swiglu.kernel import swiglu as fused
 
             return fused(gate, up)
         case "liger":
-            from liger_kernel.transformers.functional import liger_swiglu
+            from hybridtrain.kernels.libraries import liger_swiglu
 
-            out: Tensor = liger_swiglu(gate, up)
-            return out
+            return liger_swiglu(gate, up)
     return F.silu(gate) * up

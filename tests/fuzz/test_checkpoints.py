@@ -30,7 +30,7 @@ from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tenso
 from hybridtrain.data.compress import read_compression, to_npy
 from hybridtrain.files.pickles import _ACTIONS, unpickle
 from hybridtrain.formats.torch_dist import COMMON, Region, TorchDist, read_common, write_torch_dist
-from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.kernels.engram_hash.addressing import Addressing, TableShape
 from hybridtrain.run import init_from as weights
 from hybridtrain.run.run_folder import SETTINGS, find_checkpoint
 from hybridtrain.settings.load import load_settings, parse_settings
@@ -322,7 +322,7 @@ def test_an_addressing_with_an_odd_part(data: st.DataObject) -> None:
         {"model": {"layers": ["engram+attention+dense"]}, "engram": {"rows_per_head": 11, "heads": 2}}
     )
     compression = np.arange(20)
-    good = Addressing.draw((0,), settings.engram.orders, 2, 11, compression, 3)
+    good = Addressing.draw(TableShape((0,), settings.engram.orders, 2, 11), compression, 3)
     odd = changed(data, json.loads(good.to_json()), ODD)
     text = data.draw(st.sampled_from([json.dumps(odd), json.dumps(odd), good.to_json()[:-5], "[" * 100_000]))
     stored = SimpleNamespace(path="it", shapes={"table.rows": (good.num_rows, settings.engram.head_dim)})

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from hybridtrain.kernels import choose
-from hybridtrain.kernels.segment_sum.reference import segment_sum
-from hybridtrain.run import loop
+from hybridtrain.kernels.choose import Backends
+from hybridtrain.kernels.ops import OPS, resolve
+from hybridtrain.kernels.rows.reference import segment_sum
+from hybridtrain.run import assemble, loop
 from hybridtrain.settings.load import load_settings
 from hybridtrain.settings.tree import KernelSettings
 from tests.training import loss_curve, make_data
 
+ON_GPU = {name: op.on_gpu for name, op in OPS.items() if len(op.implementations) > 1}
 CI_GPU = Path(__file__).parents[2] / "configs" / "ci_gpu.toml"
 has_triton = importlib.util.find_spec("triton") is not None
 ready = torch.cuda.is_available() and has_triton and os.environ["TRITON_INTERPRET"] == "0"
@@ -42,7 +46,7 @@ def test_kernels_with_gradients(size: tuple[int, int]) -> None:
 
 @gpu
 def test_segment_sum_is_bit_exact() -> None:
-    from hybridtrain.kernels.segment_sum import kernel
+    from hybridtrain.kernels.rows import segment_sum_kernel as kernel
 
     values, segment = torch.randn(3000, 80, device="cpu"), torch.randint(0, 200, (3000,), device="cpu")
     assert torch.equal(
@@ -51,12 +55,19 @@ def test_segment_sum_is_bit_exact() -> None:
 
 
 def miniature(folder: Path, data: Path, *overrides: str) -> tuple[list[float], dict[str, str]]:
-    """Losses of configs/ci_gpu.toml, and what carried each op, in this process, alone in a world of one rank."""
-    with torch.device("cpu"):  # what the run puts elsewhere it says itself
+    """Losses of configs/ci_gpu.toml, and what carried each op, in this process, in a world of one rank."""
+    seen: list[Backends] = []
+
+    def resolving(wanted: Mapping[str, str], device_type: str) -> Backends:
+        seen.append(resolve(wanted, device_type))
+        return seen[-1]
+
+    # what the run puts elsewhere it says itself
+    with torch.device("cpu"), mock.patch.object(assemble, "resolve", resolving):
         loop.train(
             load_settings(CI_GPU, [f"run.dir={folder}", f"data.path={data}", "data.source=[]", *overrides])
         )
-    return loss_curve(folder), choose.table()
+    return loss_curve(folder), dict(seen[0].chosen)
 
 
 def within_noise(losses: list[float], half: list[float], single: list[float]) -> None:
@@ -79,7 +90,7 @@ def stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_miniature_trains_as_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_data(tmp_path / "data")
     losses, table = miniature(tmp_path / "gpu", data)
-    assert table == choose.ON_GPU
+    assert table == ON_GPU
     stay_on_the_cpu(monkeypatch)
     half, plain = miniature(tmp_path / "half", data)
     assert set(plain.values()) == {"torch"}
@@ -100,11 +111,10 @@ def test_the_same_on_the_cpu_with_what_a_gpu_would_choose(
     small += ['model.layers=["engram+attention+moe", "attention+dense"]']
     single, _ = miniature(tmp_path / "single", data, *small, "train.precision=float32")
     half, _ = miniature(tmp_path / "half", data, *small)
-    there = [f"kernels.{op}={choose.ON_GPU[op]}" for op in KernelSettings.model_fields]
+    there = [f"kernels.{op}={ON_GPU[op]}" for op in KernelSettings.model_fields]
     losses, table = miniature(tmp_path / "gpu", data, *small, *there)
-    assert {op: table[op] for op in KernelSettings.model_fields}.items() <= choose.ON_GPU.items()
+    assert {op: table[op] for op in KernelSettings.model_fields}.items() <= ON_GPU.items()
     eighth, _ = miniature(tmp_path / "fp8", data, *small, *there, "kernels.grouped_mlp=fp8", "train.steps=1")
-    choose.use({})
     assert losses != half
     assert 0 < abs(eighth[0] - losses[0]) < 0.01 * losses[0]
     within_noise(losses, half, single)

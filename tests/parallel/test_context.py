@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridtrain.kernels.short_conv.op import short_conv
+from hybridtrain.kernels.engram.op import ConvRule, short_conv
 from hybridtrain.model import common as context_module
 from hybridtrain.model.common import make_context
 from hybridtrain.model.exchanges import attend, position_in_expert
@@ -61,10 +61,10 @@ def check(kind: str) -> None:
 
     x, grad = randn(SEQUENCES, TOKENS, 6).requires_grad_(), randn(SEQUENCES, TOKENS, 6)
     weights = [randn(6).requires_grad_(), randn(TAPS, 6).requires_grad_()]
-    expected = short_conv(x, *weights, docs, DILATION, 1e-6)
+    expected = short_conv(x, *weights, docs, ConvRule(DILATION, 1e-6))
     expected.backward(grad)
     part, own = here(x), [w.detach().clone().requires_grad_() for w in weights]
-    out = context.convolve(part, *own, docs, DILATION, 1e-6)
+    out = context.convolve(part, *own, docs, ConvRule(DILATION, 1e-6))
     out.backward(grad[:, places])
     torch.testing.assert_close(out, expected[:, places])
     torch.testing.assert_close(part.grad, x.grad[:, places])

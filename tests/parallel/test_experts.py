@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridtrain.kernels import choose
+from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.model.exchanges import local_dispatch
 from hybridtrain.model.feedforwards.moe import DROPPED, GroupedExperts, MoESettings, Router
 from hybridtrain.parallel import collectives
@@ -127,7 +127,7 @@ def expected_rows(experts: list[Tensor], each: int, node_size: int, rank: int) -
     return rows | ({"ep_intra": rows_of_a_hop(inside, node_size, index)} if node_size > 1 else {})
 
 
-def check_dispatch(choice: Choice, node_size: int) -> None:
+def check_dispatch(choice: Choice, node_size: int, backends: Backends = TORCH) -> None:
     mesh = mesh_here(ep=torch.distributed.get_world_size(), node_size=node_size)
     size, rank = mesh.ep.size, mesh.rank
     each = EXPERTS // size
@@ -140,7 +140,8 @@ def check_dispatch(choice: Choice, node_size: int) -> None:
 
     x_ND, experts_NK, gates_NK, grad_ND = parts[rank]
     x_ND, gates_NK, own = x_ND.requires_grad_(), gates_NK.requires_grad_(), experts_of(rank * each, each)
-    y_ND = AllToAllDispatch(mesh.ep_levels, EXPERTS)(x_ND, experts_NK, gates_NK, own)()
+    dispatch = AllToAllDispatch(mesh.ep_levels, EXPERTS, backends=backends)
+    y_ND = dispatch(x_ND, experts_NK, gates_NK, own)()
     there = mesh.traffic.entries()
     y_ND.backward(grad_ND)
     and_back = mesh.traffic.entries()
@@ -181,9 +182,7 @@ def check_all(node_sizes: list[int]) -> None:
         for choice in CHOICES:
             check_dispatch(choice, node_size)
         if importlib.util.find_spec("triton") is not None:
-            choose.use({"permute": "triton"})
-            check_dispatch(partly_dropped, node_size)
-            choose.use({})
+            check_dispatch(partly_dropped, node_size, Backends({"permute": "triton"}))
 
 
 @pytest.mark.parametrize(("size", "node_sizes"), [(2, [0, 1]), (4, [0, 1, 2])])

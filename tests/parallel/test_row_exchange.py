@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridtrain.kernels.row_gather.op import pack, unpack
+from hybridtrain.kernels.rows.op import pack, unpack
 from hybridtrain.parallel import row_exchange as module
 from hybridtrain.parallel.collectives import Group, gather_objects
 from hybridtrain.parallel.mesh import Mesh

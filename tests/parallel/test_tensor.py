@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hybridtrain.data.batches import Batch
-from hybridtrain.kernels import choose
-from hybridtrain.kernels.short_conv.op import short_conv
+from hybridtrain.kernels.choose import Backends
+from hybridtrain.kernels.engram.op import ConvRule, short_conv
 from hybridtrain.model.exchanges import position_in_expert
 from hybridtrain.parallel.apply import materialize, write_local
 from hybridtrain.parallel.collectives import Group
@@ -98,11 +98,10 @@ def vocabulary(mesh: Mesh) -> None:
     torch.testing.assert_close(full(weight.grad), whole_VD.grad)
     torch.testing.assert_close(VocabularyLogits(mesh.tp)(h_BSD, weight), h_BTD @ weight_VD.T)
     if find_spec("triton") is not None:
-        choose.use({"cross_entropy": "triton"})
+        triton = Backends({"cross_entropy": "triton"})
         again_BSD, again = h_BSD.detach().requires_grad_(), nn.Parameter(weight.detach())
-        fused = VocabularyLoss(mesh.tp)(again_BSD, again, targets_BT)
+        fused = VocabularyLoss(mesh.tp, backends=triton)(again_BSD, again, targets_BT)
         (3 * fused).backward()
-        choose.use({})
         torch.testing.assert_close(fused, loss)
         torch.testing.assert_close(again_BSD.grad, h_BSD.grad)
         torch.testing.assert_close(full(again.grad), full(weight.grad))
@@ -132,8 +131,8 @@ def convolution(mesh: Mesh) -> None:
             [w.clone().requires_grad_() for w in drawn_weights],
         )
         whole, weights = x_BTD.clone().requires_grad_(), [w.clone().requires_grad_() for w in drawn_weights]
-        out_BSD = WholeSequences(short_conv, mesh.tp)(x_BSD, *own, documents, 3, 1e-6)
-        reference_BTD = short_conv(whole, *weights, documents, 3, 1e-6)
+        out_BSD = WholeSequences(short_conv, mesh.tp)(x_BSD, *own, documents, ConvRule(3, 1e-6))
+        reference_BTD = short_conv(whole, *weights, documents, ConvRule(3, 1e-6))
         assert torch.equal(out_BSD, part(reference_BTD, mesh))
         out_BSD.square().sum().backward()
         reference_BTD.square().sum().backward()

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain.kernels.choose import OPS
+from hybridtrain.kernels.ops import OPS
 from tools import bench_candidates as tool
 
 
 def test_formulations_agree_and_one_that_does_not_is_named() -> None:
     races = list(tool.races(N=256, D=8, V=64))
     elsewhere = {
+        "attention",
         "grouped_mlp",
         "rowwise_adam",
         "depth_attention",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pydantic import Field
 from torch import Tensor, nn
 
+from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.kernels.swiglu.op import swiglu
 from hybridtrain.model.component import Cut, FeedForward, Frame, Parameter
 from hybridtrain.model.exchanges import Exchanges
@@ -18,14 +19,15 @@ class DenseSettings(Section):
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, backends: Backends = TORCH) -> None:
         super().__init__()
+        self.backends = backends
         self.w_gate = nn.Linear(dim, hidden, bias=False)
         self.w_up = nn.Linear(dim, hidden, bias=False)
         self.w_down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w_down(swiglu(self.w_gate(x), self.w_up(x)))
+        out: Tensor = self.w_down(swiglu(self.w_gate(x), self.w_up(x), self.backends))
         return out
 
 
@@ -38,7 +40,7 @@ SWIGLU: Mapping[str, Parameter] = {
 
 
 def _build(section: DenseSettings, frame: Frame, _: Exchanges) -> SwiGLU:
-    return SwiGLU(frame.dim, section.hidden)
+    return SwiGLU(frame.dim, section.hidden, frame.backends)
 
 
 DENSE = FeedForward(

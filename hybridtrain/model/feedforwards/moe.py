@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from hybridtrain.kernels.moe_swiglu.op import moe_swiglu
+from hybridtrain.kernels.choose import TORCH, Backends
+from hybridtrain.kernels.moe_swiglu.op import Choice, ExpertWeights, moe_swiglu
 from hybridtrain.kernels.router_topk.op import Routing, Rule, router_topk
 from hybridtrain.model.common import CountingModule, local, uncompiled
 from hybridtrain.model.component import Cut, FeedForward, Frame, Parameter
@@ -82,8 +83,9 @@ class Router(CountingModule):
     bias_E: Tensor
     load_E: Tensor
 
-    def __init__(self, dim: int, moe: MoESettings, tokens_per_step: int) -> None:
+    def __init__(self, dim: int, moe: MoESettings, tokens_per_step: int, backends: Backends = TORCH) -> None:
         super().__init__()
+        self.backends = backends
         self.moe = moe
         self.rule = Rule(
             moe.top_k, moe.score, moe.normalize_gates, moe.gate_scale, moe.num_groups, moe.top_groups
@@ -102,7 +104,7 @@ class Router(CountingModule):
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(experts_NK int64, gates_NK float32); the balance losses ride on the gates' gradient."""
         logits_NE = F.linear(x_ND.float(), self.weight.float())
-        routing = router_topk(logits_NE, self.bias_E, self.rule)
+        routing = router_topk(logits_NE, self.bias_E, self.rule, self.backends)
         return routing.experts_NK, self._balance(routing) if self.training else routing.gates_NK
 
     def update(self, counts_E: Tensor) -> None:
@@ -156,8 +158,9 @@ _attach_loss: Callable[[Tensor, Tensor], Tensor] = _AttachLoss.apply
 class GroupedExperts(nn.Module):
     """One SwiGLU per expert."""
 
-    def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
+    def __init__(self, num_experts: int, dim: int, hidden: int, backends: Backends = TORCH) -> None:
         super().__init__()
+        self.backends = backends
         self.w_gate = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.w_up = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden, dim))
@@ -172,8 +175,9 @@ class GroupedExperts(nn.Module):
     ) -> Tensor:
         """Each token's gated sum over its experts: [N, D]. With `absent`, experts outside 0..E-1 count
         nothing; `present` is how many are inside, where that is known."""
-        w_gate, w_up, w_down = (local(w) for w in (self.w_gate, self.w_up, self.w_down))
-        return moe_swiglu(x_ND, experts_NK, gates_NK, w_gate, w_up, w_down, absent, present)
+        weights = ExpertWeights(local(self.w_gate), local(self.w_up), local(self.w_down))
+        choice = Choice(experts_NK, gates_NK, absent, present)
+        return moe_swiglu(x_ND, choice, weights, self.backends)
 
 
 DROPPED = -1  # no expert's number
@@ -189,9 +193,11 @@ class MoE(CountingModule):
 
     def __init__(self, moe: MoESettings, frame: Frame, exchanges: Exchanges) -> None:
         super().__init__()
-        self.router = Router(frame.dim, moe, frame.tokens_per_step)
-        self.experts = GroupedExperts(moe.num_experts, frame.dim, moe.hidden)
-        self.shared = SwiGLU(frame.dim, moe.num_shared * moe.hidden) if moe.num_shared else None
+        self.router = Router(frame.dim, moe, frame.tokens_per_step, frame.backends)
+        self.experts = GroupedExperts(moe.num_experts, frame.dim, moe.hidden, frame.backends)
+        self.shared = (
+            SwiGLU(frame.dim, moe.num_shared * moe.hidden, frame.backends) if moe.num_shared else None
+        )
         even = frame.seq_len * moe.top_k / moe.num_experts
         self.most = math.ceil(moe.capacity * even) if moe.capacity else None
         self.dispatch = exchanges.dispatch(moe.num_experts, self.most is not None, frame.path)

@@ -6,11 +6,12 @@ B batch, T tokens, D model width, H heads, C head width.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from hybridtrain.kernels.rope.op import rope
+from hybridtrain.kernels.norms.op import rope
 from hybridtrain.model.common import HeadNorm, SequenceContext
 from hybridtrain.model.component import NORM, Cut, Frame, Mixer, Parameter, Sees
 from hybridtrain.model.exchanges import Exchanges
@@ -47,15 +48,16 @@ class Attention(nn.Module):
         self.wk = nn.Linear(dim, a.num_kv_heads * a.head_dim, bias=False)
         self.wv = nn.Linear(dim, a.num_kv_heads * a.head_dim, bias=False)
         self.wo = nn.Linear(a.num_heads * a.head_dim, dim, bias=False)
-        self.q_norm = HeadNorm(a.head_dim, frame.norm_eps) if a.qk_norm else None
-        self.k_norm = HeadNorm(a.head_dim, frame.norm_eps) if a.qk_norm else None
+        self.q_norm = HeadNorm(a.head_dim, frame.norm_eps, frame.backends) if a.qk_norm else None
+        self.k_norm = HeadNorm(a.head_dim, frame.norm_eps, frame.backends) if a.qk_norm else None
+        self.turn = partial(rope, backends=frame.backends)
         self.attend = exchanges.attend
 
     def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
         q_BTHC, k_BTHC, v_BTHC = (
             w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv)
         )
-        turn_q, turn_k = self.q_norm or rope, self.k_norm or rope
+        turn_q, turn_k = self.q_norm or self.turn, self.k_norm or self.turn
         q_BTHC, k_BTHC = turn_q(q_BTHC, context.rotation_TR), turn_k(k_BTHC, context.rotation_TR)
         out_BTD: Tensor = self.wo(self.attend(q_BTHC, k_BTHC, v_BTHC, context).flatten(-2))
         return out_BTD

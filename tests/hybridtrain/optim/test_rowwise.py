@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridtrain.errors import SettingsError
-from hybridtrain.kernels import choose
+from hybridtrain.kernels.choose import Backends
 from hybridtrain.model.engram import EngramSettings
 from hybridtrain.optim.rowwise import DenseAdam, RowwiseAdagrad, RowwiseAdam, make_row_optimizer
 
@@ -255,14 +255,12 @@ def test_rounding_depends_on_seed_step_and_row_and_not_on_where_the_table_is_cut
 def test_triton_goes_the_same_way(make):
     tables = []
     for how in ("torch", "triton"):
-        choose.use({"rowwise_adam": how, "row_gather": how})
         table = torch.randn(R, D, generator=torch.Generator().manual_seed(1))
-        optimizer = make(table, weight_decay=0.5)
+        optimizer = make(table, weight_decay=0.5, backends=Backends({"rowwise_adam": how, "row_gather": how}))
         for rows, grad, lr in make_steps(7):
             optimizer.catch_up(rows[::2])  # the others owe more than one step
             optimizer.step(rows, grad, lr)
         tables.append((table, *optimizer.state.values()))
-    choose.use({})
     for mine, plain in zip(*tables, strict=True):
         torch.testing.assert_close(mine, plain, rtol=2e-5, atol=2e-6)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hybridtrain import checkpoint
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.kernels.row_gather.reference import packed_width
+from hybridtrain.kernels.rows.eight_bits import packed_width
 from hybridtrain.monitor.metrics import Clock, read_metrics
 from hybridtrain.parallel.mesh import Mesh, make_mesh
 from hybridtrain.parallel.row_exchange import AllToAllSplits, StepPlan

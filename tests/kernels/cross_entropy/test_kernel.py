@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridtrain.kernels import choose
+from hybridtrain.kernels.choose import Backends
 from hybridtrain.kernels.cross_entropy import op, reference
 from hybridtrain.kernels.linear_cross_entropy import reference as linear
 from hybridtrain.kernels.testing import check
@@ -65,9 +65,8 @@ def run_both(function, logits, *rest):  # type: ignore[no-untyped-def]
     """By torch and by Triton."""
     results = []
     for how in ("torch", "triton"):
-        choose.use({"cross_entropy": how}, logits.device.type)
-        results.append(function(logits.clone(), *rest))
-    choose.use({})
+        backends = Backends({"cross_entropy": how}, logits.device.type)
+        results.append(function(logits.clone(), *rest, backends))
     return results
 
 

@@ -5,13 +5,12 @@ sequence.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from hybridtrain.kernels import choose
+from hybridtrain.kernels.choose import Backends
 from hybridtrain.kernels.depth_attention import reference
 from hybridtrain.kernels.depth_attention.op import depth_attention, merge
 from hybridtrain.kernels.testing import check
@@ -20,16 +19,14 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=needs_triton)])
-def how(request: pytest.FixtureRequest) -> Iterator[str]:
-    choose.use({"depth_attention": request.param})
-    yield request.param
-    choose.use({})
+def how(request: pytest.FixtureRequest) -> Backends:
+    return Backends({"depth_attention": request.param})
 
 
 @pytest.mark.parametrize(("N", "H", "G", "S", "C"), [(1, 4, 2, 2, 60), (63, 6, 2, 9, 32), (3, 2, 1, 33, 100)])
-def test_equals_the_definition(how: str, N: int, H: int, G: int, S: int, C: int) -> None:
+def test_equals_the_definition(how: Backends, N: int, H: int, G: int, S: int, C: int) -> None:
     check(
-        depth_attention,
+        lambda *x: depth_attention(*x, backends=how),
         reference.depth_attention,
         [torch.randn(s) for s in ((N, H, C), (N, S, G, C), (N, S, G, C))],
         C**-0.5,
@@ -51,7 +48,7 @@ def whole(q: Tensor, k: Tensor, v: Tensor, deep_k: Tensor, deep_v: Tensor) -> Te
     return torch.stack(out)
 
 
-def merged(q: Tensor, k: Tensor, v: Tensor, deep_k: Tensor, deep_v: Tensor) -> Tensor:
+def merged(q: Tensor, k: Tensor, v: Tensor, deep_k: Tensor, deep_v: Tensor, how: Backends) -> Tensor:
     R = q.size(1) // k.size(1)
     scores = torch.einsum("thc,shc->ths", q, k.repeat_interleave(R, 1)) * 0.25
     scores = scores.masked_fill(torch.ones(len(q), len(q)).triu(1).bool()[:, None], -torch.inf)
@@ -59,32 +56,32 @@ def merged(q: Tensor, k: Tensor, v: Tensor, deep_k: Tensor, deep_v: Tensor) -> T
         torch.einsum("ths,shc->thc", scores.softmax(-1), v.repeat_interleave(R, 1)),
         scores.logsumexp(-1),
     )
-    return merge(*sequence, *depth_attention(q, deep_k, deep_v, 0.25))[0]
+    return merge(*sequence, *depth_attention(q, deep_k, deep_v, 0.25, how))[0]
 
 
-def test_one_softmax_over_sequence_and_depth(how: str) -> None:
+def test_one_softmax_over_sequence_and_depth(how: Backends) -> None:
     shapes = ((9, 4, 16), (9, 2, 16), (9, 2, 16), (9, 5, 2, 16), (9, 5, 2, 16))
-    check(merged, whole, [torch.randn(shape) for shape in shapes])
+    check(lambda *x: merged(*x, how), whole, [torch.randn(shape) for shape in shapes])
 
 
-def test_reads_slots_of_one_buffer_and_compiles(how: str) -> None:
+def test_reads_slots_of_one_buffer_and_compiles(how: Backends) -> None:
     buffer, q = torch.randn(2, 9, 12, 2, 16), torch.randn(9, 4, 16)  # keys and values of up to 12 slots
     slots = buffer[0, :, :5], buffer[1, :, :5]
     plain = reference.depth_attention(q, *slots, 0.25)
     compiled = torch.compile(depth_attention, fullgraph=True, backend="aot_eager")
     for by in (depth_attention, compiled):
-        for mine, wanted in zip(by(q, *slots, 0.25), plain, strict=True):
+        for mine, wanted in zip(by(q, *slots, 0.25, how), plain, strict=True):
             torch.testing.assert_close(mine, wanted)
-    assert depth_attention(q.to("meta"), *(x.to("meta") for x in slots), 0.25)[0].shape == q.shape
+    assert depth_attention(q.to("meta"), *(x.to("meta") for x in slots), 0.25, how)[0].shape == q.shape
 
 
-def test_half_precision_keeps_a_wide_log_sum_exp(how: str) -> None:
+def test_half_precision_keeps_a_wide_log_sum_exp(how: Backends) -> None:
     q, k, v = (torch.randn(shape).bfloat16() for shape in ((3, 4, 16), (3, 5, 2, 16), (3, 5, 2, 16)))
-    out, lse = depth_attention(q, k, v, 0.25)
+    out, lse = depth_attention(q, k, v, 0.25, how)
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
 
 
-def test_refuses_what_does_not_fit(how: str) -> None:
+def test_refuses_what_does_not_fit(how: Backends) -> None:
     for k in (torch.randn(3, 5, 3, 8), torch.randn(3, 0, 2, 8), torch.randn(4, 5, 2, 8)):
         with pytest.raises(ValueError, match=r"q \[3, 4, 8\], k .* H a multiple of G"):
-            depth_attention(torch.randn(3, 4, 8), k, k, 0.3)
+            depth_attention(torch.randn(3, 4, 8), k, k, 0.3, how)

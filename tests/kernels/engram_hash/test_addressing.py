@@ -9,6 +9,7 @@ import pytest
 from hybridtrain.kernels.engram_hash.addressing import (
     Addressing,
     AddressingError,
+    TableShape,
     draw_multipliers,
     draw_primes,
 )
@@ -18,7 +19,7 @@ COMPRESSION = np.arange(50) % 40
 
 
 def small() -> Addressing:
-    return Addressing.draw([1, 3], [2, 3], 2, 100, COMPRESSION, pad_id=7, seed=5)
+    return Addressing.draw(TableShape([1, 3], [2, 3], 2, 100), COMPRESSION, pad_id=7, seed=5)
 
 
 def test_is_prime_agrees_with_trial_division():
@@ -45,10 +46,10 @@ def test_next_prime():
 
 def test_published_row_counts():
     start = time.perf_counter()
-    flash = Addressing.draw([1, 14], [2, 3, 4], 8, 16_000_000, np.arange(99_092), 0)
+    flash = Addressing.draw(TableShape([1, 14], [2, 3, 4], 8, 16_000_000), np.arange(99_092), 0)
     assert time.perf_counter() - start < 1.0
     assert flash.rows_per_layer == (384_006_168, 384_016_682)
-    paper = Addressing.draw([1, 14], [2, 3], 8, 2_262_400, np.arange(99_092), 0)
+    paper = Addressing.draw(TableShape([1, 14], [2, 3], 8, 2_262_400), np.arange(99_092), 0)
     assert round(paper.num_rows * 80 / 1e9, 2) == 5.79
 
 
@@ -170,10 +171,10 @@ def test_json_names_missing_keys_and_broken_text():
 
 def test_draw_lists_all_that_is_wrong():
     with pytest.raises(AddressingError, match="4 problem") as caught:
-        Addressing.draw([], [3, 2], 2, 0, COMPRESSION, pad_id=99)
+        Addressing.draw(TableShape([], [3, 2], 2, 0), COMPRESSION, pad_id=99)
     for message in ("rows_per_head=0", "layers=", "orders=", "pad_id=99"):
         assert caught.match(message)
     with pytest.raises(AddressingError, match="negative id -1"):
-        Addressing.draw([0], [2], 1, 10, [0, -1, 2], pad_id=0)
+        Addressing.draw(TableShape([0], [2], 1, 10), [0, -1, 2], pad_id=0)
     with pytest.raises(AddressingError, match="compression must be a list of integers"):
-        Addressing.draw([0], [2], 1, 10, [0.5], pad_id=0)
+        Addressing.draw(TableShape([0], [2], 1, 10), [0.5], pad_id=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridtrain.kernels.engram_hash import op, reference
-from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.kernels.engram_hash.addressing import Addressing, TableShape
 from hybridtrain.kernels.testing import poisoned
 
 kernel = pytest.importorskip(
@@ -19,7 +19,7 @@ kernel = pytest.importorskip(
 
 def addressing(boundary: str = "document", orders: tuple[int, ...] = (2, 3), heads: int = 3) -> Addressing:
     return Addressing.draw(
-        [1, 3], orders, heads, 1000, np.arange(500) % 431, pad_id=7, boundary=boundary, seed=5
+        TableShape([1, 3], orders, heads, 1000), np.arange(500) % 431, pad_id=7, boundary=boundary, seed=5
     )  # type: ignore[arg-type]
 
 

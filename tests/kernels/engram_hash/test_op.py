@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridtrain.kernels.engram_hash import op, reference
-from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.kernels.engram_hash.addressing import Addressing, TableShape
 
 VOCAB = 30
 COMPRESSION = np.arange(VOCAB) // 2
@@ -23,7 +23,9 @@ def make(orders=(2, 3), boundary="document", **changes) -> Addressing:
         "pad_id": 3,
         "seed": 1,
     }
-    return Addressing.draw(**{**values, "boundary": boundary, **changes})
+    values |= {"boundary": boundary, **changes}
+    shape = TableShape(*(values.pop(key) for key in ("layers", "orders", "heads", "rows_per_head")))
+    return Addressing.draw(shape, **values)
 
 
 def assert_equal(addressing, tokens, starts) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hybridtrain.kernels.moe_swiglu import threads
+from hybridtrain.kernels.moe_swiglu import op as threads
 from hybridtrain.launch.cores import usable_cores
 
 

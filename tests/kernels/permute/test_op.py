@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hybridtrain.kernels.moe_swiglu.op import sort_by_expert
 from hybridtrain.kernels.permute import op, reference
 
 
@@ -14,7 +15,7 @@ from hybridtrain.kernels.permute import op, reference
 def test_op_equals_reference(tokens: int, slots: int, experts: int) -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(tokens, experts, generator=generator).topk(slots).indices
-    order, inverse, counts = op.sort_by_expert(chosen, experts)
+    order, inverse, counts = sort_by_expert(chosen, experts)
     assert torch.equal(chosen.flatten()[order], chosen.flatten().sort().values)
     assert torch.equal(order[inverse.flatten()], torch.arange(tokens * slots))
     assert counts.tolist() == [(chosen == e).sum() for e in range(experts)]
@@ -71,7 +72,7 @@ def test_each_token_goes_once_to_each_of_its_ranks(tokens: int, slots: int, expe
 def test_bfloat16_rows_are_added_up_in_float32_and_rounded_once() -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(64, 8, generator=generator).argsort(-1)  # every token goes to all experts
-    order, inverse, _ = op.sort_by_expert(chosen, 8)
+    order, inverse, _ = sort_by_expert(chosen, 8)
     y, gates = torch.randn(512, 16, generator=generator).bfloat16(), torch.rand(64, 8, generator=generator)
     x = torch.zeros(64, 16, dtype=torch.bfloat16, requires_grad=True)
     sums = y.double()[inverse].sum(1)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybridtrain.kernels.choose import TRITON_OPS
+from hybridtrain.kernels.ops import TRITON_OPS
 from hybridtrain.kernels.report import bench, contests
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

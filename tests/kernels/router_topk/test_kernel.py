@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridtrain.kernels.router_topk import reference
-from hybridtrain.kernels.router_topk.reference import Rule
+from hybridtrain.kernels.router_topk import op
+from hybridtrain.kernels.router_topk.op import Rule
 from hybridtrain.kernels.testing import check, poisoned
 
 kernel = pytest.importorskip(
@@ -24,13 +24,13 @@ def test_router(N: int, E: int, k: int, groups: tuple[int, int], score: str, nor
     logits, bias, rule = 2 * torch.randn(N, E), 0.1 * torch.randn(E), Rule(k, score, normalize, 2.5, *groups)
     with poisoned():
         mine = kernel.router_topk(logits, bias, rule)
-    plain = reference.router_topk(logits, bias, rule)
+    plain = op.router_topk(logits, bias, rule)
     assert torch.equal(mine.experts_NK, plain.experts_NK)
     assert torch.equal(mine.counts_E, plain.counts_E)
     torch.testing.assert_close(mine.entropy, plain.entropy, rtol=1e-5, atol=1e-5)
     check(
         lambda x: tuple(kernel.router_topk(x, bias, rule)),
-        lambda x: tuple(reference.router_topk(x, bias, rule)),
+        lambda x: tuple(op.router_topk(x, bias, rule)),
         [logits],
     )
 

@@ -1,1 +1,0 @@
-"""How far a looked-up memory agrees with the hidden state, and the value gated by it."""

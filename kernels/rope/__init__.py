@@ -1,1 +1,0 @@
-"""Rotary positions, with the norm of queries and keys before them."""
