@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -26,18 +26,10 @@ from torch.utils import serialization
 from hybridtrain.checkpoint.chunk import Piece
 from hybridtrain.checkpoint.index import Index
 from hybridtrain.checkpoint.storage import flush_file, make_folder
-from hybridtrain.files.untrusted import open_regular
+from hybridtrain.files.durable import FileRecord
 
 METADATA = ".metadata"  # torch's index of the tensors
 CHUNK = 1 << 20  # bytes that are hashed and then written, while they are in the cache
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What a finished file was when it was written: bytes, and their xxh3 (128 bits, hex)."""
-
-    size: int
-    xxh3: str
 
 
 Records = dict[str, dict[str, Any]]
@@ -130,19 +122,6 @@ def quiet() -> Generator[None, None, None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def digest_file(path: Path, alive: Callable[[], None] = lambda: None) -> FileRecord:
-    """What the file is now. Raises OSError where it cannot be read. `alive` is called for every part that
-    was.
-    """
-    digest, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(CHUNK))
-    with open_regular(path) as stream:
-        while count := cast(Any, stream).readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-            alive()
-    return FileRecord(size, digest.hexdigest())
 
 
 class _Files(FileSystemBase):

@@ -14,10 +14,11 @@ from pydantic import BaseModel, Field, model_validator
 
 from hybridtrain import __version__
 from hybridtrain.checkpoint.consumed import Consumed, Count
-from hybridtrain.checkpoint.files import METADATA, FileRecord, digest_file
+from hybridtrain.checkpoint.files import METADATA
 from hybridtrain.checkpoint.index import MAX_INDEX, Index, read_index
 from hybridtrain.checkpoint.storage import write_whole
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
+from hybridtrain.files.durable import FileRecord, file_record
 from hybridtrain.files.untrusted import UntrustedFileError, parse_json, read_bytes, validated
 from hybridtrain.run.assemble import Run, Vocabulary
 from hybridtrain.settings.load import parse_settings
@@ -205,7 +206,7 @@ def damage(
 def _problem(file: Path, record: dict[str, Any], level: str, alive: Callable[[], None]) -> str:
     size, xxh3 = record["size"], record["xxh3"]
     try:
-        found = digest_file(file, alive) if level == "full" else FileRecord(file.stat().st_size, xxh3)
+        found = file_record(file, alive) if level == "full" else FileRecord(file.stat().st_size, xxh3)
     except FileNotFoundError:
         return f"is missing; it had {size} bytes with xxh3 {xxh3}"
     except OSError as error:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Encoding, Tokenizer
 
-from hybridtrain.data.progress import say
+from hybridtrain.console import say
 from hybridtrain.errors import DataError
 
 PART_CHARS = 1 << 16

@@ -15,6 +15,7 @@ from typing import Any
 
 import xxhash
 
+from hybridtrain.console import say
 from hybridtrain.data import manifest as m
 from hybridtrain.data.compress import compression_map, read_compression, to_npy
 from hybridtrain.data.contents import compare, report
@@ -22,8 +23,8 @@ from hybridtrain.data.encode import corpus_documents, encode_files, training_tex
 from hybridtrain.data.holdout import Holdout, choose_holdout
 from hybridtrain.data.journal import Input, Job, Journal, clear, read_journal, software, write_journal
 from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo, SplitName
-from hybridtrain.data.progress import EncodingProgress, say
-from hybridtrain.data.sources import SourceFile, file_digest, list_files
+from hybridtrain.data.progress import EncodingProgress
+from hybridtrain.data.sources import SourceFile, list_files
 from hybridtrain.data.tokenizer import (
     MIN_VOCAB_SIZE,
     find_separator,
@@ -35,6 +36,7 @@ from hybridtrain.data.tokenizer import (
 from hybridtrain.data.unpack import unpacked_digest
 from hybridtrain.data.writer import SplitWriter, StaleStateError
 from hybridtrain.errors import DataError
+from hybridtrain.files.durable import file_digest, write_atomically
 from hybridtrain.files.lock import locked
 from hybridtrain.settings.tree import DataSettings
 
@@ -198,8 +200,8 @@ def _begin(job: Job, holdout: Holdout, progress: bool) -> Journal:
     for_texts(tokenizer, find_separator(tokenizer, job.settings.separator or None)[0])
     compression = to_npy(compression_map(tokenizer))
     clear(job.out)
-    m.write_atomically(job.out / m.TOKENIZER, content)
-    m.write_atomically(job.out / m.COMPRESSION, compression)
+    write_atomically(job.out / m.TOKENIZER, content)
+    write_atomically(job.out / m.COMPRESSION, compression)
     journal = Journal(
         sources=job.sources,
         settings=job.settings,
@@ -249,7 +251,7 @@ def _encode(job: Job, journal: Journal, holdout: Holdout, progress: bool) -> Man
 
 def _finish(job: Job, fields: dict[str, Any]) -> Manifest:
     manifest = Manifest.model_validate(fields)
-    m.write_atomically(job.out / m.MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+    write_atomically(job.out / m.MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
     (job.out / m.JOURNAL).unlink()
     say(f"{job.out}:\n{report(manifest, job.left_out)}")
     return manifest

@@ -18,12 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import xxhash
-
 from hybridtrain.data.cuts import PART_CHARS, Cuts, Part
-from hybridtrain.data.unpack import COMPRESSIONS, READ_BYTES, unpack
+from hybridtrain.data.unpack import COMPRESSIONS, unpack
 from hybridtrain.errors import DataError
-from hybridtrain.files.untrusted import open_regular
 
 KINDS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 SHIPPED_PREFIX = "shipped:"
@@ -117,15 +114,6 @@ def list_files(sources: Sequence[str | Path], held_out: Sequence[str | Path] = (
     if problems:
         raise DataError("\n".join([f"sources: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
     return Listing(list(groups[0].files.values()), list(groups[1].files.values()), left_out)
-
-
-def file_digest(path: Path) -> str:
-    """The xxh3 (128 bits, hex) of a file's bytes; OSError where it cannot be read."""
-    digest = xxhash.xxh3_128()
-    with open_regular(path) as stream:
-        while block := stream.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_pieces(

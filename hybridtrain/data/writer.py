@@ -13,8 +13,8 @@ import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from hybridtrain.data.manifest import Count, ShardInfo, SplitInfo, SplitName, sync_folder
-from hybridtrain.data.sources import file_digest
+from hybridtrain.data.manifest import Count, ShardInfo, SplitInfo, SplitName
+from hybridtrain.files.durable import file_digest, sync_file, sync_folder
 
 _SUFFIXES = (".tokens", ".starts")
 _PART = ".part"
@@ -69,8 +69,7 @@ class SplitWriter:
     def commit(self) -> WriterState:
         """Make everything appended so far durable, and say where this split stands."""
         for stream in self._streams:
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync_file(stream)
         return WriterState(
             shards=tuple(self._shards),
             open_tokens=self._tokens,

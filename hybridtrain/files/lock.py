@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from hybridtrain.data.progress import say
+from hybridtrain.console import say
 from hybridtrain.errors import UserError
 from hybridtrain.files.holder import Holder
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hybridtrain.checkpoint.stored import LazyTensor
+from hybridtrain.console import say
 from hybridtrain.data.manifest import TOKENIZER
-from hybridtrain.data.progress import say
 from hybridtrain.errors import FormatError, SettingsError
 from hybridtrain.formats.families import OUTSIDE, Family
 from hybridtrain.formats.hf_config import Config, generation_ids, problems_of, read_config

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field
 
-from hybridtrain.data.progress import say
+from hybridtrain.console import say
 from hybridtrain.errors import FormatError
 from hybridtrain.files.untrusted import validated
 from hybridtrain.formats.folder import Count, Number, Size, among, is_off

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hybridtrain.checkpoint.stored import LazyTensor
+from hybridtrain.console import say
 from hybridtrain.data.manifest import TOKENIZER
-from hybridtrain.data.progress import say
 from hybridtrain.errors import FormatError, SettingsError, UserError
 from hybridtrain.formats.megatron_args import NAME, carried, from_args, misfits
 from hybridtrain.formats.megatron_names import (

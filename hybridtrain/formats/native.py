@@ -14,12 +14,12 @@ from torch import Tensor
 
 from hybridtrain import __version__, checkpoint
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
+from hybridtrain.console import say
 from hybridtrain.data.compress import compression_map, to_npy
-from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, write_atomically
-from hybridtrain.data.progress import say
-from hybridtrain.data.sources import file_digest
+from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.tokenizer import find_separator, load_tokenizer, vocabulary_size
 from hybridtrain.errors import CheckpointError, UserError
+from hybridtrain.files.durable import file_digest, write_atomically
 from hybridtrain.formats.folder import new_folder
 from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.tensors import DTYPES, is_stacked, to_theirs

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping
 import torch
 from torch import Tensor
 
-from hybridtrain.data.progress import say
+from hybridtrain.console import say
 from hybridtrain.errors import FormatError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -5,7 +5,6 @@ segment.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from typing_extensions import TypedDict
 
 from hybridtrain.checkpoint.files import Records
 from hybridtrain.errors import UserError
+from hybridtrain.files.durable import sync_file
 from hybridtrain.files.lock import NAME as LOCK
 from hybridtrain.files.untrusted import UntrustedFileError, parse_json
 
@@ -155,5 +155,4 @@ class Journal:
 
     def _write(self, line: str) -> None:
         self._file.write(line.encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_file(self._file)

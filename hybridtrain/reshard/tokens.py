@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 
 from hybridtrain.data.compress import compression_map
 from hybridtrain.data.manifest import COMPRESSION, MANIFEST, TOKENIZER, read_manifest
-from hybridtrain.data.sources import file_digest
 from hybridtrain.data.tokenizer import load_tokenizer, vocabulary_size
 from hybridtrain.errors import CheckpointError, UserError
+from hybridtrain.files.durable import file_digest
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.reshard.target import Target
 from hybridtrain.run.init_from import read_compression_of

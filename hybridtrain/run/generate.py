@@ -11,9 +11,9 @@ from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.data.sources import file_digest
 from hybridtrain.data.tokenizer import for_texts, library_errors, load_tokenizer, vocabulary_size
 from hybridtrain.errors import CheckpointError, DataError, UserError
+from hybridtrain.files.durable import file_digest
 from hybridtrain.parallel.layout import DENSE_AXES
 from hybridtrain.parallel.mesh import choose_device, make_mesh
 from hybridtrain.run.assemble import Run, Vocabulary, assemble

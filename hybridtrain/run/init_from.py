@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint.stored import StoredTensors
+from hybridtrain.console import say
 from hybridtrain.data.compress import read_compression
 from hybridtrain.data.manifest import COMPRESSION, Manifest
-from hybridtrain.data.progress import say
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.files.untrusted import first_of
 from hybridtrain.formats.values import dtype_problems

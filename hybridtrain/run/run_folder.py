@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain import checkpoint
-from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, write_atomically
+from hybridtrain.console import say
+from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.prepare import ensure_prepared
-from hybridtrain.data.progress import say
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.data.sources import file_digest
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint, DataError, SettingsError
+from hybridtrain.files.durable import file_digest, write_atomically
 from hybridtrain.files.lock import NAME, POLL, Attempt, FolderInUse, FolderLock, in_use, waiting
 from hybridtrain.files.untrusted import UntrustedFileError, read_toml
 from hybridtrain.kernels.engram_hash.addressing import Addressing
