@@ -2,12 +2,13 @@
 never finished.
 
 storage.py  a folder or URL as a path                 saver.py    saves them, also beside the training
-index.py    torch's index of the tensors, read and checked; archive.py the archives that the pieces lie in
+index.py    torch's index of the tensors, checked     archive.py the archives that the chunks lie in
 files.py    files with checksums                      load.py     checks them and fills a run from one
 chunk.py    a stored chunk of a tensor
 blocks.py   large tensors in blocks of rows           history.py  those of a run: latest, older ones, what may go
 state.py    what of a run is saved                    consumed.py  what of the data it has read
-info.py     checkpoint.json                           stored.py   tensors one by one, without a process group
+info.py     checkpoint.json                           damage.py  whether the files are what it says
+saved.py    a folder with what it says, read once     stored.py   tensors one by one, without a process group
 all_or_none.py ranks that succeed or fail together
 """
 
@@ -24,6 +25,7 @@ from hybridtrain.checkpoint.info import (
     write_info,
 )
 from hybridtrain.checkpoint.load import load, read_into, verify
+from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.checkpoint.saver import Base, Saver
 from hybridtrain.checkpoint.storage import open_storage
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
@@ -34,6 +36,7 @@ __all__ = [
     "Base",
     "Consumed",
     "LazyTensor",
+    "Saved",
     "Saver",
     "StoredTensors",
     "candidates",

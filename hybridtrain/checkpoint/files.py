@@ -82,8 +82,8 @@ class Reader(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         chunks = {
             MetadataIndex(name, c.offsets): c.sizes
-            for name, t in self.index.tensors.items()
-            for c in t.chunks
+            for name in {item.storage_index.fqn for item in plan.items}
+            for c in self.index.tensors[name].chunks
         }
         for item in sorted(plan.items, key=lambda item: self._position(item.storage_index)):
             if item.type == LoadItemType.BYTE_IO:

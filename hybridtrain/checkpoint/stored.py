@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from hybridtrain.checkpoint.chunk import Piece
 from hybridtrain.checkpoint.files import Records, Writer, quiet
-from hybridtrain.checkpoint.info import INFO, base_of, index_of, read_info
+from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint, UserError
 from hybridtrain.table.saved_rows import saved_rows_for
 
@@ -46,18 +46,19 @@ class LazyTensor:
 
 
 class StoredTensors:
-    """The tensors of the checkpoint folder `path` by their names ("model.…", "table.…"); an incremental one's
+    """The tensors of the checkpoint `where` by their names ("model.…", "table.…"); an incremental one's
     with its base.
 
     Raises DamagedCheckpoint where the folder's index or one of its files cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._entries, self._places = index_of(path)
-        base = base_of(path, read_info(path)) if (path / INFO).is_file() else None
-        if base is not None and read_info(base).get("base"):
-            raise DamagedCheckpoint(f"{path}: damaged: its base {base} is based on another one")
+    def __init__(self, where: Path | Saved) -> None:
+        saved = Saved.of(where)
+        self.path = saved.path
+        self._entries, self._places = saved.index
+        base = saved.base
+        if base is not None and base.base is not None:
+            raise DamagedCheckpoint(f"{self.path}: damaged: its base {base.path} is based on another one")
         self._base = StoredTensors(base) if base is not None else None
         here = {
             k.removeprefix(f"{CHANGED}.").partition(".")[2] for k in self._entries if k.startswith(CHANGED)

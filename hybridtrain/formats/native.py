@@ -67,14 +67,15 @@ def open_source(path: Path) -> Source:
     run, saved = find_checkpoint(path)
     if not (run / TOKENIZER).is_file():
         raise CheckpointError(f"{run} lacks {TOKENIZER}, which belongs to its checkpoints")
-    info = checkpoint.read_info(saved)
+    opened = checkpoint.Saved(saved)
+    info = opened.info
     settings = parse_settings(info["settings"], source=str(saved))
     if file_digest(run / TOKENIZER) != info["tokenizer_digest"]:
         raise CheckpointError(
             f"{run / TOKENIZER} is another tokenizer than the one that {saved} was trained with"
         )
-    checkpoint.verify(saved, settings.checkpoint.verify)
-    stored = StoredTensors(saved)
+    checkpoint.verify(opened, settings.checkpoint.verify)
+    stored = StoredTensors(opened)
     check_tensors(stored, settings, info)
     return Source(run, info, settings, stored)
 

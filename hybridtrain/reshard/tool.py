@@ -76,13 +76,14 @@ def reshard(
     written as, CheckpointError where `out` cannot be written.
     """
     run, saved = find_checkpoint(path)
-    info = checkpoint.read_info(saved)
+    opened = checkpoint.Saved(saved)
+    info = opened.info
     target = plan_target(info, out, overrides, nproc, growth)
     tokenizer = take_tokenizer(growth.tokenizer, run, info, target) if growth.tokenizer is not None else None
-    source = _source(saved, info, target, growth)
+    source = _source(opened, target, growth)
     threads = plan_threads(source, max_memory)
     segments = plan_segments(source, target.layout.world)
-    verified = _verify_beside(saved, target.settings.checkpoint.verify)
+    verified = _verify_beside(opened, target.settings.checkpoint.verify)
     placement = place_model(target.settings, target.layout, target.vocab_size)
     boxes = {name: placement.boxes(name, shape) for name, shape in source.shapes.items()}
     sizes = [
@@ -125,11 +126,12 @@ def reshard(
     return outcome
 
 
-def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -> Source:
+def _source(saved: checkpoint.Saved, target: Target, growth: Growth) -> Source:
     """The checkpoint's tensors as the target has them; CheckpointError where they are not those of its
     settings.
     """
-    stored, own = StoredTensors(saved), parse_settings(info["settings"], source=str(saved))
+    info = saved.info
+    stored, own = StoredTensors(saved), parse_settings(info["settings"], source=str(saved.path))
     check_tensors(stored, own, info)
     before, after = (
         {name: tuple(value.shape) for name, value in model_tensors(settings, vocab_size).items()}
@@ -145,7 +147,7 @@ def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -
     )
 
 
-def _verify_beside(saved: Path, level: str) -> Future[None]:
+def _verify_beside(saved: checkpoint.Saved, level: str) -> Future[None]:
     """Compare the files of a checkpoint with their checksums, in a thread that does not keep the process from
     ending.
     """

@@ -182,9 +182,9 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
     separator or addressing.
     """
     source, saved = find_checkpoint(path)
-    checkpoint.verify(saved, run.settings.checkpoint.verify, run.mesh.world)
-    info = checkpoint.read_info(saved)
-    stored = StoredTensors(saved)
+    opened = checkpoint.Saved(saved)
+    checkpoint.verify(opened, run.settings.checkpoint.verify, run.mesh.world)
+    info, stored = opened.info, StoredTensors(opened)
     expected = {
         f"model.{name}": tuple(value.shape)
         for name, value in model_tensors(run.settings, run.vocabulary.size).items()
@@ -222,7 +222,7 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
     taken = expected.keys() & stored.shapes.keys()
     for stage in run.model_parts:
         state = {f"model.{k}": v for k, v in stage.state_dict().items() if f"model.{k}" in taken}
-        checkpoint.read_into(state, saved, run.mesh.world)
+        checkpoint.read_into(state, opened, run.mesh.world)
     if run.table is not None and info["addressing"]:
         theirs_engram = parse_settings(info["settings"], source=str(saved)).engram
         for low in range(run.table.low, run.table.high, ROWS_AT_ONCE):

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hybridtrain import checkpoint
+from hybridtrain.checkpoint.damage import damage
 from hybridtrain.checkpoint.files import METADATA
-from hybridtrain.checkpoint.info import damage
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
 from hybridtrain.data.compress import read_compression, to_npy
 from hybridtrain.files.pickles import _ACTIONS, unpickle

@@ -18,7 +18,7 @@ from hybridtrain import checkpoint
 from hybridtrain.checkpoint import blocks
 from hybridtrain.checkpoint.blocks import BlockPlanner
 from hybridtrain.checkpoint.files import Reader, Writer, _Files, quiet
-from hybridtrain.checkpoint.info import index_of
+from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.files.durable import file_record
 
@@ -78,7 +78,7 @@ def test_torch_reads_it_with_our_reader_and_its_own(tmp_path: Path, monkeypatch:
     save(tmp_path, TENSORS)
     parts = itertools.count()
     for storage in (
-        {"storage_reader": Reader(tmp_path, index_of(tmp_path), lambda: next(parts) and None)},
+        {"storage_reader": Reader(tmp_path, Saved(tmp_path).index, lambda: next(parts) and None)},
         {"checkpoint_id": tmp_path},
     ):
         state = {name: torch.full_like(value, 9) for name, value in TENSORS.items()}

@@ -28,7 +28,7 @@ def test_reads_what_a_load_reads_whatever_layout_wrote_it(trained: Callable[...,
     run, _, _ = open_checkpoint(run)
     assert run.table is not None
     expected = {f"model.{k}": v for k, v in run.model.state_dict().items()}
-    expected |= {f"memory.{k}": v for k, v in run.table.state().items()}
+    expected |= {f"table.{k}": v for k, v in run.table.state().items()}
     assert expected.keys() <= stored.shapes.keys()
     for name, value in expected.items():
         assert stored.shapes[name] == tuple(value.shape)
