@@ -1,13 +1,14 @@
 """Rows of the table over ranks: planned once a step, beside a lookup in every layer: `python -m
 tools.bench_exchange [--nproc 2]`
 
-Both ways serve the quickstart's memory layers with the same batches and update the same rows by the same
+Both ways serve the quickstart's Engram layers with the same batches and update the same rows by the same
 row-wise rule, in turns, without a model around them:
 
-- planned: this project's. One deduplicated exchange of rows a step and one of gradients, by a plan made from tokens alone, which is
-  timed with it and without: in training it is made in the background.
-- in the layer: what a sharded embedding does inside forward and backward: for each memory layer and micro-batch the ids to their
-  owners, every row back, every gradient to the owners; nothing is deduplicated before the owner's update.
+- planned: this project's. One deduplicated exchange of rows a step and one of gradients, by a plan made from
+  tokens alone, which is timed with it and without: in training it is made in the background.
+- in the layer: what a sharded embedding does inside forward and backward: for each Engram layer and
+  micro-batch the ids to their owners, every row back, every gradient to the owners; nothing is deduplicated
+  before the owner's update.
 
 Printed: milliseconds, the ratio step by step (median and quartiles), bytes that a rank sends to others,
 collectives. For the dense table of one process (nn.Embedding with Adam) see `bench_rows.py --dense`.

@@ -125,7 +125,9 @@ def quiet() -> Generator[None, None, None]:
 
 
 class _Files(FileSystemBase):
-    """The files of a folder or URL as torch's reader and writer ask for them; `records` is what was written."""
+    """The files of a folder or URL as torch's reader and writer ask for them; `records` is what was
+    written.
+    """
 
     def __init__(self, alive: Callable[[], None] = lambda: None) -> None:
         self.records: dict[str, FileRecord] = {}

@@ -89,8 +89,8 @@ class _Description(BaseModel):
 def read_info(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: step, settings, addressing, tokenizer digest, files.
 
-    Raises CheckpointError where `path` is no finished checkpoint, of another format or of a version before 0.1, DamagedCheckpoint
-    where it was changed.
+    Raises CheckpointError where `path` is no finished checkpoint, of another format or of a version before
+    0.1, DamagedCheckpoint where it was changed.
     """
     try:
         info = parse_json(read_bytes(path / INFO, MAX_INFO), "its content", dict[str, Any])
@@ -104,7 +104,8 @@ def read_info(path: Path) -> dict[str, Any]:
             )
         if _before_the_renames(info):
             raise CheckpointError(
-                f"{path} was written by a version from before 0.1, whose settings and tensors have other names: "
+                f"{path} was written by a version from before 0.1, whose settings and tensors have other "
+                "names: "
                 "train anew, or export it with that version and import the export with this one"
             )
         validated(info, "its content", _Description)

@@ -32,7 +32,9 @@ def open_storage(where: str, key: str = "checkpoint.dir") -> Path:
 
 
 def is_local(path: Path) -> bool:
-    """Whether renames and flushes mean something there; an object store has neither, and puts objects whole."""
+    """Whether renames and flushes mean something there; an object store has neither, and puts objects
+    whole.
+    """
     return isinstance(path, Path)
 
 

@@ -4,7 +4,7 @@ checksum.
     tokenizer.json            as loaded or trained
     compression.npy           int64 [V], token id -> compressed id
     SPLIT-00000.tokens        raw little-endian uint16 (V <= 65,536) or uint32
-    SPLIT-00000.starts        raw little-endian int64: offsets, in tokens of this shard, at which documents start
+    SPLIT-00000.starts        raw little-endian int64: offsets, in tokens of this shard, where documents start
     journal.json              only while unfinished: how far a preparation has come
 
 The separator token stands first in each document.

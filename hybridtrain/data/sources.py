@@ -374,7 +374,9 @@ def _parse(text: str, text_field: str) -> tuple[Any, bool]:
 
 
 def _lines(file: SourceFile, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines with their line feeds, whatever the sizes of the blocks. Refuses one of more than MAX_LINE_BYTES."""
+    """Lines with their line feeds, whatever the sizes of the blocks. Refuses one of more than
+    MAX_LINE_BYTES.
+    """
     parts: list[bytes] = []
     waiting, number = 0, 1
     for block in blocks:

@@ -53,7 +53,9 @@ class SplitWriter:
         self._open(state.open_tokens, state.open_documents)
 
     def append(self, ids: Sequence[int], starts: bool, num_bytes: int) -> bool:
-        """Add tokens, the first of which starts a document where `starts`; True where that finished a shard."""
+        """Add tokens, the first of which starts a document where `starts`; True where that finished a
+        shard.
+        """
         if starts:
             self._write(1, np.array([self._tokens], "<i8").tobytes())
             self._documents += 1

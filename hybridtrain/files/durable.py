@@ -1,4 +1,6 @@
-"""Files that survive a crash: written as a whole and flushed to the disk, and known again by their checksums."""
+"""Files that survive a crash: written as a whole and flushed to the disk, and known again by their
+checksums.
+"""
 
 from __future__ import annotations
 

@@ -84,7 +84,9 @@ def import_hf(
 
 
 def _is_tied(folder: Path, config: Config, weights: SafetensorsFolder) -> bool:
-    """Whether embedding and head are one. They are two, as in transformers, where both are stored and differ."""
+    """Whether embedding and head are one. They are two, as in transformers, where both are stored and
+    differ.
+    """
     tied = bool(config.values.tie_word_embeddings)
     dtypes = {name: weights.dtypes[name] for name in (_EMBEDDING, _HEAD) if name in weights.dtypes}
     if not tied or len(dtypes) < 2 or dtype_problems(dtypes):

@@ -289,7 +289,8 @@ def misfits(settings: Settings, biased: bool) -> list[str]:
         out.append(f"model.moe.capacity={moe.capacity}: {NAME} drops tokens by the batch, if at all")
     if moe.score == "softmax" and biased:
         out.append(
-            f'the routers have selection biases (model.moe.bias_rate); {NAME} has them with model.moe.score="sigmoid"'
+            f"the routers have selection biases (model.moe.bias_rate); {NAME} has them with "
+            'model.moe.score="sigmoid"'
         )
     if moe.score == "sigmoid" and moe.normalize_gates != (moe.top_k > 1):
         out.append(

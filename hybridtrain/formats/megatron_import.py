@@ -108,7 +108,9 @@ def _model(saved: Path, settings_file: Path | None) -> tuple[dict[str, Any], dic
 
 
 def _tensors(weights: TorchDist, settings: Settings, values: Values) -> dict[str, LazyTensor]:
-    """Our tensors, to be made of theirs; FormatError where theirs are not the ones that the settings promise."""
+    """Our tensors, to be made of theirs; FormatError where theirs are not the ones that the settings
+    promise.
+    """
     _check_counts(weights, settings)
     model = settings.model
     has_bias = model.moe.score == "sigmoid" and model.moe.bias_rate > 0

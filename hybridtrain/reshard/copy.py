@@ -163,7 +163,9 @@ class Copy:
         return bytes(digests)
 
     def _check(self, span: Span, pieces: Sequence[StoredPiece], before: bytes) -> None:
-        """Read back what was written of a span: every logical block has the xxh3 that it had in the source."""
+        """Read back what was written of a span: every logical block has the xxh3 that it had in the
+        source.
+        """
         dtype = self.source.dtype(span.name)
         found = [(piece, Piece.find(self.folder, piece.place, piece.sizes, dtype)) for piece in pieces]
         after = bytearray()

@@ -1,4 +1,6 @@
-"""From a run's checkpoint to a run folder whose one checkpoint is laid out for the ranks of another layout."""
+"""From a run's checkpoint to a run folder whose one checkpoint is laid out for the ranks of another
+layout.
+"""
 
 from __future__ import annotations
 

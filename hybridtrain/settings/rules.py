@@ -72,26 +72,31 @@ def contradictions(s: Settings) -> list[str]:
         )
     if engram.fetch == "overlap" and engram.optimizer == "adam":
         out.append(
-            'engram.fetch="overlap" needs rows that an update leaves alone, and engram.optimizer="adam" changes all; '
+            'engram.fetch="overlap" needs rows that an update leaves alone, and engram.optimizer="adam" '
+            "changes all; "
             'it may be "step" or "stale"'
         )
     if engram.dtype == "bfloat16" and engram.optimizer == "adam":
         out.append(
-            'engram.dtype="bfloat16" needs an optimizer that rounds stochastically; engram.optimizer may be "rowwise_adam" or '
+            'engram.dtype="bfloat16" needs an optimizer that rounds stochastically; engram.optimizer may be '
+            '"rowwise_adam" or '
             '"rowwise_adagrad", or engram.dtype "float32"'
         )
     if engram.fetch == "stale" and engram.exchange_groups > 1:
         out.append(
-            f'engram.exchange_groups={engram.exchange_groups}: engram.fetch="stale" reads all rows of a step at once; it may be 1'
+            f'engram.exchange_groups={engram.exchange_groups}: engram.fetch="stale" reads all rows of a step '
+            "at once; it may be 1"
         )
     if s.train.on_spike != "stop" and s.train.engine == "deepspeed":
         out.append(
-            f'train.on_spike="{s.train.on_spike}": DeepSpeed keeps the gradients of a step that is not made; with '
+            f'train.on_spike="{s.train.on_spike}": DeepSpeed keeps the gradients of a step that is not made; '
+            "with "
             'train.engine="deepspeed" it may be "stop"'
         )
     if s.train.on_spike == "rollback" and s.checkpoint.every == 0:
         out.append(
-            'train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it above 0'
+            'train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it '
+            "above 0"
         )
     if s.checkpoint.table_full_every > 1 and engram.optimizer == "adam":
         out.append(

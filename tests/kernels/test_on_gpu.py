@@ -51,7 +51,9 @@ def test_segment_sum_is_bit_exact() -> None:
 
 
 def miniature(folder: Path, data: Path, *overrides: str) -> tuple[list[float], dict[str, str]]:
-    """Losses of configs/ci_gpu.toml, and what carried each op, in this process, alone in a world of one rank."""
+    """Losses of configs/ci_gpu.toml, and what carried each op, in this process, alone in a world of one
+    rank.
+    """
     with torch.device("cpu"):  # what the run puts elsewhere it says itself
         loop.train(
             load_settings(CI_GPU, [f"run.dir={folder}", f"data.path={data}", "data.source=[]", *overrides])

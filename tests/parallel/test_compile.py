@@ -112,7 +112,9 @@ FOUR = {
 
 
 def traces_op_by_op(runs: list[Settings]) -> tuple[list[Trace], int]:
-    """On a rank: `traces` with the graphs that inductor would get, run as they are; and how many those were."""
+    """On a rank: `traces` with the graphs that inductor would get, run as they are; and how many those
+    were.
+    """
     torch.compiler.set_default_backend("aot_eager")
     out = traces(runs, 2)
     return out, torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -192,7 +192,9 @@ def test_equals_the_local_dispatch(size: int, node_sizes: list[int]) -> None:
 
 
 def check_group_limits(node_size: int, top_k: int, most: int) -> None:
-    """With 4 groups of 2 experts over 4 ranks: how many nodes a token visits, with the limit and without it."""
+    """With 4 groups of 2 experts over 4 ranks: how many nodes a token visits, with the limit and without
+    it.
+    """
     mesh = mesh_here(ep=4, node_size=node_size)
     visits = []
     for limit in ({"num_groups": 4, "top_groups": most}, {}):

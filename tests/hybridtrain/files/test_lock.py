@@ -76,7 +76,10 @@ def test_the_second_is_refused_and_told_who_holds_it_and_the_file_goes_with_the_
     folder = tmp_path / "run"
     with locked(folder):
         assert names(folder) == [NAME]
-        told = rf"run is in use by process {os.getpid()} on \S+ since \d{{4}}-.* UTC \(.+\); wait for it, end it, or choose another"
+        told = (
+            rf"run is in use by process {os.getpid()} on \S+ since \d{{4}}-.* UTC \(.+\); wait for it, end "
+            r"it, or choose another"
+        )
         with pytest.raises(FolderInUse, match=told), locked(folder):
             pass
         with pytest.raises(DataError, match=told), locked(folder, error=DataError):

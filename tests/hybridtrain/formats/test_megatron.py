@@ -1,4 +1,6 @@
-"""torch_dist folders without megatron-core: there and back bit for bit, cut in any way, and what is refused."""
+"""torch_dist folders without megatron-core: there and back bit for bit, cut in any way, and what is
+refused.
+"""
 
 from __future__ import annotations
 
