@@ -9,6 +9,7 @@ index.py        torch's index of the tensors, checked
 info.py         checkpoint.json
 saved.py        a folder with what it says of itself, read once
 damage.py       whether its files are what it says
+dtypes.py       the dtypes that weights may have
 blocks.py       large tensors in blocks of rows
 state.py        what of a run is saved
 saver.py        saves them, also beside the training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import xxhash
@@ -15,9 +15,11 @@ from hybridtrain.checkpoint.consumed import Consumed, Count
 from hybridtrain.checkpoint.storage import write_whole
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.files.untrusted import UntrustedFileError, parse_json, read_bytes, validated
-from hybridtrain.run.assemble import Run, Vocabulary
 from hybridtrain.settings.load import parse_settings
 from hybridtrain.settings.tree import Settings
+
+if TYPE_CHECKING:
+    from hybridtrain.run.assemble import Run, Vocabulary
 
 FORMAT = 2
 INFO = "checkpoint.json"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -20,9 +20,11 @@ from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.checkpoint.stored import TABLE, StoredTensors
 from hybridtrain.errors import DamagedCheckpoint
 from hybridtrain.parallel.collectives import Group
-from hybridtrain.run.assemble import Run
 from hybridtrain.table.lookup_table import LookupTable
 from hybridtrain.table.saved_rows import KIND, SavedRows
+
+if TYPE_CHECKING:
+    from hybridtrain.run.assemble import Run
 
 ALONE = Group("world", (0,), 0)
 _PART_BYTES = 8 * BLOCK_BYTES  # of rows that are read at once

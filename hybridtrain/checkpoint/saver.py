@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.distributed.checkpoint import state_dict_saver
 
@@ -28,7 +28,9 @@ from hybridtrain.checkpoint.storage import flush_folder, free_space, remove_fold
 from hybridtrain.errors import CheckpointError
 from hybridtrain.files.lock import LockLost
 from hybridtrain.parallel.collectives import Group
-from hybridtrain.run.assemble import Run
+
+if TYPE_CHECKING:
+    from hybridtrain.run.assemble import Run
 
 PATIENCE = 6
 """Times `parallel.timeout` that ranks wait for the slowest disk among them; a rank that died is noticed at

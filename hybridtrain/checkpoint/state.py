@@ -6,16 +6,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hybridtrain.checkpoint.blocks import Rows, own_part
 from hybridtrain.checkpoint.stored import CHANGED, TABLE
-from hybridtrain.run.assemble import Run
 from hybridtrain.table.copy_on_write import CopyOnWrite
 from hybridtrain.table.lookup_table import LookupTable
 from hybridtrain.table.saved_rows import saved_rows_name
+
+if TYPE_CHECKING:
+    from hybridtrain.run.assemble import Run
 
 
 @dataclass

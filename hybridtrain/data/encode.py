@@ -8,11 +8,11 @@ from tokenizers import Tokenizer
 
 from hybridtrain.console import say
 from hybridtrain.data.cuts import Cuts
+from hybridtrain.data.documents import Piece, Tally, read_pieces
 from hybridtrain.data.holdout import Holdout
 from hybridtrain.data.journal import Job, Journal, write_journal
 from hybridtrain.data.manifest import SplitName
 from hybridtrain.data.progress import EncodingProgress
-from hybridtrain.data.sources import Piece, Tally, read_pieces
 from hybridtrain.data.tokenizer import library_errors
 from hybridtrain.data.writer import SplitWriter
 from hybridtrain.errors import DataError

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from hybridtrain.console import console
 
 if TYPE_CHECKING:
-    from hybridtrain.data.sources import Piece
+    from hybridtrain.data.documents import Piece
 
 
 class EncodingProgress:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hybridtrain.checkpoint.dtypes import dtype_problems
 from hybridtrain.checkpoint.stored import LazyTensor
 from hybridtrain.console import say
 from hybridtrain.data.manifest import TOKENIZER
@@ -30,7 +31,7 @@ from hybridtrain.formats.native import (
 from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.shards import SafetensorsFolder
 from hybridtrain.formats.tensors import new_router_state, their_shape, to_ours
-from hybridtrain.formats.values import Values, dtype_problems
+from hybridtrain.formats.values import Values
 from hybridtrain.run.init_from import model_tensors
 from hybridtrain.settings.tree import Settings
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridtrain.checkpoint.dtypes import dtype_problems
 from hybridtrain.checkpoint.stored import LazyTensor
 from hybridtrain.console import say
 from hybridtrain.data.manifest import TOKENIZER
@@ -29,7 +30,7 @@ from hybridtrain.formats.native import SEQ_LEN, Import, ImportedTokenizer, setti
 from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.tensors import new_router_state, their_shape, to_ours
 from hybridtrain.formats.torch_dist import COMMON, Region, TorchDist, find_iteration, read_common
-from hybridtrain.formats.values import Values, dtype_problems
+from hybridtrain.formats.values import Values
 from hybridtrain.run.init_from import model_tensors
 from hybridtrain.settings.layers import layer_specs
 from hybridtrain.settings.load import load_settings

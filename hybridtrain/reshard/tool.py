@@ -94,18 +94,7 @@ def reshard(
     outcome = Outcome(len(source.shapes), sum(sizes), target.layout.world, target.layout.describe())
     final = folder_of(out / CHECKPOINTS, info["step"])
     staging = staging_of(final)
-    job = {
-        "source": info["xxh3"],
-        "settings": target.settings.model_dump(mode="json"),
-        "ranks": target.layout.world,
-        "growth": [
-            growth.experts,
-            growth.vocab,
-            growth.router_noise,
-            tokenizer.digest if tokenizer is not None else None,
-        ],
-        "version": __version__,
-    }
+    job = _job(info, target, growth, tokenizer)
     with locked(out), Journal(out, job) as journal:
         try:
             if (final / checkpoint.INFO).is_file():  # ended behind the commit
@@ -126,6 +115,24 @@ def reshard(
             where = f"{error.filename or out}: cannot be written{free_space(out)}: {error.strerror}"
             raise CheckpointError(f"{where}; call it again to go on") from None
     return outcome
+
+
+def _job(
+    info: dict[str, Any], target: Target, growth: Growth, tokenizer: NewTokenizer | None
+) -> dict[str, Any]:
+    """What the journal says is made: a reshard that was ended goes on only where it is the same."""
+    return {
+        "source": info["xxh3"],
+        "settings": target.settings.model_dump(mode="json"),
+        "ranks": target.layout.world,
+        "growth": [
+            growth.experts,
+            growth.vocab,
+            growth.router_noise,
+            tokenizer.digest if tokenizer is not None else None,
+        ],
+        "version": __version__,
+    }
 
 
 def _source(saved: checkpoint.Saved, target: Target, growth: Growth) -> Source:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from hybridtrain import checkpoint
+from hybridtrain.checkpoint.dtypes import dtype_problems
 from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.console import say
 from hybridtrain.data.compress import read_compression
 from hybridtrain.data.manifest import COMPRESSION, Manifest
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.files.untrusted import first_of
-from hybridtrain.formats.values import dtype_problems
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.model.lm import HybridLM
 from hybridtrain.optim.rowwise import make_row_optimizer

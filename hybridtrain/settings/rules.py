@@ -1,5 +1,5 @@
-"""In which settings do not fit each other, whatever the number of ranks; what does not fit the ranks is the
-layout's to say.
+"""Settings of several sections that contradict each other. Checks that depend on the number of ranks are in
+`Layout` (parallel/layout.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def contradictions(s: Settings) -> list[str]:
         out.append(str(error))
     if not s.model.layers:
         out.append("model.layers is empty; a model needs at least one layer")
-    attention, moe, engram = s.model.attention, s.model.moe, s.engram
+    attention, moe = s.model.attention, s.model.moe
     if attention.num_heads % attention.num_kv_heads:
         out.append(
             f"model.attention.num_kv_heads={attention.num_kv_heads} does not divide "
@@ -56,14 +56,19 @@ def contradictions(s: Settings) -> list[str]:
             f"model.moe.top_k={moe.top_k} exceeds the {reach} experts in top_groups={moe.top_groups} groups; "
             f"it may be 1 to {reach}"
         )
+    out += [*_unfit_engram(s), *_unfit_training(s), *_unfit_pipeline(s)]
+    if s.train.engine == "deepspeed":
+        out += _beyond_deepspeed(s)
+    return out + _given_twice(s.data)
+
+
+def _unfit_engram(s: Settings) -> list[str]:
+    """What the Engram layers and their table do not do together."""
+    engram = s.engram
+    out: list[str] = []
     if not engram.orders or list(engram.orders) != sorted(set(engram.orders)) or engram.orders[0] < 2:
         out.append(
             f"engram.orders={list(engram.orders)} must be rising n-gram lengths from 2 on, e.g. [2, 3]"
-        )
-    if s.train.global_batch % s.train.micro_batches:
-        out.append(
-            f"train.micro_batches={s.train.micro_batches} does not divide "
-            f"train.global_batch={s.train.global_batch}; it may be {_divisors(s.train.global_batch)}"
         )
     if s.train.micro_batches % engram.exchange_groups:
         out.append(
@@ -73,73 +78,82 @@ def contradictions(s: Settings) -> list[str]:
     if engram.fetch == "overlap" and engram.optimizer == "adam":
         out.append(
             'engram.fetch="overlap" needs rows that an update leaves alone, and engram.optimizer="adam" '
-            "changes all; "
-            'it may be "step" or "stale"'
+            'changes all; it may be "step" or "stale"'
         )
     if engram.dtype == "bfloat16" and engram.optimizer == "adam":
         out.append(
             'engram.dtype="bfloat16" needs an optimizer that rounds stochastically; engram.optimizer may be '
-            '"rowwise_adam" or '
-            '"rowwise_adagrad", or engram.dtype "float32"'
+            '"rowwise_adam" or "rowwise_adagrad", or engram.dtype "float32"'
         )
     if engram.fetch == "stale" and engram.exchange_groups > 1:
         out.append(
             f'engram.exchange_groups={engram.exchange_groups}: engram.fetch="stale" reads all rows of a step '
             "at once; it may be 1"
         )
+    if s.checkpoint.table_full_every > 1 and engram.optimizer == "adam":
+        out.append(
+            f"checkpoint.table_full_every={s.checkpoint.table_full_every} saves the rows that changed, and "
+            'engram.optimizer="adam" changes all; it may be 1'
+        )
+    return out
+
+
+def _unfit_training(s: Settings) -> list[str]:
+    """Batches, spikes and compilation."""
+    out: list[str] = []
+    if s.train.global_batch % s.train.micro_batches:
+        out.append(
+            f"train.micro_batches={s.train.micro_batches} does not divide "
+            f"train.global_batch={s.train.global_batch}; it may be {_divisors(s.train.global_batch)}"
+        )
     if s.train.on_spike != "stop" and s.train.engine == "deepspeed":
         out.append(
             f'train.on_spike="{s.train.on_spike}": DeepSpeed keeps the gradients of a step that is not made; '
-            "with "
-            'train.engine="deepspeed" it may be "stop"'
+            'with train.engine="deepspeed" it may be "stop"'
         )
     if s.train.on_spike == "rollback" and s.checkpoint.every == 0:
         out.append(
             'train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it '
             "above 0"
         )
-    if s.checkpoint.table_full_every > 1 and engram.optimizer == "adam":
-        out.append(
-            f"checkpoint.table_full_every={s.checkpoint.table_full_every} saves the rows that changed, and "
-            'engram.optimizer="adam" changes all; it may be 1'
-        )
-    parallel = s.parallel
-    if parallel.pp > 1 and engram.exchange_groups > 1:
-        out.append(
-            f"engram.exchange_groups={engram.exchange_groups}: a pipeline needs the rows of all "
-            "micro-batches at once; it may be 1"
-        )
-    if parallel.pp > 1 and parallel.reshard_after_forward and parallel.schedule not in ("gpipe", "1f1b"):
-        out.append(
-            "parallel.reshard_after_forward=true frees parameters that "
-            f"parallel.schedule={parallel.schedule} still needs; it may be false, or parallel.schedule gpipe "
-            "or 1f1b"
-        )
-    if parallel.pp > 1 and s.train.recompute != "none" and parallel.schedule not in WHOLE_BACKWARD:
-        out.append(
-            f"train.recompute={s.train.recompute}: parallel.schedule={parallel.schedule} goes back through a "
-            "layer in parts and would run it again for each; it may be none, or parallel.schedule one of "
-            f"{', '.join(WHOLE_BACKWARD)}"
-        )
     if s.train.compile and s.train.recompute == "selective":
         out.append(
             "train.recompute=selective: the products inside compiled layers are not seen; it may be none or "
             "full, or train.compile=false"
         )
-    if s.train.compile and parallel.pp > 1 and parallel.schedule not in WHOLE_BACKWARD:
+    return out
+
+
+def _unfit_pipeline(s: Settings) -> list[str]:
+    """What a pipeline does not do, or not under every schedule."""
+    engram, parallel = s.engram, s.parallel
+    out: list[str] = []
+    if parallel.pp == 1:
+        return out
+    if engram.exchange_groups > 1:
+        out.append(
+            f"engram.exchange_groups={engram.exchange_groups}: a pipeline needs the rows of all "
+            "micro-batches at once; it may be 1"
+        )
+    if parallel.reshard_after_forward and parallel.schedule not in ("gpipe", "1f1b"):
+        out.append(
+            "parallel.reshard_after_forward=true frees parameters that "
+            f"parallel.schedule={parallel.schedule} still needs; it may be false, or parallel.schedule gpipe "
+            "or 1f1b"
+        )
+    if s.train.recompute != "none" and parallel.schedule not in WHOLE_BACKWARD:
+        out.append(
+            f"train.recompute={s.train.recompute}: parallel.schedule={parallel.schedule} goes back through a "
+            "layer in parts and would run it again for each; it may be none, or parallel.schedule one of "
+            f"{', '.join(WHOLE_BACKWARD)}"
+        )
+    if s.train.compile and parallel.schedule not in WHOLE_BACKWARD:
         out.append(
             f"train.compile=true: parallel.schedule={parallel.schedule} goes back through a layer in parts, "
             "and a compiled layer does all of it each time and may overwrite what the next needs; it may be "
             f"false, or parallel.schedule one of {', '.join(WHOLE_BACKWARD)}"
         )
-    if s.train.engine == "deepspeed":
-        out += _beyond_deepspeed(s)
-        if s.train.init_from:
-            out.append(
-                "train.init_from: DeepSpeed keeps copies of the weights that would not be filled; "
-                "start with train.engine=native, and go on with --resume train.engine=deepspeed"
-            )
-    return out + _given_twice(s.data)
+    return out
 
 
 def _given_twice(data: DataSettings) -> list[str]:
@@ -266,6 +280,11 @@ def _beyond_deepspeed(s: Settings) -> list[str]:
         out.append(
             "deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage "
             "may be 1, 2 or 3"
+        )
+    if s.train.init_from:
+        out.append(
+            "train.init_from: DeepSpeed keeps copies of the weights that would not be filled; "
+            "start with train.engine=native, and go on with --resume train.engine=deepspeed"
         )
     return out
 

@@ -137,8 +137,7 @@ class EngramSettings(Section):
     fetch: Literal["step", "overlap", "stale"] = Field(
         "step",
         description="when rows are read: before their step; those that the step before leaves alone already "
-        "during it (the same "
-        "numbers); or all of them during it, one update old",
+        "during it (the same numbers); or all of them during it, one update old",
     )
     device: Literal["device", "host"] = Field(
         "device", description="table, row state and row update: with the model, or on the CPU"

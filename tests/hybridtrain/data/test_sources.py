@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from hybridtrain.data import sources as sources_module
-from hybridtrain.data.sources import Tally, list_files, read_pieces, split_text, summary
+from hybridtrain.data.documents import Tally, read_pieces, split_text
+from hybridtrain.data.sources import list_files, summary
 from hybridtrain.data.tokenizer import train_tokenizer
 from hybridtrain.errors import DataError
 from tools.split_corpus import sentences
