@@ -1,6 +1,6 @@
 """The files of a checkpoint's tensors: written with a checksum on the way, read without a copy on the way.
 
-They are torch's distributed checkpoint format: pieces of tensors, each as `torch.save` writes it, and an
+They are torch's distributed checkpoint format: chunks of tensors, each as `torch.save` writes it, and an
 index, `.metadata`.
 """
 
@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils import serialization
 
-from hybridtrain.checkpoint.chunk import Piece
+from hybridtrain.checkpoint.chunk import StoredChunk
 from hybridtrain.checkpoint.index import Index
 from hybridtrain.checkpoint.storage import flush_file, make_folder
 from hybridtrain.files.durable import FileRecord
@@ -69,7 +69,7 @@ class Reader(FileSystemReader):
     """torch's reader, from a folder or URL, that reads rows from their place in a file into their place in a
     tensor.
 
-    `index` is the folder's. `alive` is called for every tensor, or piece of one, that was read.
+    `index` is the folder's. `alive` is called for every tensor, or chunk of one, that was read.
     """
 
     def __init__(self, folder: Path, index: Index, alive: Callable[[], None] = lambda: None) -> None:
@@ -89,19 +89,19 @@ class Reader(FileSystemReader):
             if item.type == LoadItemType.BYTE_IO:
                 raise ValueError(f"{item.storage_index.fqn} is no tensor")
             dtype = self.index.tensors[item.storage_index.fqn].properties.dtype
-            piece = Piece.find(
+            chunk = StoredChunk.find(
                 cast(Path, self.path),
                 self.index.places[item.storage_index],
                 chunks[item.storage_index],
                 dtype,
             )
             target = planner.resolve_tensor(item).detach()
-            low = item.storage_offsets[0] if piece.shape else 0
-            high = low + item.lengths[0] if piece.shape else 1
-            if tuple(item.lengths[1:]) == piece.shape[1:]:
-                piece.read_into(target, low, high)
+            low = item.storage_offsets[0] if chunk.shape else 0
+            high = low + item.lengths[0] if chunk.shape else 1
+            if tuple(item.lengths[1:]) == chunk.shape[1:]:
+                chunk.read_into(target, low, high)
             else:
-                rows = piece.read(low, high)
+                rows = chunk.read(low, high)
                 for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                     rows = rows.narrow(dim, offset, length) if dim else rows
                 target.copy_(rows)

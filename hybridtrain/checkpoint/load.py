@@ -124,7 +124,7 @@ def read_into(state: dict[str, Any], where: Path | Saved, world: Group) -> None:
 def _load_rows(
     table: LookupTable, stored: StoredTensors, weights_only: bool, alive: Callable[[], None]
 ) -> None:
-    """This owner's rows, out of whatever pieces they lie in; `alive` is called for every part of them."""
+    """This owner's rows, out of whatever chunks they lie in; `alive` is called for every part of them."""
     for name, value in table.row_tensors().items():
         if name == "rows" or not weights_only:
             count = max(1, _PART_BYTES * len(value) // max(1, value.nbytes))
@@ -132,9 +132,9 @@ def _load_rows(
                 stored.read_into(value[low : low + count], f"{TABLE}{name}", table.low + low)
                 alive()
     if table.mode == "stale" and not weights_only:
-        pieces = stored.pieces(f"{TABLE}{KIND}", table.low, table.high)
+        chunks = stored.row_chunks(f"{TABLE}{KIND}", table.low, table.high)
         table.load_stale(
-            [SavedRows(stored.read(f"{piece}.numbers"), stored.read(f"{piece}.values")) for piece in pieces]
+            [SavedRows(stored.read(f"{chunk}.numbers"), stored.read(f"{chunk}.values")) for chunk in chunks]
         )
 
 

@@ -72,7 +72,7 @@ def reshard(
     """Write the run folder or checkpoint `path` as the run folder `out`, for `nproc` ranks of its settings
     with `overrides`.
 
-    Every rank's part of every tensor is a piece of a file of its own. Of the tensors `max_memory` bytes are
+    Every rank's part of every tensor is a chunk of a file of its own. Of the tensors `max_memory` bytes are
     in memory at most. One that was ended goes on when it is called again. Raises LayoutError or UserError
     where the target is impossible or is another model, DamagedCheckpoint where files are not what they were
     written as, CheckpointError where `out` cannot be written.
@@ -211,13 +211,13 @@ def _compare(saved: Path, info: dict[str, Any], digests: dict[str, str], source:
 
 
 def _write_index(staging: Path, source: Source, journal: Journal) -> Records:
-    """Write torch's index of all pieces; returns the records of all files."""
+    """Write torch's index of all chunks; returns the records of all files."""
     chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in source.shapes}
     results = []
-    for piece in (piece for segment in journal.done for piece in segment.pieces):
-        offsets, sizes = torch.Size(piece.offsets), torch.Size(piece.sizes)
-        chunks[piece.name].append(ChunkStorageMetadata(offsets, sizes))
-        results.append(WriteResult(MetadataIndex(piece.name, piece.offsets), piece.length, piece.place))
+    for chunk in (chunk for segment in journal.done for chunk in segment.chunks):
+        offsets, sizes = torch.Size(chunk.offsets), torch.Size(chunk.sizes)
+        chunks[chunk.name].append(ChunkStorageMetadata(offsets, sizes))
+        results.append(WriteResult(MetadataIndex(chunk.name, chunk.offsets), chunk.length, chunk.place))
     tensors = {
         name: TensorStorageMetadata(
             TensorProperties(source.dtype(name)), torch.Size(source.shapes[name]), parts

@@ -98,7 +98,7 @@ def hidden(folder: Path, trap: Trap) -> bytes:
 
 
 def in_an_archive(folder: Path, file: str, trap: Trap) -> bytes:
-    """A file of tensors, in whose largest piece an archive of torch holds the trap."""
+    """A file of tensors, in whose largest chunk an archive of torch holds the trap."""
     places = pickle.loads((folder / METADATA).read_bytes()).storage_data.values()
     place = max((p for p in places if p.relative_path == file), key=lambda p: p.length)
     archive, content = io.BytesIO(), bytearray((folder / file).read_bytes())
