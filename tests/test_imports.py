@@ -142,7 +142,7 @@ def module_level_imports(statements: list[ast.stmt]) -> Iterator[str]:
 
 
 def graph(found: dict[str, str]) -> dict[str, set[str]]:
-    """By module, given with its source, the modules among them that it imports, with the packages around them."""
+    """By module, given with its source, the modules among them that it imports, and the packages around these."""
     out: dict[str, set[str]] = {}
     for name, source in found.items():
         out[name] = set()

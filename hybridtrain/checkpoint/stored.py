@@ -27,8 +27,8 @@ from hybridtrain.table.saved_rows import saved_rows_for
 
 TABLE = "table."
 CHANGED = f"{TABLE}changed"
-"""Kind of the chunks (table/saved_rows.py) of an incremental checkpoint: its rows that changed since its base was
-saved.
+"""Kind of the chunks (table/saved_rows.py) of an incremental checkpoint: its rows that changed since its base
+was saved.
 """
 
 

@@ -1,4 +1,6 @@
-"""Documents in every form that a source file may have, in bounded memory; damage is refused with its place."""
+"""Documents in every form that a source file may have, in bounded memory; damage is refused with its
+place.
+"""
 
 from __future__ import annotations
 
