@@ -43,10 +43,10 @@ TWO = ("parallel.ep=2", "parallel.mem=2")
 
 
 def steps(
-    run: tuple[Run, BatchLoader], first: int, last: int, before_update: Callable[[], None] | None = None
+    built: tuple[Run, BatchLoader], first: int, last: int, before_update: Callable[[], None] | None = None
 ) -> list[float]:
     """The losses of steps `first` to `last-1`."""
-    run, loader = run
+    run, loader = built
     out = []
     for step in range(first, last):
         batch = loader.load(step)
