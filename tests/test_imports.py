@@ -142,7 +142,9 @@ def module_level_imports(statements: list[ast.stmt]) -> Iterator[str]:
 
 
 def graph(found: dict[str, str]) -> dict[str, set[str]]:
-    """By module, given with its source, the modules among them that it imports, and the packages around these."""
+    """By module, given with its source, the modules that it imports and the packages around these, of those
+    given.
+    """
     out: dict[str, set[str]] = {}
     for name, source in found.items():
         out[name] = set()
