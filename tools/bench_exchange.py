@@ -145,7 +145,7 @@ def measure(options: Options) -> None:
         dataset = TokenDataset.open(settings.data.path, verify=False)
         addressing = make_addressing(settings, Vocabulary.of(dataset))
         assert addressing is not None
-        memories = [
+        tables = [
             LookupTable(settings, addressing, mesh, StepRows(), engram_layers(settings)) for _ in range(2)
         ]
         train, dp = settings.train, mesh.layout.dp
@@ -158,7 +158,7 @@ def measure(options: Options) -> None:
             dp,
             0,
         )
-        ways = [planned(memories[0], loader.load), in_the_layer(memories[1], mesh, loader.load)]
+        ways = [planned(tables[0], loader.load), in_the_layer(tables[1], mesh, loader.load)]
         for number in range(options.warmup + options.steps):
             for way in ways if number % 2 == 0 else ways[::-1]:
                 barrier(mesh.world)
@@ -167,9 +167,9 @@ def measure(options: Options) -> None:
                 if number >= options.warmup:
                     way.seconds.append(seconds)
                 way.traffic = _difference(before, mesh.traffic.entries())
-        torch.testing.assert_close(memories[0].table, memories[1].table, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tables[0].table, tables[1].table, atol=1e-5, rtol=1e-4)
         if mesh.rank == 0:
-            plan = memories[0].plan(loader.load(0))
+            plan = tables[0].plan(loader.load(0))
             facts = {
                 "lookups": plan.lookups,
                 "unique": plan.unique,
@@ -178,7 +178,7 @@ def measure(options: Options) -> None:
             }
             Path(options.out).write_text(json.dumps(summarise(ways, options, facts)), encoding="utf-8")
         else:
-            memories[0].plan(loader.load(0))
+            tables[0].plan(loader.load(0))
     finally:
         close_mesh()
 

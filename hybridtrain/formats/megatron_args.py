@@ -282,7 +282,7 @@ def misfits(settings: Settings, biased: bool) -> list[str]:
     """
     moe, out = settings.model.moe, []
     if layers := engram_layers(settings):
-        out.append(f"layers {', '.join(map(str, layers))} have a lookup memory; {NAME} has none")
+        out.append(f"layers {', '.join(map(str, layers))} are Engram layers; {NAME} has none")
     if "moe" not in [spec.feedforward for spec in layer_specs(settings)]:
         return out
     if moe.capacity:
