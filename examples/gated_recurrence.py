@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hybridtrain.model.common import SequenceContext, local
 from hybridtrain.model.component import Cut, Frame, Mixer, Parameter, Sees
 from hybridtrain.model.exchanges import Exchanges
-from hybridtrain.settings.section import Positive, Section
+from hybridtrain.section import Positive, Section
 
 
 class GatedRecurrenceSettings(Section):

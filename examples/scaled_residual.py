@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hybridtrain.model.component import Carried, Cut, Frame, Parameter, Residual
 from hybridtrain.model.exchanges import Exchanges
 from hybridtrain.model.residuals.add import Stream
-from hybridtrain.settings.section import Section
+from hybridtrain.section import Section
 
 SUBLAYERS = 3  # of a layer, at most: Engram, mixer, feed-forward
 

@@ -9,14 +9,18 @@ class UserError(Exception):
     """Something the user can mend: the message names the key or file, the number and what would be legal."""
 
 
-class SettingsError(UserError):
-    """The settings are wrong; the message lists every problem found, one a line."""
+class ListedProblems(UserError):
+    """Several things are wrong with `source`; the message lists every one, one a line."""
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.problems = list(problems)
         super().__init__(
             "\n".join([f"{source}: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)])
         )
+
+
+class SettingsError(ListedProblems):
+    """The settings are wrong; the message lists every problem found, one a line."""
 
 
 class DataError(UserError):
@@ -31,14 +35,8 @@ class DamagedCheckpoint(CheckpointError):
     """A checkpoint's files are not what they were when it was finished; an older one may still be good."""
 
 
-class FormatError(UserError):
+class FormatError(ListedProblems):
     """A model cannot be carried to or from another format; the message lists every reason, one a line."""
-
-    def __init__(self, source: str, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        super().__init__(
-            "\n".join([f"{source}: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)])
-        )
 
 
 class TrainingError(UserError):

@@ -25,7 +25,9 @@ class Outcome:
 
 
 def hybridtrain(*arguments: object, timeout: float = 120) -> Outcome:
-    """Run the command; the process is ended after `timeout` seconds, and its status is then that of SIGKILL."""
+    """Run the command; the process is ended after `timeout` seconds, and its status is then that of
+    SIGKILL.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="hybridtrain-test-") as folder:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,14 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "parallel", "launch", "hybridtrain")  # each may import itself and those before it
 SEAM = ("common", "component", "exchanges")  # of model/: what parallel reads of it, and nothing else
 MOST_LINES = 400
+MOST_LINES_OF_A_FUNCTION = 60
+LONG_FUNCTIONS = {
+    "parallel/layout.py: check",
+    "parallel/mesh.py: make_mesh",
+    "hybridtrain/run/init_from.py: start_from",
+    "hybridtrain/run/loop.py: train_step",
+}
+"""Functions that are longer still; the list may only shrink."""
 
 
 def sources(folder: str) -> list[Path]:
@@ -120,3 +130,114 @@ def test_no_module_is_changed_by_the_name_of_an_attribute() -> None:
     assert found == {'parallel/deepspeed.py: hasattr(param, "ds_id"):'}
     assert changed.search("layer.forward = run")
     assert not changed.search("self.dispatch = exchanges.dispatch()")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name."""
+    found = {}
+    for folder in FOLDERS:
+        for path in sources(folder):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = parts if folder == "hybridtrain" else ("hybridtrain", *parts)
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def module_level_imports(statements: list[ast.stmt]) -> Iterator[str]:
+    """What is imported when a module is, type checking apart."""
+    for node in statements:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If):
+            if "TYPE_CHECKING" not in ast.unparse(node.test):
+                yield from module_level_imports(node.body)
+            yield from module_level_imports(node.orelse)
+        elif isinstance(node, ast.Try):
+            handled = [statement for handler in node.handlers for statement in handler.body]
+            yield from module_level_imports([*node.body, *handled, *node.orelse, *node.finalbody])
+        elif isinstance(node, ast.With | ast.ClassDef):
+            yield from module_level_imports(node.body)
+
+
+def graph(found: dict[str, str]) -> dict[str, set[str]]:
+    """By module, given with its source, the modules that it imports and the packages around these, of those
+    given.
+    """
+    out: dict[str, set[str]] = {}
+    for name, source in found.items():
+        out[name] = set()
+        for module in module_level_imports(ast.parse(source).body):
+            while module:  # `import a.b.c` runs a, a.b and a.b.c; those around the module itself run already
+                if module in found and not f"{name}.".startswith(f"{module}."):
+                    out[name].add(module)
+                module = module.rpartition(".")[0]
+    return out
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """The modules of a circle in the order in which one imports the next; [] where there is none."""
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_import_circles() -> None:
+    found = {name: path.read_text(encoding="utf-8") for name, path in modules().items()}
+    edges = graph(found)
+    assert edges["hybridtrain.checkpoint.saved"] >= {"hybridtrain.checkpoint.index", "hybridtrain.errors"}
+    assert circle(edges) == []
+
+
+def test_packages_have_no_circles() -> None:
+    """A folder of hybridtrain/ that another one stands on does not import that one, other than for types."""
+    packages: dict[str, set[str]] = {}
+    for name, others in graph({n: p.read_text(encoding="utf-8") for n, p in modules().items()}).items():
+        package = ".".join(name.split(".")[:2])
+        theirs = {".".join(other.split(".")[:2]) for other in others} - {"hybridtrain", package}
+        packages.setdefault(package, set()).update(theirs)
+    assert "hybridtrain.checkpoint" in packages["hybridtrain.run"]
+    assert circle(packages) == []
+
+
+def test_a_circle_is_noticed() -> None:
+    b = "if TYPE_CHECKING:\n    from p.a import x\n"
+    assert circle(graph({"p.a": "import p.b", "p.b": b})) == []
+    back = "try:\n    from p.a import x\nexcept ImportError:\n    pass\n"
+    assert set(circle(graph({"p.a": "from p import b", "p.b": back}))) == {"p.a", "p.b"}
+    assert circle(graph({"p.a": "import p.b", "p.b": "def f():\n    import p.a\n"})) == []
+    assert circle(graph({"p": "import q.a", "q": "import p.b", "q.a": "", "p.b": ""})) != []
+
+
+def long_functions(source: str) -> set[str]:
+    """The functions of more than MOST_LINES_OF_A_FUNCTION lines."""
+    return {
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno + 1 > MOST_LINES_OF_A_FUNCTION
+    }
+
+
+def test_functions_are_short() -> None:
+    """Triton kernels apart, which cannot be cut into functions at no cost."""
+    exempt = ("kernel.py", "fp8.py")
+    found = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for folder in FOLDERS
+        for path in sources(folder)
+        if not (folder == "kernels" and path.name in exempt)
+        for name in long_functions(path.read_text(encoding="utf-8"))
+    }
+    assert found - LONG_FUNCTIONS == set()
+    assert LONG_FUNCTIONS - found == set(), "shorter by now: take them off the list"
+
+
+def test_a_long_function_is_noticed() -> None:
+    body = "    pass\n" * (MOST_LINES_OF_A_FUNCTION - 1)
+    assert long_functions(f"def f():\n{body}") == set()
+    assert long_functions(f"class A:\n  def f():\n{body}    pass\n") == {"f"}

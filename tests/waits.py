@@ -1,4 +1,6 @@
-"""Counts what makes the host wait for an accelerator, in a run on the CPU, where the same calls do not wait."""
+"""Counts what makes the host wait for an accelerator, in a run on the CPU, where the same calls do not
+wait.
+"""
 
 from __future__ import annotations
 

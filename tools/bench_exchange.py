@@ -1,13 +1,14 @@
 """Rows of the table over ranks: planned once a step, beside a lookup in every layer: `python -m
 tools.bench_exchange [--nproc 2]`
 
-Both ways serve the quickstart's memory layers with the same batches and update the same rows by the same
+Both ways serve the quickstart's Engram layers with the same batches and update the same rows by the same
 row-wise rule, in turns, without a model around them:
 
-- planned: this project's. One deduplicated exchange of rows a step and one of gradients, by a plan made from tokens alone, which is
-  timed with it and without: in training it is made in the background.
-- in the layer: what a sharded embedding does inside forward and backward: for each memory layer and micro-batch the ids to their
-  owners, every row back, every gradient to the owners; nothing is deduplicated before the owner's update.
+- planned: this project's. One deduplicated exchange of rows a step and one of gradients, by a plan made from
+  tokens alone, which is timed with it and without: in training it is made in the background.
+- in the layer: what a sharded embedding does inside forward and backward: for each Engram layer and
+  micro-batch the ids to their owners, every row back, every gradient to the owners; nothing is deduplicated
+  before the owner's update.
 
 Printed: milliseconds, the ratio step by step (median and quartiles), bytes that a rank sends to others,
 collectives. For the dense table of one process (nn.Embedding with Adam) see `bench_rows.py --dense`.
@@ -144,7 +145,7 @@ def measure(options: Options) -> None:
         dataset = TokenDataset.open(settings.data.path, verify=False)
         addressing = make_addressing(settings, Vocabulary.of(dataset))
         assert addressing is not None
-        memories = [
+        tables = [
             LookupTable(settings, addressing, mesh, StepRows(), engram_layers(settings)) for _ in range(2)
         ]
         train, dp = settings.train, mesh.layout.dp
@@ -157,7 +158,7 @@ def measure(options: Options) -> None:
             dp,
             0,
         )
-        ways = [planned(memories[0], loader.load), in_the_layer(memories[1], mesh, loader.load)]
+        ways = [planned(tables[0], loader.load), in_the_layer(tables[1], mesh, loader.load)]
         for number in range(options.warmup + options.steps):
             for way in ways if number % 2 == 0 else ways[::-1]:
                 barrier(mesh.world)
@@ -166,9 +167,9 @@ def measure(options: Options) -> None:
                 if number >= options.warmup:
                     way.seconds.append(seconds)
                 way.traffic = _difference(before, mesh.traffic.entries())
-        torch.testing.assert_close(memories[0].table, memories[1].table, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tables[0].table, tables[1].table, atol=1e-5, rtol=1e-4)
         if mesh.rank == 0:
-            plan = memories[0].plan(loader.load(0))
+            plan = tables[0].plan(loader.load(0))
             facts = {
                 "lookups": plan.lookups,
                 "unique": plan.unique,
@@ -177,7 +178,7 @@ def measure(options: Options) -> None:
             }
             Path(options.out).write_text(json.dumps(summarise(ways, options, facts)), encoding="utf-8")
         else:
-            memories[0].plan(loader.load(0))
+            tables[0].plan(loader.load(0))
     finally:
         close_mesh()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from hybridtrain.checkpoint.files import FileRecord
+from hybridtrain.files.durable import FileRecord
 from hybridtrain.kernels.document_attention import reference
 from hybridtrain.kernels.document_attention.op import document_attention, read_spans
 from hybridtrain.kernels.permute.op import sort_by_destination

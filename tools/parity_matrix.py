@@ -22,18 +22,27 @@ DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- written by tools/parity_matrix.py -->", "<!-- end of what is written -->"
 LETTERS = {"gpipe": "g", "1f1b": "f", "interleaved": "i", "zero_bubble": "z", "zbv": "v", "dualpipev": "d"}
 
-HEAD = f"""# Parity matrix
-
-Written by `python -m tools.parity_matrix`; a test compares its list with the layouts that the code calls legal. Each line is
-a run of five steps at a layout against the same run on one rank: the largest relative difference of a step's loss, and how far
-losses and gradient norms, parameters, optimizer moments, table rows and row state are from the one-rank run's, as multiples of the
-noise (the worst single tensor of each kind). Noise is how far the one-rank run is from itself when its sums are taken in other
-orders; the bound is {BOUND:g}. What is compared and how: [parallelism.md](parallelism.md), "Every layout gives the numbers of
-one rank".
-
-| ranks | layout | schedule | variant | loss, relative | losses | parameters | moments | rows | row state |
-|--:|---|---|---|--:|--:|--:|--:|--:|--:|
-"""
+HEAD = "\n".join(
+    (
+        "# Parity matrix",
+        "",
+        "Written by `python -m tools.parity_matrix`; a test compares its list with the layouts that "
+        "the code calls legal.",
+        "Each line is a run of five steps at a layout against the same run on one rank: the largest "
+        "relative difference of a step's loss, and how far losses and gradient norms, parameters, "
+        "optimizer moments, table rows and row state are from the one-rank run's, as multiples of the"
+        " noise (the worst single tensor of each kind).",
+        "Noise is how far the one-rank run is from itself when its sums are taken in other orders; "
+        f"the bound is {BOUND:g}.",
+        'What is compared and how: [parallelism.md](parallelism.md), "Every layout gives the numbers '
+        'of one rank".',
+        "",
+        "| ranks | layout | schedule | variant | loss, relative | losses | parameters | moments | rows "
+        "| row state |",
+        "|--:|---|---|---|--:|--:|--:|--:|--:|--:|",
+        "",
+    )
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Learning curves of runs, and their final figures.
 
-    python tools/plot_runs.py docs/quickstart.svg runs/quickstart runs/quickstart-dense --label "with memory"
-    --label "without" python tools/plot_runs.py --table runs/quickstart runs/quickstart-dense
+    python tools/plot_runs.py curves.svg runs/quickstart runs/quickstart-plain --label with --label without
+    python tools/plot_runs.py --table runs/quickstart runs/quickstart-plain
 
 The picture (.svg or .png) shows a metric of metrics.jsonl against training tokens; `--table` prints markdown
 instead.

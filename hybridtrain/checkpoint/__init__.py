@@ -1,14 +1,23 @@
 """Checkpoints: torch's distributed format under a commit protocol. A folder without `checkpoint.json` was
 never finished.
 
-storage.py  a folder or URL as a path                 saver.py    saves them, also beside the training
-index.py    torch's index of the tensors, read and checked; archive.py the archives that the pieces lie in
-files.py    files with checksums                      load.py     checks them and fills a run from one
-chunk.py    a stored chunk of a tensor
-blocks.py   large tensors in blocks of rows           history.py  those of a run: latest, older ones, what may go
-state.py    what of a run is saved                    consumed.py  what of the data it has read
-info.py     checkpoint.json                           stored.py   tensors one by one, without a process group
-all_or_none.py ranks that succeed or fail together
+storage.py      a folder or URL as a path
+files.py        files with checksums
+archive.py      the archives that the chunks lie in
+chunk.py        a stored chunk of a tensor
+index.py        torch's index of the tensors, checked
+info.py         checkpoint.json
+saved.py        a folder with what it says of itself, read once
+damage.py       whether its files are what it says
+dtypes.py       the dtypes that weights may have
+blocks.py       large tensors in blocks of rows
+state.py        what of a run is saved
+saver.py        saves them, also beside the training
+load.py         checks them and fills a run from one
+history.py      those of a run: the latest, older ones, what may go
+consumed.py     what of the data a run has read
+stored.py       tensors one by one, without a process group
+all_or_none.py  ranks that succeed or fail together
 """
 
 from hybridtrain.checkpoint.consumed import Consumed
@@ -24,6 +33,7 @@ from hybridtrain.checkpoint.info import (
     write_info,
 )
 from hybridtrain.checkpoint.load import load, read_into, verify
+from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.checkpoint.saver import Base, Saver
 from hybridtrain.checkpoint.storage import open_storage
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
@@ -34,6 +44,7 @@ __all__ = [
     "Base",
     "Consumed",
     "LazyTensor",
+    "Saved",
     "Saver",
     "StoredTensors",
     "candidates",

@@ -1,4 +1,4 @@
-"""A stored piece of a tensor, as `torch.save` writes it into a checkpoint's file: where its bytes lie, and
+"""A stored chunk of a tensor, as `torch.save` writes it into a checkpoint's file: where its bytes lie, and
 reading them.
 """
 
@@ -22,8 +22,8 @@ from hybridtrain.files.untrusted import UntrustedFileError, inside, open_regular
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stored piece of a tensor: `length` bytes from `start` of a file, the storage of a tensor of that
+class StoredChunk:
+    """A stored chunk of a tensor: `length` bytes from `start` of a file, the storage of a tensor of that
     shape and stride.
     """
 
@@ -35,8 +35,8 @@ class Piece:
     dtype: torch.dtype
 
     @classmethod
-    def find(cls, folder: Path, entry: Any, shape: Sequence[int], dtype: torch.dtype) -> Piece:
-        """The piece of an entry of the index: `relative_path`, `offset` and `length` of a file in `folder`.
+    def find(cls, folder: Path, entry: Any, shape: Sequence[int], dtype: torch.dtype) -> StoredChunk:
+        """The chunk of an entry of the index: `relative_path`, `offset` and `length` of a file in `folder`.
 
         Its archive's header and directory are read, none of the data. Raises OSError, and UntrustedFileError
         where it is not of the shape and dtype that the index says, or its bytes are not all there.

@@ -1,6 +1,6 @@
 """The files of a checkpoint's tensors: written with a checksum on the way, read without a copy on the way.
 
-They are torch's distributed checkpoint format: pieces of tensors, each as `torch.save` writes it, and an
+They are torch's distributed checkpoint format: chunks of tensors, each as `torch.save` writes it, and an
 index, `.metadata`.
 """
 
@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -23,21 +23,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils import serialization
 
-from hybridtrain.checkpoint.chunk import Piece
+from hybridtrain.checkpoint.chunk import StoredChunk
 from hybridtrain.checkpoint.index import Index
 from hybridtrain.checkpoint.storage import flush_file, make_folder
-from hybridtrain.files.untrusted import open_regular
+from hybridtrain.files.durable import FileRecord
 
 METADATA = ".metadata"  # torch's index of the tensors
 CHUNK = 1 << 20  # bytes that are hashed and then written, while they are in the cache
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What a finished file was when it was written: bytes, and their xxh3 (128 bits, hex)."""
-
-    size: int
-    xxh3: str
 
 
 Records = dict[str, dict[str, Any]]
@@ -77,7 +69,7 @@ class Reader(FileSystemReader):
     """torch's reader, from a folder or URL, that reads rows from their place in a file into their place in a
     tensor.
 
-    `index` is the folder's. `alive` is called for every tensor, or piece of one, that was read.
+    `index` is the folder's. `alive` is called for every tensor, or chunk of one, that was read.
     """
 
     def __init__(self, folder: Path, index: Index, alive: Callable[[], None] = lambda: None) -> None:
@@ -90,26 +82,26 @@ class Reader(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         chunks = {
             MetadataIndex(name, c.offsets): c.sizes
-            for name, t in self.index.tensors.items()
-            for c in t.chunks
+            for name in {item.storage_index.fqn for item in plan.items}
+            for c in self.index.tensors[name].chunks
         }
         for item in sorted(plan.items, key=lambda item: self._position(item.storage_index)):
             if item.type == LoadItemType.BYTE_IO:
                 raise ValueError(f"{item.storage_index.fqn} is no tensor")
             dtype = self.index.tensors[item.storage_index.fqn].properties.dtype
-            piece = Piece.find(
+            chunk = StoredChunk.find(
                 cast(Path, self.path),
                 self.index.places[item.storage_index],
                 chunks[item.storage_index],
                 dtype,
             )
             target = planner.resolve_tensor(item).detach()
-            low = item.storage_offsets[0] if piece.shape else 0
-            high = low + item.lengths[0] if piece.shape else 1
-            if tuple(item.lengths[1:]) == piece.shape[1:]:
-                piece.read_into(target, low, high)
+            low = item.storage_offsets[0] if chunk.shape else 0
+            high = low + item.lengths[0] if chunk.shape else 1
+            if tuple(item.lengths[1:]) == chunk.shape[1:]:
+                chunk.read_into(target, low, high)
             else:
-                rows = piece.read(low, high)
+                rows = chunk.read(low, high)
                 for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                     rows = rows.narrow(dim, offset, length) if dim else rows
                 target.copy_(rows)
@@ -132,21 +124,10 @@ def quiet() -> Generator[None, None, None]:
         yield
 
 
-def digest_file(path: Path, alive: Callable[[], None] = lambda: None) -> FileRecord:
-    """What the file is now. Raises OSError where it cannot be read. `alive` is called for every part that
-    was.
-    """
-    digest, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(CHUNK))
-    with open_regular(path) as stream:
-        while count := cast(Any, stream).readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-            alive()
-    return FileRecord(size, digest.hexdigest())
-
-
 class _Files(FileSystemBase):
-    """The files of a folder or URL as torch's reader and writer ask for them; `records` is what was written."""
+    """The files of a folder or URL as torch's reader and writer ask for them; `records` is what was
+    written.
+    """
 
     def __init__(self, alive: Callable[[], None] = lambda: None) -> None:
         self.records: dict[str, FileRecord] = {}

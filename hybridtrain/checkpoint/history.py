@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.checkpoint.info import INFO, base_of, read_info, write_info
+from hybridtrain.checkpoint.info import INFO, write_info
+from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.checkpoint.storage import (
     flush_folder,
     is_local,
@@ -103,9 +104,7 @@ def prune(checkpoints: Path, step: int, keep_last: int, keep_every: int) -> None
         s for s in finished if s > step or s in before[-keep_last:] or (keep_every and s % keep_every == 0)
     }
     try:
-        bases = {
-            base.name for s in kept if (base := base_of(finished[s], read_info(finished[s]))) is not None
-        }
+        bases = {base.path.name for s in kept if (base := Saved(finished[s]).base) is not None}
     except CheckpointError:
         return  # of one that cannot be read it is not known what it needs
     names = {finished[s].name for s in kept} | bases

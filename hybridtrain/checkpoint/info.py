@@ -1,12 +1,10 @@
-"""What a checkpoint says of itself, `checkpoint.json`, and whether its files are still what it says of them."""
+"""What a checkpoint says of itself: `checkpoint.json`."""
 
 from __future__ import annotations
 
-import heapq
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import xxhash
@@ -14,14 +12,14 @@ from pydantic import BaseModel, Field, model_validator
 
 from hybridtrain import __version__
 from hybridtrain.checkpoint.consumed import Consumed, Count
-from hybridtrain.checkpoint.files import METADATA, FileRecord, digest_file
-from hybridtrain.checkpoint.index import MAX_INDEX, Index, read_index
 from hybridtrain.checkpoint.storage import write_whole
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.files.untrusted import UntrustedFileError, parse_json, read_bytes, validated
-from hybridtrain.run.assemble import Run, Vocabulary
 from hybridtrain.settings.load import parse_settings
 from hybridtrain.settings.tree import Settings
+
+if TYPE_CHECKING:
+    from hybridtrain.run.assemble import Run, Vocabulary
 
 FORMAT = 2
 INFO = "checkpoint.json"
@@ -93,8 +91,8 @@ class _Description(BaseModel):
 def read_info(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: step, settings, addressing, tokenizer digest, files.
 
-    Raises CheckpointError where `path` is no finished checkpoint or of another format, DamagedCheckpoint
-    where it was changed.
+    Raises CheckpointError where `path` is no finished checkpoint, of another format or of a version before
+    0.1, DamagedCheckpoint where it was changed.
     """
     try:
         info = parse_json(read_bytes(path / INFO, MAX_INFO), "its content", dict[str, Any])
@@ -105,6 +103,12 @@ def read_info(path: Path) -> dict[str, Any]:
         if (found := _seal(info)) != info.get("xxh3"):
             raise DamagedCheckpoint(
                 f"{path / INFO} is damaged: its content has xxh3 {found}, it says {info.get('xxh3')}"
+            )
+        if _before_the_renames(info):
+            raise CheckpointError(
+                f"{path} was written by a version from before 0.1, whose settings and tensors have other "
+                "names: "
+                "train anew, or export it with that version and import the export with this one"
             )
         validated(info, "its content", _Description)
     except FileNotFoundError:
@@ -125,98 +129,18 @@ def write_info(path: Path, info: dict[str, Any]) -> str:
     return xxh3
 
 
+def _before_the_renames(info: dict[str, Any]) -> bool:
+    """Whether it has the names of versions before 0.1: the table was called memory then."""
+    settings = info.get("settings")
+    return "memory_scalars" in info or (isinstance(settings, dict) and "memory" in settings)
+
+
 def _seal(info: dict[str, Any]) -> str:
     """The xxh3 of all that it says but this."""
     rest = json.loads(
         json.dumps({key: value for key, value in info.items() if key != "xxh3"})
     )  # as it will be read
     return xxhash.xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def base_of(path: Path, info: dict[str, Any]) -> Path | None:
-    """The checkpoint beside it that holds the rows which `path`, described by `info`, does not; None where it
-    holds all.
-
-    Raises DamagedCheckpoint where it names itself.
-    """
-    base = path.parent / info["base"]["name"] if info.get("base") else None
-    if base == path:
-        raise DamagedCheckpoint(f"{path / INFO} is damaged: it names itself as its base")
-    return base
-
-
-def index_of(path: Path) -> Index:
-    """The index of the tensors of a checkpoint folder, finished or not.
-
-    Raises DamagedCheckpoint where it is missing, damaged, contradicts itself, or has tensors elsewhere than
-    in the folder's files.
-    """
-    index_file = path / METADATA
-    files = None
-    if (path / INFO).is_file():
-        files = {name: record["size"] for name, record in read_info(path)["files"].items()}
-    try:
-        index = read_index(read_bytes(index_file, MAX_INDEX), str(index_file))
-        index.check(str(index_file), files)
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{path}: damaged: {METADATA} is missing") from None
-    except OSError as error:
-        raise DamagedCheckpoint(f"{index_file}: cannot be read: {error.strerror or error}") from None
-    except UntrustedFileError as error:
-        raise DamagedCheckpoint(f"{path}: damaged: its index of tensors cannot be read: {error}") from None
-    return index
-
-
-def damage(
-    path: Path, level: str, share: int = 0, shares: int = 1, alive: Callable[[], None] = lambda: None
-) -> list[str]:
-    """Why the checkpoint `path` cannot be used: every file of it, and of its base, that is not what it was;
-    one line each.
-
-    `level`: "sizes" looks how long they are, "full" also reads them. With `shares` only the files of number
-    `share` are looked at, of as many shares of about equal bytes. `alive` is called for every part that was
-    read.
-    """
-    try:
-        info = read_info(path)
-        base = base_of(path, info)
-        theirs = read_info(base) if base is not None else None
-    except CheckpointError as error:
-        return [str(error)]
-    files = [(path / name, record) for name, record in info["files"].items()]
-    problems = []
-    if base is not None and theirs is not None:
-        files += [(base / name, record) for name, record in theirs["files"].items()]
-        if theirs.get("base"):
-            problems.append(f"{base / INFO}: is based on another one, and cannot be a base")
-        if theirs["xxh3"] != (wanted := info["base"]["xxh3"]):
-            problems.append(
-                f"{base / INFO}: is another base: it has xxh3 {theirs['xxh3']}, must have {wanted}"
-            )
-    loads = [(0, number) for number in range(shares)]  # a heap: the share with the fewest bytes first
-    for file, record in sorted(files, key=lambda f: (-f[1]["size"], str(f[0]))):
-        load, least = loads[0]
-        heapq.heapreplace(loads, (load + record["size"] + 1, least))
-        if least == share and (problem := _problem(file, record, level, alive)):
-            problems.append(f"{file}: {problem}")
-    return problems
-
-
-def _problem(file: Path, record: dict[str, Any], level: str, alive: Callable[[], None]) -> str:
-    size, xxh3 = record["size"], record["xxh3"]
-    try:
-        found = digest_file(file, alive) if level == "full" else FileRecord(file.stat().st_size, xxh3)
-    except FileNotFoundError:
-        return f"is missing; it had {size} bytes with xxh3 {xxh3}"
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
-    if found == FileRecord(size, xxh3):
-        return ""
-    if level == "full":
-        return (
-            f"is damaged: it has {found.size} bytes with xxh3 {found.xxh3}, must have {size} with xxh3 {xxh3}"
-        )
-    return f"is damaged: it has {found.size} bytes, must have {size}"
 
 
 def describe(run: Run, step: int, tokenizer_digest: str) -> dict[str, Any]:
@@ -256,10 +180,16 @@ def row_scalars(info: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def check_fits(
-    path: Path, settings: Settings, vocabulary: Vocabulary, tokenizer_digest: str, addressing: str | None
+    path: Path,
+    info: dict[str, Any],
+    settings: Settings,
+    vocabulary: Vocabulary,
+    tokenizer_digest: str,
+    addressing: str | None,
 ) -> None:
-    """Raise CheckpointError listing every way in which the checkpoint at `path` is one of another model."""
-    info = read_info(path)
+    """Raise CheckpointError listing every way in which the checkpoint `path`, which says `info`, is one of
+    another model.
+    """
     if info.get("weights_only"):
         raise CheckpointError(
             f"{path} holds imported weights and no optimizer state; "
@@ -284,7 +214,7 @@ def check_fits(
             f"{vocabulary.separator_id}"
         )
     elif info["addressing"] != addressing and not problems:
-        problems.append("memory: the checkpoint's multipliers, primes or compression map are others")
+        problems.append("engram: the checkpoint's multipliers, primes or compression map are others")
     if problems:
         raise CheckpointError(
             "\n".join([f"{path} is a checkpoint of another model", *(f"  {p}" for p in problems)])

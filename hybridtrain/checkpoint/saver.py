@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.distributed.checkpoint import state_dict_saver
 
@@ -21,13 +21,16 @@ from hybridtrain.checkpoint.all_or_none import Failures, all_or_none, on_first
 from hybridtrain.checkpoint.blocks import BlockPlanner
 from hybridtrain.checkpoint.files import Records, Writer, quiet
 from hybridtrain.checkpoint.history import begin_folder, commit_folder, folder_of, latest, prune, staging_of
-from hybridtrain.checkpoint.info import base_of, describe, read_info
+from hybridtrain.checkpoint.info import describe
+from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.checkpoint.state import Content, content, release
 from hybridtrain.checkpoint.storage import flush_folder, free_space, remove_folder
 from hybridtrain.errors import CheckpointError
 from hybridtrain.files.lock import LockLost
 from hybridtrain.parallel.collectives import Group
-from hybridtrain.run.assemble import Run
+
+if TYPE_CHECKING:
+    from hybridtrain.run.assemble import Run
 
 PATIENCE = 6
 """Times `parallel.timeout` that ranks wait for the slowest disk among them; a rank that died is noticed at
@@ -45,16 +48,15 @@ class Base:
     age: int = 0  # incremental checkpoints based on it
 
     @classmethod
-    def of(cls, path: Path) -> Base | None:
-        """What a run that goes on from the checkpoint `path` bases its incremental checkpoints on; None
+    def of(cls, where: Path | Saved) -> Base | None:
+        """What a run that goes on from the checkpoint `where` bases its incremental checkpoints on; None
         without a table.
         """
-        info = read_info(path)
-        age = info["base"]["age"] if info.get("base") else 0
-        base = base_of(path, info) or path
-        info = read_info(base)
-        scalars = info["table_scalars"]
-        return cls(base.name, info["xxh3"], scalars["step_count"], age) if scalars else None
+        saved = Saved.of(where)
+        age = saved.info["base"]["age"] if saved.base is not None else 0
+        base = saved.base or saved
+        scalars = base.info["table_scalars"]
+        return cls(base.path.name, base.info["xxh3"], scalars["step_count"], age) if scalars else None
 
 
 class Saver:

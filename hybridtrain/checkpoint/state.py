@@ -6,16 +6,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hybridtrain.checkpoint.blocks import Rows, own_part
 from hybridtrain.checkpoint.stored import CHANGED, TABLE
-from hybridtrain.run.assemble import Run
 from hybridtrain.table.copy_on_write import CopyOnWrite
 from hybridtrain.table.lookup_table import LookupTable
 from hybridtrain.table.saved_rows import saved_rows_name
+
+if TYPE_CHECKING:
+    from hybridtrain.run.assemble import Run
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Content:
         self.sources |= {name: own_part(value) for name, value in state.items()}
 
     def hold(self) -> None:
-        """Copy to the CPU what the coming step will change; rows of a snapshot need not be."""
+        """Copy to the CPU what the coming step will change; rows of a CopyOnWrite need not be."""
         for name, source in self.sources.items():
             if isinstance(source, Tensor):
                 self.sources[name] = source.to("cpu", copy=True)
@@ -69,12 +72,12 @@ def release(run: Run) -> None:
 
 def _add_changed(out: Content, table: LookupTable, rows: CopyOnWrite, since: int) -> None:
     changed_N = table.optimizer.changed_since(since)
-    piece = saved_rows_name(CHANGED, table.low, table.high)
-    out.add({f"{piece}.numbers": (changed_N + table.low).cpu()})
+    chunk = saved_rows_name(CHANGED, table.low, table.high)
+    out.add({f"{chunk}.numbers": (changed_N + table.low).cpu()})
     for name, value in table.row_tensors().items():
         shape = (len(changed_N), *value.shape[1:])
-        out.state[f"{piece}.{name}"] = torch.empty(shape, dtype=value.dtype, device="meta")
-        out.sources[f"{piece}.{name}"] = partial(_gather, rows, name, changed_N)
+        out.state[f"{chunk}.{name}"] = torch.empty(shape, dtype=value.dtype, device="meta")
+        out.sources[f"{chunk}.{name}"] = partial(_gather, rows, name, changed_N)
 
 
 def _gather(rows: CopyOnWrite, name: str, numbers_N: Tensor, low: int, high: int) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from hybridtrain.data.manifest import sync_folder, write_atomically
 from hybridtrain.errors import SettingsError
+from hybridtrain.files.durable import sync_file, sync_folder, write_atomically
 
 
 def open_storage(where: str, key: str = "checkpoint.dir") -> Path:
@@ -33,7 +32,9 @@ def open_storage(where: str, key: str = "checkpoint.dir") -> Path:
 
 
 def is_local(path: Path) -> bool:
-    """Whether renames and flushes mean something there; an object store has neither, and puts objects whole."""
+    """Whether renames and flushes mean something there; an object store has neither, and puts objects
+    whole.
+    """
     return isinstance(path, Path)
 
 
@@ -81,6 +82,8 @@ def free_space(path: Path) -> str:
 
 
 def flush_file(stream: Any, path: Path) -> None:
-    stream.flush()
+    """Hand on what was written to the open file `path`, and make it durable where that means something."""
     if is_local(path):
-        os.fsync(stream.fileno())
+        sync_file(stream)
+    else:
+        stream.flush()

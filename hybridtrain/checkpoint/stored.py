@@ -19,16 +19,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from hybridtrain.checkpoint.chunk import Piece
+from hybridtrain.checkpoint.chunk import StoredChunk
 from hybridtrain.checkpoint.files import Records, Writer, quiet
-from hybridtrain.checkpoint.info import INFO, base_of, index_of, read_info
+from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint, UserError
 from hybridtrain.table.saved_rows import saved_rows_for
 
 TABLE = "table."
 CHANGED = f"{TABLE}changed"
-"""Kind of the pieces (pieces.py) of an incremental checkpoint: its rows that changed since its base was
-saved.
+"""Kind of the chunks (table/saved_rows.py) of an incremental checkpoint: its rows that changed since its base
+was saved.
 """
 
 
@@ -46,18 +46,19 @@ class LazyTensor:
 
 
 class StoredTensors:
-    """The tensors of the checkpoint folder `path` by their names ("model.…", "table.…"); an incremental one's
+    """The tensors of the checkpoint `where` by their names ("model.…", "table.…"); an incremental one's
     with its base.
 
     Raises DamagedCheckpoint where the folder's index or one of its files cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._entries, self._places = index_of(path)
-        base = base_of(path, read_info(path)) if (path / INFO).is_file() else None
-        if base is not None and read_info(base).get("base"):
-            raise DamagedCheckpoint(f"{path}: damaged: its base {base} is based on another one")
+    def __init__(self, where: Path | Saved) -> None:
+        saved = Saved.of(where)
+        self.path = saved.path
+        self._entries, self._places = saved.index
+        base = saved.base
+        if base is not None and base.base is not None:
+            raise DamagedCheckpoint(f"{self.path}: damaged: its base {base.path} is based on another one")
         self._base = StoredTensors(base) if base is not None else None
         here = {
             k.removeprefix(f"{CHANGED}.").partition(".")[2] for k in self._entries if k.startswith(CHANGED)
@@ -65,9 +66,9 @@ class StoredTensors:
         self._merged = {
             f"{TABLE}{k}" for k in here
         }  # tensors whose changed rows are here and whose others are in the base
-        self._numbers: dict[str, Tensor] = {}  # of changed rows, by piece
+        self._numbers: dict[str, Tensor] = {}  # of changed rows, by chunk
         self._chunks: dict[str, Chunks] = {}
-        self._found: dict[MetadataIndex, Piece] = {}
+        self._found: dict[MetadataIndex, StoredChunk] = {}
         self.shapes: dict[str, tuple[int, ...]] = {
             k: tuple(v.size) for k, v in self._entries.items() if not k.startswith(CHANGED)
         }
@@ -115,8 +116,8 @@ class StoredTensors:
             return self._base.dtype(name)
         return self._entries[name].properties.dtype
 
-    def pieces(self, kind: str, low: int, high: int) -> list[str]:
-        """The pieces of rows of a kind (pieces.py) that may have rows among `low` to `high-1`."""
+    def row_chunks(self, kind: str, low: int, high: int) -> list[str]:
+        """The chunks of rows of a kind (table/saved_rows.py) that may have rows among `low` to `high-1`."""
         try:
             return saved_rows_for(self._entries, kind, low, high)
         except ValueError as error:
@@ -125,11 +126,11 @@ class StoredTensors:
     def _write_changes_over(self, out: Tensor, name: str, low: int) -> None:
         """Put the changed ones among the rows from `low` on in their places."""
         high = low + len(out)
-        for piece in self.pieces(CHANGED, low, high):
-            numbers = self._numbers_of(piece)
+        for chunk in self.row_chunks(CHANGED, low, high):
+            numbers = self._numbers_of(chunk)
             start, end = torch.searchsorted(numbers, torch.tensor([low, high])).tolist()
             if start < end:
-                theirs = f"{piece}.{name.removeprefix(TABLE)}"
+                theirs = f"{chunk}.{name.removeprefix(TABLE)}"
                 if theirs not in self._entries or tuple(self._entries[theirs].size) != (
                     len(numbers),
                     *out.shape[1:],
@@ -141,23 +142,23 @@ class StoredTensors:
                 self._read_rows(values, theirs, start)
                 out.index_copy_(0, (numbers[start:end] - low).to(out.device), values.to(out))
 
-    def _numbers_of(self, piece: str) -> Tensor:
-        if piece not in self._numbers:
-            numbers = torch.empty(tuple(self._entries[f"{piece}.numbers"].size), dtype=torch.int64)
-            self._read_rows(numbers, f"{piece}.numbers", 0)
+    def _numbers_of(self, chunk: str) -> Tensor:
+        if chunk not in self._numbers:
+            numbers = torch.empty(tuple(self._entries[f"{chunk}.numbers"].size), dtype=torch.int64)
+            self._read_rows(numbers, f"{chunk}.numbers", 0)
             if (
                 numbers.dim() != 1
                 or (len(numbers) and int(numbers[0]) < 0)
                 or bool((numbers.diff() <= 0).any())
             ):
-                raise DamagedCheckpoint(f"{self.path}: damaged: the numbers of {piece} do not ascend")
-            self._numbers[piece] = numbers
-        return self._numbers[piece]
+                raise DamagedCheckpoint(f"{self.path}: damaged: the numbers of {chunk} do not ascend")
+            self._numbers[chunk] = numbers
+        return self._numbers[chunk]
 
     def _read_rows(self, out: Tensor, name: str, low: int) -> None:
         if not out.shape:
             (chunk,) = self._entries[name].chunks
-            self._read_piece(out, name, chunk, 0, 1)
+            self._read_chunk(out, name, chunk, 0, 1)
             return
         if name not in self._chunks:
             self._chunks[name] = Chunks(self._entries[name].chunks)
@@ -167,14 +168,14 @@ class StoredTensors:
             if start < end:
                 rest = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
                 target = out[(slice(start - low, end - low), *rest)]
-                self._read_piece(target, name, chunk, start - chunk.offsets[0], end - chunk.offsets[0])
+                self._read_chunk(target, name, chunk, start - chunk.offsets[0], end - chunk.offsets[0])
 
-    def _read_piece(self, out: Tensor, name: str, chunk: ChunkStorageMetadata, low: int, high: int) -> None:
+    def _read_chunk(self, out: Tensor, name: str, chunk: ChunkStorageMetadata, low: int, high: int) -> None:
         index = MetadataIndex(name, chunk.offsets)
         place = self._places[index]
         try:
             if index not in self._found:
-                self._found[index] = Piece.find(
+                self._found[index] = StoredChunk.find(
                     self.path, place, chunk.sizes, self._entries[name].properties.dtype
                 )
             self._found[index].read_into(out, low, high)
@@ -185,7 +186,7 @@ class StoredTensors:
 
 
 class Chunks:
-    """The pieces of a tensor, of which a large one has many, by their rows."""
+    """The chunks of a tensor, of which a large one has many, by their rows."""
 
     def __init__(self, chunks: Sequence[ChunkStorageMetadata]) -> None:
         self._sorted = sorted(chunks, key=lambda chunk: chunk.offsets[0])

@@ -1,6 +1,6 @@
 """Tokenizer compression: tokens that differ only in case, accents, width or surrounding space share one id.
 
-Defined by Engram (arXiv 2601.07372); the compressed ids enter the memory's hash, so the map belongs to the
+Defined by Engram (arXiv 2601.07372); the compressed ids enter the hash of n-grams, so the map belongs to the
 trained model.
 """
 

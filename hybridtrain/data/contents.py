@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybridtrain.console import say
 from hybridtrain.data.manifest import Manifest, PrepareSettings
-from hybridtrain.data.progress import say
-from hybridtrain.data.sources import LeftOut, file_digest, list_files, summary
+from hybridtrain.data.sources import LeftOut, list_files, summary
 from hybridtrain.errors import DataError
+from hybridtrain.files.durable import file_digest
 from hybridtrain.settings.tree import DataSettings
 
 

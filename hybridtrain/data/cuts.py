@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Encoding, Tokenizer
 
-from hybridtrain.data.progress import say
+from hybridtrain.console import say
 from hybridtrain.errors import DataError
 
 PART_CHARS = 1 << 16
@@ -38,7 +38,8 @@ _WHITE = re.compile(
 )  # runs of white space in a regular expression
 # what may match without bound words and the white space between them, e.g. from a quotation mark to the next
 _FAR = re.compile(
-    r"(\[\^(?!(?:\\.|[^\]\\])*(\\s| ))(?:\\.|[^\]\\])*\]|(?<!\\)\.|\\D|\\P\{[^}]*\}|(?<!\\)\))([*+]|\{\d*,?\d*\})"
+    r"(\[\^(?!(?:\\.|[^\]\\])*(\\s| "
+    r"))(?:\\.|[^\]\\])*\]|(?<!\\)\.|\\D|\\P\{[^}]*\}|(?<!\\)\))([*+]|\{\d*,?\d*\})"
 )
 # a class that names white space and something else, many times
 _WIDE = re.compile(
@@ -253,7 +254,9 @@ def _odd_strings(tree: dict[str, Any]) -> list[str]:
 
 
 def _patterns(tree: Any, *kinds: str) -> Iterator[str]:
-    """Every pattern of a part of a tokenizer.json that is of these kinds: "String", "Regex" or "delimiter"."""
+    """Every pattern of a part of a tokenizer.json that is of these kinds: "String", "Regex" or
+    "delimiter".
+    """
     if isinstance(tree, dict):
         for key, value in tree.items():
             if key in kinds and isinstance(value, str):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from hybridtrain.console import say
 from hybridtrain.data.cuts import Cuts
+from hybridtrain.data.documents import Piece, Tally, read_pieces
 from hybridtrain.data.holdout import Holdout
 from hybridtrain.data.journal import Job, Journal, write_journal
 from hybridtrain.data.manifest import SplitName
-from hybridtrain.data.progress import EncodingProgress, say
-from hybridtrain.data.sources import Piece, Tally, read_pieces
+from hybridtrain.data.progress import EncodingProgress
 from hybridtrain.data.tokenizer import library_errors
 from hybridtrain.data.writer import SplitWriter
 from hybridtrain.errors import DataError
@@ -43,12 +45,19 @@ def training_texts(job: Job, holdout: Holdout) -> Iterator[str]:
             yield piece.text
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer, and the token that it writes before each document."""
+
+    tokenizer: Tokenizer
+    separator_id: int
+
+
 def encode_files(
     job: Job,
     journal: Journal,
     holdout: Holdout,
-    tokenizer: Tokenizer,
-    separator_id: int,
+    encoder: Encoder,
     writers: dict[SplitName, SplitWriter],
     bar: EncodingProgress,
 ) -> int:
@@ -58,7 +67,7 @@ def encode_files(
     Returns how many blank lines were left out.
     """
     documents, uncommitted, blank_lines = journal.documents, 0, journal.blank_lines
-    cuts = Cuts(tokenizer)
+    cuts = Cuts(encoder.tokenizer)
     for number in range(journal.file, len(job.inputs)):
         entry = job.inputs[number]
         done = journal.pieces if number == journal.file else 0
@@ -66,8 +75,8 @@ def encode_files(
         pieces = read_pieces(entry.file, job.settings.text_field, cuts, tally)
         for _ in range(done):
             next(pieces)
-        for piece, ids in _encoded(tokenizer, pieces):
-            if separator_id in ids:
+        for piece, ids in _encoded(encoder.tokenizer, pieces):
+            if encoder.separator_id in ids:
                 raise DataError(
                     f"{entry.file.name}: document {documents + piece.first:,} of all has the separator in "
                     "its text"
@@ -76,7 +85,7 @@ def encode_files(
             held_out = entry.info.use == "validation" or holdout.is_validation(documents - 1)
             size = len(piece.text.encode())
             full = writers["validation" if held_out else "train"].append(
-                [separator_id] * piece.first + ids, piece.first, size
+                [encoder.separator_id] * piece.first + ids, piece.first, size
             )
             done += 1
             uncommitted += size

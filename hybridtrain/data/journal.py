@@ -11,11 +11,12 @@ import tokenizers
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hybridtrain.console import say
 from hybridtrain.data import manifest as m
 from hybridtrain.data.manifest import Count, Manifest, PrepareSettings, SourceInfo
-from hybridtrain.data.progress import say
-from hybridtrain.data.sources import LeftOut, SourceFile, file_digest
+from hybridtrain.data.sources import LeftOut, SourceFile
 from hybridtrain.data.writer import WriterState, split_files
+from hybridtrain.files.durable import file_digest, write_atomically
 from hybridtrain.files.untrusted import UntrustedFileError, read_json
 
 CUTS = 2  # raised when documents are cut into other pieces than before
@@ -106,7 +107,7 @@ def write_journal(out: Path, journal: Journal) -> None:
     """Make the journal durable, with its own checksum: another position would leave documents out, or take
     them twice.
     """
-    m.write_atomically(
+    write_atomically(
         out / m.JOURNAL, f'{{"xxh3":"{_seal(journal)}","journal":{journal.model_dump_json()}}}\n'.encode()
     )
 

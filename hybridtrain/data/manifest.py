@@ -4,7 +4,7 @@ checksum.
     tokenizer.json            as loaded or trained
     compression.npy           int64 [V], token id -> compressed id
     SPLIT-00000.tokens        raw little-endian uint16 (V <= 65,536) or uint32
-    SPLIT-00000.starts        raw little-endian int64: offsets, in tokens of this shard, at which documents start
+    SPLIT-00000.starts        raw little-endian int64: offsets, in tokens of this shard, where documents start
     journal.json              only while unfinished: how far a preparation has come
 
 The separator token stands first in each document.
@@ -13,7 +13,6 @@ The separator token stands first in each document.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -168,26 +167,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(
             f"{path}: is damaged: {wrong}; make the folder again with `hybridtrain data`"
         ) from None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves either the old or the new one, durably."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _absent(folder: Path) -> str:

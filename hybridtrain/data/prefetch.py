@@ -113,7 +113,9 @@ class Prefetcher(Generic[T]):
 
 
 class StepPrefetcher(Generic[T]):
-    """The results of `load` for the steps of a run up to `steps`, one step ahead; `begin` goes on elsewhere."""
+    """The results of `load` for the steps of a run up to `steps`, one step ahead; `begin` goes on
+    elsewhere.
+    """
 
     def __init__(self, load: Callable[[int], T], steps: int) -> None:
         self._load, self._steps = load, steps

@@ -11,19 +11,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import xxhash
 
+from hybridtrain.console import say
 from hybridtrain.data import manifest as m
 from hybridtrain.data.compress import compression_map, read_compression, to_npy
 from hybridtrain.data.contents import compare, report
-from hybridtrain.data.encode import corpus_documents, encode_files, training_texts
+from hybridtrain.data.encode import Encoder, corpus_documents, encode_files, training_texts
 from hybridtrain.data.holdout import Holdout, choose_holdout
 from hybridtrain.data.journal import Input, Job, Journal, clear, read_journal, software, write_journal
 from hybridtrain.data.manifest import Manifest, PrepareSettings, SourceInfo, SplitName
-from hybridtrain.data.progress import EncodingProgress, say
-from hybridtrain.data.sources import SourceFile, file_digest, list_files
+from hybridtrain.data.progress import EncodingProgress
+from hybridtrain.data.sources import SourceFile, list_files
 from hybridtrain.data.tokenizer import (
     MIN_VOCAB_SIZE,
     find_separator,
@@ -35,39 +36,41 @@ from hybridtrain.data.tokenizer import (
 from hybridtrain.data.unpack import unpacked_digest
 from hybridtrain.data.writer import SplitWriter, StaleStateError
 from hybridtrain.errors import DataError
+from hybridtrain.files.durable import file_digest, write_atomically
 from hybridtrain.files.lock import locked
 from hybridtrain.settings.tree import DataSettings
+
+
+class Choices(TypedDict, total=False):
+    """What of PrepareSettings a caller chooses."""
+
+    vocab_size: int
+    separator: str | None
+    validation_fraction: float
+    text_field: str
+    shard_tokens: int
 
 
 def prepare(
     sources: Sequence[str | Path],
     out: Path | str,
     *,
-    vocab_size: int = 4096,
     tokenizer: Path | str | None = None,
-    separator: str | None = None,
-    validation_fraction: float = 0.05,
     validation_sources: Sequence[str | Path] = (),
-    text_field: str = "text",
-    shard_tokens: int = 50_000_000,
     overwrite: bool = False,
     progress: bool = True,
+    **how: Unpack[Choices],
 ) -> Manifest:
     """Make the data folder `out` and return its manifest; does nothing where it is already made of these
     sources and settings.
 
     `tokenizer` is a tokenizer.json to use instead of training one of `vocab_size` entries on the training
-    documents. `validation_sources` are held out as they are, and then nothing of `sources` is. An interrupted
-    call resumes when repeated. Raises DataError for bad sources or settings, where `out` holds other data and
-    not `overwrite`, and where another process is preparing it.
+    documents. `validation_sources` are held out as they are, and then nothing of `sources` is. What is left
+    out of `how` has the default of PrepareSettings. An interrupted call resumes when repeated. Raises
+    DataError for bad sources or settings, where `out` holds other data and not `overwrite`, and where another
+    process is preparing it.
     """
-    settings = PrepareSettings(
-        vocab_size=vocab_size,
-        separator=separator or "",
-        validation_fraction=validation_fraction,
-        text_field=text_field,
-        shard_tokens=shard_tokens,
-    )
+    settings = PrepareSettings.model_validate({**how, "separator": how.get("separator") or ""})
     job = _plan(sources, validation_sources, Path(out), tokenizer, settings)
     with locked(job.out, error=DataError):
         return _prepare(job, overwrite, progress)
@@ -198,8 +201,8 @@ def _begin(job: Job, holdout: Holdout, progress: bool) -> Journal:
     for_texts(tokenizer, find_separator(tokenizer, job.settings.separator or None)[0])
     compression = to_npy(compression_map(tokenizer))
     clear(job.out)
-    m.write_atomically(job.out / m.TOKENIZER, content)
-    m.write_atomically(job.out / m.COMPRESSION, compression)
+    write_atomically(job.out / m.TOKENIZER, content)
+    write_atomically(job.out / m.COMPRESSION, compression)
     journal = Journal(
         sources=job.sources,
         settings=job.settings,
@@ -223,7 +226,7 @@ def _encode(job: Job, journal: Journal, holdout: Holdout, progress: bool) -> Man
             state = journal.train if split == "train" else journal.validation
             writers[split] = SplitWriter(job.out, split, dtype, job.settings.shard_tokens, state)
         with EncodingProgress(sum(s.size for s in job.sources), enabled=progress) as bar:
-            blank_lines = encode_files(job, journal, holdout, tokenizer, separator_id, writers, bar)
+            blank_lines = encode_files(job, journal, holdout, Encoder(tokenizer, separator_id), writers, bar)
         train, validation = writers["train"].finish(), writers["validation"].finish()
     finally:
         for writer in writers.values():
@@ -249,7 +252,7 @@ def _encode(job: Job, journal: Journal, holdout: Holdout, progress: bool) -> Man
 
 def _finish(job: Job, fields: dict[str, Any]) -> Manifest:
     manifest = Manifest.model_validate(fields)
-    m.write_atomically(job.out / m.MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+    write_atomically(job.out / m.MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
     (job.out / m.JOURNAL).unlink()
     say(f"{job.out}:\n{report(manifest, job.left_out)}")
     return manifest

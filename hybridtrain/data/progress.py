@@ -5,18 +5,12 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from hybridtrain.console import console
+
 if TYPE_CHECKING:
-    from hybridtrain.data.sources import Piece
-
-_console = Console(stderr=True)
-
-
-def say(message: str) -> None:
-    """Print a line to stderr as it is: no wrapping at the terminal's width, no markup in paths."""
-    _console.print(message, soft_wrap=True, markup=False, highlight=False)
+    from hybridtrain.data.documents import Piece
 
 
 class EncodingProgress:
@@ -29,7 +23,7 @@ class EncodingProgress:
             TextColumn("{task.fields[documents]:,} documents  {task.fields[rate]:.1f} MB/s"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=_console,
+            console=console,
             disable=not enabled,
         )
         self._task = self._progress.add_task("encoding", total=total_bytes, documents=0, rate=0.0)

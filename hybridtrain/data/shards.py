@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from hybridtrain.data.compress import read_compression
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, Manifest, ShardInfo, SplitName, read_manifest
-from hybridtrain.data.sources import file_digest
 from hybridtrain.errors import DataError
+from hybridtrain.files.durable import file_digest
 
 
 class Split:

@@ -184,7 +184,9 @@ def _spelled(tokenizer: Tokenizer, special: dict[str, int | None]) -> list[str]:
 
 
 def _hide(model: dict[str, Any], name: str) -> bool:
-    """Give a token's entry in a model's vocabulary a name that no text has; False where texts need the entry."""
+    """Give a token's entry in a model's vocabulary a name that no text has; False where texts need the
+    entry.
+    """
     hidden = f"\ue000{name}\ue000"
     if model["type"] == "Unigram":
         ids = [i for i, (entry, _) in enumerate(model["vocab"]) if entry == name]

@@ -13,8 +13,8 @@ import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from hybridtrain.data.manifest import Count, ShardInfo, SplitInfo, SplitName, sync_folder
-from hybridtrain.data.sources import file_digest
+from hybridtrain.data.manifest import Count, ShardInfo, SplitInfo, SplitName
+from hybridtrain.files.durable import file_digest, sync_file, sync_folder
 
 _SUFFIXES = (".tokens", ".starts")
 _PART = ".part"
@@ -53,7 +53,9 @@ class SplitWriter:
         self._open(state.open_tokens, state.open_documents)
 
     def append(self, ids: Sequence[int], starts: bool, num_bytes: int) -> bool:
-        """Add tokens, the first of which starts a document where `starts`; True where that finished a shard."""
+        """Add tokens, the first of which starts a document where `starts`; True where that finished a
+        shard.
+        """
         if starts:
             self._write(1, np.array([self._tokens], "<i8").tobytes())
             self._documents += 1
@@ -69,8 +71,7 @@ class SplitWriter:
     def commit(self) -> WriterState:
         """Make everything appended so far durable, and say where this split stands."""
         for stream in self._streams:
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync_file(stream)
         return WriterState(
             shards=tuple(self._shards),
             open_tokens=self._tokens,

@@ -4,9 +4,10 @@ The lock is a file in the folder, which says who holds it. It is made by a hard 
 makers gets, and touched every BEAT seconds by a thread of the holder. Who finds it there looks whether its
 holder lives:
 
-- On the same kernel and in the same pid namespace by the process number and the time at which the process began.
-- Else by the beats: a file that was not touched for STALE seconds, by the clock of its file system, or is not while one waits so
-  long, belongs to nobody. No two clocks are compared.
+- On the same kernel and in the same pid namespace by the process number and the time at which the process
+  began.
+- Else by the beats: a file that was not touched for STALE seconds, by the clock of its file system, or is not
+  while one waits so long, belongs to nobody. No two clocks are compared.
 
 A dead holder's file is replaced by one heir: whoever links `<file>.<token>.heir` first, once per token. A
 holder that was stopped for so long sees that the file is no longer its own when it asks (`confirm`), and
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from hybridtrain.data.progress import say
+from hybridtrain.console import say
 from hybridtrain.errors import UserError
 from hybridtrain.files.holder import Holder
 

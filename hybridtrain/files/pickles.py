@@ -6,7 +6,7 @@ data need. Where one names a class or function, the name itself is the value; wh
 an object's state, the call is noted down as a `Made`. So no constructor, `__setstate__` or function ever
 runs, whatever the file says, and all that is held is in proportion to the file's length: lengths and memo
 numbers that it claims allocate nothing. Whoever wants an object of what was read makes it of the parts that
-it looked at (checkpoint/index.py, checkpoint/piece.py, formats/torch_dist.py).
+it looked at (checkpoint/index.py, checkpoint/chunk.py, formats/torch_dist.py).
 """
 
 from __future__ import annotations

@@ -208,7 +208,8 @@ def problems_of(config: Config) -> list[str]:
     types = config.tree.get("layer_types") or getattr(config.values, "layer_types", None)
     if types and (set(types) != {"full_attention"} or len(types) != config.values.num_hidden_layers):
         out.append(
-            f'layer_types={json.dumps(types)}: "full_attention" for each of {config.values.num_hidden_layers} layers'
+            f'layer_types={json.dumps(types)}: "full_attention" for each of '
+            f"{config.values.num_hidden_layers} layers"
         )
     for alias, name in type(config.values).attribute_map.items():
         if alias in config.tree and name in config.tree and config.tree[alias] != config.tree[name]:

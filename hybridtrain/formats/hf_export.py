@@ -109,7 +109,7 @@ def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
     kinds = [spec.feedforward for spec in specs]
     out = []
     if layers := engram_layers(settings):
-        out.append(f"layers {', '.join(map(str, layers))} have a lookup memory; {name} has none")
+        out.append(f"layers {', '.join(map(str, layers))} are Engram layers; {name} has none")
     for key, value in family.fixed.items():
         if (ours := setting(model, key)) != value and ("moe" in kinds or not key.startswith("moe.")):
             out.append(f"model.{key}={json.dumps(ours)}: {name} has {json.dumps(value)}")

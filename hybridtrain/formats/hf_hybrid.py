@@ -1,6 +1,6 @@
 """Our own architecture as a Hugging Face folder: the config and tensors that modeling_hybridtrain.py reads.
 
-Tensors keep their names. The packed table is cut into one matrix per memory layer and slot, so that no shard
+Tensors keep their names. The packed table is cut into one matrix per Engram layer and slot, so that no shard
 must hold it whole.
 """
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hybridtrain.checkpoint.dtypes import dtype_problems
 from hybridtrain.checkpoint.stored import LazyTensor
+from hybridtrain.console import say
 from hybridtrain.data.manifest import TOKENIZER
-from hybridtrain.data.progress import say
 from hybridtrain.errors import FormatError, SettingsError
 from hybridtrain.formats.families import OUTSIDE, Family
 from hybridtrain.formats.hf_config import Config, generation_ids, problems_of, read_config
@@ -30,7 +31,7 @@ from hybridtrain.formats.native import (
 from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.shards import SafetensorsFolder
 from hybridtrain.formats.tensors import new_router_state, their_shape, to_ours
-from hybridtrain.formats.values import Values, dtype_problems
+from hybridtrain.formats.values import Values
 from hybridtrain.run.init_from import model_tensors
 from hybridtrain.settings.tree import Settings
 
@@ -84,7 +85,9 @@ def import_hf(
 
 
 def _is_tied(folder: Path, config: Config, weights: SafetensorsFolder) -> bool:
-    """Whether embedding and head are one. They are two, as in transformers, where both are stored and differ."""
+    """Whether embedding and head are one. They are two, as in transformers, where both are stored and
+    differ.
+    """
     tied = bool(config.values.tie_word_embeddings)
     dtypes = {name: weights.dtypes[name] for name in (_EMBEDDING, _HEAD) if name in weights.dtypes}
     if not tied or len(dtypes) < 2 or dtype_problems(dtypes):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field
 
-from hybridtrain.data.progress import say
+from hybridtrain.console import say
 from hybridtrain.errors import FormatError
 from hybridtrain.files.untrusted import validated
 from hybridtrain.formats.folder import Count, Number, Size, among, is_off
@@ -282,14 +282,15 @@ def misfits(settings: Settings, biased: bool) -> list[str]:
     """
     moe, out = settings.model.moe, []
     if layers := engram_layers(settings):
-        out.append(f"layers {', '.join(map(str, layers))} have a lookup memory; {NAME} has none")
+        out.append(f"layers {', '.join(map(str, layers))} are Engram layers; {NAME} has none")
     if "moe" not in [spec.feedforward for spec in layer_specs(settings)]:
         return out
     if moe.capacity:
         out.append(f"model.moe.capacity={moe.capacity}: {NAME} drops tokens by the batch, if at all")
     if moe.score == "softmax" and biased:
         out.append(
-            f'the routers have selection biases (model.moe.bias_rate); {NAME} has them with model.moe.score="sigmoid"'
+            f"the routers have selection biases (model.moe.bias_rate); {NAME} has them with "
+            'model.moe.score="sigmoid"'
         )
     if moe.score == "sigmoid" and moe.normalize_gates != (moe.top_k > 1):
         out.append(

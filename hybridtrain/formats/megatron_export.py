@@ -71,32 +71,32 @@ def export_megatron(
         1
     ]:  # whoever made the run folder wrote the arguments of the import that are given back
         raise FormatError(str(source.run / ORIGIN), problems)
-    pieces, states = _pieces(source, implementation, keeps_bias)
-    pieces = [(region, cast(tensor, DTYPES[dtype])) for region, tensor in pieces]
+    chunks, states = _chunks(source, implementation, keeps_bias)
+    chunks = [(region, cast(tensor, DTYPES[dtype])) for region, tensor in chunks]
     common = {"args": args, "iteration": 0, "checkpoint_version": 3.0, "content_metadata": _CONTENT}
     with new_folder(out) as made:
         (made / RELEASE).mkdir()
-        write_torch_dist(made / RELEASE, pieces, states, common, max_file_bytes)
+        write_torch_dist(made / RELEASE, chunks, states, common, max_file_bytes)
         copy_companions(source.run, made, TOKENIZER)
         (made / TRACKER).write_text(RELEASE, encoding="utf-8")
     return f"torch_dist for {implementation}"
 
 
-def _pieces(
+def _chunks(
     source: Source, implementation: str, keeps_bias: bool
 ) -> tuple[list[tuple[Region, LazyTensor]], list[str]]:
-    """Their pieces, to be made of our tensors, and the keys of empty states. FormatError where one of ours
+    """Their chunks, to be made of our tensors, and the keys of empty states. FormatError where one of ours
     would be left behind.
     """
     model, specs = source.settings.model, layer_specs(source.settings)
     alike = len({spec.feedforward for spec in specs}) == 1
     layout = Layout(len(specs), model.moe.num_experts, layers=alike)
-    pieces: list[tuple[Region, LazyTensor]] = []
+    chunks: list[tuple[Region, LazyTensor]] = []
     states = {f"{_FINAL_NORM}._extra_state/shard_0_1": None} if implementation == TRANSFORMER_ENGINE else {}
     left = []
     for name, shape in source.tensors():
         if name in OUTSIDE:
-            pieces.append(
+            chunks.append(
                 (outside(name, shape), LazyTensor(shape, torch.float32, partial(source.make, name)))
             )
             continue
@@ -118,11 +118,11 @@ def _pieces(
             shape = qkv_shape(model) if theirs == QKV else their_shape(name, shape)
             for number, region in enumerate(layout.regions(name, theirs, shape)):
                 make = partial(_join, source, name) if theirs == QKV else partial(source.make, name, number)
-                pieces.append((region, LazyTensor(shape, torch.float32, make)))
+                chunks.append((region, LazyTensor(shape, torch.float32, make)))
             states |= dict.fromkeys(layout.states(name, theirs, implementation))
     if left:
         raise FormatError(str(source.stored.path), left)
-    return pieces, list(states)
+    return chunks, list(states)
 
 
 def _join(source: Source, name: str) -> Tensor:

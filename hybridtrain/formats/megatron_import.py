@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridtrain.checkpoint.dtypes import dtype_problems
 from hybridtrain.checkpoint.stored import LazyTensor
+from hybridtrain.console import say
 from hybridtrain.data.manifest import TOKENIZER
-from hybridtrain.data.progress import say
 from hybridtrain.errors import FormatError, SettingsError, UserError
 from hybridtrain.formats.megatron_args import NAME, carried, from_args, misfits
 from hybridtrain.formats.megatron_names import (
@@ -29,7 +30,7 @@ from hybridtrain.formats.native import SEQ_LEN, Import, ImportedTokenizer, setti
 from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.tensors import new_router_state, their_shape, to_ours
 from hybridtrain.formats.torch_dist import COMMON, Region, TorchDist, find_iteration, read_common
-from hybridtrain.formats.values import Values, dtype_problems
+from hybridtrain.formats.values import Values
 from hybridtrain.run.init_from import model_tensors
 from hybridtrain.settings.layers import layer_specs
 from hybridtrain.settings.load import load_settings
@@ -108,7 +109,9 @@ def _model(saved: Path, settings_file: Path | None) -> tuple[dict[str, Any], dic
 
 
 def _tensors(weights: TorchDist, settings: Settings, values: Values) -> dict[str, LazyTensor]:
-    """Our tensors, to be made of theirs; FormatError where theirs are not the ones that the settings promise."""
+    """Our tensors, to be made of theirs; FormatError where theirs are not the ones that the settings
+    promise.
+    """
     _check_counts(weights, settings)
     model = settings.model
     has_bias = model.moe.score == "sigmoid" and model.moe.bias_rate > 0

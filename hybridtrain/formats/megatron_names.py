@@ -99,7 +99,9 @@ class Layout:
         return out
 
     def states(self, ours: str, name: str, implementation: str) -> list[str]:
-        """Keys of the empty objects that go with a tensor `name` of the module that an implementation builds."""
+        """Keys of the empty objects that go with a tensor `name` of the module that an implementation
+        builds.
+        """
         module, _, leaf = name.rpartition(".")
         modules = [module] if leaf == "weight" and module.endswith(_STATEFUL[implementation]) else []
         if implementation == TRANSFORMER_ENGINE and module.endswith("linear_proj"):

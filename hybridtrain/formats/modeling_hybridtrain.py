@@ -1,7 +1,7 @@
-"""A hybridtrain model for transformers: attention, dense and expert feed-forwards, n-gram lookup memories.
+"""A hybridtrain model for transformers: attention, dense and expert feed-forwards, Engram layers.
 
 This file stands alone: it needs torch and transformers, and is loaded from a model's folder with
-`trust_remote_code=True`. The separator token starts a document; attention, memory n-grams and convolutions
+`trust_remote_code=True`. The separator token starts a document; attention, n-grams and convolutions
 stay inside one. There is no key/value cache: every generated token reads the whole text again.
 
 B batch, T tokens, D model width, H heads, C head or row width, S slots (orders * heads), N = B*T, K experts

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from hybridtrain import __version__, checkpoint
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
+from hybridtrain.console import say
 from hybridtrain.data.compress import compression_map, to_npy
-from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, write_atomically
-from hybridtrain.data.progress import say
-from hybridtrain.data.sources import file_digest
+from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.tokenizer import find_separator, load_tokenizer, vocabulary_size
 from hybridtrain.errors import CheckpointError, FormatError, UserError
+from hybridtrain.files.durable import file_digest, write_atomically
 from hybridtrain.formats.folder import new_folder
 from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.tensors import DTYPES, is_stacked, to_theirs
@@ -73,15 +73,16 @@ def open_source(path: Path, to: str) -> Source:
     run, saved = find_checkpoint(path)
     if not (run / TOKENIZER).is_file():
         raise CheckpointError(f"{run} lacks {TOKENIZER}, which belongs to its checkpoints")
-    info = checkpoint.read_info(saved)
+    opened = checkpoint.Saved(saved)
+    info = opened.info
     settings = parse_settings(info["settings"], source=str(saved))
     refuse_unnamed(settings, to, str(saved))
     if file_digest(run / TOKENIZER) != info["tokenizer_digest"]:
         raise CheckpointError(
             f"{run / TOKENIZER} is another tokenizer than the one that {saved} was trained with"
         )
-    checkpoint.verify(saved, settings.checkpoint.verify)
-    stored = StoredTensors(saved)
+    checkpoint.verify(opened, settings.checkpoint.verify)
+    stored = StoredTensors(opened)
     check_tensors(stored, settings, info)
     return Source(run, info, settings, stored)
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hybridtrain.checkpoint.stored import LazyTensor
-from hybridtrain.data.progress import say
+from hybridtrain.console import say
 from hybridtrain.errors import DataError, UserError
 from hybridtrain.files.untrusted import MAX_BYTES, UntrustedFileError, inside, parse_json, read_json
 

@@ -2,8 +2,8 @@
 
 Read and written without Megatron.
 
-.metadata        torch's index: the tensors, and where their pieces lie
-__0_0.distcp …   pieces of tensors, each as `torch.save` writes it
+.metadata        torch's index: the tensors, and where their chunks lie
+__0_0.distcp …   chunks of tensors, each as `torch.save` writes it
 common.pt        what is no tensor: the arguments of the run, its step
 metadata.json    names the format; written last
 """
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
 from hybridtrain.checkpoint.archive import DTYPES, PICKLE, Archive
-from hybridtrain.checkpoint.chunk import Piece
+from hybridtrain.checkpoint.chunk import StoredChunk
 from hybridtrain.checkpoint.files import METADATA
 from hybridtrain.checkpoint.index import MAX_INDEX, read_index
 from hybridtrain.checkpoint.stored import Chunks, LazyTensor
@@ -198,7 +198,7 @@ class TorchDist:
         return self._entries[key].properties.dtype
 
     def read(self, region: Region) -> Tensor:
-        """Its block, with all its dims. Raises DataError where a piece is missing or damaged, or the pieces
+        """Its block, with all its dims. Raises DataError where a chunk is missing or damaged, or the chunks
         are not the whole.
         """
         if region.key not in self._chunks:
@@ -213,19 +213,21 @@ class TorchDist:
             if min(sizes, default=1) > 0:
                 here = [a - o for a, o in zip(low, region.offsets, strict=True)]
                 within = [a - c for a, c in zip(low, chunk.offsets, strict=True)]
-                _narrow(out, here, sizes).copy_(self._read_piece(region.key, chunk, within, sizes))
+                _narrow(out, here, sizes).copy_(self._read_chunk(region.key, chunk, within, sizes))
         return out
 
-    def _read_piece(
+    def _read_chunk(
         self, key: str, chunk: dcp.ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequence[int]
     ) -> Tensor:
-        """A block of a piece: rows of its first dim that is longer than one are read alone."""
+        """A block of a chunk: rows of its first dim that is longer than one are read alone."""
         try:
             place = self._places[dcp.MetadataIndex(key, chunk.offsets)]
-            piece = Piece.find(self.folder, place, chunk.sizes, self.dtype(key))
-            first = next((dim for dim, size in enumerate(piece.shape[:-1]) if size > 1), len(piece.shape) - 1)
-            piece = dataclasses.replace(piece, shape=piece.shape[first:], stride=piece.stride[first:])
-            rows = piece.read(offsets[first], offsets[first] + sizes[first])
+            stored = StoredChunk.find(self.folder, place, chunk.sizes, self.dtype(key))
+            first = next(
+                (dim for dim, size in enumerate(stored.shape[:-1]) if size > 1), len(stored.shape) - 1
+            )
+            stored = dataclasses.replace(stored, shape=stored.shape[first:], stride=stored.stride[first:])
+            rows = stored.read(offsets[first], offsets[first] + sizes[first])
         except Exception as error:  # whatever a missing or damaged file makes torch or the disk raise
             raise DataError(f"{self.folder}: {key} cannot be read: {error}") from None
         return _narrow(rows, [0, *offsets[first + 1 :]], sizes[first:]).view(sizes)
@@ -237,24 +239,24 @@ def _narrow(value: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tens
 
 def write_torch_dist(
     folder: Path,
-    pieces: Sequence[tuple[Region, LazyTensor]],
+    tensors: Sequence[tuple[Region, LazyTensor]],
     empty: Sequence[str],
     common: Mapping[str, Any],
     max_file_bytes: int,
 ) -> None:
-    """Write a checkpoint into the empty `folder`: the pieces, `empty` objects by their keys, and what is no
+    """Write a checkpoint into the empty `folder`: the chunks, `empty` objects by their keys, and what is no
     tensor.
 
-    A file has at most `max_file_bytes`, or one piece; one piece is in memory at a time. Raises OSError where
+    A file has at most `max_file_bytes`, or one chunk; one chunk is in memory at a time. Raises OSError where
     the disk refuses.
     """
     entries: dict[str, Any] = {}
     places: dict[dcp.MetadataIndex, _StorageInfo] = {}
-    files = _group([tensor.num_bytes for _, tensor in pieces], max_file_bytes)
+    files = _group([tensor.num_bytes for _, tensor in tensors], max_file_bytes)
     for number, members in enumerate(files):
         name = f"__0_{number}.distcp"
         with (folder / name).open("wb") as stream:
-            for region, tensor in (pieces[i] for i in members):
+            for region, tensor in (tensors[i] for i in members):
                 start, value = stream.tell(), tensor.make().contiguous().view(region.sizes)
                 torch.save(
                     value if value.untyped_storage().nbytes() == value.nbytes else value.clone(), stream

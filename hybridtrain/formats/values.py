@@ -1,30 +1,16 @@
-"""What is looked at in every tensor that comes from elsewhere, whatever the format: its dtype, and that its
-values are numbers.
+"""What is looked at in every tensor that comes from elsewhere, whatever the format: that its values are
+numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
-from hybridtrain.data.progress import say
+from hybridtrain.console import say
 from hybridtrain.errors import FormatError
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def dtype_problems(dtypes: Mapping[str, torch.dtype | str]) -> list[str]:
-    """Which tensors are of a dtype that is not read, by their names. A string is a dtype that torch has no
-    name for.
-    """
-    legal = ", ".join(_name(dtype) for dtype in FLOATS)
-    return [
-        f"{name} is {_name(dtype)}: weights may be {legal}; dequantise others first"
-        for name, dtype in dtypes.items()
-        if dtype not in FLOATS
-    ]
 
 
 class Values:
@@ -58,7 +44,3 @@ class Values:
             raise FormatError(f"{self._source}: its weights are not all numbers", problems)
         if self._rounded:
             say(f"{self._source}: {len(self._rounded)} float64 tensors are rounded to float32")
-
-
-def _name(dtype: torch.dtype | str) -> str:
-    return str(dtype).removeprefix("torch.")

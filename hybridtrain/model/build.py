@@ -20,8 +20,8 @@ from hybridtrain.model.component import (
 )
 from hybridtrain.model.engram import ENGRAM
 from hybridtrain.model.registry import Components
+from hybridtrain.section import Section
 from hybridtrain.settings.layers import LayerSpec, layer_specs
-from hybridtrain.settings.section import Section
 from hybridtrain.settings.tree import Settings
 
 OUTSIDE: Mapping[str, Parameter] = {

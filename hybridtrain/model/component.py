@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hybridtrain.errors import UserError
 from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.model.exchanges import LOCAL, Exchanges
-from hybridtrain.settings.section import Section
+from hybridtrain.section import Section
 
 
 class Cut(StrEnum):

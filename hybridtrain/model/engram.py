@@ -18,7 +18,7 @@ from hybridtrain.kernels.rows.op import row_gather
 from hybridtrain.model.common import CountingModule, RMSNorm
 from hybridtrain.model.component import NORM, Cut, Engram, Frame, Parameter, Sees
 from hybridtrain.model.exchanges import Exchanges
-from hybridtrain.settings.section import Fraction, Natural, NonNegative, Positive, Section
+from hybridtrain.section import Fraction, Natural, NonNegative, Positive, Section
 
 
 class EngramSettings(Section):

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from hybridtrain.data.manifest import write_atomically
+from hybridtrain.files.durable import write_atomically
 from hybridtrain.launch.local import STALLED, end_rank
 from hybridtrain.monitor.metrics import Clock
 from hybridtrain.parallel.collectives import SEND, Call, Group

@@ -1,7 +1,7 @@
 """Copies tensors into files laid out for the ranks of a placement, in bounded memory, and reads back what it
 wrote.
 
-The tensors, in order, are cut into spans of whole rows, each of which is a piece of every rank that has a
+The tensors, in order, are cut into spans of whole rows, each of which is a chunk of every rank that has a
 part of it. A segment is as many spans as fill SEGMENT bytes, more for many ranks; each rank that has a part
 of them gets one file of it. Threads copy a segment each: a span is read block by block, and a block written
 while it is in the processor's cache; then the span is read back. When all files of a segment are on the disk,
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from hybridtrain.checkpoint.blocks import BLOCK_BYTES
-from hybridtrain.checkpoint.chunk import Piece, byte_view, frame
+from hybridtrain.checkpoint.chunk import StoredChunk, byte_view, frame
 from hybridtrain.checkpoint.files import Writer
 from hybridtrain.errors import DamagedCheckpoint, UserError
 from hybridtrain.reshard import digest
-from hybridtrain.reshard.journal import Journal, Segment, StoredPiece
+from hybridtrain.reshard.journal import Journal, Segment, WrittenChunk
 from hybridtrain.reshard.placement import Box
 from hybridtrain.reshard.source import Source
 
@@ -131,7 +131,7 @@ class Copy:
     def _copy(self, number: int) -> Segment:
         """Write a segment's files, read them back, and flush them."""
         writer = Writer(self.folder)
-        pieces: list[StoredPiece] = []
+        chunks: list[WrittenChunk] = []
         blocks: dict[str, bytes] = {}
         with ExitStack() as streams:
             opened: dict[str, Any] = {}
@@ -147,9 +147,9 @@ class Copy:
                 before = self._write(span, parts)
                 written = [part.end() for part in parts]
                 self._check(span, written, before)
-                pieces += written
+                chunks += written
                 blocks[span.name] = blocks.get(span.name, b"") + before
-        return Segment(number, writer.records, pieces, blocks)
+        return Segment(number, writer.records, chunks, blocks)
 
     def _write(self, span: Span, parts: Sequence[_Part]) -> bytes:
         """Write all parts of a span; returns the xxh3s of its blocks as they are in the source."""
@@ -162,34 +162,36 @@ class Copy:
             self.wrote(rows.nbytes)
         return bytes(digests)
 
-    def _check(self, span: Span, pieces: Sequence[StoredPiece], before: bytes) -> None:
-        """Read back what was written of a span: every logical block has the xxh3 that it had in the source."""
+    def _check(self, span: Span, chunks: Sequence[WrittenChunk], before: bytes) -> None:
+        """Read back what was written of a span: every logical block has the xxh3 that it had in the
+        source.
+        """
         dtype = self.source.dtype(span.name)
-        found = [(piece, Piece.find(self.folder, piece.place, piece.sizes, dtype)) for piece in pieces]
+        found = [(chunk, StoredChunk.find(self.folder, chunk.place, chunk.sizes, dtype)) for chunk in chunks]
         after = bytearray()
         for low, high in self._blocks(span):
             after += digest.digest_blocks(self._read_back(span.name, found, low, high), high - low)
         if after != before:
-            files = ", ".join(dict.fromkeys(piece.file for piece in pieces))
+            files = ", ".join(dict.fromkeys(chunk.file for chunk in chunks))
             raise DamagedCheckpoint(
                 f"{self.folder}: {span.name}, rows {span.low} to {span.high - 1}, was read back from {files} "
                 "otherwise than it was written; the disk or the memory of this machine is not sound"
             )
 
     def _read_back(
-        self, name: str, pieces: Sequence[tuple[StoredPiece, Piece]], low: int, high: int
+        self, name: str, chunks: Sequence[tuple[WrittenChunk, StoredChunk]], low: int, high: int
     ) -> Tensor:
-        """Rows `low` to `high-1`, put together from the pieces that have a part of them."""
+        """Rows `low` to `high-1`, put together from the chunks that have a part of them."""
         shape = self.source.shapes[name]
         out = torch.empty((high - low, *shape[1:]) if shape else (), dtype=self.source.dtype(name))
-        for place, piece in pieces:
+        for place, chunk in chunks:
             if not shape:
-                piece.read_into(out, 0, 1)
+                chunk.read_into(out, 0, 1)
                 continue
             top, *inner = (slice(o, o + s) for o, s in zip(place.offsets, place.sizes, strict=True))
             start, end = max(low, top.start), min(high, top.stop)
             if start < end:
-                piece.read_into(
+                chunk.read_into(
                     out[(slice(start - low, end - low), *inner)], start - top.start, end - top.start
                 )
         return out
@@ -216,10 +218,10 @@ class _Part:
         if rows.numel():
             self.stream.write(byte_view(rows.contiguous()))
 
-    def end(self) -> StoredPiece:
+    def end(self) -> WrittenChunk:
         """It is complete, and can be read."""
         self.stream.write(self.tail)
         self.stream.flush()
-        return StoredPiece(
+        return WrittenChunk(
             self.name, self.offsets, self.sizes, self.file, self.start, self.stream.tell() - self.start
         )

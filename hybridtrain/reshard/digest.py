@@ -1,4 +1,4 @@
-"""The digest of a logical tensor: the xxh3 (128 bits) of the xxh3s of its blocks of rows, whatever pieces it
+"""The digest of a logical tensor: the xxh3 (128 bits) of the xxh3s of its blocks of rows, whatever chunks it
 lies in.
 
 A block has as many rows of dim 0 as go into BLOCK bytes, one at least; a tensor without dims is one row.

@@ -5,7 +5,6 @@ segment.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from typing_extensions import TypedDict
 
 from hybridtrain.checkpoint.files import Records
 from hybridtrain.errors import UserError
+from hybridtrain.files.durable import sync_file
 from hybridtrain.files.lock import NAME as LOCK
 from hybridtrain.files.untrusted import UntrustedFileError, parse_json
 
@@ -24,7 +24,7 @@ NAME = "reshard.jsonl"
 
 
 @dataclass(frozen=True)
-class StoredPiece:
+class WrittenChunk:
     """`sizes` elements from `offsets` on of the tensor `name`: `length` bytes of `file` from `start` on."""
 
     name: str
@@ -60,20 +60,20 @@ class _Line(TypedDict):
 
 @dataclass(frozen=True)
 class Segment:
-    """What a finished segment left: its files and the pieces in them, and the xxh3s of its tensors' blocks,
+    """What a finished segment left: its files and the chunks in them, and the xxh3s of its tensors' blocks,
     by name.
     """
 
     number: int
     files: Records = field(default_factory=dict)
-    pieces: list[StoredPiece] = field(default_factory=list)
+    chunks: list[WrittenChunk] = field(default_factory=list)
     blocks: dict[str, bytes] = field(default_factory=dict)
 
     def to_json(self) -> str:
         tree = {
             "segment": self.number,
             "files": self.files,
-            "pieces": [list(asdict(piece).values()) for piece in self.pieces],
+            "pieces": [list(asdict(chunk).values()) for chunk in self.chunks],
             "blocks": {name: blocks.hex() for name, blocks in self.blocks.items()},
         }
         return json.dumps(tree, separators=(",", ":"))
@@ -81,15 +81,15 @@ class Segment:
     @classmethod
     def from_json(cls, line: str) -> Segment:
         tree = parse_json(line, "it", _Line)
-        pieces = [
-            StoredPiece(name, tuple(offsets), tuple(sizes), file, start, length)
+        chunks = [
+            WrittenChunk(name, tuple(offsets), tuple(sizes), file, start, length)
             for name, offsets, sizes, file, start, length in tree["pieces"]
         ]
         files = {name: dict(record) for name, record in tree["files"].items()}
         return cls(
             tree["segment"],
             files,
-            pieces,
+            chunks,
             {name: bytes.fromhex(text) for name, text in tree["blocks"].items()},
         )
 
@@ -155,5 +155,4 @@ class Journal:
 
     def _write(self, line: str) -> None:
         self._file.write(line.encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_file(self._file)

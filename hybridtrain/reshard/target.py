@@ -75,7 +75,7 @@ def plan_target(
 
 
 def _beside_tokenizer(before: Settings, out: Path) -> list[str]:
-    """Settings of a run with a tokenizer of its own: data are made with it, and the memory is addressed as it
+    """Settings of a run with a tokenizer of its own: data are made with it, and the table is addressed as it
     was.
     """
     ours = [

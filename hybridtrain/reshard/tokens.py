@@ -1,7 +1,7 @@
-"""A larger tokenizer in the place of a run's: whether it keeps every token, and how the memory finds its rows
+"""A larger tokenizer in the place of a run's: whether it keeps every token, and how the table finds its rows
 with it.
 
-The memory's hash is over compressed ids (data/compress.py). Those of old tokens stay, so every old n-gram
+The hash of n-grams is over compressed ids (data/compress.py). Those of old tokens stay, so every old n-gram
 keeps its rows; a new token has the id of the old ones that are spelt alike, or one of its own. Multipliers
 and primes stay as well: drawn anew for more compressed ids they would be others. Products that are too large
 for 63 bits wrap, as those of loaded multipliers may.
@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 
 from hybridtrain.data.compress import compression_map
 from hybridtrain.data.manifest import COMPRESSION, MANIFEST, TOKENIZER, read_manifest
-from hybridtrain.data.sources import file_digest
 from hybridtrain.data.tokenizer import load_tokenizer, vocabulary_size
 from hybridtrain.errors import CheckpointError, UserError
+from hybridtrain.files.durable import file_digest
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.reshard.target import Target
 from hybridtrain.run.init_from import read_compression_of
@@ -32,7 +32,7 @@ SHOWN = 10  # tokens that are named where more differ
 
 @dataclass(frozen=True)
 class NewTokenizer:
-    """What of it goes into a run folder and a checkpoint; `addressing` is JSON, None without a memory."""
+    """What of it goes into a run folder and a checkpoint; `addressing` is JSON, None without a table."""
 
     content: bytes
     digest: str
@@ -101,11 +101,11 @@ def _changed_tokens(ours: Tokenizer, theirs: Tokenizer) -> list[str]:
 def _changed_classes(
     ours: Tokenizer, before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]
 ) -> list[str]:
-    """Old tokens that the memory would take for others: those that are decoded otherwise, or holes that were
+    """Old tokens that the table would take for others: those that are decoded otherwise, or holes that were
     filled.
     """
     return [
-        f"token {number}, {ours.id_to_token(number)!r}, is spelt otherwise than the run's: the memory would "
+        f"token {number}, {ours.id_to_token(number)!r}, is spelt otherwise than the run's: the table would "
         "find other rows"
         for number in np.flatnonzero(after[: len(before)] != before).tolist()
     ]

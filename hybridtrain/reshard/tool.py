@@ -1,4 +1,6 @@
-"""From a run's checkpoint to a run folder whose one checkpoint is laid out for the ranks of another layout."""
+"""From a run's checkpoint to a run folder whose one checkpoint is laid out for the ranks of another
+layout.
+"""
 
 from __future__ import annotations
 
@@ -70,19 +72,20 @@ def reshard(
     """Write the run folder or checkpoint `path` as the run folder `out`, for `nproc` ranks of its settings
     with `overrides`.
 
-    Every rank's part of every tensor is a piece of a file of its own. Of the tensors `max_memory` bytes are
+    Every rank's part of every tensor is a chunk of a file of its own. Of the tensors `max_memory` bytes are
     in memory at most. One that was ended goes on when it is called again. Raises LayoutError or UserError
     where the target is impossible or is another model, DamagedCheckpoint where files are not what they were
     written as, CheckpointError where `out` cannot be written.
     """
     run, saved = find_checkpoint(path)
-    info = checkpoint.read_info(saved)
+    opened = checkpoint.Saved(saved)
+    info = opened.info
     target = plan_target(info, out, overrides, nproc, growth)
     tokenizer = take_tokenizer(growth.tokenizer, run, info, target) if growth.tokenizer is not None else None
-    source = _source(saved, info, target, growth)
+    source = _source(opened, target, growth)
     threads = plan_threads(source, max_memory)
     segments = plan_segments(source, target.layout.world)
-    verified = _verify_beside(saved, target.settings.checkpoint.verify)
+    verified = _verify_beside(opened, target.settings.checkpoint.verify)
     placement = place_model(target.settings, target.layout, target.vocab_size)
     boxes = {name: placement.boxes(name, shape) for name, shape in source.shapes.items()}
     sizes = [
@@ -91,18 +94,7 @@ def reshard(
     outcome = Outcome(len(source.shapes), sum(sizes), target.layout.world, target.layout.describe())
     final = folder_of(out / CHECKPOINTS, info["step"])
     staging = staging_of(final)
-    job = {
-        "source": info["xxh3"],
-        "settings": target.settings.model_dump(mode="json"),
-        "ranks": target.layout.world,
-        "growth": [
-            growth.experts,
-            growth.vocab,
-            growth.router_noise,
-            tokenizer.digest if tokenizer is not None else None,
-        ],
-        "version": __version__,
-    }
+    job = _job(info, target, growth, tokenizer)
     with locked(out), Journal(out, job) as journal:
         try:
             if (final / checkpoint.INFO).is_file():  # ended behind the commit
@@ -125,11 +117,30 @@ def reshard(
     return outcome
 
 
-def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -> Source:
+def _job(
+    info: dict[str, Any], target: Target, growth: Growth, tokenizer: NewTokenizer | None
+) -> dict[str, Any]:
+    """What the journal says is made: a reshard that was ended goes on only where it is the same."""
+    return {
+        "source": info["xxh3"],
+        "settings": target.settings.model_dump(mode="json"),
+        "ranks": target.layout.world,
+        "growth": [
+            growth.experts,
+            growth.vocab,
+            growth.router_noise,
+            tokenizer.digest if tokenizer is not None else None,
+        ],
+        "version": __version__,
+    }
+
+
+def _source(saved: checkpoint.Saved, target: Target, growth: Growth) -> Source:
     """The checkpoint's tensors as the target has them; CheckpointError where they are not those of its
     settings.
     """
-    stored, own = StoredTensors(saved), parse_settings(info["settings"], source=str(saved))
+    info = saved.info
+    stored, own = StoredTensors(saved), parse_settings(info["settings"], source=str(saved.path))
     check_tensors(stored, own, info)
     before, after = (
         {name: tuple(value.shape) for name, value in model_tensors(settings, vocab_size).items()}
@@ -145,7 +156,7 @@ def _source(saved: Path, info: dict[str, Any], target: Target, growth: Growth) -
     )
 
 
-def _verify_beside(saved: Path, level: str) -> Future[None]:
+def _verify_beside(saved: checkpoint.Saved, level: str) -> Future[None]:
     """Compare the files of a checkpoint with their checksums, in a thread that does not keep the process from
     ending.
     """
@@ -200,13 +211,13 @@ def _compare(saved: Path, info: dict[str, Any], digests: dict[str, str], source:
 
 
 def _write_index(staging: Path, source: Source, journal: Journal) -> Records:
-    """Write torch's index of all pieces; returns the records of all files."""
+    """Write torch's index of all chunks; returns the records of all files."""
     chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in source.shapes}
     results = []
-    for piece in (piece for segment in journal.done for piece in segment.pieces):
-        offsets, sizes = torch.Size(piece.offsets), torch.Size(piece.sizes)
-        chunks[piece.name].append(ChunkStorageMetadata(offsets, sizes))
-        results.append(WriteResult(MetadataIndex(piece.name, piece.offsets), piece.length, piece.place))
+    for chunk in (chunk for segment in journal.done for chunk in segment.chunks):
+        offsets, sizes = torch.Size(chunk.offsets), torch.Size(chunk.sizes)
+        chunks[chunk.name].append(ChunkStorageMetadata(offsets, sizes))
+        results.append(WriteResult(MetadataIndex(chunk.name, chunk.offsets), chunk.length, chunk.place))
     tensors = {
         name: TensorStorageMetadata(
             TensorProperties(source.dtype(name)), torch.Size(source.shapes[name]), parts

@@ -11,9 +11,9 @@ from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.data.sources import file_digest
 from hybridtrain.data.tokenizer import for_texts, library_errors, load_tokenizer, vocabulary_size
 from hybridtrain.errors import CheckpointError, DataError, UserError
+from hybridtrain.files.durable import file_digest
 from hybridtrain.parallel.layout import DENSE_AXES
 from hybridtrain.parallel.mesh import choose_device, make_mesh
 from hybridtrain.run.assemble import Run, Vocabulary, assemble
@@ -38,7 +38,8 @@ def open_checkpoint(path: Path) -> tuple[Run, Path, int]:
     Raises CheckpointError where `path` holds none, or the run folder lacks its tokenizer.
     """
     source, saved = find_checkpoint(path)
-    info = checkpoint.read_info(saved)
+    opened = checkpoint.Saved(saved)
+    info = opened.info
     settings = parse_settings(info["settings"], ONE_RANK, source=str(saved))
     missing = [name for name in (TOKENIZER, COMPRESSION) if not (source / name).is_file()]
     if missing:
@@ -47,8 +48,8 @@ def open_checkpoint(path: Path) -> tuple[Run, Path, int]:
         raise CheckpointError(
             f"{source / TOKENIZER} is another tokenizer than the one that {saved} was trained with"
         )
-    checkpoint.verify(saved, settings.checkpoint.verify)
-    compression, stored = read_compression_of(source, info), StoredTensors(saved)
+    checkpoint.verify(opened, settings.checkpoint.verify)
+    compression, stored = read_compression_of(source, info), StoredTensors(opened)
     check_tensors(stored, settings, info)  # before memory is taken for a model of these settings
     at_once = settings.train.global_batch // settings.train.micro_batches * settings.train.seq_len
     if at_once > MAX_TOKENS:
@@ -64,7 +65,7 @@ def open_checkpoint(path: Path) -> tuple[Run, Path, int]:
         resolve_layout(settings, 1), 0, device, settings.parallel.timeout, table_device=table, always=mixed
     )
     run = assemble(settings, mesh, vocabulary, addressing)
-    checkpoint.load(run, saved)
+    checkpoint.load(run, opened)
     return run, source, vocabulary.separator_id
 
 

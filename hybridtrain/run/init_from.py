@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from hybridtrain import checkpoint
+from hybridtrain.checkpoint.dtypes import dtype_problems
 from hybridtrain.checkpoint.stored import StoredTensors
+from hybridtrain.console import say
 from hybridtrain.data.compress import read_compression
 from hybridtrain.data.manifest import COMPRESSION, Manifest
-from hybridtrain.data.progress import say
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.files.untrusted import first_of
-from hybridtrain.formats.values import dtype_problems
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.model.engram import EngramSettings
 from hybridtrain.model.lm import HybridLM
@@ -183,9 +183,9 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
     separator or addressing.
     """
     source, saved = find_checkpoint(path)
-    checkpoint.verify(saved, run.settings.checkpoint.verify, run.mesh.world)
-    info = checkpoint.read_info(saved)
-    stored = StoredTensors(saved)
+    opened = checkpoint.Saved(saved)
+    checkpoint.verify(opened, run.settings.checkpoint.verify, run.mesh.world)
+    info, stored = opened.info, StoredTensors(opened)
     expected = {
         f"model.{name}": tuple(value.shape)
         for name, value in model_tensors(run.settings, run.vocabulary.size).items()
@@ -223,7 +223,7 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
     taken = expected.keys() & stored.shapes.keys()
     for stage in run.model_parts:
         state = {f"model.{k}": v for k, v in stage.state_dict().items() if f"model.{k}" in taken}
-        checkpoint.read_into(state, saved, run.mesh.world)
+        checkpoint.read_into(state, opened, run.mesh.world)
     if run.table is not None and info["addressing"]:
         theirs_engram = parse_settings(info["settings"], source=str(saved)).engram
         for low in range(run.table.low, run.table.high, ROWS_AT_ONCE):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint import Consumed
+from hybridtrain.console import say
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.prefetch import StepPrefetcher
-from hybridtrain.data.progress import say
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import TrainingError
 from hybridtrain.kernels.engram_hash.addressing import Addressing

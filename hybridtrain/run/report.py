@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from hybridtrain import __version__
-from hybridtrain.data.manifest import write_atomically
+from hybridtrain.files.durable import write_atomically
 from hybridtrain.files.untrusted import read_json
 from hybridtrain.model.cost import count_parameters, flops_per_token
 from hybridtrain.monitor.metrics import METRICS, Clock, MetricsLog, Totals, measure_matmul_peak, read_metrics

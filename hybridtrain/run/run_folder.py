@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain import checkpoint
-from hybridtrain.data.manifest import COMPRESSION, TOKENIZER, write_atomically
+from hybridtrain.console import say
+from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.prepare import ensure_prepared
-from hybridtrain.data.progress import say
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.data.sources import file_digest
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint, DataError, SettingsError
+from hybridtrain.files.durable import file_digest, write_atomically
 from hybridtrain.files.lock import NAME, POLL, Attempt, FolderInUse, FolderLock, in_use, waiting
 from hybridtrain.files.untrusted import UntrustedFileError, read_toml
 from hybridtrain.kernels.engram_hash.addressing import Addressing
@@ -203,20 +203,20 @@ class RunFolder:
         problems: list[str] = []
         for path in gather_objects(checkpoint.candidates(self.checkpoints), self.world)[0]:
             try:
-                checkpoint.verify(path, run.settings.checkpoint.verify, self.world)
-                checkpoint.check_fits(path, run.settings, run.vocabulary, tokenizer, hashes)
-                info = checkpoint.read_info(path)
-                check(path, info)
-                checkpoint.load(run, path)
+                saved = checkpoint.Saved(path)
+                checkpoint.verify(saved, run.settings.checkpoint.verify, self.world)
+                checkpoint.check_fits(path, saved.info, run.settings, run.vocabulary, tokenizer, hashes)
+                check(path, saved.info)
+                checkpoint.load(run, saved)
             except DamagedCheckpoint as error:
                 problems.append(str(error))
                 continue
-            self.base, self.restored = checkpoint.Base.of(path), path
+            self.base, self.restored = checkpoint.Base.of(saved), path
             if self.world.rank == 0:
                 if problems:
                     say("\n".join([*problems, f"going on from {path}, the one before"]))
                 self._write_settings(run.settings)  # not before: a refused resume leaves the run as it was
-            return info
+            return saved.info
         raise CheckpointError(
             "\n".join([f"{self.checkpoints}: no good checkpoint to resume from", *problems])
         )

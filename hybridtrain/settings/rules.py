@@ -1,5 +1,5 @@
-"""In which settings do not fit each other, whatever the number of ranks; what does not fit the ranks is the
-layout's to say.
+"""Settings of several sections that contradict each other. Checks that depend on the number of ranks are in
+`Layout` (parallel/layout.py).
 """
 
 from __future__ import annotations
@@ -7,8 +7,8 @@ from __future__ import annotations
 import math
 
 from hybridtrain.model.registry import Components
+from hybridtrain.section import Section, divisors_of
 from hybridtrain.settings.layers import LayerSpec, layer_specs
-from hybridtrain.settings.section import Section, divisors_of
 from hybridtrain.settings.tree import DataSettings, Settings
 
 WHOLE_BACKWARD = ("gpipe", "1f1b", "interleaved")
@@ -27,15 +27,19 @@ def contradictions(s: Settings) -> list[str]:
         out.append(f'model.residual="{s.model.residual}" is not known; it may be {" or ".join(known)}')
     if not s.model.layers:
         out.append("model.layers is empty; a model needs at least one layer")
-    engram = s.engram
     out += section_problems(s)
     out += unfit_widths(s, 2 if s.train.precision == "bfloat16" else 4) if specs else []
     out += _useless_steps(s, any(spec.engram for spec in specs))
-    if s.train.global_batch % s.train.micro_batches:
-        out.append(
-            f"train.micro_batches={s.train.micro_batches} does not divide "
-            f"train.global_batch={s.train.global_batch}; it may be {divisors_of(s.train.global_batch)}"
-        )
+    out += [*_unfit_engram(s), *_unfit_training(s), *_unfit_pipeline(s)]
+    if s.train.engine == "deepspeed":
+        out += _beyond_deepspeed(s)
+    return out + _given_twice(s.data)
+
+
+def _unfit_engram(s: Settings) -> list[str]:
+    """What the Engram layers and their table do not do together."""
+    engram = s.engram
+    out: list[str] = []
     if s.train.micro_batches % engram.exchange_groups:
         out.append(
             f"engram.exchange_groups={engram.exchange_groups} does not divide "
@@ -43,69 +47,83 @@ def contradictions(s: Settings) -> list[str]:
         )
     if engram.fetch == "overlap" and engram.optimizer == "adam":
         out.append(
-            'engram.fetch="overlap" needs rows that an update leaves alone, and engram.optimizer="adam" changes all; '
-            'it may be "step" or "stale"'
+            'engram.fetch="overlap" needs rows that an update leaves alone, and engram.optimizer="adam" '
+            'changes all; it may be "step" or "stale"'
         )
     if engram.dtype == "bfloat16" and engram.optimizer == "adam":
         out.append(
-            'engram.dtype="bfloat16" needs an optimizer that rounds stochastically; engram.optimizer may be "rowwise_adam" or '
-            '"rowwise_adagrad", or engram.dtype "float32"'
+            'engram.dtype="bfloat16" needs an optimizer that rounds stochastically; engram.optimizer may be '
+            '"rowwise_adam" or "rowwise_adagrad", or engram.dtype "float32"'
         )
     if engram.fetch == "stale" and engram.exchange_groups > 1:
         out.append(
-            f'engram.exchange_groups={engram.exchange_groups}: engram.fetch="stale" reads all rows of a step at once; it may be 1'
-        )
-    if s.train.on_spike != "stop" and s.train.engine == "deepspeed":
-        out.append(
-            f'train.on_spike="{s.train.on_spike}": DeepSpeed keeps the gradients of a step that is not made; with '
-            'train.engine="deepspeed" it may be "stop"'
-        )
-    if s.train.on_spike == "rollback" and s.checkpoint.every == 0:
-        out.append(
-            'train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it above 0'
+            f'engram.exchange_groups={engram.exchange_groups}: engram.fetch="stale" reads all rows of a step '
+            "at once; it may be 1"
         )
     if s.checkpoint.table_full_every > 1 and engram.optimizer == "adam":
         out.append(
             f"checkpoint.table_full_every={s.checkpoint.table_full_every} saves the rows that changed, and "
             'engram.optimizer="adam" changes all; it may be 1'
         )
-    parallel = s.parallel
-    if parallel.pp > 1 and engram.exchange_groups > 1:
+    return out
+
+
+def _unfit_training(s: Settings) -> list[str]:
+    """Batches, spikes and compilation."""
+    out: list[str] = []
+    if s.train.global_batch % s.train.micro_batches:
         out.append(
-            f"engram.exchange_groups={engram.exchange_groups}: a pipeline needs the rows of all "
-            "micro-batches at once; it may be 1"
+            f"train.micro_batches={s.train.micro_batches} does not divide "
+            f"train.global_batch={s.train.global_batch}; it may be {divisors_of(s.train.global_batch)}"
         )
-    if parallel.pp > 1 and parallel.reshard_after_forward and parallel.schedule not in ("gpipe", "1f1b"):
+    if s.train.on_spike != "stop" and s.train.engine == "deepspeed":
         out.append(
-            "parallel.reshard_after_forward=true frees parameters that "
-            f"parallel.schedule={parallel.schedule} still needs; it may be false, or parallel.schedule gpipe "
-            "or 1f1b"
+            f'train.on_spike="{s.train.on_spike}": DeepSpeed keeps the gradients of a step that is not made; '
+            'with train.engine="deepspeed" it may be "stop"'
         )
-    if parallel.pp > 1 and s.train.recompute != "none" and parallel.schedule not in WHOLE_BACKWARD:
+    if s.train.on_spike == "rollback" and s.checkpoint.every == 0:
         out.append(
-            f"train.recompute={s.train.recompute}: parallel.schedule={parallel.schedule} goes back through a "
-            "layer in parts and would run it again for each; it may be none, or parallel.schedule one of "
-            f"{', '.join(WHOLE_BACKWARD)}"
+            'train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it '
+            "above 0"
         )
     if s.train.compile and s.train.recompute == "selective":
         out.append(
             "train.recompute=selective: the products inside compiled layers are not seen; it may be none or "
             "full, or train.compile=false"
         )
-    if s.train.compile and parallel.pp > 1 and parallel.schedule not in WHOLE_BACKWARD:
+    return out
+
+
+def _unfit_pipeline(s: Settings) -> list[str]:
+    """What a pipeline does not do, or not under every schedule."""
+    engram, parallel = s.engram, s.parallel
+    out: list[str] = []
+    if parallel.pp == 1:
+        return out
+    if engram.exchange_groups > 1:
+        out.append(
+            f"engram.exchange_groups={engram.exchange_groups}: a pipeline needs the rows of all "
+            "micro-batches at once; it may be 1"
+        )
+    if parallel.reshard_after_forward and parallel.schedule not in ("gpipe", "1f1b"):
+        out.append(
+            "parallel.reshard_after_forward=true frees parameters that "
+            f"parallel.schedule={parallel.schedule} still needs; it may be false, or parallel.schedule gpipe "
+            "or 1f1b"
+        )
+    if s.train.recompute != "none" and parallel.schedule not in WHOLE_BACKWARD:
+        out.append(
+            f"train.recompute={s.train.recompute}: parallel.schedule={parallel.schedule} goes back through a "
+            "layer in parts and would run it again for each; it may be none, or parallel.schedule one of "
+            f"{', '.join(WHOLE_BACKWARD)}"
+        )
+    if s.train.compile and parallel.schedule not in WHOLE_BACKWARD:
         out.append(
             f"train.compile=true: parallel.schedule={parallel.schedule} goes back through a layer in parts, "
             "and a compiled layer does all of it each time and may overwrite what the next needs; it may be "
             f"false, or parallel.schedule one of {', '.join(WHOLE_BACKWARD)}"
         )
-    if s.train.engine == "deepspeed":
-        out += _beyond_deepspeed(s)
-        if s.train.init_from:
-            out.append(
-                "train.init_from: DeepSpeed keeps copies of the weights that would not be filled; "
-                "start with train.engine=native, and go on with --resume train.engine=deepspeed"
-            )
-    return out + _given_twice(s.data)
+    return out
 
 
 def section_problems(section: Section, prefix: str = "") -> list[str]:
@@ -241,5 +259,10 @@ def _beyond_deepspeed(s: Settings) -> list[str]:
         out.append(
             "deepspeed.offload_optimizer=true with deepspeed.zero_stage=0, which cuts nothing; zero_stage "
             "may be 1, 2 or 3"
+        )
+    if s.train.init_from:
+        out.append(
+            "train.init_from: DeepSpeed keeps copies of the weights that would not be filled; "
+            "start with train.engine=native, and go on with --resume train.engine=deepspeed"
         )
     return out

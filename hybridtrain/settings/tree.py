@@ -16,7 +16,7 @@ from hybridtrain.model.feedforwards.dense import DenseSettings
 from hybridtrain.model.feedforwards.moe import MoESettings
 from hybridtrain.model.mixers.attention import AttentionSettings
 from hybridtrain.model.registry import Components
-from hybridtrain.settings.section import Axis, Fraction, Natural, NonNegative, Positive, Section
+from hybridtrain.section import Axis, Fraction, Natural, NonNegative, Positive, Section
 
 
 class RunSettings(Section):
@@ -27,7 +27,8 @@ class RunSettings(Section):
     threads: Natural = Field(0, description="CPU threads per rank; 0 leaves torch's choice")
     slow_rank: NonNegative = Field(
         2.0,
-        description="multiple of its pipeline stage's median step time, waiting apart, from which on a rank is named; 0: never",
+        description="multiple of its pipeline stage's median step time, waiting apart, from which on a rank "
+        "is named; 0: never",
     )
 
 
@@ -122,11 +123,13 @@ class TrainSettings(Section):
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="of the layers' arithmetic; auto: bfloat16 on CUDA, float32 elsewhere. Parameters stay float32",
+        description="of the layers' arithmetic; auto: bfloat16 on CUDA, float32 elsewhere. Parameters stay "
+        "float32",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="what layers compute again in the backward pass: all but products and attention, or all; exchanges never",
+        description="what layers compute again in the backward pass: all but products and attention, or all; "
+        "exchanges never",
     )
     compile: bool = Field(
         False,
@@ -134,12 +137,14 @@ class TrainSettings(Section):
     )
     on_spike: Literal["stop", "skip", "rollback"] = Field(
         "stop",
-        description="where a loss is not finite or a spike: end the run, leave the step's update out, or go back to the last "
+        description="where a loss is not finite or a spike: end the run, leave the step's update out, or go "
+        "back to the last "
         "checkpoint and on behind the batch (docs/reliability.md)",
     )
     spike_score: NonNegative = Field(
         0.0,
-        description="robust deviations above the median of the last losses that make a spike; 0: only what is not finite",
+        description="robust deviations above the median of the last losses that make a spike; 0: only what "
+        "is not finite",
     )
     spike_window: Annotated[int, Field(ge=8)] = Field(
         100, description="losses that a spike is measured against, the last ones"
@@ -147,7 +152,8 @@ class TrainSettings(Section):
     spike_limit: Positive = Field(3, description="skips or rollbacks in a row before the run is ended")
     engine: Literal["native", "deepspeed"] = Field(
         "native",
-        description="what shards, reduces and updates the backbone: FSDP2, or DeepSpeed's ZeRO (docs/deepspeed.md)",
+        description="what shards, reduces and updates the backbone: FSDP2, or DeepSpeed's ZeRO "
+        "(docs/deepspeed.md)",
     )
 
 
@@ -167,7 +173,8 @@ class ParallelSettings(Section):
     dp_replicate: Positive = Field(1, description="copies of the sharded model, each reading other sequences")
     dp_shard: Axis = Field(
         -1,
-        description="ranks that parameters are sharded over and that read different sequences; -1: what is left",
+        description="ranks that parameters are sharded over and that read different sequences; -1: what is "
+        "left",
     )
     cp: Positive = Field(1, description="ranks that share a sequence, each with two of its 2*cp chunks")
     tp: Positive = Field(1, description="ranks that share a matrix and, between matrices, a sequence")
@@ -177,11 +184,13 @@ class ParallelSettings(Section):
     )
     dispatch: Literal["flat", "hierarchical"] = Field(
         "flat",
-        description="how tokens reach experts: from rank to rank, or once to each node and from there to its ranks",
+        description="how tokens reach experts: from rank to rank, or once to each node and from there to its "
+        "ranks",
     )
     node_size: Natural = Field(
         0,
-        description="neighbouring ranks that hierarchical dispatch takes as a node; 0: the launcher's LOCAL_WORLD_SIZE",
+        description="neighbouring ranks that hierarchical dispatch takes as a node; 0: the launcher's "
+        "LOCAL_WORLD_SIZE",
     )
     mem: Axis = Field(-1, description="ranks that share one copy of the lookup table; -1: all of them")
     mem_placement: Literal["contiguous", "strided"] = Field(
@@ -201,7 +210,8 @@ class DeepSpeedSettings(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
-        description="what ranks cut among themselves: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters",
+        description="what ranks cut among themselves: 0 nothing, 1 optimizer state, 2 also gradients, 3 also "
+        "parameters",
     )
     offload_optimizer: bool = Field(False, description="optimizer state and update on the CPU")
 
@@ -216,7 +226,8 @@ class CheckpointSettings(Section):
     background: bool = Field(False, description="written while training goes on; at most one at a time")
     table_full_every: Positive = Field(
         1,
-        description="one in so many has the whole table, the others the rows that changed since; 1: every one",
+        description="one in so many has the whole table, the others the rows that changed since; 1: every "
+        "one",
     )
     verify: Literal["full", "sizes"] = Field(
         "full", description="what is compared before a load: checksums of all files, or sizes"
@@ -244,7 +255,8 @@ class KernelSettings(Section):
     )
     grouped_mlp: Literal["auto", "torch", "triton", "fp8"] = Field(
         "auto",
-        description="products of experts with their rows; fp8: Triton's with FP8 operands, but for the weights' gradient",
+        description="products of experts with their rows; fp8: Triton's with FP8 operands, but for the "
+        "weights' gradient",
     )
     router_topk: Literal["auto", "torch", "triton"] = Field(
         "auto", description="experts, gates and balance sums of a MoE"

@@ -32,8 +32,8 @@ SEED, STORIES, UNDER_TORCHRUN, LEAST = 95, 24, 3, 200
 STEPS, EVERY, ATTEMPTS = 40, 2, 9
 CAMPAIGN = (
     *TINY,
-    *f"train.steps={STEPS} checkpoint.every={EVERY} train.eval_every=5 train.seq_len=48 parallel.timeout=8".split(),
-    *["parallel.ep=2", "engram.weight_decay=0.1"],
+    *[f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "train.eval_every=5", "train.seq_len=48"],
+    *["parallel.timeout=8", "parallel.ep=2", "engram.weight_decay=0.1"],
 )
 VARIANTS = {
     "overlap": ["engram.fetch=overlap", "checkpoint.background=true"],

@@ -25,7 +25,8 @@ NAMED = {
 """What a refusal must say, by the kind of the fault; of a damaged file its name."""
 STALLS = {
     "stop": r"error: no progress for \d+ s \(parallel\.timeout=8\): rank {rank} gave no sign",
-    "hang": r"error: no progress for \d+ s \(parallel\.timeout=8\): rank {rank} has not come to \w+ number \d+ of group ",
+    "hang": r"error: no progress for \d+ s \(parallel\.timeout=8\): rank {rank} has not come to \w+ number "
+    r"\d+ of group ",
 }
 """What the watchdog must say."""
 KILLED, KILLED_ALL = "rank {rank} was ended by SIGKILL", r"rank \d was ended by SIGKILL"

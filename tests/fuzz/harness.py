@@ -20,7 +20,9 @@ tried = 0  # inputs in this session, over all fuzzers
 
 
 def examples(few: int) -> hypothesis.settings:
-    """Settings of a fuzzer that tries `few` inputs in `make test` and 35 times as many in `make test-fuzz`."""
+    """Settings of a fuzzer that tries `few` inputs in `make test` and 35 times as many in `make
+    test-fuzz`.
+    """
     checks = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]
     count = few * (MANY if os.environ.get("FUZZ") == "many" else 1)
     return hypothesis.settings(

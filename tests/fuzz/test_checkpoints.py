@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hybridtrain import checkpoint
+from hybridtrain.checkpoint.damage import damage
 from hybridtrain.checkpoint.files import METADATA
-from hybridtrain.checkpoint.info import damage
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors, write_tensors
 from hybridtrain.data.compress import read_compression, to_npy
 from hybridtrain.files.pickles import _ACTIONS, unpickle
@@ -115,13 +115,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of Megatron's format."""
     folder = tmp_path_factory.mktemp("foreign")
-    value, pieces = TENSORS["model.a"], []
+    value, chunks = TENSORS["model.a"], []
     for low in (0, 3):
         part = LazyTensor((3, 4), value.dtype, lambda low=low: value[low : low + 3])
-        pieces.append((Region("model.a", (6, 4), (low, 0), (3, 4)), part))
+        chunks.append((Region("model.a", (6, 4), (low, 0), (3, 4)), part))
     write_torch_dist(
         folder,
-        pieces,
+        chunks,
         ["extra"],
         {"args": argparse.Namespace(layers=2, dtype=torch.float32), "iteration": 3},
         10**6,
@@ -236,8 +236,8 @@ def test_a_file_of_tensors_with_odd_bytes_beside_the_tensors(data: st.DataObject
     )
     for name in TENSORS:
         stored.read(name)
-    pieces = {index.fqn: piece for index, piece in stored._found.items() if piece.file.name == file}
-    spans = [(piece.start, piece.start + TENSORS[name].nbytes) for name, piece in pieces.items()]
+    chunks = {index.fqn: chunk for index, chunk in stored._found.items() if chunk.file.name == file}
+    spans = [(chunk.start, chunk.start + TENSORS[name].nbytes) for name, chunk in chunks.items()]
     content = (saved / file).read_bytes()
     new = bytearray(mutated(data, content, 0, len(content)))
     for low, high in spans:

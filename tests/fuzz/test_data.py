@@ -24,9 +24,10 @@ from hybridtrain.data import cuts as cuts_module
 from hybridtrain.data import encode
 from hybridtrain.data.compress import compression_map
 from hybridtrain.data.cuts import Cuts
+from hybridtrain.data.documents import read_pieces
 from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.data.sources import list_files, read_pieces
+from hybridtrain.data.sources import list_files
 from hybridtrain.data.tokenizer import find_separator, for_texts, library_errors, load_tokenizer
 from tests.fuzz.harness import examples, outcome
 from tests.hybridtrain.data import zoo

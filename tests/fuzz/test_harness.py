@@ -1,4 +1,6 @@
-"""The fuzzers together try as many inputs as is promised, and a failure of any of them is one of the suite."""
+"""The fuzzers together try as many inputs as is promised, and a failure of any of them is one of the
+suite.
+"""
 
 from __future__ import annotations
 

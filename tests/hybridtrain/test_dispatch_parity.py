@@ -79,9 +79,9 @@ def train_without_memory(settings: Settings, rank: int) -> None:
         nonlocal seen
         if torch.distributed.get_rank() == rank and x.is_floating_point() and rest[2].name == "ep":
             seen += 1
-            if (
-                seen == 13
-            ):  # gates and tokens there, results back, their gradients, in two layers or micro-batches: the first again
+            # gates and tokens there, results back, their gradients, in two layers or micro-batches: the first
+            # again
+            if seen == 13:
                 torch.empty(1 << 46)
         return real(x, *rest)
 

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from hybridtrain import checkpoint
-from hybridtrain.checkpoint.files import METADATA, digest_file
+from hybridtrain.checkpoint.files import METADATA
 from hybridtrain.errors import UserError
+from hybridtrain.files.durable import file_record
 from hybridtrain.formats.command import export_model, import_model
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.reshard import reshard
@@ -85,7 +86,7 @@ def seal(run: Path) -> None:
     seals: dict[str, str] = {}
     for saved in sorted((run / "checkpoints").glob("step-*")):
         info = checkpoint.read_info(saved)
-        files = {name: vars(digest_file(saved / name)) for name in info["files"]}
+        files = {name: vars(file_record(saved / name)) for name in info["files"]}
         base = {"base": info["base"] | {"xxh3": seals[info["base"]["name"]]}} if "base" in info else {}
         seals[saved.name] = checkpoint.write_info(saved, info | base | {"files": files})
 
@@ -97,7 +98,7 @@ def hidden(folder: Path, trap: Trap) -> bytes:
 
 
 def in_an_archive(folder: Path, file: str, trap: Trap) -> bytes:
-    """A file of tensors, in whose largest piece an archive of torch holds the trap."""
+    """A file of tensors, in whose largest chunk an archive of torch holds the trap."""
     places = pickle.loads((folder / METADATA).read_bytes()).storage_data.values()
     place = max((p for p in places if p.relative_path == file), key=lambda p: p.length)
     archive, content = io.BytesIO(), bytearray((folder / file).read_bytes())

@@ -204,12 +204,16 @@ class Formulas:
         return 2 * (n - 1) * len(touched) * self.s.engram.head_dim * FLOAT // n
 
     def mem_replicate_plan(self) -> int:
-        """The wanted rows to the other copies, filled up to the longest list; before that all lists' lengths."""
+        """The wanted rows to the other copies, filled up to the longest list; before that all lists'
+        lengths.
+        """
         n = self.layout.mem_replicate
         return (n - 1) * max(len(rows) for rows in self.wanted()) * INT + 2 * (n - 1) * INT
 
     def world(self) -> int:
-        """float64: loss, the flags to stop and to save, and the layers' statistics; then two squared norms."""
+        """float64: loss, the flags to stop and to save, and the layers' statistics; then two squared
+        norms.
+        """
         n, moe = self.layout.world, self.s.model.moe
         statistics = 3 + sum(
             (moe.num_experts + 4 if spec.feedforward == "moe" else 0) + (2 if spec.engram else 0)

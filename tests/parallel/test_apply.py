@@ -23,7 +23,7 @@ from hybridtrain.parallel.exchanges import wire
 from hybridtrain.parallel.experts import AllToAllDispatch
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import make_mesh
-from hybridtrain.settings.section import Section
+from hybridtrain.section import Section
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
 

@@ -1,4 +1,6 @@
-"""The global gradient norm: every shard once, a replicated table once, and the same number at every layout."""
+"""The global gradient norm: every shard once, a replicated table once, and the same number at every
+layout.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from hybridtrain.parallel.exchanges import wire
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import make_mesh, mesh_on_paper
 from hybridtrain.parallel.tensor import TensorAxis, cut_component
-from hybridtrain.settings.section import Section
+from hybridtrain.section import Section
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
 

@@ -1,4 +1,6 @@
-"""The layout: where each rank stands, which ranks form a group, and what a user reads when it does not fit."""
+"""The layout: where each rank stands, which ranks form a group, and what a user reads when it does not
+fit.
+"""
 
 from __future__ import annotations
 

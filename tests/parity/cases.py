@@ -118,7 +118,9 @@ class Case:
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """What decides the numbers: cases that share it share the one-rank run that they are compared with."""
+        """What decides the numbers: cases that share it share the one-rank run that they are compared
+        with.
+        """
         variant = VARIANTS[self.variant]
         return (DEEP if self["pp"] > 2 else ()) + (variant.overrides if variant.other_numbers else ())
 

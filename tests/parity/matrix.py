@@ -1,4 +1,6 @@
-"""Runs cases of the parity matrix, in one start of ranks per world, and says how far each is from one rank."""
+"""Runs cases of the parity matrix, in one start of ranks per world, and says how far each is from one
+rank.
+"""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ class Reference:
 
 
 def run_alone(data: str, runs: Sequence[tuple[tuple[str, ...], Order]]) -> list[Record]:
-    """On one of several ranks, each of which works alone: every so-many-th run, given by settings and order."""
+    """On one of several ranks, each of which works alone: every so-many-th run, given by settings and
+    order.
+    """
     return [
         _one_rank(data, overrides, order)
         for overrides, order in runs[dist.get_rank() :: dist.get_world_size()]

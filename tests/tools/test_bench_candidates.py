@@ -1,4 +1,6 @@
-"""The candidates' benchmark: its formulations agree, and its page keeps its prose. Its times are for people."""
+"""The candidates' benchmark: its formulations agree, and its page keeps its prose. Its times are for
+people.
+"""
 
 from __future__ import annotations
 

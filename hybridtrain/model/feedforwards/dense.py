@@ -11,7 +11,7 @@ from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.kernels.swiglu.op import swiglu
 from hybridtrain.model.component import Cut, FeedForward, Frame, Parameter
 from hybridtrain.model.exchanges import Exchanges
-from hybridtrain.settings.section import Positive, Section
+from hybridtrain.section import Positive, Section
 
 
 class DenseSettings(Section):

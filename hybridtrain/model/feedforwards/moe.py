@@ -21,7 +21,7 @@ from hybridtrain.model.common import CountingModule, local, uncompiled
 from hybridtrain.model.component import Cut, FeedForward, Frame, Parameter
 from hybridtrain.model.exchanges import Exchanges
 from hybridtrain.model.feedforwards.dense import SWIGLU, SwiGLU
-from hybridtrain.settings.section import Natural, NonNegative, Positive, Section, divisors_of
+from hybridtrain.section import Natural, NonNegative, Positive, Section, divisors_of
 
 
 class MoESettings(Section):

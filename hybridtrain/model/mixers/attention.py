@@ -15,7 +15,7 @@ from hybridtrain.kernels.norms.op import rope
 from hybridtrain.model.common import HeadNorm, SequenceContext
 from hybridtrain.model.component import NORM, Cut, Frame, Mixer, Parameter, Sees
 from hybridtrain.model.exchanges import Exchanges
-from hybridtrain.settings.section import Positive, Section, divisors_of
+from hybridtrain.section import Positive, Section, divisors_of
 
 
 class AttentionSettings(Section):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from hybridtrain.model.component import Carried, Residual
-from hybridtrain.settings.section import Section
+from hybridtrain.section import Section
 
 
 class Stream(NamedTuple):

@@ -1,4 +1,4 @@
-"""What is said of a stored piece without its bytes, and a piece that is written in parts."""
+"""What is said of a stored chunk without its bytes, and a chunk that is written in parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.serialization import config
 
-from hybridtrain.checkpoint.chunk import Piece, byte_view, frame
+from hybridtrain.checkpoint.chunk import StoredChunk, byte_view, frame
 from hybridtrain.files.untrusted import UntrustedFileError
 
 TENSORS = {
@@ -37,14 +37,14 @@ def stored(folder: Path, value: object) -> SimpleNamespace:
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_piece_is_what_torch_saved(name: str, tmp_path: Path) -> None:
     value = TENSORS[name]
-    piece = Piece.find(tmp_path, stored(tmp_path, value), value.shape, value.dtype)
-    assert (piece.shape, piece.stride, piece.dtype) == (tuple(value.shape), value.stride(), value.dtype)
-    assert torch.equal(piece.read(0, len(value) if value.dim() else 1), value)
+    chunk = StoredChunk.find(tmp_path, stored(tmp_path, value), value.shape, value.dtype)
+    assert (chunk.shape, chunk.stride, chunk.dtype) == (tuple(value.shape), value.stride(), value.dtype)
+    assert torch.equal(chunk.read(0, len(value) if value.dim() else 1), value)
 
 
 def test_what_is_no_tensor_is_not_taken_for_one(tmp_path: Path) -> None:
     with pytest.raises(UntrustedFileError, match=r"names pathlib\.\S*Path, which is not part"):
-        Piece.find(tmp_path, stored(tmp_path, tmp_path), (), torch.float32)
+        StoredChunk.find(tmp_path, stored(tmp_path, tmp_path), (), torch.float32)
 
 
 @pytest.mark.parametrize("name", sorted(TENSORS.keys() - {"turned", "behind"}))

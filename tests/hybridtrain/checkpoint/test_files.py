@@ -17,9 +17,10 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint import blocks
 from hybridtrain.checkpoint.blocks import BlockPlanner
-from hybridtrain.checkpoint.files import Reader, Writer, _Files, digest_file, quiet
-from hybridtrain.checkpoint.info import index_of
+from hybridtrain.checkpoint.files import Reader, Writer, _Files, quiet
+from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.checkpoint.stored import StoredTensors
+from hybridtrain.files.durable import file_record
 
 TENSORS = {
     "table": torch.arange(1003 * 7, dtype=torch.float32).view(1003, 7),
@@ -56,7 +57,7 @@ def test_what_is_written_in_blocks_is_read_whole_and_in_part(
     writer = save(folder, TENSORS)
     assert set(writer.records) == {"__0_0.distcp", ".metadata"}
     for name, record in writer.records.items():
-        found = digest_file(folder / name)
+        found = file_record(folder / name)
         assert record == {"size": found.size, "xxh3": found.xxh3}
         assert found.size == len((folder / name).read_bytes())
     stored = StoredTensors(folder)
@@ -77,7 +78,7 @@ def test_torch_reads_it_with_our_reader_and_its_own(tmp_path: Path, monkeypatch:
     save(tmp_path, TENSORS)
     parts = itertools.count()
     for storage in (
-        {"storage_reader": Reader(tmp_path, index_of(tmp_path), lambda: next(parts) and None)},
+        {"storage_reader": Reader(tmp_path, Saved(tmp_path).index, lambda: next(parts) and None)},
         {"checkpoint_id": tmp_path},
     ):
         state = {name: torch.full_like(value, 9) for name, value in TENSORS.items()}

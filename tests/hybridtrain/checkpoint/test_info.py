@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybridtrain import checkpoint
-from hybridtrain.checkpoint.info import damage
+from hybridtrain.checkpoint.damage import damage
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from tests.hybridtrain.checkpoint.test_history import DESCRIPTION
 
@@ -122,3 +122,24 @@ def test_its_own_content_is_under_a_checksum(tmp_path: Path) -> None:
     (path / checkpoint.INFO).write_text(json.dumps({"format": 1}))
     with pytest.raises(CheckpointError, match="has checkpoint format 1; this version reads format 2"):
         checkpoint.read_info(path)
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"settings": {"memory": {"enabled": True}}},
+        {"settings": {"model": {}}, "memory_scalars": {"step_count": 3}},
+    ],
+)
+def test_checkpoints_from_before_the_renames_are_refused(tmp_path: Path, old: dict[str, object]) -> None:
+    path = make(tmp_path / "step-1", **old)
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.read_info(path)
+    assert not isinstance(refused.value, DamagedCheckpoint)
+    assert str(refused.value) == (
+        f"{path} was written by a version from before 0.1, whose settings and tensors have other names: "
+        "train anew, or export it with that version and import the export with this one"
+    )
+    assert damage(path, "full") == [str(refused.value)]
+    with pytest.raises(DamagedCheckpoint, match="train anew, or export it with that version and import"):
+        checkpoint.verify(path, "full")  # as a resume does

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors one by one: any rows of any layout's pieces, and checkpoints written without a
+"""A checkpoint's tensors one by one: any rows of any layout's chunks, and checkpoints written without a
 model.
 """
 

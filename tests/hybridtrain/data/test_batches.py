@@ -93,7 +93,8 @@ def test_too_little_text_is_refused(train: Split) -> None:
     assert BatchLoader(train, size - 1, 2, 1, 0, 1, seed=0).load(0).tokens.shape == (1, 2, size - 1)
     with pytest.raises(
         DataError,
-        match=f"the train split has {size} tokens, fewer than one window of seq_len={size} .* at most {size - 1}",
+        match=f"the train split has {size} tokens, fewer than one window of seq_len={size} .* at most "
+        f"{size - 1}",
     ):
         BatchLoader(train, size, 2, 1, 0, 1, seed=0)
 
@@ -101,7 +102,8 @@ def test_too_little_text_is_refused(train: Split) -> None:
 def test_batches_that_do_not_divide_are_refused(train: Split) -> None:
     with pytest.raises(
         DataError,
-        match="global batch of 10 sequences does not divide into 2 micro-batches on 3 data-parallel ranks; 12 does",
+        match="global batch of 10 sequences does not divide into 2 micro-batches on 3 data-parallel ranks; "
+        "12 does",
     ):
         BatchLoader(train, T, 10, 2, 0, 3, seed=0)
     with pytest.raises(DataError, match="global batch of 10 sequences does not divide"):

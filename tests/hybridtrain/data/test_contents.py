@@ -48,7 +48,10 @@ def test_a_preparation_ends_with_what_was_read_and_left_out(
             f"{name}  {split.documents} documents, {split.bytes:,} bytes of text, {split.tokens:,} tokens, 1 "
             "shards" in said
         )
-    expected = "3 files: 1 unknown suffix (.pdf), 1 empty (0 bytes) ({0}), 1 named or linked more than once ({1}); 2 blank lines"
+    expected = (
+        "3 files: 1 unknown suffix (.pdf), 1 empty (0 bytes) ({0}), 1 named or linked more than once ({1}); "
+        "2 blank lines"
+    )
     assert "left out    " + expected.format(texts / "empty.txt", texts / "b.txt") in said
     assert manifest.left_out == {
         "unknown suffix": 1,

@@ -12,8 +12,8 @@ import pytest
 
 from hybridtrain.data.compress import read_compression
 from hybridtrain.data.shards import Split, TokenDataset
-from hybridtrain.data.sources import file_digest
 from hybridtrain.errors import DataError, UserError
+from hybridtrain.files.durable import file_digest
 
 
 @pytest.fixture

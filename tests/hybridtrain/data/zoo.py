@@ -14,7 +14,10 @@ TEXTS = [
     "世界日本語 と 한국어 naïve über 1234 5678\n\n" * 5,
     "don't stop, it's WORDS and camelCase  " * 3,
 ]
-GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIAL = ["<unk>", "<s>", "</s>"]
 Added = Sequence[AddedToken]
 

@@ -178,11 +178,12 @@ def test_a_family_that_is_another_model_is_refused_with_every_reason(ci_data: Pa
         export_hf(run, tmp_path / "out", family="mixtral")
     name = "MixtralForCausalLM"
     assert caught.value.problems == [
-        f"layers 1, 3 have a lookup memory; {name} has none",
+        f"layers 1, 3 are Engram layers; {name} has none",
         f"model.attention.qk_norm=true: {name} has false",
         f'model.moe.score="sigmoid": {name} has "softmax"',
         f"model.moe.num_shared=1: {name} has 0",
-        f'model.layers=["attention+dense", "engram+attention+moe", "attention+moe", "engram+attention+dense"]: '
+        'model.layers=["attention+dense", "engram+attention+moe", "attention+moe", '
+        '"engram+attention+dense"]: '
         f"{name} has every layer moe",
         f"the routers have selection biases (model.moe.bias_rate); {name} has none",
     ]

@@ -48,10 +48,13 @@ for folder in map(Path, sys.argv[1:]):
         grads.append(torch.autograd.grad(long.loss, model.layers[0].mixer.wk.weight)[0])
     own.MASKED_TOKENS = 2048
     beyond = list(range(1024, model.config.vocab_size)) or None  # rows that no token has
-    grown = model.generate(ids[None, :5], max_new_tokens=6, do_sample=False, pad_token_id=0, suppress_tokens=beyond)
+    grown = model.generate(
+        ids[None, :5], max_new_tokens=6, do_sample=False, pad_token_id=0, suppress_tokens=beyond
+    )
     text = AutoTokenizer.from_pretrained(folder, trust_remote_code=True).decode(grown[0])
     long = {"long": long.logits.detach(), "grads": grads}
-    outputs = long | {"logits": logits, "padded": of_padded, "alone": alone, "loss": loss, "grown": grown, "text": text}
+    outputs = long | {"logits": logits, "padded": of_padded, "alone": alone}
+    outputs |= {"loss": loss, "grown": grown, "text": text}
     torch.save(outputs, folder / "outputs.pt")
 """
 
@@ -92,7 +95,9 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory: pytest.TempPathFactory, ci_data: Path) -> tuple[Path, Tensor]:
-    """(a folder with a run and its export for each variant, the tokens), used in transformers by one process."""
+    """(a folder with a run and its export for each variant, the tokens), used in transformers by one
+    process.
+    """
     home = tmp_path_factory.mktemp("hybrid")
     for name, overrides in VARIANTS.items():
         random_run(home / f"{name} run", ci_data, *overrides)

@@ -1,4 +1,6 @@
-"""torch_dist folders without megatron-core: there and back bit for bit, cut in any way, and what is refused."""
+"""torch_dist folders without megatron-core: there and back bit for bit, cut in any way, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -97,10 +99,10 @@ def test_each_key_value_head_has_its_queries_its_key_and_its_value_together() ->
 
 def rewrite(folder: Path, cut: Callable[[Region], list[tuple[str, Region]]]) -> None:
     """Write the checkpoint again with each tensor cut: (new key, its region of the old tensor) for each
-    piece.
+    chunk.
     """
     old = TorchDist(folder)
-    pieces = []
+    chunks = []
     for key, shape in old.shapes.items():
         for new, part in cut(Region(key, shape, (0,) * len(shape), shape)):
             stacked = new != key and len(part.sizes) == 3  # one expert of all becomes a tensor of its own
@@ -109,7 +111,7 @@ def rewrite(folder: Path, cut: Callable[[Region], list[tuple[str, Region]]]) -> 
             if stacked:
                 offsets, sizes, whole_shape = offsets[1:], sizes[1:], whole_shape[1:]
             value = old.read(part).view(sizes)
-            pieces.append(
+            chunks.append(
                 (
                     Region(new, whole_shape, offsets, sizes),
                     LazyTensor(sizes, value.dtype, partial(torch.clone, value)),
@@ -118,7 +120,7 @@ def rewrite(folder: Path, cut: Callable[[Region], list[tuple[str, Region]]]) -> 
     common = read_common(folder)
     shutil.rmtree(folder)
     folder.mkdir()
-    write_torch_dist(folder, pieces, [], common, 10**6)
+    write_torch_dist(folder, chunks, [], common, 10**6)
 
 
 def halves(region: Region, dim: int) -> list[Region]:
@@ -132,11 +134,11 @@ def halves(region: Region, dim: int) -> list[Region]:
 
 
 def across(region: Region) -> list[tuple[str, Region]]:
-    """Pieces of half of the rows and half of the columns, as ranks of tensor and expert parallelism have
+    """Chunks of half of the rows and half of the columns, as ranks of tensor and expert parallelism have
     them.
     """
     cut = [quarter for half in halves(region, 0) for quarter in halves(half, len(region.sizes) - 1)]
-    return [(region.key, piece) for piece in (cut if len(region.sizes) > 1 else halves(region, 0))]
+    return [(region.key, chunk) for chunk in (cut if len(region.sizes) > 1 else halves(region, 0))]
 
 
 def apart(region: Region) -> list[tuple[str, Region]]:
@@ -289,7 +291,7 @@ def test_a_model_that_is_not_megatrons_is_refused_with_every_reason(ci_data: Pat
     with pytest.raises(FormatError) as caught:
         export_megatron(run, tmp_path / "out")
     assert caught.value.problems == [
-        f"layers 1, 3 have a lookup memory; {name} has none",
+        f"layers 1, 3 are Engram layers; {name} has none",
         f"model.moe.capacity=1.5: {name} drops tokens by the batch, if at all",
         f"model.moe.normalize_gates=false: {name} has true with top_k=2",
         f"model.moe.top_groups=2: {name} scores a group by its best top_k // top_groups = 1 experts, ours "

@@ -96,7 +96,9 @@ IMPLEMENTATIONS = {
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory, ci_data: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """(a folder with what both sides wrote, what megatron-core makes of it), from one start of its processes."""
+    """(a folder with what both sides wrote, what megatron-core makes of it), from one start of its
+    processes.
+    """
     root = tmp_path_factory.mktemp("megatron")
     jobs = []
     for name, changes in THEIRS.items():

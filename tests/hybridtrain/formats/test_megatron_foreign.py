@@ -1,5 +1,5 @@
 """What a torch_dist folder of somebody else may hold: odd arguments, tensors that are not taken by name
-alone, odd pieces.
+alone, odd chunks.
 """
 
 from __future__ import annotations

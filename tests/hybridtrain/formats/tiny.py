@@ -22,8 +22,8 @@ from hybridtrain.checkpoint.stored import StoredTensors
 from hybridtrain.data.batches import Batch
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.data.sources import file_digest
 from hybridtrain.errors import FormatError
+from hybridtrain.files.durable import file_digest
 from hybridtrain.formats.megatron_import import import_megatron
 from hybridtrain.formats.torch_dist import COMMON, RELEASE, Region, TorchDist
 from hybridtrain.parallel.mesh import make_mesh

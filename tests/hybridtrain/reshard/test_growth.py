@@ -16,9 +16,9 @@ import torch
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint import StoredTensors
 from hybridtrain.data.prepare import prepare
-from hybridtrain.data.sources import file_digest
 from hybridtrain.data.tokenizer import load_tokenizer
 from hybridtrain.errors import UserError
+from hybridtrain.files.durable import file_digest
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.monitor.metrics import read_metrics

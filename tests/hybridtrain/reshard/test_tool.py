@@ -1,4 +1,6 @@
-"""`hybridtrain reshard`: the same tensors for other ranks, resumable, in bounded memory, and what it refuses."""
+"""`hybridtrain reshard`: the same tensors for other ranks, resumable, in bounded memory, and what it
+refuses.
+"""
 
 from __future__ import annotations
 

@@ -61,14 +61,16 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
         (
             ["checkpoint.table_full_every=2", "engram.optimizer=adam"],
             [
-                'checkpoint.table_full_every=2 saves the rows that changed, and engram.optimizer="adam" changes all; it may be 1'
+                'checkpoint.table_full_every=2 saves the rows that changed, and engram.optimizer="adam" '
+                "changes all; it may be 1"
             ],
         ),
         (["checkpoint.keep=3"], ["checkpoint.keep: unknown key; did you mean checkpoint.keep_last?"]),
         (
             ["engram.fetch=overlap", "engram.optimizer=adam"],
             [
-                'engram.fetch="overlap" needs rows that an update leaves alone, and engram.optimizer="adam" changes all; '
+                'engram.fetch="overlap" needs rows that an update leaves alone, and engram.optimizer="adam" '
+                "changes all; "
                 'it may be "step" or "stale"'
             ],
         ),
@@ -112,13 +114,15 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
         (
             ["train.on_spike=rollback", "checkpoint.every=0"],
             [
-                'train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set it above 0'
+                'train.on_spike="rollback" goes back to checkpoints, and checkpoint.every=0 writes none; set '
+                "it above 0"
             ],
         ),
         (
             ["train.on_spike=skip", "train.engine=deepspeed"],
             [
-                'train.on_spike="skip": DeepSpeed keeps the gradients of a step that is not made; with train.engine="deepspeed" '
+                'train.on_spike="skip": DeepSpeed keeps the gradients of a step that is not made; with '
+                'train.engine="deepspeed" '
                 'it may be "stop"'
             ],
         ),
@@ -205,7 +209,10 @@ def test_contradictions_are_all_told_with_what_would_be_legal(
 def test_widths_that_grouped_products_cannot_have_are_refused_where_there_are_experts(
     key: str, width: int
 ) -> None:
-    text = f"{key}={width} is not a multiple of 4, as grouped products need (rows of 16 bytes); the next is {width + 2}"
+    text = (
+        f"{key}={width} is not a multiple of 4, as grouped products need (rows of 16 bytes); the next is "
+        f"{width + 2}"
+    )
     with pytest.raises(SettingsError) as caught:
         parse_settings({}, [f"{key}={width}"])
     assert caught.value.problems == [text]
