@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 
-from hybridtrain.parallel.collectives import Group, Traffic, gather_objects
+from hybridtrain.parallel.collectives import Group, gather_objects
 from hybridtrain.parallel.layout import MEMORY_AXES, Layout, LayoutError
+from hybridtrain.parallel.traffic import Traffic
 
 
 @dataclass(frozen=True)

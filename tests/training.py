@@ -22,11 +22,11 @@ from hybridtrain.checkpoint import Saver
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.monitor.metrics import Clock, read_metrics
+from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel.mesh import close_mesh, make_mesh
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import compute_dtype, resolve_layout
+from hybridtrain.run.step import StepInput, train_step
 from hybridtrain.settings.load import load_settings
 from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
@@ -181,7 +181,7 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
         batch = loader.load(number)
         plan = table.plan(batch) if table is not None else None
         out.gradients.append({})
-        totals = train_step(run, number, batch.at(run.positions), plan, Clock(run.mesh.device))
+        totals = train_step(run, number, StepInput(batch.at(run.positions), plan))
         out.losses.append(totals.loss)
         out.statistics.append(
             {name: torch.tensor(value, dtype=torch.float64) for name, value in totals.statistics.items()}

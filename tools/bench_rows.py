@@ -36,13 +36,13 @@ from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import UserError
 from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.launch.local import run_ranks
-from hybridtrain.monitor.metrics import Clock
+from hybridtrain.monitor.clock import Clock
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import join_world
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from hybridtrain.settings.load import load_settings
 from hybridtrain.settings.tree import Settings
 
@@ -219,7 +219,7 @@ def _row_step(
         batch, plan = plan_once(number, clock)
         if not (options.model_free or options.dense):
             _, next_plan = plan_once(number + 1, clock)
-            train_step(run, number, batch, plan, clock, next_plan)
+            train_step(run, number, StepInput(batch, plan, next_plan), Hooks(clock.phase))
             del planned[number]
             return {"hidden": table.hidden_seconds()}
         exchange = plan.exchanges[0]

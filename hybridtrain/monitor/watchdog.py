@@ -24,8 +24,9 @@ from types import TracebackType
 
 from hybridtrain.data.manifest import write_atomically
 from hybridtrain.launch.local import STALLED, end_rank
-from hybridtrain.monitor.metrics import Clock
-from hybridtrain.parallel.collectives import SEND, Call, Group
+from hybridtrain.monitor.clock import Clock
+from hybridtrain.parallel.collectives import Group
+from hybridtrain.parallel.traffic import SEND, Call
 
 _NOTICED, _SAID = 0.8, 0.9  # shares of the timeout after which a rank writes its record, and ends the run
 _TICKS, _LOOK = 20, 3  # a timeout's ticks; those between two looks at the others' records

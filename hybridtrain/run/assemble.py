@@ -25,10 +25,9 @@ from hybridtrain.optim.groups import build_optimizers
 from hybridtrain.parallel.apply import materialize, parallelize, write_local
 from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.deepspeed import DeepSpeedEngine
-from hybridtrain.parallel.engine import Engine, NativeEngine
+from hybridtrain.parallel.engine import Accumulation, Engine, NativeEngine, Schedule
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.pipeline import Pipeline, StageModule
-from hybridtrain.parallel.schedule import Accumulation, Schedule
 from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages
 from hybridtrain.run.process_setup import compute_dtype
 from hybridtrain.settings.layers import engram_layers, layer_specs

@@ -11,8 +11,8 @@ from hybridtrain.data.batches import Batch
 from hybridtrain.parallel.collectives import gather_objects
 from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run.assemble import Run
+from hybridtrain.run.step import by_exchange
 from hybridtrain.settings.layers import layer_specs
-from hybridtrain.table.lookup_table import by_exchange
 
 
 @torch.no_grad()

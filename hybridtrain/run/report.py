@@ -17,7 +17,8 @@ from hybridtrain import __version__
 from hybridtrain.data.manifest import write_atomically
 from hybridtrain.files.untrusted import read_json
 from hybridtrain.model.cost import count_parameters, flops_per_token
-from hybridtrain.monitor.metrics import METRICS, Clock, MetricsLog, Totals, measure_matmul_peak, read_metrics
+from hybridtrain.monitor.clock import Clock
+from hybridtrain.monitor.metrics import METRICS, MetricsLog, measure_matmul_peak, read_metrics
 from hybridtrain.monitor.stragglers import Pace, slowest
 from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.parallel.collectives import all_reduce_
@@ -26,6 +27,7 @@ from hybridtrain.run.assemble import Run, resolve_stages
 from hybridtrain.run.op_backends import implementations
 from hybridtrain.run.resume import Reading
 from hybridtrain.run.run_folder import SUMMARY
+from hybridtrain.run.step import Totals
 from hybridtrain.settings.rules import notices
 
 FETCH = {

@@ -12,7 +12,7 @@ from hybridtrain.data.batches import IGNORED, Batch, EvalBatches
 from hybridtrain.data.shards import Split
 from hybridtrain.parallel.collectives import all_reduce_
 from hybridtrain.run.assemble import Run
-from hybridtrain.table.lookup_table import by_exchange
+from hybridtrain.run.step import by_exchange
 
 
 def all_or_none(batches: Iterable[Batch], count: int) -> Iterator[Batch]:

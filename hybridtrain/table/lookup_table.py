@@ -30,7 +30,6 @@ from hybridtrain.parallel.row_exchange import (
     RowsInFlight,
     StepPlan,
 )
-from hybridtrain.parallel.schedule import MicroBatches
 from hybridtrain.settings.tree import Settings
 from hybridtrain.table.saved_rows import SavedRows
 
@@ -253,26 +252,3 @@ class LookupTable:
         return DTensor.from_local(
             local, mesh, placements, run_check=False, shape=shape, stride=local.stride()
         )
-
-
-def _upload(x: Tensor, device: torch.device) -> Tensor:
-    """To a GPU by way of a pinned buffer: the host does not wait until the device has come so far."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def by_exchange(
-    batch: Batch, plan: StepPlan | None, device: torch.device
-) -> list[tuple[RowPlan | None, MicroBatches]]:
-    """The batch on the device, cut into the micro-batches that each of the plan's exchanges serves."""
-    exchanges: Sequence[RowPlan | None] = plan.exchanges if plan is not None else [None]
-    whole = (batch.tokens, batch.starts.cumsum(-1), batch.targets)
-    tokens, documents, targets = (_upload(t, device).chunk(len(exchanges)) for t in whole)
-    return [
-        (
-            exchange,
-            MicroBatches(
-                tokens[i], documents[i], targets[i], exchange.index if exchange is not None else None
-            ),
-        )
-        for i, exchange in enumerate(exchanges)
-    ]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.parallel.apply import materialize, parallelize, sync_gradients, write_local
+from hybridtrain.parallel.apply import materialize, parallelize, write_local
+from hybridtrain.parallel.engine import sync_gradients
 from hybridtrain.parallel.experts import AllToAllDispatch
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import make_mesh

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hybridtrain.optim.groups import build_optimizers, group_kind, set_learning_rates
+from hybridtrain.optim.groups import build_optimizers, group_kind
 from hybridtrain.optim.muon import Muon
+from hybridtrain.optim.schedule import set_learning_rates
 from hybridtrain.settings.tree import OptimSettings
 
 DECAY = [

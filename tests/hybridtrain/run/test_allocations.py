@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.monitor.metrics import Clock
+from hybridtrain.monitor.clock import Clock
 from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import resolve_layout
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from tests.training import ci_settings
 
 
@@ -64,7 +64,7 @@ def largest_of_steps(run: Run, loader: BatchLoader, steps: int = 2) -> LargestSt
 
     def step(number: int) -> None:
         batch: Batch = loader.load(number)
-        train_step(run, number, batch, table.plan(batch), clock)
+        train_step(run, number, StepInput(batch, table.plan(batch)), Hooks(clock.phase))
 
     step(0)  # optimizers make their state in the first step
     watch = LargestStorage()

@@ -15,6 +15,7 @@ from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run import loop as module
 from hybridtrain.run.assemble import Run
+from hybridtrain.run.step import StepInput
 from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
 from tests.training import ci_settings, train_here
@@ -46,13 +47,13 @@ def train_poisoned(settings: Settings, where: str) -> str:
     """On a rank: the message of a run whose state is poisoned before step STEP."""
     real = module.train_step
 
-    def train_step(run: Run, step: int, batch: Any, plan: Any, *rest: Any, **named: Any) -> Any:
+    def train_step(run: Run, step: int, data: StepInput, *rest: Any) -> Any:
         if step + 1 != STEP:
-            return real(run, step, batch, plan, *rest, **named)
+            return real(run, step, data, *rest)
         with torch.no_grad():
-            poison(run, plan, where)
+            poison(run, data.plan, where)
         before = snapshot(run)
-        totals = real(run, step, batch, plan, *rest, **named)
+        totals = real(run, step, data, *rest)
         after = snapshot(run)
         assert after.keys() == before.keys()
         for name, value in after.items():

@@ -72,9 +72,9 @@ def read_by(settings: Settings, resume: bool, allow: Collection[str] = ()) -> li
     read: list[list[int]] = []
     real = module.train_step
 
-    def train_step(parts: Any, step: int, batch: Any, *rest: Any, **named: Any) -> Any:
-        read.append(batch.targets[batch.targets >= 0].tolist())
-        return real(parts, step, batch, *rest, **named)
+    def train_step(parts: Any, step: int, data: Any, *rest: Any) -> Any:
+        read.append(data.batch.targets[data.batch.targets >= 0].tolist())
+        return real(parts, step, data, *rest)
 
     module.train_step = train_step  # type: ignore[assignment]
     try:

@@ -19,13 +19,14 @@ from hybridtrain import checkpoint
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.kernels.row_gather.reference import packed_width
-from hybridtrain.monitor.metrics import Clock, read_metrics
+from hybridtrain.monitor.clock import Clock
+from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel.mesh import Mesh, make_mesh
 from hybridtrain.parallel.row_exchange import AllToAllSplits, StepPlan
 from hybridtrain.run.assemble import Vocabulary, assemble, make_addressing
 from hybridtrain.run.generate import evaluate_checkpoint
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import resolve_layout, table_device
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from hybridtrain.run.validation import evaluate
 from hybridtrain.settings.tree import Settings
 from tests.console import hybridtrain
@@ -139,7 +140,11 @@ class Rig:
         for step in range(first, last):
             (batch, plan), self.upcoming = self.upcoming, self.plan(step + 1)
             before = self.sent()
-            run.losses.append(train_step(self.run, step, batch, plan, self.clock, self.upcoming[1]).loss)
+            run.losses.append(
+                train_step(
+                    self.run, step, StepInput(batch, plan, self.upcoming[1]), Hooks(self.clock.phase)
+                ).loss
+            )
             run.sent.append(self.sent() - before)
             run.due.append(self.due(plan, self.upcoming[1]))
             run.late.append(plan.late_rows)
