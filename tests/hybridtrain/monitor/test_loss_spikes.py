@@ -114,7 +114,7 @@ def train_all(runs: list[Run], folder: str) -> list[str]:
             return judged not in run.refuse and accepts(guard, loss, norm)
 
         def train_step(parts: Any, number: int, *rest: Any, run: Run = run, **named: Any) -> Any:
-            if run.stop_at == number + 1 and run.mesh.rank == 1:
+            if run.stop_at == number + 1 and parts.mesh.rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(parts, number, *rest, **named)
 
