@@ -16,7 +16,7 @@ from math import prod
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep", "etp")
 NODE_AXES = ("pp", "dp_replicate", "edp", "ep_inter", "ep_intra", "etp")
-MEMORY_AXES = ("mem_replicate", "mem")
+MEM_AXES = ("mem_replicate", "mem")
 
 
 class LayoutError(ValueError):
@@ -159,11 +159,11 @@ class Layout:
         return self.world // self.mem
 
     @property
-    def memory_axes(self) -> tuple[str, ...]:
+    def mem_axes(self) -> tuple[str, ...]:
         """The axes of the tables, slowest first: near, a group is neighbouring ranks; far, ranks spread
         evenly over the world.
         """
-        return MEMORY_AXES if self.mem_placement == "contiguous" else MEMORY_AXES[::-1]
+        return MEM_AXES if self.mem_placement == "contiguous" else MEM_AXES[::-1]
 
     @property
     def dp(self) -> int:
@@ -177,7 +177,7 @@ class Layout:
         """Where `rank` stands on `axis` (any of the dense, expert or memory axes, or `dp`)."""
         if axis == "dp":
             return self.coordinate(rank, "dp_replicate") * self.dp_shard + self.coordinate(rank, "dp_shard")
-        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, self.memory_axes) if axis in axes)
+        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, self.mem_axes) if axis in axes)
         sizes = self.shape(axes)
         place = axes.index(axis)
         return rank // prod(sizes[place + 1 :]) % sizes[place]
@@ -187,7 +187,7 @@ class Layout:
         coordinate.
         """
         along = {"dp": ("dp_replicate", "dp_shard"), "fsdp": ("dp_shard", "cp")}.get(axis, (axis,))
-        axes = next(a for a in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEMORY_AXES) if along[0] in a)
+        axes = next(a for a in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEM_AXES) if along[0] in a)
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world):
             found.setdefault(tuple(self.coordinate(rank, a) for a in axes if a not in along), []).append(rank)

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 
 from hybridtrain.parallel.collectives import Group, gather_objects
-from hybridtrain.parallel.layout import MEMORY_AXES, Layout, LayoutError
+from hybridtrain.parallel.layout import MEM_AXES, Layout, LayoutError
 from hybridtrain.parallel.traffic import Traffic
 
 
@@ -56,7 +56,7 @@ class Mesh:
     )  # ([dp_replicate,] fsdp[, tp]): what dense parameters are cut over; see `data_mesh`
     expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep[, etp])
     # of all ranks:
-    memory_mesh: DeviceMesh | None  # layout.memory_axes
+    mem_mesh: DeviceMesh | None  # layout.mem_axes
 
     @property
     def data_mesh(self) -> DeviceMesh | None:
@@ -75,7 +75,7 @@ class Mesh:
         Collective: every rank calls it for the same names in the same order.
         """
         groups = []
-        for axis in MEMORY_AXES[::-1]:
+        for axis in MEM_AXES[::-1]:
             groups.append(
                 _group(
                     self.layout, self.rank, axis, f"{axis}_{name}", self.traffic, self.timeout, backend="gloo"
@@ -198,9 +198,7 @@ def make_mesh(
         timeout=timeout,
         dense_mesh=dense_mesh,
         expert_mesh=expert_mesh,
-        memory_mesh=_device_mesh(layout, table_device or device, layout.memory_axes)
-        if layout.world > 1
-        else None,
+        mem_mesh=_device_mesh(layout, table_device or device, layout.mem_axes) if layout.world > 1 else None,
     )
 
 
@@ -259,7 +257,7 @@ def mesh_on_paper(layout: Layout, rank: int) -> Iterator[Mesh]:
             timeout=0,
             dense_mesh=meshes[0],
             expert_mesh=meshes[1],
-            memory_mesh=None,
+            mem_mesh=None,
             **{axis: group(axis) for axis in axes},
         )
     finally:

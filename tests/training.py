@@ -188,7 +188,7 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
         )
     out.state.update({name: _whole(p) for name, p in named.items()})
     if table is not None:
-        out.state["table"] = table.table.clone()
+        out.state["table"] = table.weight.clone()
     out.traffic.update(
         {key: value for key, value in run.mesh.traffic.entries().items() if "plan" not in key[0]}
     )

@@ -192,7 +192,7 @@ def _cases(
             "rows": run.table.addressing.num_rows,
             "unique_rows": first.unique,
             "late_rows": second.late_rows,
-            "table_bytes_here": run.table.table.nbytes,
+            "table_bytes_here": run.table.weight.nbytes,
             "row_state_bytes_here": sum(value.nbytes for value in run.table.optimizer.state.values()),
         }
         name = f"{run.table.addressing.num_rows:,} rows" + (f", {fetch}" if len(options.fetch) > 1 else "")
@@ -225,7 +225,7 @@ def _row_step(
         exchange = plan.exchanges[0]
         with clock.phase("fetch"):
             table.fetch(plan, exchange)
-        for leaf in table.rows.parameters():
+        for leaf in table.leaves.parameters():
             leaf.grad = torch.full_like(leaf, 1e-3)
         with clock.phase("push"):
             total_ND = table.new_gradient(plan)
@@ -241,7 +241,7 @@ def _row_step(
 def _dense_step(run: Run, batches: Callable[[int], Batch]) -> Callable[[int, Clock], dict[str, float]]:
     table = run.table
     assert table is not None
-    table = nn.Embedding(table.addressing.num_rows, table.table.shape[1])
+    table = nn.Embedding(table.addressing.num_rows, table.weight.shape[1])
     optimizer = torch.optim.Adam(table.parameters(), lr=1e-3)
 
     def step(number: int, clock: Clock) -> dict[str, float]:

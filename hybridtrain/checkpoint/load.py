@@ -123,7 +123,7 @@ def _load_rows(
                 alive()
     if table.mode == "stale" and not weights_only:
         pieces = stored.pieces(f"{TABLE}{KIND}", table.low, table.high)
-        table.load_stale(
+        table.load_saved_rows(
             [SavedRows(stored.read(f"{piece}.numbers"), stored.read(f"{piece}.values")) for piece in pieces]
         )
 

@@ -45,7 +45,7 @@ def implementations(run: Run) -> dict[str, str]:
             ops["short_conv"] = "torch tap by tap"
         if run.settings.engram.optimizer != "adam":
             ops["rowwise_adam"] = "torch, several passes"
-    on_host = run.table is not None and run.table.table.device.type != run.mesh.device.type
+    on_host = run.table is not None and run.table.weight.device.type != run.mesh.device.type
     for op, how in choose.table().items():
         if on_host and op == "rowwise_adam":
             continue

@@ -84,7 +84,7 @@ class Report:
             rows.append(("pipeline", self._pipeline()))
         if table is not None:
             here = f"rows {table.low:,} to {table.high - 1:,} here"
-            where = f"in {s.engram.device} memory ({table.table.device.type})"
+            where = f"in {s.engram.device} memory ({table.weight.device.type})"
             size = f"{table.addressing.num_rows:,} rows x {s.engram.head_dim} {s.engram.dtype}"
             rows.append(("table", f"{size}, {here} {where}"))
             rows.append(("fetch", f"{s.engram.fetch}: {FETCH[s.engram.fetch]}"))

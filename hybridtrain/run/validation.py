@@ -65,7 +65,7 @@ def evaluate(
             sums[0] += part
         sums[1] += counted
     if table is not None:
-        table.rows.clear()
+        table.leaves.clear()
     if stopped:
         return {}
     total, tokens = (all_reduce_(sums, mesh.world) / mesh.layout.tp).tolist()  # tp ranks have the same losses

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hybridtrain.parallel.layout import (
     DENSE_AXES,
     EXPERT_AXES,
-    MEMORY_AXES,
+    MEM_AXES,
     NODE_AXES,
     Layout,
     LayoutError,
@@ -34,7 +34,7 @@ FACTS = ModelFacts(
     num_experts=8,
     memory_rows=8000,
 )
-AXES = (*DENSE_AXES, "edp", "ep", *MEMORY_AXES)
+AXES = (*DENSE_AXES, "edp", "ep", *MEM_AXES)
 
 
 def coordinates(layout: Layout, rank: int, axes: tuple[str, ...]) -> dict[str, int]:
@@ -151,7 +151,7 @@ def layouts(draw: st.DrawFn) -> Layout:
 @settings(deadline=None)  # 243 ranks on a busy machine
 @given(layouts())
 def test_groups_partition_the_ranks_and_agree_with_coordinates(layout: Layout) -> None:
-    for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, layout.memory_axes):
+    for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, layout.mem_axes):
         assert prod(layout.shape(axes)) == layout.world
         places = [tuple(coordinates(layout, rank, axes).values()) for rank in range(layout.world)]
         assert places == sorted(set(places))  # distinct, and slowest axis first

@@ -233,7 +233,7 @@ def at_urls(settings: dict[str, Settings], where: str) -> list[Any]:
     stored = checkpoint.StoredTensors(path)
     assert again[0].memory is not None
     low, high = again[0].table.low, again[0].table.high
-    same = torch.equal(stored.read("table.rows", low, high), again[0].table.table)
+    same = torch.equal(stored.read("table.rows", low, high), again[0].table.weight)
     world = run[0].mesh.world
     barrier(world)
     if world.rank == 0:

@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels import choose
-from hybridtrain.optim.rowwise import DenseAdam, RowwiseAdagrad, RowwiseAdam, make_row_optimizer
+from hybridtrain.optim.dense_adam import DenseAdam
+from hybridtrain.optim.row_optimizer import make_row_optimizer
+from hybridtrain.optim.rowwise import RowwiseAdagrad, RowwiseAdam
 from hybridtrain.settings.tree import EngramSettings
 
 R, D = 40, 6

@@ -29,7 +29,7 @@ def poison(run: Run, plan: StepPlan, where: str) -> None:
         weight: Any = experts.w_down
         (weight.to_local() if hasattr(weight, "to_local") else weight)[-1] = math.nan
     if where == "row" and run.table is not None and run.mesh.rank == run.mesh.layout.world - 1:
-        run.table.table[plan.touched_N[0]] = math.inf
+        run.table.weight[plan.touched_N[0]] = math.inf
     if where == "gradient":
         run.model.norm.weight.register_hook(lambda grad: grad * math.nan)
 

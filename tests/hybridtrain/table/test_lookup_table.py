@@ -156,7 +156,7 @@ class Rig:
 
 def own_state(run: Seen) -> dict[str, Tensor]:
     assert run.table is not None
-    tensors: dict[str, Any] = {"table": run.table.table, **run.table.optimizer.state}
+    tensors: dict[str, Any] = {"table": run.table.weight, **run.table.optimizer.state}
     for number, stage in enumerate(run.model_parts):
         tensors |= {f"{number}.{name}": value for name, value in stage.state_dict().items()}
     return {name: (v.to_local() if hasattr(v, "to_local") else v).clone() for name, v in tensors.items()}
@@ -320,10 +320,10 @@ def test_a_stale_run_resumes_with_other_owners(runs: Worlds, name: str) -> None:
 
 def test_stale_rows_are_those_of_one_update_ago(ci_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(settings_of(ci_data, DECAY, "engram.fetch=stale"))
-    optimizer, everything = rig.table.optimizer, torch.arange(len(rig.table.table))
+    optimizer, everything = rig.table.optimizer, torch.arange(len(rig.table.weight))
     seen: list[list[Tensor]] = []
-    real = rig.table.rows.set
-    monkeypatch.setattr(rig.table.rows, "set", lambda leaves: (seen.append(list(leaves)), real(leaves)))
+    real = rig.table.leaves.set
+    monkeypatch.setattr(rig.table.leaves, "set", lambda leaves: (seen.append(list(leaves)), real(leaves)))
     before: list[Tensor] = []
     for step in range(4):
         before.append(optimizer.values(everything))
