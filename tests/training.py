@@ -23,7 +23,7 @@ from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.monitor.metrics import read_metrics
-from hybridtrain.parallel.mesh import close_mesh, make_mesh
+from hybridtrain.parallel.mesh import Joining, close_mesh, make_mesh
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
 from hybridtrain.run.process_setup import compute_dtype, resolve_layout
 from hybridtrain.run.step import StepInput, train_step
@@ -151,7 +151,7 @@ def build_here(settings: Settings) -> tuple[Run, BatchLoader]:
     """On a rank of run_on_ranks, or alone: the run's parts on this world, and this rank's batches."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     mixed = compute_dtype(settings, torch.device("cpu")) != torch.float32
-    mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, always=mixed)
+    mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, Joining(always=mixed))
     dataset = TokenDataset.open(settings.data.path, verify=False)
     vocabulary = Vocabulary.of(dataset)
     run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))

@@ -82,9 +82,12 @@ def engram(
     as_json: Json = False,
 ) -> None:
     """Size a lookup table: primes, packed rows, parameters and bytes."""
-    from hybridtrain.table.sizing import print_report, report
+    from hybridtrain.table.sizing import TableShape, print_report, report
 
-    sized = report(rows_per_head, _integers("--orders", orders), heads, dim, _integers("--layers", layers))
+    shape = TableShape(
+        rows_per_head, _integers("--orders", orders), heads, dim, _integers("--layers", layers)
+    )
+    sized = report(shape)
     if as_json:
         print(json.dumps(sized))
     else:

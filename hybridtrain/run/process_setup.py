@@ -11,8 +11,15 @@ from hybridtrain.errors import SettingsError
 from hybridtrain.launch.local import RENDEZVOUS
 from hybridtrain.parallel.compile import missing_compiler
 from hybridtrain.parallel.deepspeed import missing
-from hybridtrain.parallel.layout import Layout, ModelFacts
-from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, ranks_of_a_node, world_from_environment
+from hybridtrain.parallel.layout import Degrees, Layout, ModelFacts
+from hybridtrain.parallel.mesh import (
+    Joining,
+    Mesh,
+    choose_device,
+    make_mesh,
+    ranks_of_a_node,
+    world_from_environment,
+)
 from hybridtrain.parallel.stages import stage_problems
 from hybridtrain.settings.layers import layer_specs
 from hybridtrain.settings.rules import unfit_widths
@@ -24,21 +31,20 @@ _NET_SECONDS = 30  # torch ends a collective this much later than the watchdog, 
 def resolve_layout(settings: Settings, world: int) -> Layout:
     """The run's layout on `world` ranks; raises LayoutError listing everything that does not fit."""
     parallel, model = settings.parallel, settings.model
-    layout = Layout.resolve(
-        world,
-        pp=parallel.pp,
-        dp_replicate=parallel.dp_replicate,
-        dp_shard=parallel.dp_shard,
-        cp=parallel.cp,
-        tp=parallel.tp,
-        ep=parallel.ep,
-        mem=parallel.mem,
-        etp=parallel.etp,
-        node_size=(parallel.node_size or ranks_of_a_node(world))
-        if parallel.dispatch == "hierarchical"
-        else 0,
-        mem_placement=parallel.mem_placement,
+    node_size = parallel.node_size or ranks_of_a_node(world)
+    asked = Degrees(
+        parallel.pp,
+        parallel.dp_replicate,
+        parallel.dp_shard,
+        parallel.cp,
+        parallel.tp,
+        parallel.ep,
+        parallel.mem,
+        parallel.etp,
+        node_size if parallel.dispatch == "hierarchical" else 0,
+        parallel.mem_placement,
     )
+    layout = Layout.resolve(world, asked)
     specs = layer_specs(settings)
     has_conv = settings.engram.conv and any(s.engram for s in specs)
     slots = len(settings.engram.orders) * settings.engram.heads
@@ -94,7 +100,9 @@ def join_world(settings: Settings) -> Mesh:
         torch.set_flush_denormal(True)
     rendezvous, mixed = os.environ.get(RENDEZVOUS, "env://"), compute_dtype(settings, device) != torch.float32
     timeout = settings.parallel.timeout + _NET_SECONDS
-    return make_mesh(layout, rank, device, timeout, rendezvous, table_device(settings, device), always=mixed)
+    return make_mesh(
+        layout, rank, device, timeout, Joining(rendezvous, table_device(settings, device), always=mixed)
+    )
 
 
 def table_device(settings: Settings, device: torch.device) -> torch.device:

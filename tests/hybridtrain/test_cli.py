@@ -99,7 +99,7 @@ try:
     main()
 except SystemExit:
     pass
-print({name.partition(".")[0] for name in sys.modules} & {"torch", "transformers", "pyarrow"})
+print({{name.partition(".")[0] for name in sys.modules}} & {{"torch", "transformers", "pyarrow"}})
 """
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("set()\n"), done.stdout + done.stderr

@@ -17,7 +17,7 @@ from hybridtrain.errors import TrainingError
 from hybridtrain.launch import local
 from hybridtrain.launch.cores import usable_cores
 from hybridtrain.launch.local import RENDEZVOUS, RESTARTS, STALLED, USER_ERROR, run_ranks
-from hybridtrain.parallel.layout import Layout
+from hybridtrain.parallel.layout import Degrees, Layout
 from tests.ranks import PRELOAD
 from tests.training import CI
 
@@ -51,7 +51,7 @@ def fail_on(number: int, kind: str) -> None:
     elif kind == "user":
         raise TrainingError("the loss is nan")
     elif kind == "layout":
-        Layout.resolve(2, ep=3)
+        Layout.resolve(2, Degrees(ep=3))
     elif kind == "exit":
         os._exit(7)
     elif kind == "kill":

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from hybridtrain.parallel.apply import materialize, parallelize, write_local
 from hybridtrain.parallel.engine import sync_gradients
 from hybridtrain.parallel.experts import AllToAllDispatch
-from hybridtrain.parallel.layout import Layout
+from hybridtrain.parallel.layout import Degrees, Layout
 from hybridtrain.parallel.mesh import make_mesh
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
@@ -119,7 +119,7 @@ def check(degrees: dict[str, int], reshard: bool) -> None:
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), name
         assert torch.equal(full(parameter), whole(name, parameter.shape)), name
-    layout = Layout.resolve(size, **degrees)
+    layout = Layout.resolve(size, Degrees(**degrees))
     experts = model.layers[0].moe.experts.weight  # type: ignore[union-attr]
     assert isinstance(experts, DTensor)
     if layout.ep > 1:

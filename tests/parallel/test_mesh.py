@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain.parallel.collectives import all_reduce_, gather_objects
-from hybridtrain.parallel.layout import Layout, LayoutError
-from hybridtrain.parallel.mesh import close_mesh, make_mesh, ranks_of_a_node, world_from_environment
+from hybridtrain.parallel.layout import Degrees, Layout, LayoutError
+from hybridtrain.parallel.mesh import Joining, close_mesh, make_mesh, ranks_of_a_node, world_from_environment
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
 
@@ -83,7 +83,7 @@ def check_meshes(degrees: list[tuple[int, int]]) -> None:
 def meet_and_part(rendezvous: str) -> None:
     dist.destroy_process_group()
     rank, world = world_from_environment()
-    mesh = make_mesh(Layout.resolve(world), rank, torch.device("cpu"), timeout=60, rendezvous=rendezvous)
+    mesh = make_mesh(Layout.resolve(world), rank, torch.device("cpu"), 60, Joining(rendezvous))
     assert gather_objects(rank, mesh.world) == [0, 1]
     close_mesh()
     assert not dist.is_initialized()
@@ -92,7 +92,9 @@ def meet_and_part(rendezvous: str) -> None:
 
 def disagree() -> None:
     rank = dist.get_rank()
-    layout = Layout.resolve(2, ep=2, node_size=1 + rank)  # as where two machines have other numbers of ranks
+    layout = Layout.resolve(
+        2, Degrees(ep=2, node_size=1 + rank)
+    )  # as where two machines have other numbers of ranks
     with pytest.raises(LayoutError) as caught:
         make_mesh(layout, rank, torch.device("cpu"), timeout=60)
     assert caught.value.violations == [

@@ -22,7 +22,7 @@ from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.monitor.clock import Clock
 from hybridtrain.parallel.collectives import barrier
-from hybridtrain.parallel.mesh import close_mesh, make_mesh
+from hybridtrain.parallel.mesh import Joining, close_mesh, make_mesh
 from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
 from hybridtrain.run.process_setup import resolve_layout
@@ -57,7 +57,7 @@ def start_run(
     """A run's parts on this rank, and its steps' batches; wired as `train` does it, without the background
     thread.
     """
-    mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, rendezvous)
+    mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, Joining(rendezvous))
     dataset = TokenDataset.open(settings.data.path, verify=False)
     vocabulary = Vocabulary.of(dataset)
     run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))

@@ -21,7 +21,7 @@ from hybridtrain.data.shards import TokenDataset
 from hybridtrain.kernels.row_gather.reference import packed_width
 from hybridtrain.monitor.clock import Clock
 from hybridtrain.monitor.metrics import read_metrics
-from hybridtrain.parallel.mesh import Mesh, make_mesh
+from hybridtrain.parallel.mesh import Joining, Mesh, make_mesh
 from hybridtrain.parallel.row_exchange import AllToAllSplits, StepPlan
 from hybridtrain.run.assemble import Vocabulary, assemble, make_addressing
 from hybridtrain.run.generate import evaluate_checkpoint
@@ -88,7 +88,11 @@ class Rig:
         self.settings, device = settings, torch.device("cpu")
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         mesh = mesh or make_mesh(
-            resolve_layout(settings, world), rank, device, 60, table_device=table_device(settings, device)
+            resolve_layout(settings, world),
+            rank,
+            device,
+            60,
+            Joining(table_device=table_device(settings, device)),
         )
         self.dataset = TokenDataset.open(settings.data.path, verify=False)
         vocabulary = Vocabulary.of(self.dataset)
