@@ -1,4 +1,4 @@
-"""How much a reader has to read to follow one step of training on one rank: the files that the step enters."""
+"""How much there is to read to follow one step of training on one rank: the files that the step enters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AIMS = "the aims are 14 files of 2,300 lines outside of kernels/, and 24 of 3,00
 
 
 def entered_by_a_step(tmp_path: Path, data: Path) -> dict[str, set[str]]:
-    """The functions that two steps and their plans enter, by the file; in all threads. Batches are at hand."""
+    """The functions that two steps and their plans enter, by file; in all threads. Batches are at hand."""
     run, loader = build_here(ci_settings(tmp_path / "run", data))
     assert run.table is not None
     batches = [loader.load(number) for number in range(2)]

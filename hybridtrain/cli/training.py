@@ -45,7 +45,7 @@ def launch(
 ) -> None:
     """Start N training ranks on this machine."""
     from hybridtrain.data.prepare import ensure_prepared
-    from hybridtrain.launch.local import run_ranks
+    from hybridtrain.launch.local import Launcher
     from hybridtrain.run.process_setup import check_compiler, resolve_layout
     from hybridtrain.run.resume import parse_allow
     from hybridtrain.run.writable import check_folders
@@ -57,8 +57,6 @@ def launch(
     check_folders(settings)
     ensure_prepared(settings.data)
     arguments = (settings, resume or (None if auto_resume else False), allowed)
-    target, threads = "hybridtrain.run.loop:train", settings.run.threads
     again = settings, None, allowed
-    raise typer.Exit(
-        run_ranks(target, arguments, nproc, threads=threads, bind=bind, restarts=max_restarts, again=again)
-    )
+    launcher = Launcher(nproc, settings.run.threads, bind)
+    raise typer.Exit(launcher.run("hybridtrain.run.loop:train", arguments, max_restarts, again))

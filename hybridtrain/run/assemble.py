@@ -24,7 +24,7 @@ from hybridtrain.monitor.loss_spikes import SpikeGuard
 from hybridtrain.optim.groups import build_optimizers
 from hybridtrain.parallel.apply import materialize, parallelize, write_local
 from hybridtrain.parallel.context import ContextParallel
-from hybridtrain.parallel.deepspeed import DeepSpeedEngine
+from hybridtrain.parallel.deepspeed import DeepSpeedEngine, ZeroSettings
 from hybridtrain.parallel.engine import Accumulation, Engine, NativeEngine, Schedule
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.pipeline import Pipeline, StageModule
@@ -215,11 +215,13 @@ def _engine(
         lambda m: build_optimizers(m, settings.optim)[0],
         mesh,
         model.rows,
-        zero_stage=settings.deepspeed.zero_stage,
-        offload_optimizer=settings.deepspeed.offload_optimizer,
-        micro_batch=train.global_batch // train.micro_batches // mesh.layout.dp,
-        micro_batches=train.micro_batches,
-        tokens_per_step=train.global_batch * train.seq_len,
+        ZeroSettings(
+            settings.deepspeed.zero_stage,
+            settings.deepspeed.offload_optimizer,
+            micro_batch=train.global_batch // train.micro_batches // mesh.layout.dp,
+            micro_batches=train.micro_batches,
+            tokens_per_step=train.global_batch * train.seq_len,
+        ),
     )
 
 

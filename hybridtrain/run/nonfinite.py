@@ -47,7 +47,7 @@ def name_source_of_nonfinite(run: Run, batch: Batch, plan: StepPlan | None) -> s
         if table is not None and plan is not None and exchange is not None:
             table.fetch(plan, exchange)
             if not all(leaf.isfinite().all() for leaf in table.leaves.parameters()) and not found:
-                found.append((-1, 0, "the fetched memory rows"))
+                found.append((-1, 0, "the fetched table rows"))
         run.schedule.losses(micro_batches)
     for handle in handles:
         handle.remove()

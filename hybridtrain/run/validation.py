@@ -1,4 +1,4 @@
-"""Validation: loss, perplexity and bits per byte over a split, every target once, the same at every layout."""
+"""Validation: loss, perplexity and bits per byte of a split, every target once, alike at every layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout: where each rank stands, which ranks form a group, and what a user reads when it does not fit."""
+"""The layout: where each rank stands, which ranks form a group, what a user reads when it does not fit."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def train_poisoned(settings: Settings, where: str) -> str:
     ("where", "nproc", "place"),
     [
         ("expert", 2, "the first values that are not finite come out of layers.1.feedforward (rank 0)"),
-        ("row", 2, "the first values that are not finite come out of the fetched memory rows (rank "),
+        ("row", 2, "the first values that are not finite come out of the fetched table rows (rank "),
         ("gradient", 1, "every layer's output is finite, so it arose in the backward pass"),
     ],
 )

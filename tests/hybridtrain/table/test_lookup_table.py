@@ -360,7 +360,7 @@ def test_a_run_reports_its_fetches_and_resumes_stale_bitwise(ci_data: Path, tmp_
     said = " ".join(outcome.out.split())
     assert "stale: all rows come during the step before, one update old" in said
     assert "here in host memory (cpu)" in said
-    assert f"memory rows: {1000 * mean:.1f} ms a step to fetch" in said
+    assert f"table rows: {1000 * mean:.1f} ms a step to fetch" in said
 
     shutil.copytree(run, again)
     shutil.rmtree(again / "checkpoints/step-00000008")
