@@ -153,7 +153,7 @@ class Engine(Protocol):
 
 
 class NativeEngine:
-    """Parameters as `apply.parallelize` left them, plain or sharded by FSDP2, and torch's optimizers on them."""
+    """Parameters as `apply.parallelize` left them, plain or sharded by FSDP2, and their torch optimizers."""
 
     name = "native"
 
@@ -283,7 +283,7 @@ def norms_of(squares: Sequence[float]) -> tuple[float, float]:
 
 
 def clip_(grads: Sequence[Tensor], norm: float, bound: float) -> None:
-    """Scale all gradients in place so that a global norm of `norm` becomes at most `bound` (0: leave them)."""
+    """Scale all gradients in place so that the global norm `norm` becomes at most `bound` (0: leave them)."""
     if bound > 0 and norm > bound:
         torch._foreach_mul_(list(grads), bound / (norm + 1e-6))
 

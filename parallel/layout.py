@@ -31,7 +31,7 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a layout must divide, in the model's and the run's own numbers. None: the model has no such part."""
+    """What a layout must divide, in the model's and the run's numbers. None: the model has no such part."""
 
     global_batch: int
     micro_batches: int
@@ -124,7 +124,8 @@ class Layout:
                 else _mend_world(layout, others)
             )
             out.append(
-                f"parallel: {' x '.join(named) or 'all axes 1'} = {others * layout.dp_shard} ranks, not {world}; {mend}"
+                f"parallel: {' x '.join(named) or 'all axes 1'} = {others * layout.dp_shard} ranks, "
+                f"not {world}; {mend}"
             )
         if etp not in (1, asked.tp):
             out.append(f"parallel.etp={etp} is neither 1 nor tp; etp may be {choices(sorted({1, asked.tp}))}")

@@ -103,7 +103,7 @@ def ranks_of_a_node(world: int) -> int:
 
 
 def choose_device() -> torch.device:
-    """The accelerator of this local rank where there is one, else the CPU: the one place where it is decided."""
+    """The accelerator of this local rank where there is one, else the CPU. It is decided here only."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

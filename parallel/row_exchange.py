@@ -49,7 +49,7 @@ class PartialExchange(AllToAllSplits):
 
 @dataclass(frozen=True)
 class RowPlan(AllToAllSplits):
-    """One exchange: all rows that a group of micro-batches needs. Everything was computed from tokens alone."""
+    """One exchange: all rows that a group of micro-batches needs. All was computed from tokens alone."""
 
     index: list[Tensor]  # per micro-batch [B, T, L, S]: place of each lookup among that micro-batch's rows
     select: list[Tensor]  # per micro-batch [U_m]: place of its rows among the U rows of the plan

@@ -172,7 +172,8 @@ class Watchdog:
     def _report(self, still: float) -> str:
         text = f"no progress for {still:.0f} s (parallel.timeout={self.timeout:g}): "
         try:
-            text += f"{explain(self._records(), self.world.size)}\nrecords and stacks of the ranks that could speak: {self.folder}"
+            text += f"{explain(self._records(), self.world.size)}\n"
+            text += f"records and stacks of the ranks that could speak: {self.folder}"
             write_atomically(self._place("report-of-rank", ".txt"), text.encode())
         except OSError as error:
             text += (
@@ -234,7 +235,8 @@ def _line(record: Record) -> str:
         if record.calls
         else "no collective yet"
     )
-    return f"  rank {record.rank} on {record.host}: step {record.step}, {record.phase or 'between phases'}; {last}"
+    phase = record.phase or "between phases"
+    return f"  rank {record.rank} on {record.host}: step {record.step}, {phase}; {last}"
 
 
 def _call(call: Call) -> str:

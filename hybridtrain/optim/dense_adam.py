@@ -37,7 +37,7 @@ class DenseAdam:
         """Nothing is ever owed: every step updates every row."""
 
     def values(self, rows_N: Tensor, coming_lr: float | None = None) -> Tensor:
-        """The rows as they are. Raises ValueError with `coming_lr`: no row is left alone by the coming step."""
+        """The rows as they are. Raises ValueError with `coming_lr`: the coming step changes every row."""
         if coming_lr is not None:
             raise ValueError("dense Adam updates every row, so none can be known before the coming step")
         return self.table_RD.index_select(0, rows_N)

@@ -147,7 +147,10 @@ def test_a_validation_split_that_the_weights_may_have_been_trained_on_is_told(
         progress=False,
     )
     start(ci_settings(tmp_path, other, f"train.init_from={run}"), tmp_path)
-    said = f"data.path={other}: its validation split is not that of the weights' run, which may have been trained on some of it"
+    said = (
+        f"data.path={other}: its validation split is not that of the weights' run, which may have been "
+        "trained on some of it"
+    )
     assert said in capfd.readouterr().err
 
 
@@ -232,10 +235,13 @@ def test_an_import_trains_and_is_evaluated_with_its_own_separator(
     start(made, tmp_path / "run")
     with pytest.raises(
         CheckpointError,
-        match=rf"separator: the checkpoint has token {manifest.separator_id} before each document, the data 0",
+        match=rf"the checkpoint has token {manifest.separator_id} before each document, the data 0",
     ):
         start(new_settings(ours, tmp_path / "run", ci_data), tmp_path / "run")
-    message = rf"has token 0 \('<\|endoftext\|>'\) before each document, the checkpoint was trained with {manifest.separator_id}"
+    message = (
+        r"has token 0 \('<\|endoftext\|>'\) before each document, the checkpoint was trained with "
+        rf"{manifest.separator_id}"
+    )
     with pytest.raises(DataError, match=message):
         evaluate_checkpoint(ours, "train", ci_data, batches=1)
 

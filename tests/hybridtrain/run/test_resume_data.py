@@ -117,7 +117,8 @@ def test_batches_lengths_and_layouts_may_change_and_each_target_of_an_epoch_is_r
         seen += itertools.chain(*read_by(words_settings(run, data, f"train.steps={done + 2}", *longer), True))
     assert sorted(seen[:EPOCH]) == list(range(1, EPOCH + 1))
     said = re.findall(
-        r"the last ([\d,]+) tokens of epoch 0 come in their old order, of windows of 16 tokens, cut into sequences of 48"
+        r"the last ([\d,]+) tokens of epoch 0 come in their old order, of windows of 16 tokens, cut into "
+        r"sequences of 48"
         r"(?:; the last one has (\d+) tokens of padding)?",
         capsys.readouterr().err,
     )
@@ -228,7 +229,7 @@ def test_an_unchanged_resume_says_nothing(
 def test_a_change_of_beta2_at_a_resume_counts_from_there_on(
     begun: tuple[Path, list[int]], data: Path, tmp_path: Path
 ) -> None:
-    """Rows that are not touched any more keep, in the checkpoint, the moments that their own steps gave them."""
+    """Rows that are not touched any more keep, in the checkpoint, the moments of their own steps."""
     run = shutil.copytree(begun[0], tmp_path / "run")
     scalars = checkpoint.read_info(run / "checkpoints/step-00000002")["table_scalars"]
     assert (scalars["beta2"], scalars["beta2_since"]) == (0.95, 0)

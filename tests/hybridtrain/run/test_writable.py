@@ -73,7 +73,10 @@ def test_names_of_no_folder_are_named(tmp_path: Path) -> None:
 def test_runs_do_not_lie_in_their_data(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     inside = tmp_path / "link/data/run"
-    expected = f"={inside}: lies in data.path={tmp_path / 'data'}, which holds prepared data alone; choose another folder"
+    expected = (
+        f"={inside}: lies in data.path={tmp_path / 'data'}, which holds prepared data alone; choose another "
+        "folder"
+    )
     assert found(f"run.dir={inside}", f"checkpoint.dir={inside}", f"data.path={tmp_path / 'data'}") == [
         f"run.dir{expected}",
         f"checkpoint.dir{expected}",

@@ -138,7 +138,7 @@ class Rig:
         return batch.at(self.run.positions), self.table.plan(batch)
 
     def steps(self, first: int, last: int, validate_after: int = -1) -> Seen:
-        """Steps `first` to `last-1`, each with the plan of the one after it, as the training loop does them."""
+        """Steps `first` to `last-1`, each with the plan of the one after it, as the training loop does."""
         run = Seen(low=self.table.low)
         self.upcoming = self.upcoming or self.plan(first)
         for step in range(first, last):
