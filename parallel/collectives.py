@@ -186,7 +186,7 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
 
 
 def swap(x: Tensor, peer: int, group: Group) -> Tensor:
-    """Send `x` to rank `peer` of the group and return what it sends, of the same shape; others take no part."""
+    """Send `x` to rank `peer` of the group and return what it sends, of one shape; others take no part."""
     out = torch.empty_like(x)
     pair = group.process_group
     _count(group, "swap", x.nbytes, tuple(sorted((group.ranks[group.rank], group.ranks[peer]))))

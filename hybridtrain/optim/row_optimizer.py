@@ -45,7 +45,7 @@ class RowOptimizer(Protocol):
         """
 
     def changed_since(self, step_count: int) -> Tensor:
-        """Ascending int64 [N]: at least the rows that were written to since `step_count` updates were made."""
+        """Ascending int64 [N]: at least the rows that were written to since there were `step_count` updates."""
 
     def watch(self, keep: Callable[[Tensor], None] | None) -> bool:
         """Call `keep` with rows, ascending, before they change, from now on; None ends it. False: a step

@@ -20,7 +20,7 @@ def settings(tied: bool = False) -> Settings:
     layers = ("attention+dense", "engram+attention+moe", "attention+moe", "engram+attention+dense")
     moe = MoESettings(num_experts=4, hidden=16, aux_weight=0.01, z_weight=0.01)
     model = ModelSettings(dim=32, layers=layers, tie_embeddings=tied, dense=DenseSettings(hidden=16), moe=moe)
-    return Settings(model=model, memory=EngramSettings(head_dim=8))
+    return Settings(model=model, engram=EngramSettings(head_dim=8))
 
 
 def build(s: Settings, part: Part | None = None, rows: StepRows | None = None) -> HybridLM:
@@ -82,4 +82,4 @@ def test_stage_costs_are_shares_of_parameters_and_operations() -> None:
     parameters = count_parameters(s, VOCABULARY, 0).total
     assert last - first == pytest.approx(table / products, rel=1e-6)
     assert first == pytest.approx(table / parameters, rel=0.05)  # norms and convolutions are not counted
-    assert layers[1] > layers[2] > layers[0]  # a memory and experts, experts, neither
+    assert layers[1] > layers[2] > layers[0]  # an Engram layer and experts, experts, neither
