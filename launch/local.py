@@ -18,7 +18,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -42,70 +41,85 @@ def run_ranks(
     *,
     threads: int = 0,
     preload: Sequence[str] = (),
-    bind: bool = True,
     restarts: int = 0,
-    again: tuple[Any, ...] | None = None,
 ) -> int:
-    """Call `module:function` in `nproc` ranks and return the exit status: 0, or the first failing rank's.
+    """Call `module:function` in `nproc` ranks and return the exit status; see `Launcher`."""
+    return Launcher(nproc, threads, preload=preload).run(target, arguments, restarts)
+
+
+class Launcher:
+    """Starts ranks on this machine and waits for their end.
 
     When a rank fails the others get SIGTERM, and SIGKILL 30 s later. SIGTERM, Ctrl-C and SIGUSR1 are passed
-    on to the ranks, which end or save in their own way. `threads` (0: the machine's cores shared out) bounds
-    each rank's CPU threads; with `bind` each rank keeps to its share of the cores, where there are enough.
-    Ranks that failed are all started again, up to `restarts` times, with the arguments `again` where given;
-    not after an error that the user has to mend, nor once they were asked to end.
+    on to the ranks, which end or save in their own way.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([target.partition(":")[0], *preload])
-    cores = usable_cores()
-    threads = threads or max(1, len(cores) // nproc)
-    shares = shares_of_cores(cores if bind else [], nproc, threads)
-    with _ForwardSignals() as signals:
-        for attempt in range(restarts + 1):
-            status = _run_once(context, target, arguments, shares, threads, attempt, signals)
-            if status in (0, USER_ERROR) or signals.ending or attempt == restarts:
-                break
-            print(
-                f"status {status}: restart {attempt + 1} of at most {restarts}", file=sys.stderr, flush=True
-            )
-            arguments = arguments if again is None else again
-    return status
 
+    def __init__(self, nproc: int, threads: int = 0, bind: bool = True, preload: Sequence[str] = ()) -> None:
+        """`threads` (0: the machine's cores shared out) bounds each rank's CPU threads; with `bind` each rank
+        keeps to its share of the cores, where there are enough. `preload`: modules that all ranks start with.
+        """
+        cores = usable_cores()
+        self._threads = threads or max(1, len(cores) // nproc)
+        self._shares = shares_of_cores(cores if bind else [], nproc, self._threads)
+        self._preload = preload
+        self._context = multiprocessing.get_context("forkserver")
 
-def _run_once(
-    context: ForkServerContext,
-    target: str,
-    arguments: tuple[Any, ...],
-    shares: Sequence[Sequence[int]],
-    threads: int,
-    attempt: int,
-    signals: _ForwardSignals,
-) -> int:
-    with tempfile.TemporaryDirectory(prefix="hybridtrain-") as folder:
-        errors = Path(folder) / "errors"
-        errors.mkdir()
-        environment = {
-            "WORLD_SIZE": str(len(shares)),
-            "LOCAL_WORLD_SIZE": str(len(shares)),
-            "OMP_NUM_THREADS": str(threads),
-            RESTARTS: str(attempt),
-            _ERRORS: str(errors),
-            RENDEZVOUS: f"file://{Path(folder) / 'rendezvous'}",
-        }
-        signals.ranks = [
-            context.Process(
-                target=_rank,
-                args=(target, arguments, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cores),
-                name=f"rank {rank}",
-            )
-            for rank, cores in enumerate(shares)
-        ]
-        for rank in signals.ranks:
-            rank.start()
-        status = _wait(signals.ranks)
-        told = _print_errors(errors)
-        return (
-            told if told and status in (1, told) else status
-        )  # which of several failed ranks was seen first is chance
+    def run(
+        self,
+        target: str,
+        arguments: tuple[Any, ...],
+        restarts: int = 0,
+        again: tuple[Any, ...] | None = None,
+    ) -> int:
+        """Call `module:function` in every rank and return the exit status: 0, or the first failing rank's.
+
+        Ranks that failed are all started again, up to `restarts` times, with the arguments `again` where
+        given; not after an error that the user has to mend, nor once they were asked to end.
+        """
+        self._context.set_forkserver_preload([target.partition(":")[0], *self._preload])
+        with _ForwardSignals() as signals:
+            for attempt in range(restarts + 1):
+                status = self._run_once(target, arguments, attempt, signals)
+                if status in (0, USER_ERROR) or signals.ending or attempt == restarts:
+                    break
+                next_attempt = f"restart {attempt + 1} of at most {restarts}"
+                print(f"status {status}: {next_attempt}", file=sys.stderr, flush=True)
+                arguments = arguments if again is None else again
+        return status
+
+    def _run_once(
+        self, target: str, arguments: tuple[Any, ...], attempt: int, signals: _ForwardSignals
+    ) -> int:
+        with tempfile.TemporaryDirectory(prefix="hybridtrain-") as folder:
+            errors = Path(folder) / "errors"
+            errors.mkdir()
+            environment = {
+                "WORLD_SIZE": str(len(self._shares)),
+                "LOCAL_WORLD_SIZE": str(len(self._shares)),
+                "OMP_NUM_THREADS": str(self._threads),
+                RESTARTS: str(attempt),
+                _ERRORS: str(errors),
+                RENDEZVOUS: f"file://{Path(folder) / 'rendezvous'}",
+            }
+            signals.ranks = [
+                self._context.Process(
+                    target=_rank,
+                    args=(
+                        target,
+                        arguments,
+                        {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        cores,
+                    ),
+                    name=f"rank {rank}",
+                )
+                for rank, cores in enumerate(self._shares)
+            ]
+            for rank in signals.ranks:
+                rank.start()
+            status = _wait(signals.ranks)
+            told = _print_errors(errors)
+            # which of several failed ranks was seen first is chance
+            return told if told and status in (1, told) else status
 
 
 def end_rank(text: str, status: int) -> NoReturn:

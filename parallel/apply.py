@@ -158,11 +158,3 @@ def _shard(
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
     set_collectives(module, *groups, torch.device(mesh.device_type))
-
-
-def sync_gradients(model: nn.Module, on: bool) -> None:
-    """Whether the next backward pass reduces gradients over ranks; off for all micro-batches of a step but
-    the last.
-    """
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(on)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridtrain.parallel import collectives
-from hybridtrain.parallel.collectives import Group, Traffic
+from hybridtrain.parallel.collectives import Group
+from hybridtrain.parallel.traffic import Traffic
 
 Guard = Callable[[], AbstractContextManager[None]]
 

@@ -10,12 +10,9 @@ backend adds. Groups of one rank do nothing and count nothing. What a layer call
 from __future__ import annotations
 
 import pickle
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,83 +22,7 @@ from torch._compile import (
 )
 
 from hybridtrain.parallel.replay import refuse_again, replayed, replayed_start
-
-SEND = "send"
-
-
-class Call(NamedTuple):
-    """The last collective that this rank began in a group: its `number`-th there, counted from 1.
-
-    A send is one of two ranks, who sends and who receives; each direction is numbered for itself, alike by
-    both.
-    """
-
-    group: str
-    ranks: tuple[int, ...]  # all that take part
-    operation: str
-    number: int
-    at: float  # time.monotonic()
-
-
-class Traffic:
-    """A ledger of (group, operation) -> [calls, bytes] and of the last call of each group; safe to write from
-    several threads.
-
-    A call is entered before it is made, so that a rank that waits in it is known to. `calls` rises as long as
-    this rank goes on; `waited` are its seconds in collectives, where the host waits for them.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entries: dict[tuple[str, str], list[int]] = {}
-        self._last: dict[tuple[str, tuple[int, ...]], Call] = {}
-        self.calls = 0
-        self.waited = 0.0
-
-    def add(self, group: Group, operation: str, sent: int, ranks: tuple[int, ...] = ()) -> None:
-        """A call of all ranks of the group, or of `ranks` among them."""
-        with self._lock:
-            entry = self._entries.setdefault((group.name, operation), [0, 0])
-            entry[0] += 1
-            entry[1] += sent
-        self.expect(group, operation, ranks or group.ranks)
-
-    def expect(self, group: Group, operation: str, ranks: tuple[int, ...]) -> None:
-        """The part of a call in which this rank sends nothing: it will wait for another's."""
-        with self._lock:
-            self.calls += 1
-            number = self._last[group.name, ranks].number + 1 if (group.name, ranks) in self._last else 1
-            self._last[group.name, ranks] = Call(group.name, ranks, operation, number, time.monotonic())
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Seconds that the main thread spends inside are `waited`: for other ranks, or for what is sent to
-        arrive.
-        """
-        begin = time.perf_counter()
-        yield
-        if threading.current_thread() is threading.main_thread():
-            self.waited += time.perf_counter() - begin
-
-    def alive(self) -> None:
-        """Something else was done that takes its time: a part of a checkpoint written."""
-        with self._lock:
-            self.calls += 1
-
-    def last_calls(self) -> list[Call]:
-        """Of every group, and direction of sends, that was used; the newest first."""
-        with self._lock:
-            return sorted(self._last.values(), key=lambda call: -call.at)
-
-    def entries(self) -> dict[tuple[str, str], tuple[int, int]]:
-        with self._lock:
-            return {key: (calls, sent) for key, (calls, sent) in self._entries.items()}
-
-    def bytes_by_group(self) -> dict[str, int]:
-        out: dict[str, int] = {}
-        for (group, _), (_, sent) in self.entries().items():
-            out[group] = out.get(group, 0) + sent
-        return out
+from hybridtrain.parallel.traffic import SEND, Traffic
 
 
 @dataclass(frozen=True)
@@ -265,7 +186,7 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
 
 
 def swap(x: Tensor, peer: int, group: Group) -> Tensor:
-    """Send `x` to rank `peer` of the group and return that rank's, of the same shape; only the two take part."""
+    """Send `x` to rank `peer` of the group and return what it sends, of one shape; others take no part."""
     out = torch.empty_like(x)
     pair = group.process_group
     _count(group, "swap", x.nbytes, tuple(sorted((group.ranks[group.rank], group.ranks[peer]))))
@@ -309,7 +230,7 @@ def count_send(x: Tensor, group: Group, target: int) -> None:
 def count_receive(group: Group, source: int) -> None:
     """What this rank of the world sends is what comes next."""
     refuse_again(f"receive over {group.name}")
-    group.traffic.expect(group, SEND, (source, group.ranks[group.rank]))
+    group.traffic.expect(group.name, SEND, (source, group.ranks[group.rank]))
 
 
 def _row_bytes(x: Tensor) -> int:
@@ -318,4 +239,4 @@ def _row_bytes(x: Tensor) -> int:
 
 def _count(group: Group, operation: str, sent: int, ranks: tuple[int, ...] = ()) -> None:
     refuse_again(f"{operation} over {group.name}")
-    group.traffic.add(group, operation, sent, ranks)
+    group.traffic.add(group.name, operation, sent, ranks or group.ranks)

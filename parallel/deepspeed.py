@@ -12,7 +12,8 @@ import importlib.metadata
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from hybridtrain.parallel.deepspeed_model import Groups, as_moe, own_experts, take_out
-from hybridtrain.parallel.engine import clip_, global_squares
+from hybridtrain.parallel.engine import Accumulation, Schedule, clip_, global_squares
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.schedule import Accumulation, Schedule
 
 REQUIRED = ((0, 19, 8), (0, 20))  # from, below
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,6 +47,19 @@ def missing() -> str | None:
     return None if REQUIRED[0] <= numbers < REQUIRED[1] else f"finds deepspeed {found} but needs {wanted}"
 
 
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What DeepSpeed is told. A step has `micro_batches` of `micro_batch` sequences on each rank, and
+    `tokens_per_step` tokens over all ranks.
+    """
+
+    stage: Literal[0, 1, 2, 3]
+    offload_optimizer: bool
+    micro_batch: int
+    micro_batches: int
+    tokens_per_step: int
+
+
 class DeepSpeedEngine:
     """An `Engine` (engine.py) of the whole model (pp 1, tp 1): see there for what its methods promise."""
 
@@ -56,17 +69,10 @@ class DeepSpeedEngine:
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         mesh: Mesh,
         outside: nn.Module,
-        *,
-        zero_stage: int,
-        offload_optimizer: bool,
-        micro_batch: int,
-        micro_batches: int,
-        tokens_per_step: int,
+        zero: ZeroSettings,
     ) -> None:
         """`model` has whole parameters, but experts cut over ep as DTensors; `make_optimizer` makes an AdamW
-        of them. `outside` is a module inside it whose parameters are none of the engine's business.
-
-        A step has `micro_batches` of `micro_batch` sequences on each rank.
+        of them. `outside` is a module inside it whose parameters the engine does not touch.
         """
         deepspeed = _import(mesh.device)
         if not dist.is_initialized():  # a single rank, for which mesh.py starts nothing
@@ -74,10 +80,10 @@ class DeepSpeedEngine:
             dist.init_process_group(
                 "nccl" if mesh.device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1
             )
-        self.name = f"deepspeed {deepspeed.__version__}, ZeRO-{zero_stage}" + (
-            ", optimizer on the CPU" if offload_optimizer else ""
+        self.name = f"deepspeed {deepspeed.__version__}, ZeRO-{zero.stage}" + (
+            ", optimizer on the CPU" if zero.offload_optimizer else ""
         )
-        self.model, self.mesh, self.zero_stage, self.offload = model, mesh, zero_stage, offload_optimizer
+        self.model, self.mesh, self.zero_stage, self.offload = model, mesh, zero.stage, zero.offload_optimizer
         take_out(outside, model)
         self.experts = own_experts(deepspeed, model, mesh)
         self.params = dict(model.named_parameters())
@@ -88,13 +94,13 @@ class DeepSpeedEngine:
             self.optimizer.param_groups[:] = split(self.optimizer.param_groups)
             root = as_moe(deepspeed, model)
         elements = sum(p.numel() for p in self.params.values())
-        config = _config(zero_stage, offload_optimizer, elements, micro_batch, micro_batches, mesh.device)
+        config = _config(zero, elements, mesh.device)
         self.engine, *_ = deepspeed.initialize(
             model=root, optimizer=self.optimizer, config=config, mpu=Groups(mesh)
         )
         self.allocate_state()
         self.optimizers: Sequence[torch.optim.Optimizer] = [self.optimizer]
-        self.schedule: Schedule = _EngineAccumulation(self.engine, tokens_per_step, mesh.device)
+        self.schedule: Schedule = _EngineAccumulation(self.engine, zero.tokens_per_step, mesh.device)
 
     def squares(self, rows_ND: Tensor | None) -> Tensor:
         grads = self._gradients()
@@ -238,25 +244,18 @@ def _import(device: torch.device) -> Any:
     return deepspeed
 
 
-def _config(
-    zero_stage: int,
-    offload_optimizer: bool,
-    elements: int,
-    micro_batch: int,
-    micro_batches: int,
-    device: torch.device,
-) -> dict[str, Any]:
+def _config(zero: ZeroSettings, elements: int, device: torch.device) -> dict[str, Any]:
     bucket = min(_BUCKET, elements)  # allocated whole, however small the model
-    zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": bucket}
-    if offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    elif zero_stage in (1, 2):
-        zero["compute_grad_norm"] = False  # ours counts the table as well
+    optimization: dict[str, Any] = {"stage": zero.stage, "reduce_bucket_size": bucket}
+    if zero.offload_optimizer:
+        optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    elif zero.stage in (1, 2):
+        optimization["compute_grad_norm"] = False  # ours counts the table as well
     return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": micro_batches,
+        "train_micro_batch_size_per_gpu": zero.micro_batch,
+        "gradient_accumulation_steps": zero.micro_batches,
         "gradient_clipping": 0.0,  # its default is 1.0; ours counts the table as well
-        "zero_optimization": zero,
+        "zero_optimization": optimization,
         "zero_force_ds_cpu_optimizer": False,  # its own CPU optimizer is compiled on first use, for minutes
     }
 

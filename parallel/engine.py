@@ -1,20 +1,107 @@
-"""What makes an update of a step's gradients, and its state in checkpoints: the native engine; deepspeed.py
-has the other.
+"""How gradients are computed and applied: the schedule that runs micro-batches through the model, and the
+engine that makes an update of their gradients and knows its state in checkpoints.
+
+Here are the schedule of one stage and the native engine; pipeline.py has the schedules over stages,
+deepspeed.py the other engine.
+
+Legend: M micro-batches, B sequences, T tokens, L Engram layers on this rank, S hash slots, N table rows.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.parallel.collectives import Group, all_reduce_
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.schedule import Schedule
+
+Phase = Callable[[str], AbstractContextManager[None]]  # times what runs inside it under a name
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """What a model needs of some micro-batches, on its device; their table rows stand ready in the model."""
+
+    tokens_MBT: Tensor
+    documents_MBT: Tensor  # numbers of the documents inside each sequence
+    targets_MBT: Tensor
+    index: Sequence[Tensor] | None  # per micro-batch [B, T, L, S], places in its rows
+
+    def __len__(self) -> int:
+        return len(self.tokens_MBT)
+
+
+class Schedule(Protocol):
+    """Runs micro-batches through the parts of the model that this rank holds."""
+
+    copies: Sequence[nn.Parameter]  # parameters here that another stage holds too, and counts and saves
+
+    def step(self, batch: MicroBatches, last: bool, phase: Phase) -> Tensor:
+        """Forward and backward of all micro-batches: the sum of their losses, each divided by the tokens of
+        the step (float64).
+
+        Gradients are added to the parameters', and with `last` (the step's last call) are complete over all
+        ranks. The loss is zero on ranks without the model's head.
+        """
+        ...
+
+    def losses(self, batch: MicroBatches) -> Tensor:
+        """Forward only: each micro-batch's summed loss in nats `[M]`, float64; zeros on ranks without the
+        model's head.
+        """
+        ...
+
+
+class Accumulation:
+    """The whole model on every rank, one micro-batch after the other."""
+
+    copies: Sequence[nn.Parameter] = ()
+
+    def __init__(self, model: nn.Module, tokens_per_step: int, device: torch.device) -> None:
+        self.model, self.tokens_per_step, self.device = model, tokens_per_step, device
+
+    def step(self, batch: MicroBatches, last: bool, phase: Phase) -> Tensor:
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for m in range(len(batch)):
+            # one reduction over ranks per step, whatever the number of micro-batches
+            self._sync_gradients(last and m == len(batch) - 1)
+            with phase("forward"):
+                part = self._forward(batch, m) / self.tokens_per_step
+            with phase("backward"):
+                self._backward(part)
+            loss += part.detach()
+        return loss
+
+    def _sync_gradients(self, on: bool) -> None:
+        sync_gradients(self.model, on)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    @torch.no_grad()
+    def losses(self, batch: MicroBatches) -> Tensor:
+        return torch.stack([self._forward(batch, m).double() for m in range(len(batch))])
+
+    def _forward(self, batch: MicroBatches, m: int) -> Tensor:
+        index = batch.index[m] if batch.index is not None else None
+        loss: Tensor = self.model(batch.tokens_MBT[m], batch.documents_MBT[m], index, m, batch.targets_MBT[m])
+        return loss
+
+
+def sync_gradients(model: nn.Module, on: bool) -> None:
+    """Whether the next backward pass reduces gradients over ranks; off for all micro-batches of a step but
+    the last.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
 
 
 class Engine(Protocol):
@@ -66,7 +153,7 @@ class Engine(Protocol):
 
 
 class NativeEngine:
-    """Parameters as `apply.parallelize` left them, plain or sharded by FSDP2, and torch's optimizers on them."""
+    """Parameters as `apply.parallelize` left them, plain or sharded by FSDP2, and their torch optimizers."""
 
     name = "native"
 
@@ -196,7 +283,7 @@ def norms_of(squares: Sequence[float]) -> tuple[float, float]:
 
 
 def clip_(grads: Sequence[Tensor], norm: float, bound: float) -> None:
-    """Scale all gradients in place so that a global norm of `norm` becomes at most `bound` (0: leave them)."""
+    """Scale all gradients in place so that the global norm `norm` becomes at most `bound` (0: leave them)."""
     if bound > 0 and norm > bound:
         torch._foreach_mul_(list(grads), bound / (norm + 1e-6))
 

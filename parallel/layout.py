@@ -4,7 +4,7 @@ torch.
 Dense mesh `pp × dp_replicate × dp_shard × cp × tp`, slowest axis first (tp neighbours are neighbouring
 ranks). Experts fold over `dp_shard × cp × tp` as `edp × ep × etp`, with `ep` = `ep_inter × ep_intra` where
 tokens are dispatched over nodes first; lookup tables fold over all ranks as `mem_replicate × mem`, or, where
-`mem_placement` is far, as `mem × mem_replicate`.
+`mem_placement` is strided, as `mem × mem_replicate`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Literal
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep", "etp")
 NODE_AXES = ("pp", "dp_replicate", "edp", "ep_inter", "ep_intra", "etp")
-MEMORY_AXES = ("mem_replicate", "mem")
+MEM_AXES = ("mem_replicate", "mem")
 
 
 class LayoutError(ValueError):
@@ -57,6 +58,34 @@ class ModelFacts:
     expert_multiple: int = 4  # elements of 16 bytes
 
 
+MemPlacement = Literal["contiguous", "strided"]
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """What is asked of the axes, before the number of ranks is known.
+
+    dp_shard: -1 takes the ranks that the other axes leave; mem: -1 takes all
+    node_size: neighbouring ranks that make a node, over which tokens are dispatched hierarchically if ep
+        reaches over several nodes; 0: dispatch is flat
+    mem_placement: whether the owners of a table are neighbouring ranks or spread evenly over the world
+    """
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    mem: int = -1
+    etp: int = 1
+    node_size: int = 0
+    mem_placement: MemPlacement = "contiguous"
+
+
+_DEFAULTS = Degrees()
+
+
 @dataclass(frozen=True)
 class Layout:
     """Degrees of all axes for `world` ranks, fully resolved (no -1). Build it with `resolve`."""
@@ -71,38 +100,31 @@ class Layout:
     mem: int
     etp: int = 1
     ep_inter: int = 1  # nodes that the ranks of ep are on, where dispatch is hierarchical
-    mem_placement: str = "contiguous"  # or "strided"
+    mem_placement: MemPlacement = "contiguous"
 
     @classmethod
-    def resolve(
-        cls,
-        world: int,
-        *,
-        pp: int = 1,
-        dp_replicate: int = 1,
-        dp_shard: int = -1,
-        cp: int = 1,
-        tp: int = 1,
-        ep: int = 1,
-        mem: int = -1,
-        etp: int = 1,
-        node_size: int = 0,
-        mem_placement: str = "contiguous",
-    ) -> Layout:
-        """The layout of `world` ranks; `dp_shard=-1` takes the ranks the other axes leave, `mem=-1` takes
-        all.
+    def resolve(cls, world: int, asked: Degrees = _DEFAULTS) -> Layout:
+        """The layout of `world` ranks with these degrees; one of dp_shard alone where none are given.
 
-        With `node_size` tokens are dispatched hierarchically over nodes of so many neighbouring ranks, if ep
-        reaches over several. Raises LayoutError listing every violation of the ranks' arithmetic.
+        Raises LayoutError listing every violation of the ranks' arithmetic.
         """
-        others = pp * dp_replicate * cp * tp
-        shard = dp_shard if dp_shard != -1 else max(1, world // others)
-        nodes = max(1, ep * etp // node_size) if node_size else 1
+        others = asked.pp * asked.dp_replicate * asked.cp * asked.tp
+        ep, etp, node_size = asked.ep, asked.etp, asked.node_size
         layout = cls(
-            world, pp, dp_replicate, shard, cp, tp, ep, world if mem == -1 else mem, etp, nodes, mem_placement
+            world,
+            asked.pp,
+            asked.dp_replicate,
+            asked.dp_shard if asked.dp_shard != -1 else max(1, world // others),
+            asked.cp,
+            asked.tp,
+            ep,
+            world if asked.mem == -1 else asked.mem,
+            etp,
+            max(1, ep * etp // node_size) if node_size else 1,
+            asked.mem_placement,
         )
         out: list[str] = []
-        if others * shard != world:
+        if others * layout.dp_shard != world:
             named = [f"{a} {getattr(layout, a)}" for a in DENSE_AXES if getattr(layout, a) > 1]
             mend = (
                 f"set dp_shard={world // others} or dp_shard=-1"
@@ -110,10 +132,11 @@ class Layout:
                 else _mend_world(layout, others)
             )
             out.append(
-                f"parallel: {' x '.join(named) or 'all axes 1'} = {others * shard} ranks, not {world}; {mend}"
+                f"parallel: {' x '.join(named) or 'all axes 1'} = {others * layout.dp_shard} ranks, "
+                f"not {world}; {mend}"
             )
-        if etp not in (1, tp):
-            out.append(f"parallel.etp={etp} is neither 1 nor tp; etp may be {choices(sorted({1, tp}))}")
+        if etp not in (1, asked.tp):
+            out.append(f"parallel.etp={etp} is neither 1 nor tp; etp may be {choices(sorted({1, asked.tp}))}")
         elif layout.ep < 1 or layout.expert_ranks % layout.ep:
             out.append(
                 f"parallel.ep={ep} does not divide {layout._fold} = {layout.expert_ranks}; "
@@ -128,7 +151,7 @@ class Layout:
             )
         if layout.mem < 1 or world % layout.mem:
             out.append(
-                f"parallel.mem={mem} does not divide the {world} ranks; mem may be -1, "
+                f"parallel.mem={asked.mem} does not divide the {world} ranks; mem may be -1, "
                 f"{choices(divisors(world))}"
             )
         if out:
@@ -167,11 +190,11 @@ class Layout:
         return self.world // self.mem
 
     @property
-    def memory_axes(self) -> tuple[str, ...]:
-        """The axes of the tables, slowest first: near, a group is neighbouring ranks; far, ranks spread
-        evenly over the world.
+    def mem_axes(self) -> tuple[str, ...]:
+        """The axes of the tables, slowest first: contiguous, a group is neighbouring ranks; strided, ranks
+        spread evenly over the world.
         """
-        return MEMORY_AXES if self.mem_placement == "contiguous" else MEMORY_AXES[::-1]
+        return MEM_AXES if self.mem_placement == "contiguous" else MEM_AXES[::-1]
 
     @property
     def dp(self) -> int:
@@ -185,7 +208,7 @@ class Layout:
         """Where `rank` stands on `axis` (any of the dense, expert or memory axes, or `dp`)."""
         if axis == "dp":
             return self.coordinate(rank, "dp_replicate") * self.dp_shard + self.coordinate(rank, "dp_shard")
-        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, self.memory_axes) if axis in axes)
+        axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, self.mem_axes) if axis in axes)
         sizes = self.shape(axes)
         place = axes.index(axis)
         return rank // prod(sizes[place + 1 :]) % sizes[place]
@@ -195,7 +218,7 @@ class Layout:
         coordinate.
         """
         along = {"dp": ("dp_replicate", "dp_shard"), "fsdp": ("dp_shard", "cp")}.get(axis, (axis,))
-        axes = next(a for a in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEMORY_AXES) if along[0] in a)
+        axes = next(a for a in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEM_AXES) if along[0] in a)
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world):
             found.setdefault(tuple(self.coordinate(rank, a) for a in axes if a not in along), []).append(rank)
@@ -308,7 +331,7 @@ class Layout:
             if getattr(self, axis) > 1
         ]
         if self.mem_placement == "strided" and 1 < self.mem < self.world:
-            named.append("mem far")
+            named.append("mem strided")
         return " · ".join(named) or "one rank"
 
 

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 
-from hybridtrain.parallel.collectives import Group, Traffic, gather_objects
-from hybridtrain.parallel.layout import MEMORY_AXES, Layout, LayoutError
+from hybridtrain.parallel.collectives import Group, gather_objects
+from hybridtrain.parallel.layout import MEM_AXES, Layout, LayoutError
+from hybridtrain.parallel.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Mesh:
     )  # ([dp_replicate,] fsdp[, tp]): what dense parameters are cut over; see `data_mesh`
     expert_mesh: DeviceMesh | None  # ([dp_replicate,] edp, ep[, etp])
     # of all ranks:
-    memory_mesh: DeviceMesh | None  # layout.memory_axes
+    mem_mesh: DeviceMesh | None  # layout.mem_axes
 
     @property
     def data_mesh(self) -> DeviceMesh | None:
@@ -73,29 +74,22 @@ class Mesh:
 
         Collective: every rank calls it for the same names in the same order.
         """
-        groups = []
-        for axis in MEMORY_AXES[::-1]:
-            groups.append(
-                _group(
-                    self.layout, self.rank, axis, f"{axis}_{name}", self.traffic, self.timeout, backend="gloo"
-                )
-            )
-        return groups[0], groups[1]
+        groups = _Groups(self.layout, self.rank, self.traffic, self.timeout)
+        mem, mem_replicate = (groups.make(axis, f"{axis}_{name}", "gloo") for axis in MEM_AXES[::-1])
+        return mem, mem_replicate
 
     def own_mem_group(self, name: str) -> Group:
         """A copy of `mem` for exchanges that neither wait for the step's other collectives nor hold them up.
         Collective.
         """
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        return _group(
-            self.layout, self.rank, "mem", f"mem_{name}", self.traffic, self.timeout, backend=backend
-        )
+        return _Groups(self.layout, self.rank, self.traffic, self.timeout).make("mem", f"mem_{name}", backend)
 
     def own_world_group(self, name: str, timeout: float) -> Group:
         """A gloo copy of `world` for a thread of its own, whose collectives may take `timeout` seconds.
         Collective.
         """
-        return _group(self.layout, self.rank, "world", name, self.traffic, timeout, backend="gloo")
+        return _Groups(self.layout, self.rank, self.traffic, timeout).make("world", name, "gloo")
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -109,7 +103,7 @@ def ranks_of_a_node(world: int) -> int:
 
 
 def choose_device() -> torch.device:
-    """The accelerator of this local rank where there is one, else the CPU: the one place where it is decided."""
+    """The accelerator of this local rank where there is one, else the CPU. It is decided here only."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -117,54 +111,51 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Joining:
+    """How ranks find each other, and what is special about what they make.
+
+    rendezvous: torchrun's environment, or a `file://` path that all ranks see
+    table_device: where this rank's part of the lookup table lies; None: where the model does
+    always: a world of one rank has device meshes too, for FSDP, which then does nothing but mix precisions
+    """
+
+    rendezvous: str = "env://"
+    table_device: torch.device | None = None
+    always: bool = False
+
+
+BY_ENVIRONMENT = Joining()
+
+
 def make_mesh(
-    layout: Layout,
-    rank: int,
-    device: torch.device,
-    timeout: float,
-    rendezvous: str = "env://",
-    table_device: torch.device | None = None,
-    *,
-    always: bool = False,
+    layout: Layout, rank: int, device: torch.device, timeout: float, joining: Joining = BY_ENVIRONMENT
 ) -> Mesh:
     """Start torch.distributed for `layout.world` ranks and build all groups; `timeout` in seconds bounds
     every collective.
 
-    The ranks meet at `rendezvous`: torchrun's environment, or a `file://` path that all of them see.
-    `table_device` is where this rank's part of the lookup table lies, None where the model does. With
-    `always` a world of one rank has device meshes too, for FSDP, which then does nothing but mix precisions.
+    Raises LayoutError where ranks have resolved different layouts.
     """
     traffic = Traffic()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if layout.world == 1 and always and not dist.is_initialized():
+    if layout.world == 1 and joining.always and not dist.is_initialized():
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         atexit.register(close_mesh)  # evaluation and generation, unlike training, have no end of their own
     elif layout.world > 1 and not dist.is_initialized():
         dist.init_process_group(
             backend,
-            init_method=rendezvous,
+            init_method=joining.rendezvous,
             rank=rank,
             world_size=layout.world,
             timeout=timedelta(seconds=timeout),
         )
 
-    meshes = layout.world > 1 or always
-    layouts = gather_objects(
-        layout, _group(layout, rank, "world", "world", Traffic(), timeout)
-    )  # not of the run
-    if any(
-        other != layout for other in layouts
-    ):  # LOCAL_WORLD_SIZE may differ; ranks would wait for each other in other groups
-        said = "; ".join(
-            f"rank {i} has {other.describe()}" for i, other in enumerate(layouts) if other != layouts[i - 1]
-        )
-        raise LayoutError(
-            layout.world,
-            [f"ranks have resolved different layouts: {said}; set parallel.node_size to one number"],
-        )
+    meshes = layout.world > 1 or joining.always
+    _check_same(layout, _Groups(layout, rank, Traffic(), timeout).make("world", "world"))  # not of the run
+    groups = _Groups(layout, rank, traffic, timeout)
 
     def group(axis: str) -> Group:
-        return _group(layout, rank, axis, axis, traffic, timeout)
+        return groups.make(axis, axis)
 
     dense_mesh, expert_mesh = _parameter_meshes(layout, device) if meshes else (None, None)
 
@@ -178,12 +169,12 @@ def make_mesh(
         layout=layout,
         rank=rank,
         device=device,
-        table_device=table_device or device,
+        table_device=joining.table_device or device,
         traffic=traffic,
         world=group("world"),
         # its own also where it is all ranks: sends between stages must not queue behind collectives of the
         # world
-        pp=_group(layout, rank, "pp", "pp", traffic, timeout, backend=backend),
+        pp=groups.make("pp", "pp", backend),
         dp=group("dp"),
         cp=group("cp"),
         tp=group("tp"),
@@ -197,31 +188,48 @@ def make_mesh(
         timeout=timeout,
         dense_mesh=dense_mesh,
         expert_mesh=expert_mesh,
-        memory_mesh=_device_mesh(layout, table_device or device, layout.memory_axes)
+        mem_mesh=_device_mesh(layout, joining.table_device or device, layout.mem_axes)
         if layout.world > 1
         else None,
     )
 
 
-def _group(
-    layout: Layout,
-    rank: int,
-    axis: str,
-    name: str,
-    traffic: Traffic,
-    timeout: float,
-    backend: str | None = None,
-) -> Group:
-    partition = [list(range(layout.world))] if axis == "world" else layout.groups(axis)
-    ranks = next(ranks for ranks in partition if rank in ranks)
-    process_group = None
-    if len(ranks) == layout.world > 1 and backend is None:
-        process_group = dist.group.WORLD
-    elif len(ranks) > 1:
-        process_group, _ = dist.new_subgroups_by_enumeration(
-            partition, backend=backend, timeout=timedelta(seconds=timeout)
-        )
-    return Group(name, tuple(ranks), ranks.index(rank), process_group, traffic)
+def _check_same(layout: Layout, world: Group) -> None:
+    """LOCAL_WORLD_SIZE may differ between machines; ranks would wait for each other in other groups."""
+    layouts = gather_objects(layout, world)
+    if all(other == layout for other in layouts):
+        return
+    said = "; ".join(
+        f"rank {i} has {other.describe()}" for i, other in enumerate(layouts) if other != layouts[i - 1]
+    )
+    problem = f"ranks have resolved different layouts: {said}; set parallel.node_size to one number"
+    raise LayoutError(layout.world, [problem])
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Makes groups of ranks; collective, so every rank makes the same ones in the same order."""
+
+    layout: Layout
+    rank: int
+    traffic: Traffic
+    timeout: float
+
+    def make(self, axis: str, name: str, backend: str | None = None) -> Group:
+        """Of the ranks that differ from this one on `axis` only ("world": all). Without `backend` the group
+        of all ranks is torch's own.
+        """
+        world = self.layout.world
+        partition = [list(range(world))] if axis == "world" else self.layout.groups(axis)
+        ranks = next(ranks for ranks in partition if self.rank in ranks)
+        process_group = None
+        if len(ranks) == world > 1 and backend is None:
+            process_group = dist.group.WORLD
+        elif len(ranks) > 1:
+            process_group, _ = dist.new_subgroups_by_enumeration(
+                partition, backend=backend, timeout=timedelta(seconds=self.timeout)
+            )
+        return Group(name, tuple(ranks), ranks.index(self.rank), process_group, self.traffic)
 
 
 @contextmanager
@@ -258,7 +266,7 @@ def mesh_on_paper(layout: Layout, rank: int) -> Iterator[Mesh]:
             timeout=0,
             dense_mesh=meshes[0],
             expert_mesh=meshes[1],
-            memory_mesh=None,
+            mem_mesh=None,
             **{axis: group(axis) for axis in axes},
         )
     finally:

@@ -19,7 +19,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.parallel.collectives import Group, count_receive, count_send, swap
-from hybridtrain.parallel.schedule import MicroBatches, Phase
+from hybridtrain.parallel.engine import MicroBatches, Phase
 from hybridtrain.parallel.stages import SCHEDULES, Stage
 
 _CLASSES: dict[str, Any] = {

@@ -22,11 +22,11 @@ from hybridtrain.checkpoint import Saver
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.monitor.metrics import Clock, read_metrics
-from hybridtrain.parallel.mesh import close_mesh, make_mesh
+from hybridtrain.monitor.metrics import read_metrics
+from hybridtrain.parallel.mesh import Joining, close_mesh, make_mesh
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import compute_dtype, resolve_layout
+from hybridtrain.run.step import StepInput, train_step
 from hybridtrain.settings.load import load_settings
 from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
@@ -151,7 +151,7 @@ def build_here(settings: Settings) -> tuple[Run, BatchLoader]:
     """On a rank of run_on_ranks, or alone: the run's parts on this world, and this rank's batches."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     mixed = compute_dtype(settings, torch.device("cpu")) != torch.float32
-    mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, always=mixed)
+    mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, Joining(always=mixed))
     dataset = TokenDataset.open(settings.data.path, verify=False)
     vocabulary = Vocabulary.of(dataset)
     run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
@@ -181,14 +181,14 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
         batch = loader.load(number)
         plan = table.plan(batch) if table is not None else None
         out.gradients.append({})
-        totals = train_step(run, number, batch.at(run.positions), plan, Clock(run.mesh.device))
+        totals = train_step(run, number, StepInput(batch.at(run.positions), plan))
         out.losses.append(totals.loss)
         out.statistics.append(
             {name: torch.tensor(value, dtype=torch.float64) for name, value in totals.statistics.items()}
         )
     out.state.update({name: _whole(p) for name, p in named.items()})
     if table is not None:
-        out.state["table"] = table.table.clone()
+        out.state["table"] = table.weight.clone()
     out.traffic.update(
         {key: value for key, value in run.mesh.traffic.entries().items() if "plan" not in key[0]}
     )

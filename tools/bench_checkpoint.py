@@ -33,14 +33,14 @@ from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import UserError
 from hybridtrain.launch.local import run_ranks
-from hybridtrain.monitor.metrics import Clock
+from hybridtrain.monitor.clock import Clock
 from hybridtrain.parallel.collectives import all_reduce_, barrier
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.reshard import reshard
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import join_world
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from hybridtrain.settings.load import load_settings
 from hybridtrain.settings.tree import Settings
 
@@ -171,7 +171,7 @@ class _Trainer:
         )
         return checkpoint.Saver(ours, folder, "")
 
-    def step(self, stop: bool = False, before_update: Callable[[], None] | None = None) -> bool:
+    def step(self, stop: bool = False, before_update: Callable[[], None] = lambda: None) -> bool:
         """One training step; whether any rank asked for a stop."""
         assert self.run.table is not None
         batch = self._loader.load(self.done)
@@ -179,11 +179,8 @@ class _Trainer:
         totals = train_step(
             self.run,
             self.done,
-            batch,
-            plan,
-            self.clock,
-            before_update=before_update,
-            asked=lambda: (stop, False),
+            StepInput(batch, plan),
+            Hooks(self.clock.phase, before_update, lambda: (stop, False)),
         )
         self.done += 1
         return totals.stop

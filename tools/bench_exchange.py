@@ -85,7 +85,7 @@ def planned(table: LookupTable, batches: Callable[[int], Batch]) -> Way:
         total_ND = table.new_gradient(plan)
         for exchange in plan.exchanges:
             table.fetch(plan, exchange)
-            for leaf, index in zip(table.rows.parameters(), exchange.index, strict=True):
+            for leaf, index in zip(table.leaves.parameters(), exchange.index, strict=True):
                 places = index.flatten()  # the model's lookup and its gradient
                 rows = leaf.detach().index_select(0, places)
                 leaf.grad = torch.zeros_like(leaf).index_add_(0, places, torch.full_like(rows, GRADIENT))
@@ -107,7 +107,7 @@ def in_the_layer(table: LookupTable, mesh: Mesh, batches: Callable[[int], Batch]
         asked = torch.bincount(owner_X, minlength=mem.size)
         send, receive = asked.tolist(), exchange_counts(asked, mem).tolist()
         wanted_Q = all_to_all(ids_X[order_X], send, receive, mem) - table.low
-        sorted_XD = all_to_all(table.table.index_select(0, wanted_Q), receive, send, mem)
+        sorted_XD = all_to_all(table.weight.index_select(0, wanted_Q), receive, send, mem)
         rows_XD = torch.empty_like(sorted_XD).index_copy_(0, order_X, sorted_XD)
         return rows_XD, lambda grad_XD: (
             wanted_Q,

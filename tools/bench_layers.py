@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.monitor.metrics import Clock
+from hybridtrain.monitor.clock import Clock
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import join_world
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from hybridtrain.settings.load import load_settings
 
 CASES = {
@@ -145,7 +145,7 @@ def _case(config: Path, overrides: list[str]) -> Callable[[int], None]:
     def step(number: int) -> None:
         batch = loader.load(number)
         plan = run.table.plan(batch) if run.table is not None else None
-        train_step(run, number, batch, plan, clock)
+        train_step(run, number, StepInput(batch, plan), Hooks(clock.phase))
 
     return step
 

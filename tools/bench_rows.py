@@ -36,13 +36,13 @@ from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import UserError
 from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.launch.local import run_ranks
-from hybridtrain.monitor.metrics import Clock
+from hybridtrain.monitor.clock import Clock
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import join_world
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from hybridtrain.settings.load import load_settings
 from hybridtrain.settings.tree import Settings
 
@@ -192,7 +192,7 @@ def _cases(
             "rows": run.table.addressing.num_rows,
             "unique_rows": first.unique,
             "late_rows": second.late_rows,
-            "table_bytes_here": run.table.table.nbytes,
+            "table_bytes_here": run.table.weight.nbytes,
             "row_state_bytes_here": sum(value.nbytes for value in run.table.optimizer.state.values()),
         }
         name = f"{run.table.addressing.num_rows:,} rows" + (f", {fetch}" if len(options.fetch) > 1 else "")
@@ -219,13 +219,13 @@ def _row_step(
         batch, plan = plan_once(number, clock)
         if not (options.model_free or options.dense):
             _, next_plan = plan_once(number + 1, clock)
-            train_step(run, number, batch, plan, clock, next_plan)
+            train_step(run, number, StepInput(batch, plan, next_plan), Hooks(clock.phase))
             del planned[number]
             return {"hidden": table.hidden_seconds()}
         exchange = plan.exchanges[0]
         with clock.phase("fetch"):
             table.fetch(plan, exchange)
-        for leaf in table.rows.parameters():
+        for leaf in table.leaves.parameters():
             leaf.grad = torch.full_like(leaf, 1e-3)
         with clock.phase("push"):
             total_ND = table.new_gradient(plan)
@@ -241,7 +241,7 @@ def _row_step(
 def _dense_step(run: Run, batches: Callable[[int], Batch]) -> Callable[[int, Clock], dict[str, float]]:
     table = run.table
     assert table is not None
-    dense = nn.Embedding(table.addressing.num_rows, table.table.shape[1])
+    dense = nn.Embedding(table.addressing.num_rows, table.weight.shape[1])
     optimizer = torch.optim.Adam(dense.parameters(), lr=1e-3)
 
     def step(number: int, clock: Clock) -> dict[str, float]:

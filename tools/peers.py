@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from hybridtrain.data.batches import Batch
 from hybridtrain.model.feedforwards.dense import SwiGLU
-from hybridtrain.monitor.metrics import Clock
+from hybridtrain.monitor.clock import Clock
 from hybridtrain.run.assemble import Vocabulary, assemble
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import join_world, keep_freed_memory
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from hybridtrain.settings.tree import Settings
 
 Step = Callable[[], object]
@@ -109,7 +109,8 @@ def hybridtrain(case: Case, experts: str = "sharded") -> Made:
         tokens[..., 1:].contiguous(),
         torch.zeros_like(tokens[..., 1:], dtype=torch.bool),
     )
-    return lambda: train_step(run, 100, batch, None, clock), sum(p.numel() for p in run.model.parameters())
+    data, hooks = StepInput(batch), Hooks(clock.phase)
+    return lambda: train_step(run, 100, data, hooks), sum(p.numel() for p in run.model.parameters())
 
 
 def transformers(case: Case, experts: str = "grouped_mm") -> Made:

@@ -133,7 +133,7 @@ def _load_rows(
                 alive()
     if table.mode == "stale" and not weights_only:
         chunks = stored.row_chunks(f"{TABLE}{KIND}", table.low, table.high)
-        table.load_stale(
+        table.load_saved_rows(
             [SavedRows(stored.read(f"{chunk}.numbers"), stored.read(f"{chunk}.values")) for chunk in chunks]
         )
 

@@ -52,7 +52,7 @@ def content(run: Run, since: int | None, later: bool) -> Content:
         out.add(run.engine.state(stage, with_copies=False))
     table = run.table
     if table is not None:
-        out.add({f"{TABLE}{name}": value for name, value in table.stale_state().items()})
+        out.add({f"{TABLE}{name}": value for name, value in table.saved_rows().items()})
         rows = CopyOnWrite(table.row_tensors())
         kept = later and table.optimizer.watch(rows.keep)
         if since is not None:

@@ -1,12 +1,10 @@
-"""What a run tells: metrics.jsonl, TensorBoard, the terminal, and seconds per phase."""
+"""What a run reports: metrics.jsonl, TensorBoard and the terminal."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +18,6 @@ from hybridtrain.files.untrusted import UntrustedFileError, read_bytes
 
 METRICS = "metrics.jsonl"
 _MAX_METRICS = 1 << 30  # bytes
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What one step came to, over all ranks."""
-
-    loss: float  # nats per token
-    statistics: dict[
-        str, list[float]
-    ]  # the sums of `model.statistics.collect`, a list of one for a single number
-    stop: bool
-    save: bool
-    grad_norm: float
-    table_grad_norm: float
-    kept: bool  # the update was made
-
-
-class Clock:
-    """Seconds spent in named phases since the last `take`. On CUDA by events, so that measuring never waits
-    for the device.
-
-    `step`, `current` and `entered` say where the run stands: step and phase under way, a number that rises as
-    it goes on.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.step, self.current, self.entered = 0, "", 0
-        self._seconds: dict[str, float] = {}
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self.current, self.entered = name, self.entered + 1
-        if self.cuda:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            yield
-            end.record()
-            self._events.append((name, begin, end))
-        else:
-            begin_at = time.perf_counter()
-            yield
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin_at
-        self.current = ""
-
-    def alive(self) -> None:
-        """Something within a long phase was done."""
-        self.entered += 1
-
-    def take(self) -> dict[str, float]:
-        """Seconds per phase since the last call."""
-        if self._events:
-            torch.cuda.synchronize()
-        for name, begin, end in self._events:
-            self._seconds[name] = self._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1000
-        seconds, self._seconds, self._events = self._seconds, {}, []
-        return seconds
 
 
 class MetricsLog:

@@ -12,7 +12,7 @@ from hybridtrain.parallel.collectives import all_reduce_
 from hybridtrain.parallel.mesh import Mesh
 
 
-class Pace:
+class StepTimes:
     """Adds up the seconds of steps, and those of them in which this rank did not wait for others.
 
     What the host does not wait for, as on CUDA, counts as its own: there all ranks look alike.

@@ -24,8 +24,9 @@ from types import TracebackType
 
 from hybridtrain.files.durable import write_atomically
 from hybridtrain.launch.local import STALLED, end_rank
-from hybridtrain.monitor.metrics import Clock
-from hybridtrain.parallel.collectives import SEND, Call, Group
+from hybridtrain.monitor.clock import Clock
+from hybridtrain.parallel.collectives import Group
+from hybridtrain.parallel.traffic import SEND, Call
 
 _NOTICED, _SAID = 0.8, 0.9  # shares of the timeout after which a rank writes its record, and ends the run
 _TICKS, _LOOK = 20, 3  # a timeout's ticks; those between two looks at the others' records
@@ -171,7 +172,8 @@ class Watchdog:
     def _report(self, still: float) -> str:
         text = f"no progress for {still:.0f} s (parallel.timeout={self.timeout:g}): "
         try:
-            text += f"{explain(self._records(), self.world.size)}\nrecords and stacks of the ranks that could speak: {self.folder}"
+            text += f"{explain(self._records(), self.world.size)}\n"
+            text += f"records and stacks of the ranks that could speak: {self.folder}"
             write_atomically(self._place("report-of-rank", ".txt"), text.encode())
         except OSError as error:
             text += (
@@ -233,7 +235,8 @@ def _line(record: Record) -> str:
         if record.calls
         else "no collective yet"
     )
-    return f"  rank {record.rank} on {record.host}: step {record.step}, {record.phase or 'between phases'}; {last}"
+    phase = record.phase or "between phases"
+    return f"  rank {record.rank} on {record.host}: step {record.step}, {phase}; {last}"
 
 
 def _call(call: Call) -> str:

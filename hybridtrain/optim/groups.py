@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -78,13 +76,6 @@ def group_kind(declared: Parameter, ndim: int, muon: bool) -> str:
     if not muon or declared.group == "adamw":
         return "decay"
     return "muon" if ndim == 2 else "muon_experts"
-
-
-def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], scale: float) -> None:
-    """Set every group's learning rate to `scale` times its peak."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * scale
 
 
 def _mesh_labels(meshes: list[object]) -> list[str]:

@@ -7,90 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridtrain.errors import SettingsError
 from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.kernels.rows.op import row_gather
 from hybridtrain.kernels.rowwise_adam.op import RowState, Step, fade, rounded, rowwise_adam
 from hybridtrain.kernels.rowwise_adam.rounding import rounding_seed
-from hybridtrain.model.engram import EngramSettings
 from hybridtrain.optim.decay import DecayLog
 
 _ROWS_AT_ONCE = 1 << 18
-
-
-class RowOptimizer(Protocol):
-    """What the training loop and the checkpoint ask of an optimizer of table rows.
-
-    state: tensors with the local rows as dim 0; they are saved and resharded with the table, and may be
-    loaded in place. step_count: updates so far, the same on every rank.
-    """
-
-    state: dict[str, Tensor]
-    step_count: int
-
-    def catch_up(self, rows_N: Tensor) -> None:
-        """Apply the weight decay that the rows int64 [N] owe for steps without gradient; called before they
-        are read.
-        """
-
-    def values(self, rows_N: Tensor, coming_lr: float | None = None) -> Tensor:
-        """What the rows int64 [N] are once `catch_up` was called, as a tensor [N, D] of its own; changes
-        nothing.
-
-        With `coming_lr`: once the coming step, at that rate, which touches none of them, was made and
-        `catch_up` was called.
-        """
-
-    def step(self, rows_N: Tensor, grad_ND: Tensor, lr: float) -> None:
-        """Update the rows, sorted unique int64 [N], by their gradients; every other row has gradient 0. N may
-        be 0.
-        """
-
-    def changed_since(self, step_count: int) -> Tensor:
-        """Ascending int64 [N]: at least every row that was written to since there were `step_count` updates."""
-
-    def watch(self, keep: Callable[[Tensor], None] | None) -> bool:
-        """Call `keep` with rows, ascending, before they change, from now on; None ends it. False: a step
-        changes every row.
-        """
-
-    def scalars(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside `state`: numbers and lists of numbers, exact in JSON."""
-
-    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        """Take over what `scalars` gave."""
-
-
-def make_row_optimizer(
-    engram: EngramSettings,
-    table_RD: Tensor,
-    seed: int = 0,
-    first_row: int = 0,
-    backends: Backends = TORCH,
-) -> RowOptimizer:
-    """The optimizer that `engram.optimizer` names for the local rows; it changes `table_RD` in place.
-
-    The run's seed and the number of the table's first row in the whole table decide how bfloat16 rows are
-    rounded.
-
-    Raises SettingsError where the settings do not fit the optimizer.
-    """
-    rule: dict[str, Any] = {"eps": engram.eps, "weight_decay": engram.weight_decay}
-    rowwise = rule | {"seed": seed, "first_row": first_row, "backends": backends}
-    if engram.optimizer == "rowwise_adam":
-        return RowwiseAdam(table_RD, beta2=engram.beta2, **rowwise)
-    if engram.optimizer == "rowwise_adagrad":
-        return RowwiseAdagrad(table_RD, **rowwise)
-    if engram.beta2 >= 1.0:
-        raise SettingsError(
-            "settings", [f'engram.beta2={engram.beta2} must be below 1 for engram.optimizer="adam"']
-        )
-    return DenseAdam(table_RD, beta2=engram.beta2, **rule)
 
 
 class _Rowwise:
@@ -322,65 +250,3 @@ class RowwiseAdagrad(_Rowwise):
 
     def _correction(self) -> float:
         return 1.0
-
-
-class DenseAdam:
-    """torch's Adam over the whole local table, float32, the reference: two moments of [R, D].
-
-    By its nature it allocates a gradient of the table's size at every step, and updates rows that no token
-    read. Weight decay is decoupled and never owed.
-    """
-
-    def __init__(
-        self,
-        table_RD: Tensor,
-        *,
-        beta1: float = 0.9,
-        beta2: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        self.table_RD = table_RD
-        self.step_count = 0
-        self.state = {name: torch.zeros_like(table_RD) for name in ("m", "v")}
-        self._adam = torch.optim.AdamW([table_RD], betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
-
-    def catch_up(self, rows_N: Tensor) -> None:
-        """Nothing is ever owed: every step updates every row."""
-
-    def values(self, rows_N: Tensor, coming_lr: float | None = None) -> Tensor:
-        """The rows as they are. Raises ValueError with `coming_lr`: no row is left alone by the coming step."""
-        if coming_lr is not None:
-            raise ValueError("dense Adam updates every row, so none can be known before the coming step")
-        return self.table_RD.index_select(0, rows_N)
-
-    @torch.no_grad()
-    def step(self, rows_N: Tensor, grad_ND: Tensor, lr: float) -> None:
-        """Update the whole table; rows outside rows_N, unique int64 [N], have gradient 0."""
-        weights_RD = self.table_RD
-        self._adam.state[weights_RD] = {
-            "step": torch.tensor(float(self.step_count)),
-            "exp_avg": self.state["m"],
-            "exp_avg_sq": self.state["v"],
-        }
-        self._adam.param_groups[0]["lr"] = lr
-        weights_RD.grad = torch.zeros_like(weights_RD).index_copy_(0, rows_N, grad_ND.float())
-        self._adam.step()
-        weights_RD.grad = None
-        self.step_count += 1
-
-    def changed_since(self, step_count: int) -> Tensor:
-        """All rows: every step updates them."""
-        return torch.arange(len(self.table_RD), device=self.table_RD.device)
-
-    def watch(self, keep: Callable[[Tensor], None] | None) -> bool:
-        """Every step changes every row."""
-        return False
-
-    def scalars(self) -> dict[str, Any]:
-        """The step count."""
-        return {"step_count": self.step_count}
-
-    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        """Take over what `scalars` gave."""
-        self.step_count = int(scalars["step_count"])

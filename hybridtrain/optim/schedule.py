@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+
+import torch
 
 from hybridtrain.settings.tree import OptimSettings
 
 
 def lr_scale(step: int, optim: OptimSettings, total_steps: int) -> float:
-    """PartialExchange of the peak learning rate at `step`, counted from 0, of `total_steps`.
+    """Share of the peak learning rate at `step`, counted from 0, of `total_steps`.
 
     Step s of the warm-up gets (s + 1) / warmup_steps, so its last step and the one after it have the peak.
     The decay then reaches `final_lr_ratio` at step `total_steps`, one past the end: every step of the run is
@@ -27,3 +30,10 @@ def lr_scale(step: int, optim: OptimSettings, total_steps: int) -> float:
     progress = (step - start) / (total_steps - start)
     height = 0.5 * (1.0 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1.0 - progress
     return optim.final_lr_ratio + (1.0 - optim.final_lr_ratio) * height
+
+
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], scale: float) -> None:
+    """Set every group's learning rate to `scale` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale

@@ -21,12 +21,11 @@ from hybridtrain.model.lm import HybridLM, Part
 from hybridtrain.monitor.loss_spikes import SpikeGuard
 from hybridtrain.optim.groups import build_optimizers
 from hybridtrain.parallel.apply import Sharding, materialize, parallelize, write_local
-from hybridtrain.parallel.deepspeed import DeepSpeedEngine
-from hybridtrain.parallel.engine import Engine, NativeEngine
+from hybridtrain.parallel.deepspeed import DeepSpeedEngine, ZeroSettings
+from hybridtrain.parallel.engine import Accumulation, Engine, NativeEngine, Schedule
 from hybridtrain.parallel.exchanges import wire
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.pipeline import Pipeline, StageModule
-from hybridtrain.parallel.schedule import Accumulation, Schedule
 from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages
 from hybridtrain.run.process_setup import compute_dtype
 from hybridtrain.settings.layers import engram_layers, layer_specs
@@ -194,11 +193,13 @@ def _engine(
         lambda m: build_optimizers(m, settings.optim)[0],
         mesh,
         model.rows,
-        zero_stage=settings.deepspeed.zero_stage,
-        offload_optimizer=settings.deepspeed.offload_optimizer,
-        micro_batch=train.global_batch // train.micro_batches // mesh.layout.dp,
-        micro_batches=train.micro_batches,
-        tokens_per_step=train.global_batch * train.seq_len,
+        ZeroSettings(
+            settings.deepspeed.zero_stage,
+            settings.deepspeed.offload_optimizer,
+            micro_batch=train.global_batch // train.micro_batches // mesh.layout.dp,
+            micro_batches=train.micro_batches,
+            tokens_per_step=train.global_batch * train.seq_len,
+        ),
     )
 
 

@@ -15,7 +15,7 @@ from hybridtrain.data.tokenizer import for_texts, library_errors, load_tokenizer
 from hybridtrain.errors import CheckpointError, DataError, UserError
 from hybridtrain.files.durable import file_digest
 from hybridtrain.parallel.layout import DENSE_AXES
-from hybridtrain.parallel.mesh import choose_device, make_mesh
+from hybridtrain.parallel.mesh import Joining, choose_device, make_mesh
 from hybridtrain.run.assemble import Run, Vocabulary, assemble
 from hybridtrain.run.init_from import check_tensors, read_addressing, read_compression_of
 from hybridtrain.run.process_setup import compute_dtype, resolve_layout, table_device
@@ -62,7 +62,11 @@ def open_checkpoint(path: Path) -> tuple[Run, Path, int]:
     device = choose_device()
     mixed, table = compute_dtype(settings, device) != torch.float32, table_device(settings, device)
     mesh = make_mesh(
-        resolve_layout(settings, 1), 0, device, settings.parallel.timeout, table_device=table, always=mixed
+        resolve_layout(settings, 1),
+        0,
+        device,
+        settings.parallel.timeout,
+        Joining(table_device=table, always=mixed),
     )
     run = assemble(settings, mesh, vocabulary, addressing)
     checkpoint.load(run, opened)

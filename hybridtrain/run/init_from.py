@@ -25,7 +25,7 @@ from hybridtrain.files.untrusted import first_of
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
 from hybridtrain.model.engram import EngramSettings
 from hybridtrain.model.lm import HybridLM
-from hybridtrain.optim.rowwise import make_row_optimizer
+from hybridtrain.optim.row_optimizer import make_row_optimizer
 from hybridtrain.run.assemble import Run, addressing_misfits
 from hybridtrain.run.run_folder import find_checkpoint
 from hybridtrain.settings.layers import engram_layers, layer_specs
@@ -229,7 +229,7 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
         for low in range(run.table.low, run.table.high, ROWS_AT_ONCE):
             high = min(low + ROWS_AT_ONCE, run.table.high)
             rows_RD = read_rows(stored, info, theirs_engram, low, high)
-            run.table.table[low - run.table.low : high - run.table.low] = rows_RD.to(run.table.table)
+            run.table.weight[low - run.table.low : high - run.table.low] = rows_RD.to(run.table.weight)
     if run.mesh.rank == 0:
         copy_companions(source, folder, ORIGIN)
         _tell(run.settings, saved, info, len(taken), len(expected) - len(taken))

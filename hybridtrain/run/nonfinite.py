@@ -11,8 +11,8 @@ from hybridtrain.data.batches import Batch
 from hybridtrain.parallel.collectives import gather_objects
 from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run.assemble import Run
+from hybridtrain.run.step import by_exchange
 from hybridtrain.settings.layers import layer_specs
-from hybridtrain.table.lookup_table import by_exchange
 
 
 @torch.no_grad()
@@ -46,13 +46,13 @@ def name_source_of_nonfinite(run: Run, batch: Batch, plan: StepPlan | None) -> s
     for exchange, micro_batches in by_exchange(batch, plan, run.mesh.device):
         if table is not None and plan is not None and exchange is not None:
             table.fetch(plan, exchange)
-            if not all(leaf.isfinite().all() for leaf in table.rows.parameters()) and not found:
-                found.append((-1, 0, "the fetched memory rows"))
+            if not all(leaf.isfinite().all() for leaf in table.leaves.parameters()) and not found:
+                found.append((-1, 0, "the fetched table rows"))
         run.schedule.losses(micro_batches)
     for handle in handles:
         handle.remove()
     if table is not None:
-        table.rows.clear()
+        table.leaves.clear()
 
     firsts = gather_objects(found[0] if found else None, run.mesh.world)
     everywhere = [(first, rank) for rank, first in enumerate(firsts) if first]

@@ -40,7 +40,7 @@ def implementations(run: Run) -> dict[str, str]:
             del ops["short_conv"]
         if run.settings.engram.optimizer != "adam":
             ops["rowwise_adam"] = there["rowwise_adam"]
-    on_host = run.table is not None and run.table.table.device.type != run.mesh.device.type
+    on_host = run.table is not None and run.table.weight.device.type != run.mesh.device.type
     for op, how in resolve(run.settings.kernels.model_dump(), run.mesh.device.type).chosen.items():
         if on_host and op == "rowwise_adam":
             continue

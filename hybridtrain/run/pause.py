@@ -1,4 +1,4 @@
-"""What the loop does between two steps: saves and validations, and whether the ranks agree to stop meanwhile."""
+"""What the loop does between two steps: saves and validations, and whether the ranks agree to stop."""
 
 from __future__ import annotations
 

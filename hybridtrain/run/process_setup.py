@@ -1,4 +1,4 @@
-"""Where a run is: its layout, and this rank as it joins the others, with its device and what it computes in."""
+"""How a process becomes a rank of a run: its layout, device and compute dtype, and the other ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from hybridtrain.model.component import LOCAL_WIRING, Component, Cut, Sees
 from hybridtrain.model.engram import ENGRAM
 from hybridtrain.parallel.compile import missing_compiler
 from hybridtrain.parallel.deepspeed import missing
-from hybridtrain.parallel.layout import Layout, ModelFacts
-from hybridtrain.parallel.mesh import Mesh, choose_device, make_mesh, ranks_of_a_node, world_from_environment
+from hybridtrain.parallel.layout import Degrees, Layout, ModelFacts
+from hybridtrain.parallel.mesh import (
+    Joining,
+    Mesh,
+    choose_device,
+    make_mesh,
+    ranks_of_a_node,
+    world_from_environment,
+)
 from hybridtrain.parallel.stages import stage_problems
 from hybridtrain.settings.layers import layer_specs
 from hybridtrain.settings.rules import unfit_widths
@@ -29,21 +36,20 @@ _NET_SECONDS = 30  # torch ends a collective this much later than the watchdog, 
 def resolve_layout(settings: Settings, world: int) -> Layout:
     """The run's layout on `world` ranks; raises LayoutError listing everything that does not fit."""
     parallel = settings.parallel
-    layout = Layout.resolve(
-        world,
-        pp=parallel.pp,
-        dp_replicate=parallel.dp_replicate,
-        dp_shard=parallel.dp_shard,
-        cp=parallel.cp,
-        tp=parallel.tp,
-        ep=parallel.ep,
-        mem=parallel.mem,
-        etp=parallel.etp,
-        node_size=(parallel.node_size or ranks_of_a_node(world))
-        if parallel.dispatch == "hierarchical"
-        else 0,
-        mem_placement=parallel.mem_placement,
+    node_size = parallel.node_size or ranks_of_a_node(world)
+    asked = Degrees(
+        parallel.pp,
+        parallel.dp_replicate,
+        parallel.dp_shard,
+        parallel.cp,
+        parallel.tp,
+        parallel.ep,
+        parallel.mem,
+        parallel.etp,
+        node_size if parallel.dispatch == "hierarchical" else 0,
+        parallel.mem_placement,
     )
+    layout = Layout.resolve(world, asked)
     layout.check(
         model_facts(settings),
         stage_problems(
@@ -122,7 +128,9 @@ def join_world(settings: Settings) -> Mesh:
         torch.set_flush_denormal(True)
     rendezvous, mixed = os.environ.get(RENDEZVOUS, "env://"), compute_dtype(settings, device) != torch.float32
     timeout = settings.parallel.timeout + _NET_SECONDS
-    return make_mesh(layout, rank, device, timeout, rendezvous, table_device(settings, device), always=mixed)
+    return make_mesh(
+        layout, rank, device, timeout, Joining(rendezvous, table_device(settings, device), always=mixed)
+    )
 
 
 def table_device(settings: Settings, device: torch.device) -> torch.device:
@@ -133,7 +141,10 @@ def table_device(settings: Settings, device: torch.device) -> torch.device:
 def check_compiler(settings: Settings) -> None:
     """Raise SettingsError where `train.compile` asks for a compiler that this machine has not."""
     if settings.train.compile and (name := missing_compiler()) is not None:
-        problem = f"torch.compile needs a C++ compiler and there is no {name}; install one, name yours in CXX, or train.compile=false"
+        problem = (
+            f"torch.compile needs a C++ compiler and there is no {name}; install one, name yours in CXX, or "
+            "train.compile=false"
+        )
         raise SettingsError("train.compile=true", [problem])
 
 

@@ -17,8 +17,9 @@ from hybridtrain import __version__
 from hybridtrain.files.durable import write_atomically
 from hybridtrain.files.untrusted import read_json
 from hybridtrain.model.cost import count_parameters, flops_per_token
-from hybridtrain.monitor.metrics import METRICS, Clock, MetricsLog, Totals, measure_matmul_peak, read_metrics
-from hybridtrain.monitor.stragglers import Pace, slowest
+from hybridtrain.monitor.clock import Clock
+from hybridtrain.monitor.metrics import METRICS, MetricsLog, measure_matmul_peak, read_metrics
+from hybridtrain.monitor.stragglers import StepTimes, slowest
 from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.parallel.collectives import all_reduce_
 from hybridtrain.parallel.row_exchange import StepPlan
@@ -26,6 +27,7 @@ from hybridtrain.run.assemble import Run, resolve_stages
 from hybridtrain.run.op_backends import implementations
 from hybridtrain.run.resume import Reading
 from hybridtrain.run.run_folder import SUMMARY
+from hybridtrain.run.step import Totals
 from hybridtrain.settings.rules import notices
 
 FETCH = {
@@ -50,7 +52,7 @@ class Report:
         self.peak = float(all_reduce_(peak, run.mesh.world))
         self.start = start
         self._total_seconds = 0.0
-        self._pace = Pace(run.mesh)
+        self._times = StepTimes(run.mesh)
         self._logged_at = start
         self._traffic: dict[str, int] = {}
         self._fetch_seconds, self._exposed_seconds = 0.0, 0.0
@@ -82,7 +84,7 @@ class Report:
             rows.append(("pipeline", self._pipeline()))
         if table is not None:
             here = f"rows {table.low:,} to {table.high - 1:,} here"
-            where = f"in {s.engram.device} memory ({table.table.device.type})"
+            where = f"in {s.engram.device} memory ({table.weight.device.type})"
             size = f"{table.addressing.num_rows:,} rows x {s.engram.head_dim} {s.engram.dtype}"
             rows.append(("table", f"{size}, {here} {where}"))
             rows.append(("fetch", f"{s.engram.fetch}: {FETCH[s.engram.fetch]}"))
@@ -93,7 +95,7 @@ class Report:
         self.log.say(grid)
         for notice in notices(s):
             self.log.say(f"note: {notice}")
-        self._pace.skip()
+        self._times.skip()
 
     def _pipeline(self) -> str:
         """Schedule and layers of each stage, with the rank along pp that has it."""
@@ -104,7 +106,7 @@ class Report:
 
     def step(self, done: int, totals: Totals, plan: StepPlan | None) -> None:
         """Take in a finished step; every `train.log_every` steps, and after the last, write a line."""
-        self._pace.add()
+        self._times.add()
         settings = self.run.settings
         share = dropped_share(totals.statistics)
         dropped = f"  dropped {share:.2%}" if share is not None else ""
@@ -113,7 +115,7 @@ class Report:
             return
         steps = done - self._logged_at
         phases = self.clock.take()
-        seconds, own = self._pace.take(steps)
+        seconds, own = self._times.take(steps)
         values: dict[str, Any] = {
             "loss": totals.loss,
             "learning_rate": settings.optim.lr * lr_scale(done - 1, settings.optim, settings.train.steps),
@@ -127,7 +129,7 @@ class Report:
             **self._bytes(steps),
         }
         if plan is not None:
-            values |= self._memory(plan, phases["fetch"], steps)
+            values |= self._table(plan, phases["fetch"], steps)
         self.log.write(done, values)
         if not self.log.active or not self.log.console.is_terminal:
             self.log.say(
@@ -139,7 +141,7 @@ class Report:
         self._logged_at = done
 
     def _slowest(self, own: list[float]) -> dict[str, float]:
-        """The slowest rank by every rank's own seconds per step; it is named where it is far from the others."""
+        """The slowest rank by every rank's own seconds per step; it is named where it is far behind."""
         mesh, bound = self.run.mesh, self.run.settings.run.slow_rank
         if mesh.world.size == 1:
             return {}
@@ -151,7 +153,7 @@ class Report:
             )
         return {"slowest/rank": rank, "slowest/seconds_per_step": own[rank], "slowest/over_median": ratio}
 
-    def _memory(self, plan: StepPlan, exposed: float, steps: int) -> dict[str, float]:
+    def _table(self, plan: StepPlan, exposed: float, steps: int) -> dict[str, float]:
         """This rank's rows of the last step, and how long its fetches took: `exposed` seconds of them the
         loop waited.
         """
@@ -160,7 +162,7 @@ class Report:
         self._fetch_seconds += seconds
         self._exposed_seconds += exposed
         values = {"table/fetch_seconds": seconds / steps, "table/fetch_exposed_seconds": exposed / steps}
-        if plan.lookups:  # without a memory layer in its stages there are none
+        if plan.lookups:  # without an Engram layer in its stages there are none
             values |= {
                 "table/lookups": plan.lookups,
                 "table/unique_rows": plan.unique,
@@ -175,18 +177,18 @@ class Report:
         """Time spent within counts neither as training nor in tokens per second."""
         with self.clock.phase(phase):
             yield
-        self._pace.skip()
+        self._times.skip()
 
     def refused(self, done: int, what: str, action: str, loss: float) -> None:
         """A step whose update was not made, and what the run does about it."""
         self.log.write(done, {"refused": action, "refused_loss": loss if math.isfinite(loss) else None})
         self.log.say(f"step {done:6d}  {what}; {action}")
-        self._pace.skip()
+        self._times.skip()
 
     def rolled_back(self, to: int) -> None:
         """The steps after step `to` are made again: drop what was written of them."""
         self.log.rewind(to)
-        self._logged_at, self._pace = to, Pace(self.run.mesh)
+        self._logged_at, self._times = to, StepTimes(self.run.mesh)
         self.clock.take()
 
     def validation(self, done: int, values: dict[str, float], again: bool = False) -> None:
@@ -241,7 +243,7 @@ class Report:
         summary = self._summarise(done, stopped=False)
         if self.run.table is not None:
             self.log.say(
-                f"memory rows: {1000 * summary['table_fetch_seconds']:.1f} ms a step to fetch, of which the "
+                f"table rows: {1000 * summary['table_fetch_seconds']:.1f} ms a step to fetch, of which the "
                 f"step waited {1000 * summary['table_fetch_exposed_seconds']:.1f} ms "
                 f"(engram.fetch={self.run.settings.engram.fetch})"
             )
@@ -253,7 +255,7 @@ class Report:
     def _summarise(self, done: int, stopped: bool) -> dict[str, Any]:
         """The run in one flat dict, written to summary.json by rank 0."""
         tokens = (done - self.start) * self.run.tokens_per_step
-        seconds = self._total_seconds + self._pace.seconds
+        seconds = self._total_seconds + self._times.seconds
         summary = {
             "steps": done,
             "stopped": stopped,

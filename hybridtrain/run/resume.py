@@ -108,7 +108,7 @@ class Continuation:
             )
 
     def position(self, info: Info) -> Position:
-        """Where the run goes on: behind what was read, or with the next epoch where the order is another one."""
+        """Where the run goes on: behind what was read, or with the next epoch where the order is new."""
         consumed = Consumed.of(info)
         position = consumed.position(self._num_targets)
         if position is None or self._differences(info).keys() & {SEED, DATA}:
@@ -147,7 +147,10 @@ class Continuation:
         if at.read == 0 or (at.window == length and at.read % length == 0):
             return []
         rest = self._num_targets // at.window * at.window - at.read
-        padding = f"; the last one has {-rest % length:,} tokens of padding, over which the loss of its step is averaged too"
+        padding = (
+            f"; the last one has {-rest % length:,} tokens of padding, over which the loss of its step is "
+            "averaged too"
+        )
         return [
             f"  the last {rest:,} tokens of epoch {at.epoch} come in their old order, of windows of "
             f"{at.window} tokens, cut into sequences of {length}{padding if rest % length else ''}. No "

@@ -73,7 +73,7 @@ class RunLocks:
                 time.sleep(POLL)
 
     def confirm(self, at_once: bool = False) -> None:
-        """Raise LockLost, on rank 0 alone, where another process has taken one of them over; see FolderLock."""
+        """Raise LockLost, on rank 0 alone, where another process has taken one of them; see FolderLock."""
         if self._world.rank == 0:
             for lock in self._locks.values():
                 lock.confirm(at_once)

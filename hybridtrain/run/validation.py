@@ -1,4 +1,4 @@
-"""Validation: loss, perplexity and bits per byte over a split, every target once, the same at every layout."""
+"""Validation: loss, perplexity and bits per byte of a split, every target once, alike at every layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hybridtrain.data.batches import IGNORED, Batch, EvalBatches
 from hybridtrain.data.shards import Split
 from hybridtrain.parallel.collectives import all_reduce_
 from hybridtrain.run.assemble import Run
-from hybridtrain.table.lookup_table import by_exchange
+from hybridtrain.run.step import by_exchange
 
 
 def all_or_none(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
@@ -65,7 +65,7 @@ def evaluate(
             sums[0] += part
         sums[1] += counted
     if table is not None:
-        table.rows.clear()
+        table.leaves.clear()
     if stopped:
         return {}
     total, tokens = (all_reduce_(sums, mesh.world) / mesh.layout.tp).tolist()  # tp ranks have the same losses

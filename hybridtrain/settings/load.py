@@ -20,6 +20,9 @@ from hybridtrain.settings.tree import Settings, settings_class
 RENAMED = {"memory": "engram"}
 """Sections that had other names before version 0.1."""
 
+RENAMED_VALUES = {"parallel.mem_placement": {"near": "contiguous", "far": "strided"}}
+"""Values that had other names before version 0.1, by their key."""
+
 
 def load_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
     """The settings in the TOML file `path` with `section.key=value` overrides applied in order.
@@ -133,6 +136,8 @@ def _messages(error: ValidationError) -> list[str]:
         key, what = ".".join(str(part) for part in item["loc"]), item["msg"].removeprefix("Value error, ")
         if not key:
             lines += what.splitlines()
+        elif new := RENAMED_VALUES.get(key, {}).get(str(item["input"])):
+            lines.append(f'{key}="{item["input"]}" is called "{new}" now')
         else:
             lines.append(f"{key}={json.dumps(item['input'], default=str)}: {what[0].lower()}{what[1:]}")
     return lines

@@ -1,10 +1,9 @@
-"""What a lookup memory of given shape amounts to: moduli, rows, parameters, bytes stored and bytes on the
-wire.
-"""
+"""What a lookup table of given shape amounts to: moduli, rows, parameters, bytes stored and bytes sent."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleRenderable, Group
@@ -18,40 +17,47 @@ ROW_STATE_BYTES = 8  # row-wise Adam: a float32 moment and an int32 step of last
 DENSE_ADAM_BYTES = 14  # bfloat16 weight, and float32 master weight and two moments
 
 
-def report(
-    rows_per_head: int,
-    orders: Sequence[int],
-    heads: int,
-    dim: int,
-    layers: Sequence[int],
-    seed: int = 0,
-    vocab_size: int = DEEPSEEK_COMPRESSED_VOCAB,
-    bytes_per_element: int = 2,
-) -> dict[str, Any]:
-    """The figures of a memory, ready for JSON; `render` prints them.
+@dataclass(frozen=True)
+class TableShape:
+    """What decides the size of a table.
 
     rows_per_head: least rows of a hash head; orders: n-gram lengths; heads: per order; dim: width of a row in
-    elements; layers: 0-based ids in the whole model; vocab_size: compressed ids, which bound the multipliers;
-    bytes_per_element: of rows on the wire. Raises SettingsError listing every value out of range.
+    elements; layers: 0-based numbers in the whole model; vocab_size: compressed ids, which bound the
+    multipliers; bytes_per_element: of rows on the wire
     """
-    problems = _problems(rows_per_head, orders, heads, dim, layers, seed, vocab_size, bytes_per_element)
+
+    rows_per_head: int
+    orders: Sequence[int]
+    heads: int
+    dim: int
+    layers: Sequence[int]
+    vocab_size: int = DEEPSEEK_COMPRESSED_VOCAB
+    bytes_per_element: int = 2
+
+
+def report(shape: TableShape, seed: int = 0) -> dict[str, Any]:
+    """The figures of a table, ready for JSON; `render` prints them. `seed` draws the multipliers.
+
+    Raises SettingsError listing every value out of range.
+    """
+    problems = _problems(shape, seed)
     if problems:
         raise SettingsError("engram", problems)
-    primes = draw_primes(len(layers), len(orders), heads, rows_per_head)
-    multipliers = draw_multipliers(layers, max(orders), vocab_size, seed)
+    primes = draw_primes(len(shape.layers), len(shape.orders), shape.heads, shape.rows_per_head)
+    multipliers = draw_multipliers(shape.layers, max(shape.orders), shape.vocab_size, seed)
     rows = int(primes.sum())
-    parameters = rows * dim
-    lookups = len(layers) * len(orders) * heads
+    parameters = rows * shape.dim
+    lookups = len(shape.layers) * len(shape.orders) * shape.heads
     return {
         "layers": [
             {
                 "layer": layer,
                 "rows": int(primes[i].sum()),
-                "parameters": int(primes[i].sum()) * dim,
+                "parameters": int(primes[i].sum()) * shape.dim,
                 "multipliers": multipliers[i].tolist(),
-                "primes": {str(order): primes[i, o].tolist() for o, order in enumerate(orders)},
+                "primes": {str(order): primes[i, o].tolist() for o, order in enumerate(shape.orders)},
             }
-            for i, layer in enumerate(layers)
+            for i, layer in enumerate(shape.layers)
         ],
         "rows": rows,
         "parameters": parameters,
@@ -62,7 +68,7 @@ def report(
             "dense_adam_total": DENSE_ADAM_BYTES * parameters,
         },
         "rows_read_per_token": lookups,
-        "wire_bytes_per_token": lookups * dim * bytes_per_element,
+        "wire_bytes_per_token": lookups * shape.dim * shape.bytes_per_element,
     }
 
 
@@ -115,31 +121,24 @@ def readable(number: int) -> str:
     return f"{number} B"
 
 
-def _problems(
-    rows_per_head: int,
-    orders: Sequence[int],
-    heads: int,
-    dim: int,
-    layers: Sequence[int],
-    seed: int,
-    vocab_size: int,
-    bytes_per_element: int,
-) -> list[str]:
+def _problems(shape: TableShape, seed: int) -> list[str]:
     out = []
     for name, value in (
-        ("rows-per-head", rows_per_head),
-        ("heads", heads),
-        ("dim", dim),
-        ("vocab-size", vocab_size),
+        ("rows-per-head", shape.rows_per_head),
+        ("heads", shape.heads),
+        ("dim", shape.dim),
+        ("vocab-size", shape.vocab_size),
     ):
         if value < 1:
             out.append(f"{name}={value} must be at least 1")
     if seed < 0:
         out.append(f"seed={seed} must not be negative")
-    if bytes_per_element not in (1, 2, 4):
-        out.append(f"bytes-per-element={bytes_per_element} must be 1 (FP8), 2 (bfloat16) or 4 (float32)")
-    if not orders or list(orders) != sorted(set(orders)) or min(orders) < 2:
-        out.append(f"orders={list(orders)} must be rising n-gram lengths from 2 on, e.g. 2,3")
-    if not layers or list(layers) != sorted(set(layers)) or min(layers) < 0:
-        out.append(f"layers={list(layers)} must be rising layer ids from 0 on, e.g. 1,14")
+    if shape.bytes_per_element not in (1, 2, 4):
+        out.append(
+            f"bytes-per-element={shape.bytes_per_element} must be 1 (FP8), 2 (bfloat16) or 4 (float32)"
+        )
+    if not shape.orders or list(shape.orders) != sorted(set(shape.orders)) or min(shape.orders) < 2:
+        out.append(f"orders={list(shape.orders)} must be rising n-gram lengths from 2 on, e.g. 2,3")
+    if not shape.layers or list(shape.layers) != sorted(set(shape.layers)) or min(shape.layers) < 0:
+        out.append(f"layers={list(shape.layers)} must be rising layer ids from 0 on, e.g. 1,14")
     return out

@@ -78,10 +78,8 @@ def arm(story: Story, fault: Fault, event: dict[str, Any]) -> None:
 
 
 def at_phase(name: str, number: int, act: Callable[[], Any]) -> None:
-    """Call `act` when this phase is entered for the n-th time; a run from the start has no restore, but
-    data.
-    """
-    from hybridtrain.monitor.metrics import Clock
+    """Call `act` when this phase is entered for the n-th time; a run from the start has no restore, but data."""
+    from hybridtrain.monitor.clock import Clock
 
     real, left = Clock.phase, number
     names = (name, "data") if name == "restore" else (name,)

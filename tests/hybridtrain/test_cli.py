@@ -89,6 +89,22 @@ def test_wrong_usage_and_help() -> None:
         assert command in outcome.out
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["kernels", "--help"]])
+def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
+    command = f"""
+import sys
+from hybridtrain.cli import main
+try:
+    sys.argv = ["hybridtrain", *{arguments!r}]
+    main()
+except SystemExit:
+    pass
+print({{name.partition(".")[0] for name in sys.modules}} & {{"torch", "transformers", "pyarrow"}})
+"""
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("set()\n"), done.stdout + done.stderr
+
+
 def test_the_console_script_and_the_module_are_the_command() -> None:
     for command in (
         [str(Path(sys.executable).with_name("hybridtrain"))],
@@ -126,7 +142,7 @@ def test_engram_sizes_a_table() -> None:
     ]
     assert (sized["rows"], sized["parameters"], sized["bytes"]["rows_fp32"]) == (928, 928 * 5, 928 * 5 * 4)
     assert "928" in hybridtrain(*arguments).out
-    assert '--orders "2;3" is no list of integers; write e.g. 2,3' in refused(
+    assert '--orders "2;3" is not a list of integers; write e.g. 2,3' in refused(
         hybridtrain(*arguments, "--orders", "2;3")
     )
 

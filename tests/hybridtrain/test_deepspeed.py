@@ -154,7 +154,7 @@ def test_nothing_of_a_step_that_is_not_finite_is_kept(ci_data: Path, tmp_path: P
         "train.eval_batches=1",
     )
     messages = run_on_ranks(train_poisoned, 2, ci_settings(tmp_path / "run", ci_data, *overrides), "row")
-    assert "the first values that are not finite come out of the fetched memory rows (rank " in messages[0]
+    assert "the first values that are not finite come out of the fetched table rows (rank " in messages[0]
 
 
 def train_and_tell(settings: Settings, folder: Path) -> str:

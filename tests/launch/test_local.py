@@ -16,8 +16,8 @@ import pytest
 from hybridtrain.errors import TrainingError
 from hybridtrain.launch import local
 from hybridtrain.launch.cores import usable_cores
-from hybridtrain.launch.local import RENDEZVOUS, RESTARTS, STALLED, USER_ERROR, run_ranks
-from hybridtrain.parallel.layout import Layout
+from hybridtrain.launch.local import RENDEZVOUS, RESTARTS, STALLED, USER_ERROR, Launcher, run_ranks
+from hybridtrain.parallel.layout import Degrees, Layout
 from tests.ranks import PRELOAD
 from tests.training import CI
 
@@ -51,7 +51,7 @@ def fail_on(number: int, kind: str) -> None:
     elif kind == "user":
         raise TrainingError("the loss is nan")
     elif kind == "layout":
-        Layout.resolve(2, ep=3)
+        Layout.resolve(2, Degrees(ep=3))
     elif kind == "exit":
         os._exit(7)
     elif kind == "kill":
@@ -129,10 +129,7 @@ def test_ranks_get_torchruns_environment(tmp_path: Path) -> None:
 @pytest.mark.skipif(len(usable_cores()) < 2, reason="needs two cores")
 def test_ranks_keep_to_their_own_cores(tmp_path: Path) -> None:
     def cores(bind: bool) -> list[list[int]]:
-        assert (
-            run_ranks(f"{HERE}:note_environment", (str(tmp_path),), 2, threads=1, bind=bind, preload=PRELOAD)
-            == 0
-        )
+        assert Launcher(2, 1, bind, PRELOAD).run(f"{HERE}:note_environment", (str(tmp_path),)) == 0
         return [json.loads((tmp_path / f"rank-{i}.json").read_text())["cores"] for i in range(2)]
 
     own, all_cores = cores(bind=True), sorted(usable_cores())
@@ -200,7 +197,7 @@ def test_ranks_are_started_again_but_not_after_what_the_user_has_to_mend(
     begin = time.monotonic()
     folder, target = str(tmp_path), f"{HERE}:fail_at_first"
     arguments, again = (folder, "first", how), (folder, "again", how)
-    assert run_ranks(target, arguments, 2, threads=1, preload=PRELOAD, restarts=2, again=again) == status
+    assert Launcher(2, 1, preload=PRELOAD).run(target, arguments, 2, again) == status
     assert time.monotonic() - begin < 25  # nor is a stopped rank waited for
     noted = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert noted == {"0-0": "first", "0-1": "first"} | ({} if status else {"1-0": "again", "1-1": "again"})

@@ -9,14 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridtrain.parallel.engine import clip_, global_squares, norms_of
-from hybridtrain.parallel.layout import Layout
+from hybridtrain.parallel.layout import Degrees, Layout
 from hybridtrain.parallel.mesh import Mesh, make_mesh
 
 
 def mesh_here(**degrees: Any) -> Mesh:
     """A mesh of this world's ranks on the CPU."""
     return make_mesh(
-        Layout.resolve(dist.get_world_size(), **degrees), dist.get_rank(), torch.device("cpu"), timeout=60
+        Layout.resolve(dist.get_world_size(), Degrees(**degrees)),
+        dist.get_rank(),
+        torch.device("cpu"),
+        timeout=60,
     )
 
 

@@ -18,10 +18,11 @@ from hybridtrain.model.component import (
     Wiring,
 )
 from hybridtrain.model.exchanges import Exchanges
-from hybridtrain.parallel.apply import Sharding, materialize, parallelize, sync_gradients, write_local
+from hybridtrain.parallel.apply import Sharding, materialize, parallelize, write_local
+from hybridtrain.parallel.engine import sync_gradients
 from hybridtrain.parallel.exchanges import wire
 from hybridtrain.parallel.experts import AllToAllDispatch
-from hybridtrain.parallel.layout import Layout
+from hybridtrain.parallel.layout import Degrees, Layout
 from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.section import Section
 from tests.parallel.groups import mesh_here
@@ -127,7 +128,7 @@ def check(degrees: dict[str, int], reshard: bool) -> None:
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), name
         assert torch.equal(full(parameter), whole(name, parameter.shape)), name
-    layout = Layout.resolve(size, **degrees)
+    layout = Layout.resolve(size, Degrees(**degrees))
     experts = model.layers[0].moe.experts.weight  # type: ignore[union-attr]
     assert isinstance(experts, DTensor)
     if layout.ep > 1:

@@ -111,10 +111,10 @@ def test_a_group_of_one_rank_moves_and_counts_nothing() -> None:
 def test_traffic_adds_up_by_group() -> None:
     traffic = c.Traffic()
     ep, mem = c.Group("ep", (0, 1), 0), c.Group("mem", (0, 1, 2, 3), 0)
-    traffic.add(ep, "all_to_all", 5)
-    traffic.add(ep, "all_to_all", 7)
-    traffic.add(mem, "all_to_all", 2)
-    traffic.add(ep, "all_reduce", 1)
+    traffic.add(ep.name, "all_to_all", 5, ep.ranks)
+    traffic.add(ep.name, "all_to_all", 7, ep.ranks)
+    traffic.add(mem.name, "all_to_all", 2, mem.ranks)
+    traffic.add(ep.name, "all_reduce", 1, ep.ranks)
     assert traffic.entries()["ep", "all_to_all"] == (2, 12)
     assert traffic.bytes_by_group() == {"ep": 13, "mem": 2}
     assert traffic.calls == 4

@@ -1,6 +1,4 @@
-"""The layout: where each rank stands, which ranks form a group, and what a user reads when it does not
-fit.
-"""
+"""The layout: where each rank stands, which ranks form a group, what a user reads when it does not fit."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ from hypothesis import strategies as st
 from hybridtrain.parallel.layout import (
     DENSE_AXES,
     EXPERT_AXES,
-    MEMORY_AXES,
+    MEM_AXES,
     NODE_AXES,
+    Degrees,
     Layout,
     LayoutError,
     ModelFacts,
@@ -34,7 +33,11 @@ FACTS = ModelFacts(
     num_experts=8,
     memory_rows=8000,
 )
-AXES = (*DENSE_AXES, "edp", "ep", *MEMORY_AXES)
+AXES = (*DENSE_AXES, "edp", "ep", *MEM_AXES)
+
+
+def resolve(world: int, **degrees: Any) -> Layout:
+    return Layout.resolve(world, Degrees(**degrees))
 
 
 def coordinates(layout: Layout, rank: int, axes: tuple[str, ...]) -> dict[str, int]:
@@ -81,7 +84,7 @@ def coordinates(layout: Layout, rank: int, axes: tuple[str, ...]) -> dict[str, i
     ],
 )
 def test_coordinates(degrees: dict[str, int], rank: int, expected: dict[str, int]) -> None:
-    assert coordinates(Layout.resolve(**degrees), rank, tuple(expected)) == expected
+    assert coordinates(resolve(**degrees), rank, tuple(expected)) == expected
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_coordinates(degrees: dict[str, int], rank: int, expected: dict[str, int
     ],
 )
 def test_groups(degrees: dict[str, int], axis: str, expected: list[list[int]]) -> None:
-    assert Layout.resolve(**degrees).groups(axis) == expected
+    assert resolve(**degrees).groups(axis) == expected
 
 
 @st.composite
@@ -145,13 +148,15 @@ def layouts(draw: st.DrawFn) -> Layout:
     mem = draw(st.sampled_from([d for d in range(1, world + 1) if world % d == 0]))
     node_size = draw(st.sampled_from([0, 2 * ep, *(d for d in range(1, ep + 1) if ep % d == 0)]))
     placement = draw(st.sampled_from(["contiguous", "strided"]))
-    return Layout.resolve(world, **dense, ep=ep, mem=mem, node_size=node_size, mem_placement=placement)
+    return Layout.resolve(
+        world, Degrees(**dense, ep=ep, mem=mem, node_size=node_size, mem_placement=placement)
+    )
 
 
 @settings(deadline=None)  # 243 ranks on a busy machine
 @given(layouts())
 def test_groups_partition_the_ranks_and_agree_with_coordinates(layout: Layout) -> None:
-    for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, layout.memory_axes):
+    for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, layout.mem_axes):
         assert prod(layout.shape(axes)) == layout.world
         places = [tuple(coordinates(layout, rank, axes).values()) for rank in range(layout.world)]
         assert places == sorted(set(places))  # distinct, and slowest axis first
@@ -177,7 +182,7 @@ def test_an_expert_group_lies_inside_one_stage_and_one_replica(layout: Layout) -
 
 @pytest.mark.parametrize("node_size", [0, 4, 8, 12])
 def test_experts_on_one_node_need_no_second_hop(node_size: int) -> None:
-    layout = Layout.resolve(8, ep=4, node_size=node_size)
+    layout = Layout.resolve(8, Degrees(ep=4, node_size=node_size))
     assert (layout.ep_inter, layout.ep_intra) == (1, 4)
 
 
@@ -203,23 +208,27 @@ def test_row_bounds_cover_every_row_once(layout: Layout, num_rows: int) -> None:
     ],
 )
 def test_row_bounds_are_the_chunks_of_shard_0(mem: int, num_rows: int, bounds: list[int]) -> None:
-    assert Layout.resolve(4, mem=mem).row_bounds(num_rows) == bounds
+    assert Layout.resolve(4, Degrees(mem=mem)).row_bounds(num_rows) == bounds
 
 
 def test_minus_one_takes_what_is_left() -> None:
-    layout = Layout.resolve(8, tp=2)
+    layout = Layout.resolve(8, Degrees(tp=2))
     assert (layout.dp_shard, layout.mem, layout.mem_replicate, layout.edp) == (4, 8, 1, 8)
-    layout = Layout.resolve(8, tp=2, dp_shard=4, ep=4, mem=2)
+    layout = Layout.resolve(8, Degrees(tp=2, dp_shard=4, ep=4, mem=2))
     assert (layout.expert_ranks, layout.edp, layout.mem_replicate, layout.dp) == (8, 2, 4, 4)
     assert layout.describe() == "dp_shard 4 · tp 2 · ep 4 · edp 2 · mem 2 · mem_replicate 4"
-    assert Layout.resolve(8, ep=4, node_size=2).describe() == "dp_shard 8 · ep 4 · ep_inter 2 · edp 2 · mem 8"
+    assert (
+        Layout.resolve(8, Degrees(ep=4, node_size=2)).describe()
+        == "dp_shard 8 · ep 4 · ep_inter 2 · edp 2 · mem 8"
+    )
     assert Layout.resolve(1).describe() == "one rank"
     far = {"mem_placement": "strided"}
     assert (
-        Layout.resolve(4, mem=2, **far).describe() == "dp_shard 4 · edp 4 · mem 2 · mem_replicate 2 · mem far"
+        Layout.resolve(4, Degrees(mem=2, **far)).describe()
+        == "dp_shard 4 · edp 4 · mem 2 · mem_replicate 2 · mem strided"
     )
     assert (
-        Layout.resolve(4, **far).describe() == Layout.resolve(4).describe()
+        Layout.resolve(4, Degrees(**far)).describe() == Layout.resolve(4).describe()
     )  # all ranks: near and far are the same
 
 
@@ -305,7 +314,7 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
     degrees: dict[str, int], violations: list[str]
 ) -> None:
     with pytest.raises(LayoutError) as caught:
-        Layout.resolve(**degrees)
+        resolve(**degrees)
     assert caught.value.violations == violations
     assert str(caught.value) == "\n".join(
         [f"layout does not fit {degrees['world']} ranks", *(f"  {v}" for v in violations)]
@@ -450,7 +459,7 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
 def test_models_that_do_not_fit_are_refused_with_every_violation(
     degrees: dict[str, int], facts: dict[str, Any], violations: list[str]
 ) -> None:
-    layout = Layout.resolve(**degrees)
+    layout = resolve(**degrees)
     with pytest.raises(LayoutError) as caught:
         layout.check(replace(FACTS, **facts))
     assert caught.value.violations == violations
@@ -471,7 +480,7 @@ def test_what_no_exchange_serves_is_refused_by_name_under_cp() -> None:
 
 def test_what_others_found_is_told_with_the_layouts_own() -> None:
     with pytest.raises(LayoutError) as caught:
-        Layout.resolve(10, pp=5, dp_shard=2).check(FACTS, ["of the schedule", "of the stages"])
+        Layout.resolve(10, Degrees(pp=5, dp_shard=2)).check(FACTS, ["of the schedule", "of the stages"])
     expected = [
         "parallel.pp=5 exceeds the model's 4 layers; pp may be 1 to 4",
         "of the schedule",
@@ -486,16 +495,7 @@ def test_what_others_found_is_told_with_the_layouts_own() -> None:
     "degrees", [{"world": 2, "tp": 2}, {"world": 4, "tp": 4}, {"world": 8, "tp": 4, "ep": 8, "mem": 2}]
 )
 def test_models_that_fit_pass_under_tp(degrees: dict[str, int]) -> None:
-    Layout.resolve(**degrees).check(
-        replace(
-            FACTS,
-            divides={
-                "model.dense.hidden": 96,
-                "model.moe.num_shared x hidden": 48,
-                "len(engram.orders) x engram.heads": 8,
-            },
-        )
-    )
+    resolve(**degrees).check(replace(FACTS, dense_hidden=96, shared_hidden=48, memory_slots=8))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 24])

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain.parallel.collectives import all_reduce_, gather_objects
-from hybridtrain.parallel.layout import Layout, LayoutError
-from hybridtrain.parallel.mesh import close_mesh, make_mesh, ranks_of_a_node, world_from_environment
+from hybridtrain.parallel.layout import Degrees, Layout, LayoutError
+from hybridtrain.parallel.mesh import Joining, close_mesh, make_mesh, ranks_of_a_node, world_from_environment
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
 
@@ -31,13 +31,13 @@ def check_mesh(ep: int, mem: int) -> None:
 
     assert mesh.dense_mesh is not None
     assert mesh.expert_mesh is not None
-    assert mesh.memory_mesh is not None
+    assert mesh.mem_mesh is not None
     assert mesh.dense_mesh.get_coordinate() == (layout.coordinate(rank, "dp_shard"),)
     assert mesh.expert_mesh.get_coordinate() == (
         layout.coordinate(rank, "edp"),
         layout.coordinate(rank, "ep"),
     )
-    assert mesh.memory_mesh.get_coordinate() == (
+    assert mesh.mem_mesh.get_coordinate() == (
         layout.coordinate(rank, "mem_replicate"),
         layout.coordinate(rank, "mem"),
     )
@@ -75,15 +75,15 @@ def check_meshes(degrees: list[tuple[int, int]]) -> None:
     check_levels()
     far = mesh_here(mem=2, mem_placement="strided")
     assert gather_objects(far.rank, far.mem) == [far.rank % 2, far.rank % 2 + 2] == list(far.mem.ranks)
-    assert far.memory_mesh is not None
-    assert far.memory_mesh.mesh_dim_names == ("mem", "mem_replicate")
-    assert far.memory_mesh.get_coordinate() == (far.mem.rank, far.mem_replicate.rank)
+    assert far.mem_mesh is not None
+    assert far.mem_mesh.mesh_dim_names == ("mem", "mem_replicate")
+    assert far.mem_mesh.get_coordinate() == (far.mem.rank, far.mem_replicate.rank)
 
 
 def meet_and_part(rendezvous: str) -> None:
     dist.destroy_process_group()
     rank, world = world_from_environment()
-    mesh = make_mesh(Layout.resolve(world), rank, torch.device("cpu"), timeout=60, rendezvous=rendezvous)
+    mesh = make_mesh(Layout.resolve(world), rank, torch.device("cpu"), 60, Joining(rendezvous))
     assert gather_objects(rank, mesh.world) == [0, 1]
     close_mesh()
     assert not dist.is_initialized()
@@ -92,7 +92,9 @@ def meet_and_part(rendezvous: str) -> None:
 
 def disagree() -> None:
     rank = dist.get_rank()
-    layout = Layout.resolve(2, ep=2, node_size=1 + rank)  # as where two machines have other numbers of ranks
+    layout = Layout.resolve(
+        2, Degrees(ep=2, node_size=1 + rank)
+    )  # as where two machines have other numbers of ranks
     with pytest.raises(LayoutError) as caught:
         make_mesh(layout, rank, torch.device("cpu"), timeout=60)
     assert caught.value.violations == [
@@ -120,7 +122,7 @@ def test_one_rank_needs_no_torch_distributed(monkeypatch: pytest.MonkeyPatch) ->
     assert ranks_of_a_node(3) == 3
     mesh = make_mesh(Layout.resolve(1), 0, torch.device("cpu"), timeout=60)
     assert not dist.is_initialized()
-    assert (mesh.dense_mesh, mesh.expert_mesh, mesh.memory_mesh) == (None, None, None)
+    assert (mesh.dense_mesh, mesh.expert_mesh, mesh.mem_mesh) == (None, None, None)
     assert all(
         g.ranks == (0,) and g.process_group is None
         for g in (mesh.world, mesh.ep, *mesh.planning_groups("plan"))

@@ -27,8 +27,8 @@ from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
 from hybridtrain.run.generate import evaluate_checkpoint, generate_text
 from hybridtrain.run.loop import train
 from hybridtrain.run.process_setup import resolve_layout
+from hybridtrain.run.step import by_exchange
 from hybridtrain.settings.tree import Settings
-from hybridtrain.table.lookup_table import by_exchange
 from tests.hybridtrain.test_parity import assert_same_curve, assert_same_state, state
 from tests.ranks import run_on_ranks
 from tests.training import ci_settings, loss_curve, make_data, train_on

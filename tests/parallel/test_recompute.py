@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hybridtrain.errors import SettingsError
-from hybridtrain.monitor.metrics import Clock
-from hybridtrain.run.loop import train_step
+from hybridtrain.monitor.clock import Clock
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
 from tests.training import assert_bitwise, build_here, ci_settings, make_data, trace, traces
@@ -84,7 +84,7 @@ def test_less_is_kept(data: Path) -> None:
             batch = loader.load(step)
             plan = run.table.plan(batch)
             with PeakBytes() as peak:
-                train_step(run, step, batch, plan, Clock(run.mesh.device))
+                train_step(run, step, StepInput(batch, plan), Hooks(Clock(run.mesh.device).phase))
         peaks.append(peak.peak)
     none, selective, full = peaks
     assert none > 5e6

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from hybridtrain.kernels.rows.op import pack, unpack
 from hybridtrain.parallel import row_exchange as module
+from hybridtrain.parallel.checksums import ExchangeError, checksums
 from hybridtrain.parallel.collectives import Group, gather_objects
+from hybridtrain.parallel.early_rows import EarlyRowExchange, OverlapPlanner
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.row_exchange import (
     CommDtypes,
-    ExchangeError,
     RowExchange,
     RowPlanner,
     StepPlan,
-    checked_all_to_all,
+    exchange_rows,
 )
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
@@ -105,10 +106,8 @@ def check_against_whole_table(mem: int, num_rows: int, exchange_groups: int, che
     low, high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
     whole = table(num_rows)
     plan_groups = mesh.planning_groups("plan")
-    planner = RowPlanner(
-        bounds, *plan_groups, mesh.device, exchange_groups=exchange_groups, checksum=checksum
-    )
-    exchange = RowExchange(whole[low:high].clone(), mesh.mem, mesh.mem_replicate, checksum)
+    planner = RowPlanner(bounds, plan_groups, mesh.device, exchange_groups=exchange_groups, checksum=checksum)
+    exchange = RowExchange(whole[low:high].clone(), ((mesh.mem, mesh.mem_replicate)), checksum=checksum)
     for make_ids in IDS:
         ids = make_ids(rank, num_rows)
         before = mesh.traffic.entries()
@@ -170,8 +169,8 @@ def check_replicas() -> None:
     mesh = mesh_here(mem=2)
     bounds = mesh.layout.row_bounds(16)
     low, high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
-    planner = RowPlanner(bounds, *mesh.planning_groups("plan"), mesh.device)
-    exchange = RowExchange(table(16)[low:high].float(), mesh.mem, mesh.mem_replicate)
+    planner = RowPlanner(bounds, mesh.planning_groups("plan"), mesh.device)
+    exchange = RowExchange(table(16)[low:high].float(), (mesh.mem, mesh.mem_replicate))
     for step in range(3):
         noise = torch.randn((*SHAPE, WIDTH), generator=torch.Generator().manual_seed(10 * step + mesh.rank))
         _, plan, total_ND = run_step(planner, exchange, scattered(10 * step + mesh.rank, 16), noise)
@@ -193,7 +192,7 @@ def check_wires() -> None:
     bounds, ids = mesh.layout.row_bounds(37), scattered(mesh.rank, 37)
     low, high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
     whole = torch.randn(37, WIDTH, generator=torch.Generator().manual_seed(5))
-    planner = RowPlanner(bounds, *mesh.planning_groups("plan"), mesh.device)
+    planner = RowPlanner(bounds, mesh.planning_groups("plan"), mesh.device)
     (part,) = (plan := planner.plan(ids)).exchanges
     unique = ids.unique()
     grad_UD = torch.randn(len(unique), WIDTH, generator=torch.Generator().manual_seed(mesh.rank))
@@ -205,9 +204,8 @@ def check_wires() -> None:
         def seen(x: Tensor, wire: str) -> Tensor:
             return unpack(pack(x, None, wire), WIDTH, wire)
 
-        exchange = RowExchange(
-            whole[low:high].clone(), mesh.mem, mesh.mem_replicate, checksum=False, wires=wires
-        )
+        groups = mesh.mem, mesh.mem_replicate
+        exchange = EarlyRowExchange(whole[low:high].clone(), groups, mesh.mem, wires=wires)
         before = mesh.traffic.entries()
         assert torch.equal(exchange.fetch(part), seen(whole[unique], wires.rows))
         arrived = exchange.complete(part, exchange.begin(part, exchange.table[part.wanted_Q]))
@@ -237,7 +235,7 @@ def message(act: Callable[[], Any]) -> str | None:
 
 def ask_outside(ids: list[int]) -> list[str | None]:
     mesh = mesh_here(mem=2)
-    planner = RowPlanner(mesh.layout.row_bounds(10), *mesh.planning_groups("plan"), mesh.device)
+    planner = RowPlanner(mesh.layout.row_bounds(10), mesh.planning_groups("plan"), mesh.device)
     return [message(lambda i=i: planner.plan(torch.full(SHAPE, i))) for i in ids]  # type: ignore[misc]
 
 
@@ -285,15 +283,13 @@ def exchange_damaged(checksum: bool) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         x = table(6).to(dtype) + mesh.rank
-        found[f"sound {name}"] = message(
-            lambda x=x: checked_all_to_all(x, send, send, mesh.mem, "rows", checksum)
-        )  # type: ignore[misc]
+        found[f"sound {name}"] = message(lambda x=x: exchange_rows(x, send, send, mesh.mem, "rows", checksum))  # type: ignore[misc]
         for harm in (flip_a_bit, swap_rows):
             with damaged(1, harm):
                 found[f"{harm.__name__} {name}"] = message(
-                    lambda x=x: checked_all_to_all(x, send, send, mesh.mem, "rows", checksum)  # type: ignore[misc]
+                    lambda x=x: exchange_rows(x, send, send, mesh.mem, "rows", checksum)  # type: ignore[misc]
                 )
-    planner = RowPlanner([0, 5, 10], *mesh.planning_groups("plan"), mesh.device, checksum=checksum)
+    planner = RowPlanner([0, 5, 10], mesh.planning_groups("plan"), mesh.device, checksum=checksum)
     with damaged(1, shift_id):
         found["row ids"] = message(lambda: planner._exchange(torch.arange(10).view(1, 10)))
     return found
@@ -319,20 +315,20 @@ def test_without_checksum_only_ids_outside_an_owner_are_found() -> None:
 
 def test_checksums_tell_place_and_value() -> None:
     x = torch.randint(-5, 5, (7, 4), generator=torch.Generator().manual_seed(0))
-    before = module._checksums(x, [3, 0, 4])
+    before = checksums(x, [3, 0, 4])
     assert before.shape == (3,)
     assert before[1] == 0
     for row in range(7):
         for column in range(4):
             harmed = x.clone()
             harmed[row, column] += 1
-            differs = module._checksums(harmed, [3, 0, 4]) != before
+            differs = checksums(harmed, [3, 0, 4]) != before
             assert differs.tolist() == [row < 3, False, row >= 3]
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 4)])
 def test_checksums_of_nothing(shape: tuple[int, ...]) -> None:
-    assert module._checksums(torch.empty(shape), [0, 0]).tolist() == [0, 0]
+    assert checksums(torch.empty(shape), [0, 0]).tolist() == [0, 0]
 
 
 def check_ahead() -> list[str | None]:
@@ -344,9 +340,9 @@ def check_ahead() -> list[str | None]:
     bounds = mesh.layout.row_bounds(num_rows)
     low, high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
     whole = table(num_rows)
-    planner = RowPlanner(bounds, *mesh.planning_groups("plan"), mesh.device, exchange_groups=2, ahead=True)
+    planner = OverlapPlanner(bounds, mesh.planning_groups("plan"), mesh.device, exchange_groups=2)
     own, ahead = whole[low:high].clone(), mesh.own_mem_group("ahead")
-    exchange = RowExchange(own, mesh.mem, mesh.mem_replicate, checksum=True, ahead=ahead)
+    exchange = EarlyRowExchange(own, (mesh.mem, mesh.mem_replicate), ahead, checksum=True)
     ids = [
         torch.randint(num_rows, (2, 1, 4, 1, 1), generator=torch.Generator().manual_seed(10 * i + mesh.rank))
         for i in range(5)
@@ -395,7 +391,7 @@ def test_a_table_may_lie_elsewhere_than_the_model() -> None:
     """
     model, host = torch.device("meta"), torch.device("cpu")
     alone = Group("mem", (0,), 0)
-    planner = RowPlanner([0, 37], alone, alone, model, table_device=host, ahead=True)
+    planner = OverlapPlanner([0, 37], (alone, alone), model, table_device=host)
     planner.plan(scattered(0, 37))
     plan = planner.plan(scattered(1, 37))
     (part,) = plan.exchanges
@@ -404,7 +400,7 @@ def test_a_table_may_lie_elsewhere_than_the_model() -> None:
     read_by_model = [*part.index, *part.select, part.slot_Q, part.early.place]
     assert {t.device for t in read_by_owner} == {host}
     assert {t.device for t in read_by_model} == {model}
-    exchange = RowExchange(table(37), alone, alone, device=model)
+    exchange = EarlyRowExchange(table(37), (alone, alone), alone, model)
     fetched = exchange.fetch(part)
     assert (fetched.device, fetched.shape) == (model, (part.num_rows, WIDTH))
     assert exchange.begin(part.early, table(37)[part.early.wanted_Q]).wait().device == model
@@ -416,8 +412,8 @@ def test_a_table_in_host_memory_serves_a_model_on_cuda() -> None:
     model, host = torch.device("cuda"), torch.device("cpu")
     alone = Group("mem", (0,), 0)
     rows_of = table(37)
-    planner = RowPlanner([0, 37], alone, alone, model, table_device=host)
-    exchange = RowExchange(rows_of, alone, alone, device=model)
+    planner = RowPlanner([0, 37], (alone, alone), model, table_device=host)
+    exchange = RowExchange(rows_of, (alone, alone), model)
     (part,) = (plan := planner.plan(scattered(0, 37))).exchanges
     fetched = exchange.fetch(part)
     assert fetched.device.type == "cuda"

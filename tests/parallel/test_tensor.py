@@ -220,7 +220,7 @@ def gradients(run: Run, batch: Batch) -> dict[str, Any]:
     grads = {name: full(p.grad) for name, p in model.named_parameters()}
     table.fetch(plan, plan.exchanges[0])
     logits = model.eval()(*args)
-    table.rows.clear()
+    table.leaves.clear()
     return {
         "loss": loss.detach(),
         "norm": norm,

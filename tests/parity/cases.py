@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 
 from hybridtrain.errors import SettingsError
-from hybridtrain.parallel.layout import Layout, LayoutError, divisors
+from hybridtrain.parallel.layout import Degrees, Layout, LayoutError, divisors
 from hybridtrain.parallel.stages import SCHEDULES
 from hybridtrain.run.process_setup import resolve_layout
 from hybridtrain.settings.load import load_settings
@@ -172,7 +172,7 @@ def layouts(world: int) -> tuple[Case, ...]:
         if prod(degrees[: len(DENSE)]) != world:  # the rest would be refused one by one, slowly
             continue
         try:
-            Layout.resolve(world, **dict(zip(AXES, degrees, strict=True)))
+            Layout.resolve(world, Degrees(**dict(zip(AXES, degrees, strict=True))))
         except LayoutError:
             continue
         if is_legal(case := Case(world, degrees)):

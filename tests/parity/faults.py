@@ -13,7 +13,7 @@ from torch import Tensor
 from hybridtrain.data.batches import Batch
 from hybridtrain.parallel import engine
 from hybridtrain.parallel.row_exchange import RowExchange
-from hybridtrain.run import loop as train
+from hybridtrain.run import step
 
 
 @contextmanager
@@ -57,14 +57,14 @@ def _borders_forgotten() -> Iterator[None]:
     """The first sequence of each micro-batch is taken for one document by attention and by the memory's
     convolution.
     """
-    real = train.by_exchange
+    real = step.by_exchange
 
     def by_exchange(batch: Batch, plan: Any, device: Any) -> Any:
         starts = batch.starts.clone()
         starts[:, 0, 1:] = False
         return real(replace(batch, starts=starts), plan, device)
 
-    with patch.object(train, "by_exchange", by_exchange):
+    with patch.object(step, "by_exchange", by_exchange):
         yield
 
 

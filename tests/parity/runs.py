@@ -20,13 +20,13 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.monitor.metrics import Clock, Totals
+from hybridtrain.monitor.clock import Clock
 from hybridtrain.parallel.collectives import barrier
-from hybridtrain.parallel.mesh import close_mesh, make_mesh
+from hybridtrain.parallel.mesh import Joining, close_mesh, make_mesh
 from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import resolve_layout
+from hybridtrain.run.step import Hooks, StepInput, Totals, train_step
 from hybridtrain.settings.tree import Settings
 from tests.parity.cases import Case, settings_of
 from tests.parity.faults import FAULTS
@@ -57,7 +57,7 @@ def start_run(
     """A run's parts on this rank, and its steps' batches; wired as `train` does it, without the background
     thread.
     """
-    mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, rendezvous)
+    mesh = make_mesh(resolve_layout(settings, world), rank, torch.device("cpu"), 60, Joining(rendezvous))
     dataset = TokenDataset.open(settings.data.path, verify=False)
     vocabulary = Vocabulary.of(dataset)
     run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
@@ -87,7 +87,7 @@ def train_steps(run: Run, load: Load, start: int, stop: int) -> list[Totals]:
         run.table.resume(plan)
     for step in range(start, stop):
         upcoming, next_plan, _ = load(step + 1) if step + 1 < stop else (batch, None, batch)
-        totals.append(train_step(run, step, batch, plan, clock, next_plan))
+        totals.append(train_step(run, step, StepInput(batch, plan, next_plan), Hooks(clock.phase)))
         batch, plan = upcoming, next_plan
     return totals
 

@@ -20,10 +20,9 @@ from hybridtrain.checkpoint import blocks, files
 from hybridtrain.checkpoint.state import Content
 from hybridtrain.data.batches import BatchLoader
 from hybridtrain.errors import CheckpointError
-from hybridtrain.monitor.metrics import Clock
 from hybridtrain.parallel.collectives import barrier
 from hybridtrain.run.assemble import Run
-from hybridtrain.run.loop import train_step
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
 from tests.training import build_here, ci_settings
@@ -43,7 +42,7 @@ TWO = ("parallel.ep=2", "parallel.mem=2")
 
 
 def steps(
-    built: tuple[Run, BatchLoader], first: int, last: int, before_update: Callable[[], None] | None = None
+    built: tuple[Run, BatchLoader], first: int, last: int, before_update: Callable[[], None] = lambda: None
 ) -> list[float]:
     """The losses of steps `first` to `last-1`."""
     run, loader = built
@@ -51,8 +50,8 @@ def steps(
     for step in range(first, last):
         batch = loader.load(step)
         plan = run.table.plan(batch) if run.table is not None else None
-        clock = Clock(run.mesh.device)
-        out.append(train_step(run, step, batch.at(run.positions), plan, clock, None, before_update).loss)
+        data, hooks = StepInput(batch.at(run.positions), plan), Hooks(before_update=before_update)
+        out.append(train_step(run, step, data, hooks).loss)
     return out
 
 
@@ -234,7 +233,7 @@ def at_urls(settings: dict[str, Settings], where: str) -> list[Any]:
     stored = checkpoint.StoredTensors(path)
     assert again[0].table is not None
     low, high = again[0].table.low, again[0].table.high
-    same = torch.equal(stored.read("table.rows", low, high), again[0].table.table)
+    same = torch.equal(stored.read("table.rows", low, high), again[0].table.weight)
     world = run[0].mesh.world
     barrier(world)
     if world.rank == 0:

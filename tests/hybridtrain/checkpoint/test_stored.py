@@ -33,9 +33,9 @@ def test_reads_what_a_load_reads_whatever_layout_wrote_it(trained: Callable[...,
     for name, value in expected.items():
         assert stored.shapes[name] == tuple(value.shape)
         assert torch.equal(stored.read(name), value), name
-    rows = len(run.table.table)
+    rows = len(run.table.weight)
     for low, high in ((0, 1), (rows // 2 - 3, rows // 2 + 3), (rows - 1, rows), (5, 5)):
-        assert torch.equal(stored.read("table.rows", low, high), run.table.table[low:high])
+        assert torch.equal(stored.read("table.rows", low, high), run.table.weight[low:high])
     step = next(name for name in stored.shapes if name.endswith(".step"))
     assert stored.read(step) == 20  # a tensor without dims
 

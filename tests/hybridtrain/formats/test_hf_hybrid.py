@@ -163,14 +163,14 @@ def test_rows_are_exported_with_the_decay_that_they_owe(trained: Callable[..., P
     export_hf(source, tmp_path / "out")
     run, _, separator = open_checkpoint(source)
     assert run.table is not None
-    before = run.table.table.clone()
+    before = run.table.weight.clone()
     run.table.optimizer.catch_up(torch.arange(len(before)))
-    assert not torch.equal(before, run.table.table)
+    assert not torch.equal(before, run.table.weight)
     tensors = load_file(tmp_path / "out/model.safetensors")
     names = [
         f"layers.{layer}.engram.tables.{slot}" for layer in run.table.addressing.layers for slot in range(8)
     ]
-    assert torch.equal(torch.cat([tensors[name] for name in names]), run.table.table)
+    assert torch.equal(torch.cat([tensors[name] for name in names]), run.table.weight)
     assert torch.equal(tensors["layers.1.engram.conv"], run.model.state_dict()["layers.1.engram.conv"])
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["engram"]["primes"] == json.loads((source / "addressing.json").read_text())["primes"]

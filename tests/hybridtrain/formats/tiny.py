@@ -161,7 +161,7 @@ def random_run(folder: Path, data: Path, *overrides: str) -> Path:
                 noise.zero_()
             value.copy_(1 + noise if name.endswith("norm.weight") else noise)
         if run.table is not None:
-            run.table.table.normal_(0, 0.3, generator=generator)
+            run.table.weight.normal_(0, 0.3, generator=generator)
     folder.mkdir()
     for name in (TOKENIZER, COMPRESSION):
         shutil.copyfile(data / name, folder / name)

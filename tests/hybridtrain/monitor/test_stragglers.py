@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain.monitor.metrics import Clock, read_metrics
+from hybridtrain.monitor.clock import Clock
+from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.monitor.stragglers import slowest
 from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from hybridtrain.launch.local import STALLED
-from hybridtrain.monitor.metrics import Clock
+from hybridtrain.monitor.clock import Clock
 from hybridtrain.monitor.watchdog import Record, Watchdog, explain, late_ranks
-from hybridtrain.parallel.collectives import Call, Group
+from hybridtrain.parallel.collectives import Group
+from hybridtrain.parallel.traffic import Call
 
 PAIR, FOUR = (0, 1), (0, 1, 2, 3)
 
@@ -86,7 +87,7 @@ def test_a_rank_without_any_call_in_a_group_is_late_in_it() -> None:
 
 def dog(rank: int, folder: Path, timeout: float, ends: list[tuple[str, int]], world: int = 2) -> Watchdog:
     group = Group("world", tuple(range(world)), rank)
-    group.traffic.add(group, "all_reduce", 8)
+    group.traffic.add(group.name, "all_reduce", 8, group.ranks)
     clock = Clock(torch.device("cpu"))
     clock.step = 3
     return Watchdog(group, clock, folder, timeout, lambda text, status: ends.append((text, status)))
@@ -108,7 +109,7 @@ def test_ranks_that_stand_still_end_their_run_and_say_where_they_are(tmp_path: P
         dog(1, tmp_path / "stalls", 2.0, ends[1]) as moving,
     ):
         ep = Group("ep", (0, 1), 0, None, waits.world.traffic)
-        waits.world.traffic.add(ep, "all_to_all", 8)
+        waits.world.traffic.add(ep.name, "all_to_all", 8, ep.ranks)
         go_on(moving, 4.0)
         assert ends == {0: [], 1: []}  # a slow rank is waited for
         assert Record.read(tmp_path / "stalls/rank-00001.json").still < 1.0

@@ -7,8 +7,9 @@ from torch import nn
 from hybridtrain.model.build import model_parameters
 from hybridtrain.model.component import Cut, Parameter
 from hybridtrain.model.lm import HybridLM
-from hybridtrain.optim.groups import build_optimizers, group_kind, set_learning_rates
+from hybridtrain.optim.groups import build_optimizers, group_kind
 from hybridtrain.optim.muon import Muon
+from hybridtrain.optim.schedule import set_learning_rates
 from hybridtrain.settings.load import parse_settings
 from hybridtrain.settings.tree import OptimSettings
 

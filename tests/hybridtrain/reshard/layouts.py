@@ -8,10 +8,10 @@ import torch
 
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint import StoredTensors
-from hybridtrain.monitor.metrics import Clock
+from hybridtrain.monitor.clock import Clock
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.reshard import digest_stored
-from hybridtrain.run.loop import train_step
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from hybridtrain.settings.load import load_settings
 from tests.training import build_here
 
@@ -79,7 +79,12 @@ def next_losses(settings_file: Path, runs: list[Path], extra: tuple[str, ...] = 
             assert run.table is not None
             plan = run.table.plan(batch)
             losses.append(
-                train_step(run, number, batch.at(run.positions), plan, Clock(torch.device("cpu"))).loss
+                train_step(
+                    run,
+                    number,
+                    StepInput(batch.at(run.positions), plan),
+                    Hooks(Clock(torch.device("cpu")).phase),
+                ).loss
             )
     close_mesh()
     return losses

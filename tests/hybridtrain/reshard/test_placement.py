@@ -33,7 +33,7 @@ def parts_here(settings: Settings) -> Run:
     run, _ = build_here(settings)
     table = run.table
     assert table is not None
-    found: Run = {"table": (tuple(table.table.shape), (table.low, 0))}
+    found: Run = {"table": (tuple(table.weight.shape), (table.low, 0))}
     for stage in run.model_parts:
         for name, value in stage.state_dict().items():
             if isinstance(value, DTensor):

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
-from hybridtrain.monitor.metrics import Clock
+from hybridtrain.monitor.clock import Clock
 from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import resolve_layout
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from tests.training import ci_settings
 
 
@@ -64,17 +64,17 @@ def largest_of_steps(run: Run, loader: BatchLoader, steps: int = 2) -> LargestSt
 
     def step(number: int) -> None:
         batch: Batch = loader.load(number)
-        train_step(run, number, batch, table.plan(batch), clock)
+        train_step(run, number, StepInput(batch, table.plan(batch)), Hooks(clock.phase))
 
     step(0)  # optimizers make their state in the first step
     watch = LargestStorage()
-    watch.know(iter([table.table, *table.optimizer.state.values()]))
+    watch.know(iter([table.weight, *table.optimizer.state.values()]))
     with watch:
         for number in range(1, 1 + steps):
             step(number)
         plan = table.plan(loader.load(9), evaluate=True)
         table.fetch(plan, plan.exchanges[0])
-        table.rows.clear()
+        table.leaves.clear()
     return watch
 
 
@@ -92,7 +92,7 @@ def test_no_tensor_of_the_tables_size_is_made(
 ) -> None:
     run, loader = build(tmp_path, ci_data, *overrides)
     assert run.table is not None
-    table = run.table.table
+    table = run.table.weight
     assert len(table) > 400_000
     watch = largest_of_steps(run, loader)
     assert watch.largest > 10_000  # it does see allocations
@@ -102,7 +102,7 @@ def test_no_tensor_of_the_tables_size_is_made(
 def test_the_watch_finds_an_optimizer_that_does(tmp_path: Path, ci_data: Path) -> None:
     run, loader = build(tmp_path, ci_data, "engram.optimizer=adam")
     assert run.table is not None
-    assert largest_of_steps(run, loader).largest >= run.table.table.nbytes
+    assert largest_of_steps(run, loader).largest >= run.table.weight.nbytes
 
 
 def test_numpy_makes_none_either(tmp_path: Path, ci_data: Path) -> None:
@@ -116,4 +116,4 @@ def test_numpy_makes_none_either(tmp_path: Path, ci_data: Path) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert np.dtype(np.int64).itemsize < peak < run.table.table.nbytes / 2
+    assert np.dtype(np.int64).itemsize < peak < run.table.weight.nbytes / 2

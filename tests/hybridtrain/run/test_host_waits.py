@@ -11,11 +11,12 @@ from unittest.mock import patch
 import pytest
 
 from hybridtrain.kernels.moe_swiglu import op
-from hybridtrain.monitor.metrics import Clock, MetricsLog
+from hybridtrain.monitor.clock import Clock
+from hybridtrain.monitor.metrics import MetricsLog
 from hybridtrain.parallel.mesh import close_mesh
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.report import Report
 from hybridtrain.run.resume import Reading
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
 from tests.training import build_here, ci_settings, make_data
@@ -59,7 +60,11 @@ def waits_of(runs: list[Settings]) -> list[Waits]:
                 batch = loader.load(step)
                 plan = run.table.plan(batch) if run.table is not None else None
                 with HostWaits() as waits:
-                    report.step(step + 1, train_step(run, step, batch.at(run.positions), plan, clock), plan)
+                    report.step(
+                        step + 1,
+                        train_step(run, step, StepInput(batch.at(run.positions), plan), Hooks(clock.phase)),
+                        plan,
+                    )
                 seen.append(waits.counts)
             log.close()
             out.append(seen[1:])  # the first step makes what later ones find

@@ -82,7 +82,7 @@ def test_all_that_is_there_is_taken_and_a_new_memory_drawn(
     for name, value in old.model.state_dict().items():
         assert torch.equal(new[name], value), name
     assert run.table is not None
-    assert torch.equal(run.table.table, init_table(0, 0, len(run.table.table), 32, 0.02))
+    assert torch.equal(run.table.weight, init_table(0, 0, len(run.table.weight), 32, 0.02))
     said = capfd.readouterr().err
     assert (
         f"{len(old.model.state_dict())} tensors taken, {len(new) - len(old.model.state_dict())} of new "
@@ -122,9 +122,9 @@ def test_a_trained_table_is_taken_with_the_decay_that_it_owes(
     old, _, _ = open_checkpoint(source)
     assert run.table is not None
     assert old.table is not None
-    assert not torch.equal(run.table.table, old.table.table)
-    old.table.optimizer.catch_up(torch.arange(len(old.table.table)))
-    assert torch.equal(run.table.table, old.table.table)
+    assert not torch.equal(run.table.weight, old.table.weight)
+    old.table.optimizer.catch_up(torch.arange(len(old.table.weight)))
+    assert torch.equal(run.table.weight, old.table.weight)
     assert run.table.optimizer.step_count == 0
     with pytest.raises(
         CheckpointError, match="memory: its table cannot be taken over: layers, orders, multipliers, primes"
@@ -235,8 +235,7 @@ def test_an_import_trains_and_is_evaluated_with_its_own_separator(
     start(made, tmp_path / "run")
     with pytest.raises(
         CheckpointError,
-        match=rf"separator: the checkpoint has token {manifest.separator_id} before each document, the data "
-        r"0",
+        match=rf"the checkpoint has token {manifest.separator_id} before each document, the data 0",
     ):
         start(new_settings(ours, tmp_path / "run", ci_data), tmp_path / "run")
     message = (

@@ -15,6 +15,7 @@ from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run import loop as module
 from hybridtrain.run.assemble import Run
+from hybridtrain.run.step import StepInput
 from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
 from tests.training import ci_settings, train_here
@@ -28,7 +29,7 @@ def poison(run: Run, plan: StepPlan, where: str) -> None:
         weight: Any = experts.w_down
         (weight.to_local() if hasattr(weight, "to_local") else weight)[-1] = math.nan
     if where == "row" and run.table is not None and run.mesh.rank == run.mesh.layout.world - 1:
-        run.table.table[plan.touched_N[0]] = math.inf
+        run.table.weight[plan.touched_N[0]] = math.inf
     if where == "gradient":
         run.model.norm.weight.register_hook(lambda grad: grad * math.nan)
 
@@ -46,13 +47,13 @@ def train_poisoned(settings: Settings, where: str) -> str:
     """On a rank: the message of a run whose state is poisoned before step STEP."""
     real = module.train_step
 
-    def train_step(run: Run, step: int, batch: Any, plan: Any, *rest: Any, **named: Any) -> Any:
+    def train_step(run: Run, step: int, data: StepInput, *rest: Any) -> Any:
         if step + 1 != STEP:
-            return real(run, step, batch, plan, *rest, **named)
+            return real(run, step, data, *rest)
         with torch.no_grad():
-            poison(run, plan, where)
+            poison(run, data.plan, where)
         before = snapshot(run)
-        totals = real(run, step, batch, plan, *rest, **named)
+        totals = real(run, step, data, *rest)
         after = snapshot(run)
         assert after.keys() == before.keys()
         for name, value in after.items():
@@ -71,7 +72,7 @@ def train_poisoned(settings: Settings, where: str) -> str:
     ("where", "nproc", "place"),
     [
         ("expert", 2, "the first values that are not finite come out of layers.1.feedforward (rank 0)"),
-        ("row", 2, "the first values that are not finite come out of the fetched memory rows (rank "),
+        ("row", 2, "the first values that are not finite come out of the fetched table rows (rank "),
         ("gradient", 1, "every layer's output is finite, so it arose in the backward pass"),
     ],
 )

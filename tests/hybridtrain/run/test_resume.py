@@ -121,9 +121,7 @@ def test_a_run_resumes_on_another_number_of_ranks(
 
 @pytest.fixture
 def resumable(trained: Callable[..., Path], ci_data: Path, tmp_path: Path) -> Callable[..., str]:
-    """`resumable(*overrides)`: the refusal when a run that stands at step 10 is resumed with other
-    settings.
-    """
+    """`resumable(*overrides)`: the refusal when a run at step 10 is resumed with other settings."""
     run = at_step_10(trained(1), tmp_path / "run")
 
     def resume(*overrides: str, resume: bool = True) -> str:
@@ -272,10 +270,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert outcome.status == 0, outcome.err
     record = checkpoint.read_info(trained(1) / "checkpoints/step-00000020")["files"]["__0_0.distcp"]
     assert re.search(
-        rf"{last} cannot be used\n  {last}/__0_0.distcp: is damaged: it has {record['size']} bytes with xxh3 "
-        rf"(?!{record['xxh3']})"
-        rf"[0-9a-f]{{32}}, must have {record['size']} with xxh3 {record['xxh3']}\ngoing on from {before}, "
-        r"the one before",
+        rf"{last} cannot be used\n  {last}/__0_0.distcp: is damaged: it has {record['size']} bytes with "
+        rf"xxh3 (?!{record['xxh3']})[0-9a-f]{{32}}, must have {record['size']} with xxh3 {record['xxh3']}\n"
+        rf"going on from {before}, the one before",
         outcome.err,
     ), outcome.err
     assert_same_end(run, trained(1))

@@ -72,9 +72,9 @@ def read_by(settings: Settings, resume: bool, allow: Collection[str] = ()) -> li
     read: list[list[int]] = []
     real = module.train_step
 
-    def train_step(parts: Any, step: int, batch: Any, *rest: Any, **named: Any) -> Any:
-        read.append(batch.targets[batch.targets >= 0].tolist())
-        return real(parts, step, batch, *rest, **named)
+    def train_step(parts: Any, step: int, data: Any, *rest: Any) -> Any:
+        read.append(data.batch.targets[data.batch.targets >= 0].tolist())
+        return real(parts, step, data, *rest)
 
     module.train_step = train_step  # type: ignore[assignment]
     try:
@@ -229,9 +229,7 @@ def test_an_unchanged_resume_says_nothing(
 def test_a_change_of_beta2_at_a_resume_counts_from_there_on(
     begun: tuple[Path, list[int]], data: Path, tmp_path: Path
 ) -> None:
-    """Rows that are not touched any more keep, in the checkpoint, the moments that their own steps gave
-    them.
-    """
+    """Rows that are not touched any more keep, in the checkpoint, the moments of their own steps."""
     run = shutil.copytree(begun[0], tmp_path / "run")
     scalars = checkpoint.read_info(run / "checkpoints/step-00000002")["table_scalars"]
     assert (scalars["beta2"], scalars["beta2_since"]) == (0.95, 0)

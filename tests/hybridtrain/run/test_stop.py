@@ -16,7 +16,7 @@ import torch.distributed as dist
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint import Saver
 from hybridtrain.monitor.metrics import read_metrics
-from hybridtrain.parallel.schedule import Accumulation
+from hybridtrain.parallel.engine import Accumulation
 from hybridtrain.run.loop import train
 from hybridtrain.settings.tree import Settings
 from tests.faults.judge import different_end

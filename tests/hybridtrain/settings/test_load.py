@@ -106,6 +106,9 @@ def problems(tree: dict[str, Any], *overrides: str) -> list[str]:
         ('data.source=["a", ""]', 'data.source=["a", ""]: has an empty entry'),
         ("optim.schedule=linear", "optim.schedule=\"linear\": input should be 'cosine' or 'wsd'"),
         ("optim.beta1=1.5", "optim.beta1=1.5: input should be less than or equal to 1"),
+        ("parallel.mem_placement=far", 'parallel.mem_placement="far" is called "strided" now'),
+        ("parallel.mem_placement=near", 'parallel.mem_placement="near" is called "contiguous" now'),
+        ("memory.fetch=step", "memory.fetch: is called engram.fetch now"),
         ("parallel.dp_shard=-2", "parallel.dp_shard=-2: input should be greater than or equal to -1"),
     ],
 )

@@ -19,13 +19,14 @@ from hybridtrain import checkpoint
 from hybridtrain.data.batches import Batch, BatchLoader
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.kernels.rows.eight_bits import packed_width
-from hybridtrain.monitor.metrics import Clock, read_metrics
-from hybridtrain.parallel.mesh import Mesh, make_mesh
+from hybridtrain.monitor.clock import Clock
+from hybridtrain.monitor.metrics import read_metrics
+from hybridtrain.parallel.mesh import Joining, Mesh, make_mesh
 from hybridtrain.parallel.row_exchange import AllToAllSplits, StepPlan
 from hybridtrain.run.assemble import Vocabulary, assemble, make_addressing
 from hybridtrain.run.generate import evaluate_checkpoint
-from hybridtrain.run.loop import train_step
 from hybridtrain.run.process_setup import resolve_layout, table_device
+from hybridtrain.run.step import Hooks, StepInput, train_step
 from hybridtrain.run.validation import evaluate
 from hybridtrain.settings.tree import Settings
 from tests.console import hybridtrain
@@ -87,7 +88,11 @@ class Rig:
         self.settings, device = settings, torch.device("cpu")
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         mesh = mesh or make_mesh(
-            resolve_layout(settings, world), rank, device, 60, table_device=table_device(settings, device)
+            resolve_layout(settings, world),
+            rank,
+            device,
+            60,
+            Joining(table_device=table_device(settings, device)),
         )
         self.dataset = TokenDataset.open(settings.data.path, verify=False)
         vocabulary = Vocabulary.of(self.dataset)
@@ -136,12 +141,17 @@ class Rig:
         """Steps `first` to `last-1`, each with the plan of the one after it, as the training loop does
         them.
         """
+        """Steps `first` to `last-1`, each with the plan of the one after it, as the training loop does."""
         run = Seen(low=self.table.low)
         self.upcoming = self.upcoming or self.plan(first)
         for step in range(first, last):
             (batch, plan), self.upcoming = self.upcoming, self.plan(step + 1)
             before = self.sent()
-            run.losses.append(train_step(self.run, step, batch, plan, self.clock, self.upcoming[1]).loss)
+            run.losses.append(
+                train_step(
+                    self.run, step, StepInput(batch, plan, self.upcoming[1]), Hooks(self.clock.phase)
+                ).loss
+            )
             run.sent.append(self.sent() - before)
             run.due.append(self.due(plan, self.upcoming[1]))
             run.late.append(plan.late_rows)
@@ -153,7 +163,7 @@ class Rig:
 
 def own_state(run: Seen) -> dict[str, Tensor]:
     assert run.table is not None
-    tensors: dict[str, Any] = {"table": run.table.table, **run.table.optimizer.state}
+    tensors: dict[str, Any] = {"table": run.table.weight, **run.table.optimizer.state}
     for number, stage in enumerate(run.model_parts):
         tensors |= {f"{number}.{name}": value for name, value in stage.state_dict().items()}
     return {name: (v.to_local() if hasattr(v, "to_local") else v).clone() for name, v in tensors.items()}
@@ -317,10 +327,10 @@ def test_a_stale_run_resumes_with_other_owners(runs: Worlds, name: str) -> None:
 
 def test_stale_rows_are_those_of_one_update_ago(ci_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(settings_of(ci_data, DECAY, "engram.fetch=stale"))
-    optimizer, everything = rig.table.optimizer, torch.arange(len(rig.table.table))
+    optimizer, everything = rig.table.optimizer, torch.arange(len(rig.table.weight))
     seen: list[list[Tensor]] = []
-    real = rig.table.rows.set
-    monkeypatch.setattr(rig.table.rows, "set", lambda leaves: (seen.append(list(leaves)), real(leaves)))
+    real = rig.table.leaves.set
+    monkeypatch.setattr(rig.table.leaves, "set", lambda leaves: (seen.append(list(leaves)), real(leaves)))
     before: list[Tensor] = []
     for step in range(4):
         before.append(optimizer.values(everything))
@@ -353,7 +363,7 @@ def test_a_run_reports_its_fetches_and_resumes_stale_bitwise(ci_data: Path, tmp_
     said = " ".join(outcome.out.split())
     assert "stale: all rows come during the step before, one update old" in said
     assert "here in host memory (cpu)" in said
-    assert f"memory rows: {1000 * mean:.1f} ms a step to fetch" in said
+    assert f"table rows: {1000 * mean:.1f} ms a step to fetch" in said
 
     shutil.copytree(run, again)
     shutil.rmtree(again / "checkpoints/step-00000008")

@@ -7,15 +7,15 @@ import pytest
 from rich.console import Console
 
 from hybridtrain.errors import SettingsError
-from hybridtrain.kernels.engram_hash.addressing import Addressing, TableShape
-from hybridtrain.table.sizing import print_report, readable, report
+from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.table.sizing import TableShape, print_report, readable, report
 
 
 def test_published_figures():
-    paper = report(2_262_400, [2, 3], 8, 80, [1, 14])
+    paper = report(TableShape(2_262_400, [2, 3], 8, 80, [1, 14]))
     assert round(paper["parameters"] / 1e9, 2) == 5.79
     assert paper["wire_bytes_per_token"] == 5120
-    flash = report(16_000_000, [2, 3, 4], 8, 256, [1, 14])
+    flash = report(TableShape(16_000_000, [2, 3, 4], 8, 256, [1, 14]))
     assert [layer["rows"] for layer in flash["layers"]] == [384_006_168, 384_016_682]
     assert flash["layers"][0]["multipliers"] == [
         76632096046245,
@@ -29,7 +29,7 @@ def test_published_figures():
 
 
 def test_figures_belong_together_and_fit_the_addressing():
-    figures = report(100, [2, 4], 3, 5, [0, 2, 7], seed=9, vocab_size=50, bytes_per_element=1)
+    figures = report(TableShape(100, [2, 4], 3, 5, [0, 2, 7], 50, 1), seed=9)
     assert json.loads(json.dumps(figures)) == figures
     drawn = Addressing.draw(TableShape([0, 2, 7], [2, 4], 3, 100), list(range(50)), pad_id=0, seed=9)
     for i, layer in enumerate(figures["layers"]):
@@ -53,7 +53,7 @@ def test_figures_belong_together_and_fit_the_addressing():
 
 def test_the_printed_report_has_the_figures():
     console = Console(width=140, file=io.StringIO(), record=True)
-    print_report(report(16_000_000, [2, 3, 4], 8, 256, [1, 14]), console)
+    print_report(report(TableShape(16_000_000, [2, 3, 4], 8, 256, [1, 14])), console)
     text = console.export_text()
     for figure in ("384,006,168", "384,016,682", "76632096046245", "2.75 TB", "24.58 kB", "6.14 GB"):
         assert figure in text
@@ -61,7 +61,7 @@ def test_the_printed_report_has_the_figures():
 
 def test_every_bad_value_is_listed():
     with pytest.raises(SettingsError, match="8 problem") as caught:
-        report(0, [3, 2], 0, 0, [-1], seed=-1, vocab_size=0, bytes_per_element=3)
+        report(TableShape(0, [3, 2], 0, 0, [-1], 0, 3), seed=-1)
     for message in (
         "rows-per-head=0",
         "orders=",
@@ -78,7 +78,7 @@ def test_every_bad_value_is_listed():
 @pytest.mark.parametrize(("orders", "layers"), [([], [1]), ([1, 2], [1]), ([2], []), ([2], [1, 1])])
 def test_bad_lists_are_refused(orders, layers):
     with pytest.raises(SettingsError, match="1 problem"):
-        report(10, orders, 1, 1, layers)
+        report(TableShape(10, orders, 1, 1, layers))
 
 
 @pytest.mark.parametrize(

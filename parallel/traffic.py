@@ -1,0 +1,86 @@
+"""The ledger of what a rank sends: calls and bytes by group and operation, and each group's last call."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+SEND = "send"
+
+
+class Call(NamedTuple):
+    """The last collective that this rank began in a group: its `number`-th there, counted from 1.
+
+    A send is one of two ranks, who sends and who receives; each direction is numbered for itself, alike by
+    both.
+    """
+
+    group: str
+    ranks: tuple[int, ...]  # all that take part
+    operation: str
+    number: int
+    at: float  # time.monotonic()
+
+
+class Traffic:
+    """A ledger of (group, operation) -> [calls, bytes] and of the last call of each group; safe to write from
+    several threads.
+
+    A call is entered before it is made, so that a rank that waits in it is known to. `calls` rises as long as
+    this rank goes on; `waited` are its seconds in collectives, where the host waits for them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[tuple[str, str], list[int]] = {}
+        self._last: dict[tuple[str, tuple[int, ...]], Call] = {}
+        self.calls = 0
+        self.waited = 0.0
+
+    def add(self, group: str, operation: str, sent: int, ranks: tuple[int, ...]) -> None:
+        """A call in which these ranks of the group take part."""
+        with self._lock:
+            entry = self._entries.setdefault((group, operation), [0, 0])
+            entry[0] += 1
+            entry[1] += sent
+        self.expect(group, operation, ranks)
+
+    def expect(self, group: str, operation: str, ranks: tuple[int, ...]) -> None:
+        """The part of a call in which this rank sends nothing: it will wait for another's."""
+        with self._lock:
+            self.calls += 1
+            number = self._last[group, ranks].number + 1 if (group, ranks) in self._last else 1
+            self._last[group, ranks] = Call(group, ranks, operation, number, time.monotonic())
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Seconds that the main thread spends inside are `waited`: for other ranks, or for what is sent to
+        arrive.
+        """
+        begin = time.perf_counter()
+        yield
+        if threading.current_thread() is threading.main_thread():
+            self.waited += time.perf_counter() - begin
+
+    def alive(self) -> None:
+        """Something else was done that takes its time: a part of a checkpoint written."""
+        with self._lock:
+            self.calls += 1
+
+    def last_calls(self) -> list[Call]:
+        """Of every group, and direction of sends, that was used; the newest first."""
+        with self._lock:
+            return sorted(self._last.values(), key=lambda call: -call.at)
+
+    def entries(self) -> dict[tuple[str, str], tuple[int, int]]:
+        with self._lock:
+            return {key: (calls, sent) for key, (calls, sent) in self._entries.items()}
+
+    def bytes_by_group(self) -> dict[str, int]:
+        out: dict[str, int] = {}
+        for (group, _), (_, sent) in self.entries().items():
+            out[group] = out.get(group, 0) + sent
+        return out
