@@ -34,7 +34,7 @@ def init_parameters(
 ) -> None:
     """Fill all parameters and router buffers of a model on a real device.
 
-    Norms are ones, the memory's convolution zeros, all else normal with `model.init_std`, scaled by 1/sqrt(2
+    Norms are ones, the memory's convolution and depth weights zeros, all else normal with `model.init_std`, scaled by 1/sqrt(2
     layers) where it writes to the residual stream. `write(param, draw)` puts a parameter's value in place
     (default: copy it whole); a caller with sharded parameters writes `draw(rows, within)`, which costs what
     the part does.
@@ -65,7 +65,7 @@ def parameter_std(name: str, settings: Settings) -> float | None:
     """Standard deviation of the parameter `name`; 0 for zeros, None for ones."""
     if name.endswith("norm.weight"):
         return None
-    if name.endswith(".conv"):
+    if name.endswith((".conv", ".alpha")):
         return 0.0
     writes_residual = name.endswith(("wo.weight", "w_down.weight", "w_down", "engram.wv.weight"))
     return settings.model.init_std / (math.sqrt(2 * len(layer_specs(settings))) if writes_residual else 1)

@@ -92,7 +92,9 @@ class ModelSettings(Section):
         ("attention+dense", "engram+attention+moe", "2*attention+moe"),
         description='one entry a layer, "[N*][engram+]MIXER+FEEDFORWARD"; N repeats it',
     )
-    residual: Literal["add"] = Field("add", description="how a layer's output joins the stream")
+    residual: Literal["add", "dense_former"] = Field(
+        "add", description="what a layer reads: the sum of all before it, or a learned sum (arXiv 2402.02622)"
+    )
     vocab_size: Natural = Field(
         0, description="rows of embedding and head; 0: the tokenizer's entries, more pads them"
     )

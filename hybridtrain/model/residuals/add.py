@@ -1,8 +1,7 @@
 """How a layer reads what came before it and adds to it.
 
-A scheme has a *carry*, of fixed width and rewritten by every sublayer, and *sources*, named tensors that are
-written once and read by later layers; a pipeline moves both between stages. A scheme is a module, since most
-have parameters.
+A scheme has a *carry*, rewritten by every layer, and *sources*, named tensors that are written once and read by
+later layers; a pipeline moves both between stages. A scheme is a module, since most have parameters.
 """
 
 from __future__ import annotations
@@ -12,6 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from hybridtrain.model.component import Carried, Residual
+from hybridtrain.settings.section import Section
+
 
 class Stream(NamedTuple):
     """What flows from layer to layer; a tuple, so that hooks of parallel wrappers see the tensors in it."""
@@ -20,21 +22,23 @@ class Stream(NamedTuple):
     sources: dict[str, Tensor]
 
 
+class AddSettings(Section):
+    """There is nothing to set."""
+
+
 class AddResidual(nn.Module):
     """h <- h + f(h): the carry is h [B, T, D], and there are no sources."""
 
-    @staticmethod
-    def start(h_BTD: Tensor) -> Stream:
-        """The stream before the first layer, from the embedded tokens."""
-        return Stream(h_BTD, {})
-
-    def forward(self, stream: Stream, sublayer: Callable[[Tensor], Tensor]) -> Stream:
+    def forward(self, stream: Stream, number: int, sublayer: Callable[[Tensor], Tensor]) -> Stream:
         return Stream(stream.carry + sublayer(stream.carry), stream.sources)
 
-    @staticmethod
-    def finish(stream: Stream) -> Tensor:
-        """The hidden state [B, T, D] behind the last layer."""
-        return stream.carry
 
-
-RESIDUALS: dict[str, type[AddResidual]] = {"add": AddResidual}
+ADD = Residual(
+    name="add",
+    section=AddSettings,
+    build=lambda *_: AddResidual(),
+    parameters=lambda _: {},
+    start=lambda h_BTD: Stream(h_BTD, {}),
+    finish=lambda _, stream: stream.carry,
+    carried=lambda _, frame, before: (Carried("h", frame.dim),),
+)
