@@ -54,6 +54,8 @@ class Pipeline:
         self.kept = Kept()
         self._torch_stages = [TorchStage(stage, plan, pp, shape, self.kept) for stage in stages]
         several = issubclass(_CLASSES[name], torch_schedules.PipelineScheduleMulti)
+        for torch_stage in self._torch_stages:
+            torch_stage.sends = several
         self._schedule = _CLASSES[name](
             self._torch_stages if several else self._torch_stages[0],
             n_microbatches=shape.micro_batches,
@@ -79,6 +81,7 @@ class Pipeline:
                     raise error.__cause__ from None
                 raise
             for stage in self._torch_stages:
+                stage.end_sends()
                 stage.batch = None
             self._sum_tied_gradients()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)

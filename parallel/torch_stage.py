@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _batch_p2p
 
 from hybridtrain.parallel.collectives import Group, count_receive, count_send
 from hybridtrain.parallel.schedule import MicroBatches
@@ -84,11 +85,14 @@ class TorchStage(PipelineStage):
     """Torch's stage, whose inputs are looked up by micro-batch number instead of cut out of one large batch.
 
     Buffers are allocated when a receive is begun and let go when the backward pass of their micro-batch is
-    through; torch's would live as long as the run.
+    through; torch's would live as long as the run. With `sends` the stage begins its sends by itself, where
+    torch would begin them too, and ends each as soon as it can: schedules of several stages a rank end them,
+    and let go of what was sent, at the end of the step.
     """
 
     def __init__(self, part: StageModule, plan: StreamPlan, pp: Group, shape: StepShape, kept: Kept) -> None:
         stage = part.stage
+        self.sends = False
         self.part, self.pp, self.shape, self.kept = part, pp, shape, kept
         self.names, self.widths = plan.stages[stage.number], plan.widths
         self.batch: MicroBatches | None = None
@@ -96,6 +100,8 @@ class TorchStage(PipelineStage):
         self.received: dict[int, dict[str, Tensor]] = {}
         self.inputs: dict[int, dict[str, Tensor]] = {}
         self.returned: dict[int, dict[str, Tensor]] = {}
+        self.sending: dict[int, list[dist.Work]] = {}  # of forward passes
+        self.returning: list[dist.Work] = []
 
         def meta(names: tuple[str, ...]) -> tuple[Tensor, ...]:
             return tuple(shape.between(self.widths[name], "meta").requires_grad_() for name in names)
@@ -112,7 +118,7 @@ class TorchStage(PipelineStage):
             output_args=loss if stage.is_last else meta(self.names.made),
             group=pp.process_group,
         )
-        self._runtime_validate = False  # it would compare names' tensors with positions
+        self._runtime_validate = False  # it expects tensors by position, not by name
 
     def rank_of(self, stage: int) -> int:
         """The rank in `pp` that has the stage of this number."""
@@ -124,7 +130,8 @@ class TorchStage(PipelineStage):
             cache.clear()
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
-        """No buffers yet."""
+        """No buffers yet, and no peers for torch to check: a stage talks to its neighbours only."""
+        self.args_recv_info = {m: () for m in range(num_microbatches)}
 
     def _setup_backward_recv_info(self, num_microbatches: int) -> None:
         """No buffers yet."""
@@ -169,8 +176,11 @@ class TorchStage(PipelineStage):
             zip(("documents_BT", "row_index_BTLS", "micro_batch", "targets_BT"), others, strict=True)
         )
         out = super().forward_one_chunk(fwd_chunk_id, (first,), named, save_forward_output)
+        if self.is_last:
+            return out
         self.keep(fwd_chunk_id, self._made(fwd_chunk_id))
-        return out
+        # only a stage on this rank takes it from here; torch's loops hold on to it for longer than needed
+        return (out[0].detach(),) if self.rank_of(self.stage_index + 1) == self.pp.rank else ()
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward_maybe_with_nosync(*args, **kwargs)
@@ -181,18 +191,21 @@ class TorchStage(PipelineStage):
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
         (carry,) = self.names.received  # the rank keeps the sources already
-        self.received[mb_index] = {carry: prev_stage_outputs[0].detach()}
+        self.received[mb_index] = {carry: prev_stage_outputs[0]}
 
     # the backward pass: gradients of one tensor are added up in the order of its own stage, the next stage,
     # later stages of this rank
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[Tensor, ...]:
         returned, later = self.returned[bwd_chunk_id], self.kept.gradients[bwd_chunk_id]
-        return tuple(_sum(returned.get(n), later.pop(n, None)) for n in self.names.made)
+        # what is left in `returned` is of tensors that were only handed on
+        return tuple(_sum(returned.pop(n, None), later.pop(n, None)) for n in self.names.made)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        for work in self.sending.pop(bwd_chunk_id, ()):
+            work.wait()  # it has arrived, since its gradient is here
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         gradients = self.bwd_cache.pop(bwd_chunk_id)
         returned = self.returned.pop(bwd_chunk_id, {})
@@ -218,10 +231,25 @@ class TorchStage(PipelineStage):
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         sent = self.outgoing(fwd_chunk_id, self._made(fwd_chunk_id))
-        return self._sends(sent, self.stage_index + 1)
+        ops = self._sends(sent, self.stage_index + 1)
+        if not self.sends or not ops:
+            return ops
+        self.sending[fwd_chunk_id] = _batch_p2p(ops)
+        return []
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._sends(self.bwd_cache.pop(bwd_chunk_id), self.stage_index - 1)
+        ops = self._sends(self.bwd_cache.pop(bwd_chunk_id), self.stage_index - 1)
+        if not self.sends or not ops:
+            return ops
+        self.returning = [work for work in self.returning if not work.is_completed()]
+        self.returning += _batch_p2p(ops)
+        return []
+
+    def end_sends(self) -> None:
+        """Wait until the last gradients have left."""
+        for work in self.returning:
+            work.wait()
+        self.returning.clear()
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self.received[fwd_chunk_id] = buffers = self._buffers(self.names.received)
