@@ -52,12 +52,12 @@ class Pipeline:
         last_rank = 0 if SCHEDULES[name].mirrored else pp.size - 1
         self._pair = (0, last_rank) if pp.rank in (0, last_rank) else None
         self.kept = Kept()
-        self._torch_stages = [TorchStage(stage, plan, pp, shape, self.kept) for stage in stages]
+        self.torch_stages = [TorchStage(stage, plan, pp, shape, self.kept) for stage in stages]
         several = issubclass(_CLASSES[name], torch_schedules.PipelineScheduleMulti)
-        for torch_stage in self._torch_stages:
-            torch_stage.sends = several
+        for torch_stage in self.torch_stages:
+            torch_stage.sends = name != "1f1b"  # that one begins a send and a receive as one
         self._schedule = _CLASSES[name](
-            self._torch_stages if several else self._torch_stages[0],
+            self.torch_stages if several else self.torch_stages[0],
             n_microbatches=shape.micro_batches,
             loss_fn=lambda loss, _: loss / shape.tokens_per_step,
             scale_grads=False,  # the losses are already divided by the tokens of the whole step
@@ -71,7 +71,7 @@ class Pipeline:
         assert last, "a pipeline takes all micro-batches of a step at once"
         losses: list[Tensor] = []
         with phase("pipeline"):
-            for stage in self._torch_stages:
+            for stage in self.torch_stages:
                 stage.batch = batch
             # torch wants a target to call the loss function at all; the real ones go into the last stage
             try:
@@ -80,7 +80,7 @@ class Pipeline:
                 if isinstance(error.__cause__, MemoryError):
                     raise error.__cause__ from None
                 raise
-            for stage in self._torch_stages:
+            for stage in self.torch_stages:
                 stage.end_sends()
                 stage.batch = None
             self._sum_tied_gradients()
@@ -97,7 +97,7 @@ class Pipeline:
         out = torch.zeros(len(batch), dtype=torch.float64, device=self.device)
         sent: list[tuple[Any, Tensor]] = []
         local: list[Tensor] = []  # carries of the stage before, where it is on this rank
-        for part, stage in zip(self.stages, self._torch_stages, strict=True):
+        for part, stage in zip(self.stages, self.torch_stages, strict=True):
             before, local = local, []
             for m in range(len(batch)):
                 if before:
@@ -116,7 +116,7 @@ class Pipeline:
                     sent += stage.send(m, result)
         for work, _ in sent:
             work.wait()
-        for stage in self._torch_stages:
+        for stage in self.torch_stages:
             stage.clear_runtime_states()
         return out
 

@@ -86,8 +86,8 @@ class TorchStage(PipelineStage):
 
     Buffers are allocated when a receive is begun and let go when the backward pass of their micro-batch is
     through; torch's would live as long as the run. With `sends` the stage begins its sends by itself, where
-    torch would begin them too, and ends each as soon as it can: schedules of several stages a rank end them,
-    and let go of what was sent, at the end of the step.
+    torch would begin them too, and ends each as soon as it can: most schedules end them, and let go of what
+    was sent, at the end of the step.
     """
 
     def __init__(self, part: StageModule, plan: StreamPlan, pp: Group, shape: StepShape, kept: Kept) -> None:
@@ -102,6 +102,8 @@ class TorchStage(PipelineStage):
         self.returned: dict[int, dict[str, Tensor]] = {}
         self.sending: dict[int, list[dist.Work]] = {}  # of forward passes
         self.returning: list[dist.Work] = []
+        # what torch's loop was asked to receive and to send, and still holds when that is done
+        self.asked: dict[tuple[int, bool], list[dist.P2POp]] = {}
 
         def meta(names: tuple[str, ...]) -> tuple[Tensor, ...]:
             return tuple(shape.between(self.widths[name], "meta").requires_grad_() for name in names)
@@ -126,7 +128,7 @@ class TorchStage(PipelineStage):
 
     def clear_runtime_states(self) -> None:
         super().clear_runtime_states()
-        for cache in (self.received, self.inputs, self.returned, self.kept):
+        for cache in (self.received, self.inputs, self.returned, self.sending, self.asked, self.kept):
             cache.clear()
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
@@ -160,6 +162,7 @@ class TorchStage(PipelineStage):
         return [(made[n] if n in made else self.inputs[m][n]).detach() for n in self.names.sent]
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[dict[str, Tensor]]:
+        self.asked.pop((fwd_chunk_id, False), []).clear()
         inputs = self.take(fwd_chunk_id)
         return ({name: x.requires_grad_(torch.is_grad_enabled()) for name, x in inputs.items()},)
 
@@ -178,7 +181,7 @@ class TorchStage(PipelineStage):
         out = super().forward_one_chunk(fwd_chunk_id, (first,), named, save_forward_output)
         if self.is_last:
             return out
-        self.keep(fwd_chunk_id, self._made(fwd_chunk_id))
+        self.keep(fwd_chunk_id, self.made(fwd_chunk_id))
         # only a stage on this rank takes it from here; torch's loops hold on to it for longer than needed
         return (out[0].detach(),) if self.rank_of(self.stage_index + 1) == self.pp.rank else ()
 
@@ -186,7 +189,7 @@ class TorchStage(PipelineStage):
         out = super().forward_maybe_with_nosync(*args, **kwargs)
         return out if self.is_last else tuple(out[name] for name in self.names.made)
 
-    def _made(self, m: int) -> dict[str, Tensor]:
+    def made(self, m: int) -> dict[str, Tensor]:
         return {} if self.is_last else dict(zip(self.names.made, self.fwd_cache[m][0], strict=True))
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
@@ -206,7 +209,10 @@ class TorchStage(PipelineStage):
     ) -> None:
         for work in self.sending.pop(bwd_chunk_id, ()):
             work.wait()  # it has arrived, since its gradient is here
+        self.asked.pop((bwd_chunk_id, True), []).clear()
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if loss is not None:
+            loss.detach_()  # torch keeps it until the end of the step, and with its graph the stage's inputs
         gradients = self.bwd_cache.pop(bwd_chunk_id)
         returned = self.returned.pop(bwd_chunk_id, {})
         inputs = self.inputs.pop(bwd_chunk_id, {})
@@ -230,9 +236,10 @@ class TorchStage(PipelineStage):
     # what passes between ranks
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        sent = self.outgoing(fwd_chunk_id, self._made(fwd_chunk_id))
+        sent = self.outgoing(fwd_chunk_id, self.made(fwd_chunk_id))
         ops = self._sends(sent, self.stage_index + 1)
         if not self.sends or not ops:
+            self.asked[fwd_chunk_id, True] = ops
             return ops
         self.sending[fwd_chunk_id] = _batch_p2p(ops)
         return []
@@ -253,7 +260,8 @@ class TorchStage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self.received[fwd_chunk_id] = buffers = self._buffers(self.names.received)
-        return self._receives(buffers, self.stage_index - 1)
+        self.asked[fwd_chunk_id, False] = ops = self._receives(buffers, self.stage_index - 1)
+        return ops
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         self.returned[bwd_chunk_id] = buffers = self._buffers(self.names.sent)
