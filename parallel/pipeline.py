@@ -47,15 +47,14 @@ class Pipeline:
         shape: StepShape,
         tied: tuple[nn.Parameter | None, nn.Parameter | None] = (None, None),
     ) -> None:
-        self.stages, self.plan, self.pp, self.device, self.tied = stages, plan, pp, shape.device, tied
+        self.stages, self.pp, self.device, self.tied = stages, pp, shape.device, tied
         self.copies: Sequence[nn.Parameter] = [tied[1]] if tied[1] is not None else []
         last_rank = 0 if SCHEDULES[name].mirrored else pp.size - 1
         self._pair = (0, last_rank) if pp.rank in (0, last_rank) else None
-        self.kept = Kept()
-        self.torch_stages = [TorchStage(stage, plan, pp, shape, self.kept) for stage in stages]
+        sends = name != "1f1b"  # that one begins a send and a receive as one
+        kept = Kept()
+        self.torch_stages = [TorchStage(stage, plan, pp, shape, kept, sends) for stage in stages]
         several = issubclass(_CLASSES[name], torch_schedules.PipelineScheduleMulti)
-        for torch_stage in self.torch_stages:
-            torch_stage.sends = name != "1f1b"  # that one begins a send and a receive as one
         self._schedule = _CLASSES[name](
             self.torch_stages if several else self.torch_stages[0],
             n_microbatches=shape.micro_batches,

@@ -100,7 +100,7 @@ def _check_sources(enters: Sequence[tuple[str, ...]], made: Sequence[tuple[str, 
         seen.update(into)
         if again := [name for name in new[1:] if name in seen]:
             raise ValueError(
-                f"a residual scheme carries {again} behind stage {stage} and not before it, though an earlier "
-                "stage had them; a source that is not carried once cannot be read later"
+                f"a residual scheme carries {again} behind stage {stage} and not before it, though an "
+                "earlier stage had them; a source that is not carried once cannot be read later"
             )
         seen.update(new)

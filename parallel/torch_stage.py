@@ -90,10 +90,11 @@ class TorchStage(PipelineStage):
     was sent, at the end of the step.
     """
 
-    def __init__(self, part: StageModule, plan: StreamPlan, pp: Group, shape: StepShape, kept: Kept) -> None:
+    def __init__(
+        self, part: StageModule, plan: StreamPlan, pp: Group, shape: StepShape, kept: Kept, sends: bool
+    ) -> None:
         stage = part.stage
-        self.sends = False
-        self.part, self.pp, self.shape, self.kept = part, pp, shape, kept
+        self.part, self.pp, self.shape, self.kept, self.sends = part, pp, shape, kept, sends
         self.names, self.widths = plan.stages[stage.number], plan.widths
         self.batch: MicroBatches | None = None
         # by micro-batch: what came for its forward pass, the inputs that its module got, what came back
@@ -133,7 +134,7 @@ class TorchStage(PipelineStage):
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
         """No buffers yet, and no peers for torch to check: a stage talks to its neighbours only."""
-        self.args_recv_info = {m: () for m in range(num_microbatches)}
+        self.args_recv_info = dict.fromkeys(range(num_microbatches), ())
 
     def _setup_backward_recv_info(self, num_microbatches: int) -> None:
         """No buffers yet."""
@@ -186,7 +187,7 @@ class TorchStage(PipelineStage):
         return (out[0].detach(),) if self.rank_of(self.stage_index + 1) == self.pp.rank else ()
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().forward_maybe_with_nosync(*args, **kwargs)
+        out = super().forward_maybe_with_nosync(*args, **kwargs)  # type: ignore[no-untyped-call]
         return out if self.is_last else tuple(out[name] for name in self.names.made)
 
     def made(self, m: int) -> dict[str, Tensor]:

@@ -128,7 +128,7 @@ class FeedForward(Component):
 
 @dataclass(frozen=True, kw_only=True)
 class Engram(Component):
-    """Called as `module(h_BTD, rows_BTSC, documents_BT)`: what it adds, [B, T, D]; rows of whole sequences."""
+    """Called as `module(h_BTD, rows_BTSC, documents_BT)`: what it adds [B, T, D]; rows of whole sequences."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Residual(Component):
 
     Its module, one in each layer, is called as `module(stream, number, sublayer)` with the sublayer's number
     in the layer (from 0) and gives the stream behind it, in which sources may be new. `build` gets the
-    layer's place by `frame.path` ("layers.3.residual"); one more is built for the place behind the last layer.
+    layer's place by `frame.path` ("layers.3.residual"), and one more is built for the place behind the last.
     start: the stream from the embedded tokens
     finish: the hidden state behind the last layer, from the module of that place and the stream
     carried: what layer `before` and later ones read of earlier ones, from section, frame and `before` (the

@@ -34,10 +34,10 @@ def init_parameters(
 ) -> None:
     """Fill all parameters and router buffers of a model on a real device.
 
-    Norms are ones, the memory's convolution and depth weights zeros, all else normal with `model.init_std`, scaled by 1/sqrt(2
-    layers) where it writes to the residual stream. `write(param, draw)` puts a parameter's value in place
-    (default: copy it whole); a caller with sharded parameters writes `draw(rows, within)`, which costs what
-    the part does.
+    Norms are ones, the memory's convolution and depth weights zeros, all else normal with `model.init_std`,
+    scaled by 1/sqrt(2 layers) where it writes to the residual stream. `write(param, draw)` puts a parameter's
+    value in place (default: copy it whole); a caller with sharded parameters writes `draw(rows, within)`,
+    which costs what the part does.
     """
     write = write or _copy
     for name, parameter in model.named_parameters():

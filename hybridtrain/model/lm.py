@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from hybridtrain.kernels.cross_entropy.op import cross_entropy_sum
 from hybridtrain.kernels.linear_cross_entropy.op import linear_cross_entropy_sum
 from hybridtrain.model.common import RMSNorm, SequenceContext, make_context
+from hybridtrain.model.component import Carried, Frame
 from hybridtrain.model.engram import EngramLayer, StepRows
+from hybridtrain.model.exchanges import LOCAL
 from hybridtrain.model.feedforwards.dense import make_dense
 from hybridtrain.model.feedforwards.moe import MoE
 from hybridtrain.model.mixers.attention import Attention
-from hybridtrain.model.component import Carried, Frame
-from hybridtrain.model.exchanges import LOCAL
 from hybridtrain.model.residuals import RESIDUALS
 from hybridtrain.model.residuals.add import Stream
 from hybridtrain.settings.layers import LayerSpec, engram_layers, layer_specs

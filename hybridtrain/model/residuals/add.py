@@ -1,7 +1,7 @@
 """How a layer reads what came before it and adds to it.
 
-A scheme has a *carry*, rewritten by every layer, and *sources*, named tensors that are written once and read by
-later layers; a pipeline moves both between stages. A scheme is a module, since most have parameters.
+A scheme has a *carry*, rewritten by every layer, and *sources*, named tensors that are written once and read
+by later layers; a pipeline moves both between stages. A scheme is a module, since most have parameters.
 """
 
 from __future__ import annotations

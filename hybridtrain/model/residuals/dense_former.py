@@ -6,8 +6,8 @@ i+1 reads Y_i, and the final norm Y_L:
     Y_i = X_i + sum over j <= i of alpha_ij X_j
 
 The paper's depth weights are alpha_ij, plus 1 where i = j: parameters hold the difference from a plain
-transformer, which is where training starts and which low precision rounds least. L layers have (L + 1)(L + 2)/2
-of them; the paper has one less, since it leaves Y_0 = X_0.
+transformer, which is where training starts, and which low precision rounds least. L layers have
+(L + 1)(L + 2)/2 of them; the paper has one less, since it leaves Y_0 = X_0.
 
 The carry before a layer is the X of the layer before it, under the name that it keeps as a source ("x3" is
 X_3), so what crosses a stage behind l layers are l + 1 tensors at most.
@@ -49,12 +49,17 @@ class DenseFormerResidual(nn.Module):
         return y_BTD
 
 
+def _finish(module: nn.Module, stream: Stream) -> Tensor:
+    assert isinstance(module, DenseFormerResidual)
+    return module.mix(stream)
+
+
 DENSE_FORMER = Residual(
     name="dense_former",
     section=DenseFormerSettings,
     build=lambda section, frame, exchanges: DenseFormerResidual(int(frame.path.split(".")[1])),
     parameters=lambda _: {"alpha": Parameter(Cut.WHOLE, "zeros", "no_decay")},
     start=lambda x_BTD: Stream(x_BTD, {}),
-    finish=lambda module, stream: module.mix(stream),
+    finish=_finish,
     carried=lambda _, frame, before: tuple(Carried(f"x{j}", frame.dim) for j in (before, *range(before))),
 )

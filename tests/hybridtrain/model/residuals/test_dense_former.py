@@ -72,7 +72,9 @@ def test_logits_and_gradients_are_those_of_the_equations() -> None:
         model.zero_grad()
         logits = compute(*inputs())
         (logits.float() ** 2).mean().backward()
-        results.append((logits, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (logits, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        )
     (ours, our_grads), (theirs, their_grads) = results
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert our_grads.keys() == their_grads.keys()
