@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train picture test test-parity test-faults test-fuzz lint test-gpu clean
+.PHONY: help setup train picture test test-parity test-faults test-fuzz lint test-gpu docs clean
 
 help:
 	@echo "make train   set up, then train the quickstart on two ranks (runs/quickstart)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-gpu      the kernels and the miniature hybrid on a GPU, and the kernels' benchmark there"
 	@echo "make picture train the quickstart without memory too, and draw both curves"
 	@echo "make lint    ruff and mypy alone"
+	@echo "make docs    the site of the documentation (site/index.html)"
 	@echo "make clean   remove the virtual environment and caches; runs/ stays"
 
 setup: $(READY)
@@ -60,6 +61,15 @@ test-gpu: $(READY)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q $(wildcard tests/kernels/*/test_kernel.py tests/kernels/*/test_fp8.py)
 	$(BIN)/hybridtrain kernels bench
+
+# What builds the site is installed by this target alone, the first time and when its versions change.
+docs: $(READY) $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site: site/index.html"
+
+$(VENV)/.docs: requirements-docs.lock
+	$(BIN)/python -m pip --disable-pip-version-check install -q -r requirements-docs.lock -c requirements.lock
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,4 +1,8 @@
-"""The README and the pages under docs/ say what is there: commands, options, settings, paths, links."""
+"""Commands of the pages' sh blocks parse as they stand, with their settings and layouts; what the README says
+of the project.
+
+Names, links and paths of all pages: test_docs.py.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,6 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 SUBCOMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009  (typer's class for groups is its own)
-OUTPUT = re.compile(r"runs/|curves\.svg")  # what commands make
 ELSEWHERE = ("torchrun", "tensorboard")
 
 
@@ -81,28 +84,6 @@ def check(line: str) -> None:
 )
 def test_command_is_one(page: Path, line: str) -> None:
     check(line)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_links_and_paths_exist(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    missing = [link for link in links if link and not (page.parent / link).exists()]
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-    spans = re.findall(r"`([\w./-]+(?:/|\.(?:py|toml|md|sh|lock)))`", prose)  # folders and files in backticks
-    places = (ROOT, ROOT / "hybridtrain", page.parent)
-    known = {
-        path.name
-        for folder in ("hybridtrain", "parallel", "kernels", "launch", "tests", "tools")
-        for path in (ROOT / folder).rglob("*.py")
-    }
-    made = {"settings.toml"}
-    missing += [
-        s
-        for s in spans
-        if not OUTPUT.match(s) and s not in known | made and not any((p / s).exists() for p in places)
-    ]
-    assert not missing
 
 
 def test_architecture_names_files_that_exist() -> None:

@@ -98,7 +98,7 @@ def measure(options: Options) -> None:
 
 def _round(trainer: _Trainer, options: Options, number: int) -> dict[str, float]:
     """Seconds of each of STEPS, `blocked` ones of the last, bytes, and training steps beside it."""
-    run, folder = trainer.parts, Path(options.folder) / "checkpoints"
+    run, folder = trainer.run, Path(options.folder) / "checkpoints"
     world = run.mesh.world
     seconds: dict[str, float] = {}
     path = folder

@@ -241,15 +241,15 @@ def _row_step(
 def _dense_step(run: Run, batches: Callable[[int], Batch]) -> Callable[[int, Clock], dict[str, float]]:
     table = run.table
     assert table is not None
-    table = nn.Embedding(table.addressing.num_rows, table.table.shape[1])
-    optimizer = torch.optim.Adam(table.parameters(), lr=1e-3)
+    dense = nn.Embedding(table.addressing.num_rows, table.table.shape[1])
+    optimizer = torch.optim.Adam(dense.parameters(), lr=1e-3)
 
     def step(number: int, clock: Clock) -> dict[str, float]:
         batch = batches(number)
         with clock.phase("plan"):
             ids = row_ids(table.addressing, batch.tokens, batch.starts)
         with clock.phase("fetch"):
-            rows = table(ids)
+            rows = dense(ids)
         with clock.phase("push"):
             rows.backward(torch.full_like(rows, 1e-3))
         with clock.phase("optimizer"):

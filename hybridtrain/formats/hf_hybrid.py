@@ -52,14 +52,14 @@ def config(settings: Settings, info: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": model.tie_embeddings,
         "feedforwards": [spec.feedforward for spec in layer_specs(settings)],
         "moe": moe,
-        "memory": None,
+        "engram": None,
         "separator_token_id": info["separator_id"],
         "use_cache": False,
     }
     if engram_layers(settings):
         engram = settings.engram
-        out["memory"] = {key: json.loads(info["addressing"])[key] for key in _ADDRESSING}
-        out["memory"] |= {
+        out["engram"] = {key: json.loads(info["addressing"])[key] for key in _ADDRESSING}
+        out["engram"] |= {
             "head_dim": engram.head_dim,
             "gate_floor": engram.gate_floor,
             "conv_kernel": engram.conv_kernel if engram.conv else 0,

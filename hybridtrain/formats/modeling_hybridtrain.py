@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class HybridTrainConfig(PretrainedConfig):
-    """`feedforwards` says "dense" or "moe" per layer; `moe` and `memory` are what those parts need, None
+    """`feedforwards` says "dense" or "moe" per layer; `moe` and `engram` are what those parts need, None
     where there are none.
     """
 
@@ -43,7 +43,7 @@ class HybridTrainConfig(PretrainedConfig):
         tie_word_embeddings=False,
         feedforwards=(),
         moe=None,
-        memory=None,
+        engram=None,
         separator_token_id=0,
         max_position_embeddings=0,
         **kwargs,
@@ -60,7 +60,7 @@ class HybridTrainConfig(PretrainedConfig):
         self.norm_eps = norm_eps
         self.feedforwards = list(feedforwards)
         self.moe = moe
-        self.memory = memory
+        self.engram = engram
         self.separator_token_id = separator_token_id
         self.max_position_embeddings = max_position_embeddings
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -224,7 +224,7 @@ class MoE(nn.Module):
         return gates_NK * (place_BTK < self.most).view_as(gates_NK)
 
 
-class Memory(nn.Module):
+class Engram(nn.Module):
     """Table rows chosen by a hash of the last tokens, gated by how far they agree with the hidden state
     (arXiv 2601.07372).
 
@@ -234,14 +234,14 @@ class Memory(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        memory, dim = config.memory, config.hidden_size
-        self.orders, self.boundary, self.pad_id = memory["orders"], memory["boundary"], memory["pad_id"]
-        place = memory["layers"].index(layer)
-        self.multipliers, self.primes_OK = memory["multipliers"][place], memory["primes"][place]
-        self.floor, self.dilation = memory["gate_floor"], memory["orders"][-1]
-        width, taps = len(self.orders) * memory["heads"] * memory["head_dim"], memory["conv_kernel"]
+        engram, dim = config.engram, config.hidden_size
+        self.orders, self.boundary, self.pad_id = engram["orders"], engram["boundary"], engram["pad_id"]
+        place = engram["layers"].index(layer)
+        self.multipliers, self.primes_OK = engram["multipliers"][place], engram["primes"][place]
+        self.floor, self.dilation = engram["gate_floor"], engram["orders"][-1]
+        width, taps = len(self.orders) * engram["heads"] * engram["head_dim"], engram["conv_kernel"]
         self.tables = nn.ParameterList(
-            nn.Parameter(torch.empty(prime, memory["head_dim"]))
+            nn.Parameter(torch.empty(prime, engram["head_dim"]))
             for of_order in self.primes_OK
             for prime in of_order
         )
@@ -298,8 +298,8 @@ class Layer(nn.Module):
     def __init__(self, config, number):
         super().__init__()
         dim, eps = config.hidden_size, config.norm_eps
-        has_memory = config.memory is not None and number in config.memory["layers"]
-        self.memory = Memory(config, number) if has_memory else None
+        has_engram = config.engram is not None and number in config.engram["layers"]
+        self.engram = Engram(config, number) if has_engram else None
         self.mixer_norm, self.feedforward_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self.mixer = Attention(config)
         self.is_moe = config.feedforwards[number] == "moe"
@@ -320,7 +320,7 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.memory is not None:
+        if config.engram is not None:
             self.register_buffer("compression", torch.zeros(config.vocab_size, dtype=torch.int64))
         self.post_init()
 
@@ -381,12 +381,12 @@ class HybridTrainForCausalLM(PreTrainedModel, GenerationMixin):
         """Compressed ids [B, T] and how many tokens to the left an n-gram may see: to its document, or to the
         text's beginning.
         """
-        memory = self.config.memory
-        if memory is None:
+        engram = self.config.engram
+        if engram is None:
             return None, None
         position_T = torch.arange(input_ids.size(1), device=input_ids.device)
         bounds_BT = starts_BT
-        if memory["boundary"] == "stream":
+        if engram["boundary"] == "stream":
             bounds_BT = torch.zeros_like(starts_BT)
             if real_BT is not None:
                 bounds_BT = real_BT & ~F.pad(real_BT, (1, 0))[:, :-1]

@@ -39,9 +39,9 @@ def zero(stage: int) -> str:
     return f"deepspeed.zero_stage={stage}"
 
 
-def moments(run: Path) -> dict[str, Tensor]:
+def moments(folder: Path) -> dict[str, Tensor]:
     """Every moment of the last checkpoint, on one process under the native engine."""
-    run, _, _ = open_checkpoint(run)
+    run, _, _ = open_checkpoint(folder)
     return {name: value for name, value in run.engine.state(0).items() if name.startswith("optim.")}
 
 

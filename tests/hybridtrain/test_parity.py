@@ -32,10 +32,10 @@ LR = 0.001  # optim.lr: what one update moves a parameter by, at most
 STEP = LR * 5  # optim.lr * engram.lr_multiplier: what one update moves a row by, in each dim
 
 
-def state(run: Path, step: int) -> dict[str, Tensor]:
-    run, _, _ = open_checkpoint(run / "checkpoints" / f"step-{step:08d}")
+def state(folder: Path, step: int) -> dict[str, Tensor]:
+    run, _, _ = open_checkpoint(folder / "checkpoints" / f"step-{step:08d}")
     assert run.table is not None
-    return run.model.state_dict() | {f"memory.{name}": value for name, value in run.table.state().items()}
+    return run.model.state_dict() | {f"table.{name}": value for name, value in run.table.state().items()}
 
 
 def assert_same_curve(run: Path, reference: Path) -> None:
@@ -58,7 +58,7 @@ def assert_same_state(run: Path, reference: Path) -> None:
         v, v_reference = ours["table.state.v"], theirs["table.state.v"]
         torch.testing.assert_close(v, v_reference, rtol=1e-2, atol=1e-14)
         for name, value in ours.items():
-            if not name.startswith("memory.") and "router." not in name.replace("router.weight", ""):
+            if not name.startswith("table.") and "router." not in name.replace("router.weight", ""):
                 # Adam magnifies the rounding of single elements with hardly any gradient, hence one bound on
                 # all and one on each
                 difference = (value - theirs[name]).double()

@@ -115,8 +115,8 @@ def test_a_run_its_checkpoint_and_its_use(ci_data: Path, tmp_path: Path) -> None
     assert len(loss_curve(run)) == 4
     logged = [line for line in read_metrics(run) if "validation_loss" in line][-1]["validation_loss"]
     try:
-        run, _, _ = open_checkpoint(run)
-        assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+        opened, _, _ = open_checkpoint(run)
+        assert {p.dtype for p in opened.model.parameters()} == {torch.float32}
         assert evaluate_checkpoint(run, "validation", None, 0)["loss"] == pytest.approx(logged, rel=1e-6)
         assert len(generate_text(run, "The people", 3, 0.0, 0, 0)) > len("The people")
     finally:

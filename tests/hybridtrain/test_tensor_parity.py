@@ -33,9 +33,9 @@ MORE = [  # five steps of such layouts are in the fast part of the parity matrix
 SLOW = [pytest.param(layout, marks=pytest.mark.parity) for layout in MORE]
 
 
-def optimizer_state(run: Path) -> dict[str, Tensor]:
+def optimizer_state(folder: Path) -> dict[str, Tensor]:
     """First moments after ten steps, by parameter."""
-    run, _, _ = open_checkpoint(run / "checkpoints" / "step-00000010")
+    run, _, _ = open_checkpoint(folder / "checkpoints" / "step-00000010")
     names: dict[Tensor, str] = {parameter: name for name, parameter in run.model.named_parameters()}
     return {
         names[p]: state["exp_avg"]

@@ -78,7 +78,7 @@ def test_bfloat16_is_as_far_from_float32_compiled_as_not(data: Path) -> None:
     assert compiled.losses == pytest.approx(single.losses, rel=1e-3)
     assert compiled.losses != half.losses
     for name, exact in single.gradients[0].items():
-        if name.endswith(("memory.wk.weight", "memory.h_norm.weight", "memory.k_norm.weight")):
+        if name.endswith(("engram.wk.weight", "engram.h_norm.weight", "engram.k_norm.weight")):
             # one token whose gate rounding takes across gate_floor moves these by a tenth and more, compiled
             # or not
             continue

@@ -70,7 +70,7 @@ def test_layouts_are_bitwise_equal_and_send_the_same(data: Path, layouts: dict[s
 def test_less_is_kept(data: Path) -> None:
     """At most so many bytes of tensors at a time in a step, forward to optimizer."""
     model = (
-        "model.layers=['4*attention+dense','2*memory+attention+moe']",
+        "model.layers=['4*attention+dense','2*engram+attention+moe']",
         "train.micro_batches=1",
         "engram.rows_per_head=100",
     )

@@ -43,10 +43,10 @@ TWO = ("parallel.ep=2", "parallel.mem=2")
 
 
 def steps(
-    run: tuple[Run, BatchLoader], first: int, last: int, before_update: Callable[[], None] | None = None
+    built: tuple[Run, BatchLoader], first: int, last: int, before_update: Callable[[], None] | None = None
 ) -> list[float]:
     """The losses of steps `first` to `last-1`."""
-    run, loader = run
+    run, loader = built
     out = []
     for step in range(first, last):
         batch = loader.load(step)
@@ -167,7 +167,7 @@ def load_both(settings: Settings, folder: Path) -> tuple[list[str], list[int]]:
     plain, incremental = (
         loaded(settings, folder / name / "step-00000006")[0] for name in ("plain", "incremental")
     )
-    assert plain.memory is not None
+    assert plain.table is not None
     return equal(all_state(plain), all_state(incremental)), [plain.table.low, plain.table.high]
 
 
@@ -232,7 +232,7 @@ def at_urls(settings: dict[str, Settings], where: str) -> list[Any]:
     again = loaded(settings["plain"], path)
     differ = equal(all_state(run[0]), all_state(again[0]))
     stored = checkpoint.StoredTensors(path)
-    assert again[0].memory is not None
+    assert again[0].table is not None
     low, high = again[0].table.low, again[0].table.high
     same = torch.equal(stored.read("table.rows", low, high), again[0].table.table)
     world = run[0].mesh.world
@@ -274,6 +274,6 @@ def test_a_table_that_changes_as_a_whole_is_copied_before_it_does(ci_data: Path,
         steps(run, 2, 4, saver.before_update)
     now = all_state(run[0])
     stored = checkpoint.StoredTensors(path)
-    for name in ("table", "rows.m", "rows.v"):
-        assert torch.equal(stored.read(f"memory.{name}"), then[name])
+    for name in ("rows", "state.m", "state.v"):
+        assert torch.equal(stored.read(f"table.{name}"), then[name])
         assert not torch.equal(now[name], then[name])

@@ -21,14 +21,14 @@ from tests.ranks import run_on_ranks
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_reads_what_a_load_reads_whatever_layout_wrote_it(trained: Callable[..., Path], nproc: int) -> None:
-    run = trained(nproc, *(TWO_RANKS if nproc == 2 else ()))
-    last = checkpoint.latest(run / "checkpoints")
+    folder = trained(nproc, *(TWO_RANKS if nproc == 2 else ()))
+    last = checkpoint.latest(folder / "checkpoints")
     assert last is not None
     stored = StoredTensors(last)
-    run, _, _ = open_checkpoint(run)
+    run, _, _ = open_checkpoint(folder)
     assert run.table is not None
     expected = {f"model.{k}": v for k, v in run.model.state_dict().items()}
-    expected |= {f"memory.{k}": v for k, v in run.table.state().items()}
+    expected |= {f"table.{k}": v for k, v in run.table.state().items()}
     assert expected.keys() <= stored.shapes.keys()
     for name, value in expected.items():
         assert stored.shapes[name] == tuple(value.shape)

@@ -76,11 +76,11 @@ NO_MEMORY = "engram.enabled=false"
 
 @pytest.mark.parametrize("family", OURS)
 def test_an_exported_model_has_our_logits(family: str, ci_data: Path, tmp_path: Path) -> None:
-    run = random_run(tmp_path / "run", ci_data, NO_MEMORY, *OURS[family])
-    assert export_hf(run, tmp_path / "out") == family
+    source = random_run(tmp_path / "run", ci_data, NO_MEMORY, *OURS[family])
+    assert export_hf(source, tmp_path / "out") == family
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     tokens_BT = random_tokens()
-    run, _, separator = open_checkpoint(run)
+    run, _, separator = open_checkpoint(source)
     theirs, noise = own_error(model, tokens_BT)
     assert float((our_logits(run, tokens_BT, NO_SEPARATOR) - theirs).abs().max()) < 4 * noise
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -154,9 +154,9 @@ def test_a_stored_head_beside_tied_embeddings_counts(ci_data: Path, tmp_path: Pa
 
 
 def test_rows_are_exported_with_the_decay_that_they_owe(trained: Callable[..., Path], tmp_path: Path) -> None:
-    run = trained(1, "engram.weight_decay=0.5", "train.steps=10", "train.eval_every=0")
-    export_hf(run, tmp_path / "out")
-    run, _, separator = open_checkpoint(run)
+    source = trained(1, "engram.weight_decay=0.5", "train.steps=10", "train.eval_every=0")
+    export_hf(source, tmp_path / "out")
+    run, _, separator = open_checkpoint(source)
     assert run.table is not None
     before = run.table.table.clone()
     run.table.optimizer.catch_up(torch.arange(len(before)))
@@ -168,5 +168,5 @@ def test_rows_are_exported_with_the_decay_that_they_owe(trained: Callable[..., P
     assert torch.equal(torch.cat([tensors[name] for name in names]), run.table.table)
     assert torch.equal(tensors["layers.1.engram.conv"], run.model.state_dict()["layers.1.engram.conv"])
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["memory"]["primes"] == json.loads((run / "addressing.json").read_text())["primes"]
+    assert config["engram"]["primes"] == json.loads((source / "addressing.json").read_text())["primes"]
     assert config["eos_token_id"] == separator

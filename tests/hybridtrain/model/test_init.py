@@ -93,7 +93,7 @@ def test_scales() -> None:
         elif name.endswith(".conv"):
             assert (parameter == 0).all(), name
         else:
-            residual = any(part in name for part in (".wo.", "w_down", "memory.wv"))
+            residual = any(part in name for part in (".wo.", "w_down", "engram.wv"))
             assert abs(parameter.std().item() / (scaled if residual else 0.02) - 1) < 0.1, name
     assert (model.layers["1"].feedforward.router.load_E == 1 / 8).all()
 

@@ -95,4 +95,4 @@ def test_stage_costs_are_shares_of_parameters_and_operations() -> None:
     parameters = count_parameters(s, VOCABULARY, 0).total
     assert last - first == pytest.approx(table / products, rel=1e-6)
     assert first == pytest.approx(table / parameters, rel=0.05)  # norms and convolutions are not counted
-    assert layers[1] > layers[2] > layers[0]  # a memory and experts, experts, neither
+    assert layers[1] > layers[2] > layers[0]  # an Engram layer and experts, experts, neither

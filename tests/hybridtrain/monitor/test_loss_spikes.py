@@ -113,10 +113,10 @@ def train_all(runs: list[Run], folder: str) -> list[str]:
             judged += 1
             return judged not in run.refuse and accepts(guard, loss, norm)
 
-        def train_step(parts: Any, number: int, *rest: Any, run: Run = run, **named: Any) -> Any:
-            if run.stop_at == number + 1 and run.mesh.rank == 1:
+        def train_step(built: Any, number: int, *rest: Any, run: Run = run, **named: Any) -> Any:
+            if run.stop_at == number + 1 and built.mesh.rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return step(parts, number, *rest, **named)
+            return step(built, number, *rest, **named)
 
         def shifted(loader: BatchLoader, number: int, run: Run = run) -> Any:
             return load(loader, number + (run.shift[1] if run.shift and number >= run.shift[0] else 0))

@@ -126,8 +126,8 @@ def test_meshes_do_not_share_groups():
         "decay@dp_shardxtp": ["head.weight", "layers.0.mixer.wq.weight"],
         "decay": [
             "layers.0.feedforward.w_up.weight",
-            "layers.1.feedforward.router.weight",
             "layers.1.engram.wk.weight",
+            "layers.1.feedforward.router.weight",
         ],
         "decay@edp": ["layers.1.feedforward.experts.w_gate"],
         "decay@edp#2": ["layers.1.feedforward.experts.w_down"],

@@ -70,10 +70,10 @@ def next_losses(settings_file: Path, runs: list[Path], extra: tuple[str, ...] = 
     layout.
     """
     losses = []
-    for run in runs:
+    for folder in runs:
         settings = load_settings(settings_file, extra)
         run, loader = build_here(settings)
-        step = checkpoint.load(run, latest(run))
+        step = checkpoint.load(run, latest(folder))
         for number in (step, step + 1):
             batch = loader.load(number)
             assert run.table is not None

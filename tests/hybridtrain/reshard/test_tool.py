@@ -230,7 +230,7 @@ def test_memory_is_bounded_for_a_table_larger_than_the_bound(run: Path, tmp_path
 
     def tensor(name: str) -> LazyTensor:
         shape, dtype = stored.shapes[name], stored.dtype(name)
-        if name.startswith("memory."):
+        if name.startswith("table."):
             wide = (rows, *shape[1:])
             return LazyTensor(
                 wide, dtype, lambda: torch.arange(rows * (dim if len(wide) > 1 else 1)).view(wide).to(dtype)

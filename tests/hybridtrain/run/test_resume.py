@@ -37,9 +37,10 @@ def assert_same_end(run: Path, reference: Path) -> None:
     assert loss_curve(run) == loss_curve(reference)
     states = []
     for folder in (run, reference):
-        run, _, _ = open_checkpoint(folder)
-        assert run.table is not None
-        states.append(run.model.state_dict() | {f"memory.{k}": v for k, v in run.table.state().items()})
+        opened, _, _ = open_checkpoint(folder)
+        assert opened.table is not None
+        table = {f"table.{k}": v for k, v in opened.table.state().items()}
+        states.append(opened.model.state_dict() | table)
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
 

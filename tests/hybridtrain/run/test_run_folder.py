@@ -36,7 +36,7 @@ def test_a_url_is_not_opened_on_a_files_word(
     run = tmp_path / "run"
     commit(run / "checkpoints", 1)
     (run / SETTINGS).write_text(f'[checkpoint]\ndir = "{where}"\n')
-    monkeypatch.setattr(checkpoint, "place", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr(checkpoint, "open_storage", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(
         CheckpointError, match=re.escape(f"{SETTINGS} says that the checkpoints lie at {where}, which is not")
     ):

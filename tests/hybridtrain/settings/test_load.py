@@ -115,9 +115,9 @@ def test_a_wrong_key_or_value_is_named(override: str, problem: str) -> None:
 
 
 def test_all_problems_come_at_once() -> None:
-    found = problems({"train": {"stepz": 1, "seq_len": "x"}, "optim": {"lr": 0}}, "nonsense", "memory.head=3")
+    found = problems({"train": {"stepz": 1, "seq_len": "x"}, "optim": {"lr": 0}}, "nonsense", "engram.head=3")
     assert len(found) == 5
-    for start in ('"nonsense" is', "train.stepz:", 'train.seq_len="x"', "optim.lr=0:", "memory.head:"):
+    for start in ('"nonsense" is', "train.stepz:", 'train.seq_len="x"', "optim.lr=0:", "engram.head:"):
         assert sum(p.startswith(start) for p in found) == 1, (start, found)
 
 

@@ -177,9 +177,9 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ],
         ),
         (["model.layers=[]"], ["model.layers is empty; a model needs at least one layer"]),
-        (['model.layers=["attention+fast"]'], [f'model.layers: "attention+fast" is no layer; {LAYER}']),
-        (['model.layers=["attention"]'], [f'model.layers: "attention" is no layer; {LAYER}']),
-        (['model.layers=["0*attention+moe"]'], [f'model.layers: "0*attention+moe" is no layer; {LAYER}']),
+        (['model.layers=["attention+fast"]'], [f'model.layers: "attention+fast" is not a layer; {LAYER}']),
+        (['model.layers=["attention"]'], [f'model.layers: "attention" is not a layer; {LAYER}']),
+        (['model.layers=["0*attention+moe"]'], [f'model.layers: "0*attention+moe" is not a layer; {LAYER}']),
         (
             ["model.attention.head_dim=5", "model.moe.top_k=11", "train.micro_batches=5"],
             [

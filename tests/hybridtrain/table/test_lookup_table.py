@@ -93,7 +93,7 @@ class Rig:
         vocabulary = Vocabulary.of(self.dataset)
         self.run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
         assert self.run.table is not None
-        self.memory = self.run.table
+        self.table = self.run.table
         train, dp = settings.train, mesh.layout.coordinate(rank, "dp")
         split = self.dataset.split("train")
         self.loader = BatchLoader(
@@ -165,7 +165,7 @@ def run_modes(cases: dict[str, list[Settings]], resumed: dict[str, Settings], fo
         dist.destroy_process_group()
     modes: dict[str, list[Seen]] = {}
     for name, kinds in cases.items():
-        mesh = Rig(kinds[0]).parts.mesh
+        mesh = Rig(kinds[0]).run.mesh
         modes[name] = [Rig(settings, mesh).steps(0, STEPS, validate_after=1) for settings in kinds]
     return modes, save_and_resume(resumed, folder) if resumed else {}
 
@@ -176,11 +176,11 @@ def save_and_resume(resumed: dict[str, Settings], folder: str) -> dict[str, Seen
     """
     undisturbed = Rig(next(iter(resumed.values())))
     undisturbed.steps(0, SAVED)
-    path = checkpoint.Saver(undisturbed.parts, Path(folder), "digest").save(SAVED)
+    path = checkpoint.Saver(undisturbed.run, Path(folder), "digest").save(SAVED)
     runs = {"undisturbed": undisturbed.steps(SAVED, STEPS)}
     for name, settings in resumed.items():
         rig = Rig(settings)
-        assert checkpoint.load(rig.parts, path) == SAVED
+        assert checkpoint.load(rig.run, path) == SAVED
         rig.upcoming = rig.plan(SAVED)
         rig.table.resume(rig.upcoming[1])
         runs[name] = rig.steps(SAVED, STEPS)

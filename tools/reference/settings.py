@@ -1,6 +1,4 @@
-"""Every setting as markdown, from the settings' own definitions: `python tools/settings_table.py >
-docs/settings.md`.
-"""
+"""Every setting as markdown, from the settings' own definitions."""
 
 from __future__ import annotations
 
@@ -16,16 +14,31 @@ from hybridtrain.settings.tree import Settings
 
 HEAD = """# Settings
 
-Written by `python tools/settings_table.py > docs/settings.md`; a test compares. A run's settings are a TOML file with these
-sections and, on the command line, overrides `section.key=value`. What is left out has the default. Unknown keys, wrong types and
-contradictions are reported all at once. The run folder's `settings.toml` holds every value of a run.
+`python -m tools.reference` writes this page from the definitions of the settings.
+A run's settings are a TOML file with these sections and, on the command line, overrides `section.key=value`.
+A key that is left out has its default.
+Unknown keys, wrong types and contradictions are reported all at once.
+The run folder's `settings.toml` holds every value of a run.
 
 Lengths are in tokens, batches in sequences, learning rates per optimizer step.
 """
 
 
-def main() -> None:
-    print(HEAD + "".join(section("", Settings)), end="")
+def page() -> str:
+    """The whole page."""
+    return HEAD + "".join(section("", Settings))
+
+
+def names(model: type[BaseModel] = Settings, before: str = "") -> dict[str, bool]:
+    """Every dotted name, e.g. `model.moe` and `model.moe.top_k`, and whether it is a section."""
+    found: dict[str, bool] = {}
+    for key, field in model.model_fields.items():
+        name = f"{before}.{key}".lstrip(".")
+        inner = field.annotation
+        found[name] = isinstance(inner, type) and issubclass(inner, BaseModel)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found |= names(inner, name)
+    return found
 
 
 def section(name: str, model: type[BaseModel]) -> list[str]:
@@ -36,12 +49,8 @@ def section(name: str, model: type[BaseModel]) -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             inner += section(f"{name}.{key}".lstrip("."), field.annotation)
         else:
-            cells = (
-                f"`{key}`",
-                describe_type(field),
-                f"`{_toml(field.get_default(call_default_factory=True))}`",
-                _text(field),
-            )
+            default = _toml(field.get_default(call_default_factory=True))
+            cells = (f"`{key}`", describe_type(field), f"`{default}`", _text(field))
             lines.append(f"| {' | '.join(cells)} |\n")
     if lines:
         lines = [f"\n## {name}\n\n", "| key | type | default | meaning |\n", "|---|---|---|---|\n", *lines]
@@ -70,9 +79,8 @@ def _kind(annotation: Any) -> str:
 
 
 def _bounds_of(item: Any) -> list[str]:
-    return [
-        text for part in (item.metadata if isinstance(item, FieldInfo) else [item]) if (text := _bound(part))
-    ]
+    parts = item.metadata if isinstance(item, FieldInfo) else [item]
+    return [text for part in parts if (text := _bound(part))]
 
 
 def _bound(item: Any) -> str:
@@ -89,8 +97,5 @@ def _toml(value: Any) -> str:
 
 
 def _text(field: FieldInfo) -> str:
-    return (field.description or "").replace("|", "\\|")
-
-
-if __name__ == "__main__":
-    main()
+    text = (field.description or "").replace("|", "\\|")
+    return text.replace("][", "]\\[")  # which would be a link by reference
