@@ -187,7 +187,7 @@ def test_gradients_of_long_pipelines(data: Path) -> None:
     layers = (
         'model.layers=["attention+dense", "engram+attention+moe", "6*attention+dense"]'
     )
-    model = (layers, "parallel.mem=1", "train.micro_batches=8", "train.global_batch=8")
+    model = (layers, "train.micro_batches=8", "train.global_batch=8")
     results = compare(data, 4, schedules(4), *model)
     sent = {s: [rank["sent"] for rank in ranks] for s, ranks in zip(SCHEDULES, results, strict=True)}
     one = 8 * settings_of(data).train.seq_len * settings_of(data).model.dim * 4
