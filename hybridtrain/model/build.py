@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -80,6 +81,13 @@ def build(settings: Settings, component: Component, path: str, wiring: Wiring) -
     return placed
 
 
+def build_end(settings: Settings, wiring: Wiring) -> Placed:
+    """The residual scheme's module behind the last layer, "residual" in the model."""
+    scheme = components_of(settings).residuals[settings.model.residual]
+    placed = build(settings, scheme, f"layers.{len(layer_specs(settings))}.residual", wiring)
+    return replace(placed, path="residual")
+
+
 def check_parameters(
     component: Component, module: nn.Module, declared: Mapping[str, Parameter], path: str
 ) -> None:
@@ -126,4 +134,6 @@ def model_parameters(settings: Settings) -> dict[str, Parameter]:
         del out["head.weight"]
     for i, spec in enumerate(layer_specs(settings)):
         out |= {f"layers.{i}.{name}": p for name, p in layer_parameters(settings, spec).items()}
-    return out
+    scheme = components_of(settings).residuals[settings.model.residual]
+    declared = scheme.parameters(section_of(settings, scheme))
+    return out | {f"residual.{name}": parameter for name, parameter in declared.items()}

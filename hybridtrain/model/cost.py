@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hybridtrain.model.build import frame_of, layer_components, layer_parameters, section_of
+from hybridtrain.model.build import components_of, frame_of, layer_components, layer_parameters, section_of
 from hybridtrain.model.component import LOCAL_WIRING
 from hybridtrain.model.lm import HybridLM, Layer, Part
 from hybridtrain.settings.layers import LayerSpec, engram_layers, layer_specs
@@ -35,16 +35,17 @@ class LayerCost:
     flops: float
 
 
-def layer_cost(settings: Settings, spec: LayerSpec) -> LayerCost:
-    """Counted on a layer of this kind on the meta device."""
+def layer_cost(settings: Settings, spec: LayerSpec, place: int) -> LayerCost:
+    """Counted on layer `place` (from 0), which is of this kind, on the meta device."""
+    path = f"layers.{place}"
     with torch.device("meta"):
-        layer = Layer(settings, spec, "layer", LOCAL_WIRING)
+        layer = Layer(settings, spec, path, LOCAL_WIRING)
     declared, components = layer_parameters(settings, spec), layer_components(settings, spec)
     shares, flops = dict[str, float](), 0.0
-    for place, component in components.items():
+    for part, component in components.items():
         section = section_of(settings, component)
-        shares |= {f"{place}.{name}": share for name, share in component.shares(section).items()}
-        flops += component.flops(section, frame_of(settings))
+        shares |= {f"{part}.{name}": share for name, share in component.shares(section).items()}
+        flops += component.flops(section, frame_of(settings, f"{path}.{part}"))
     total = active = matrices = active_matrices = 0
     for name, parameter in layer.named_parameters():
         read = round(parameter.numel() * shares.get(name, 1.0))
@@ -55,10 +56,12 @@ def layer_cost(settings: Settings, spec: LayerSpec) -> LayerCost:
 
 
 def layer_costs(settings: Settings) -> list[LayerCost]:
-    """Of every layer in order; each kind is counted once."""
-    specs = layer_specs(settings)
-    kinds = {spec: layer_cost(settings, spec) for spec in dict.fromkeys(specs)}
-    return [kinds[spec] for spec in specs]
+    """Of every layer in order; each kind is counted once, where its place makes no difference."""
+    scheme = components_of(settings).residuals[settings.model.residual]
+    by_place = bool(scheme.parameters(section_of(settings, scheme)))
+    kinds = [(spec, i * by_place) for i, spec in enumerate(layer_specs(settings))]
+    counted = {kind: layer_cost(settings, *kind) for kind in dict.fromkeys(kinds)}
+    return [counted[kind] for kind in kinds]
 
 
 def count_parameters(settings: Settings, vocab_size: int, table_rows: int) -> ParameterCount:

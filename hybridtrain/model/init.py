@@ -48,7 +48,11 @@ def init_parameters(
         draw_this = (
             partial(draw, _key(name), shape, settings.run.seed, std)
             if std is not None
-            else partial(constant, shape, _CONSTANTS.get(declared.init, declared.init))
+            else partial(
+                constant,
+                shape,
+                _CONSTANTS[declared.init] if isinstance(declared.init, str) else declared.init,
+            )
         )
         with torch.no_grad():
             write(parameter, draw_this)

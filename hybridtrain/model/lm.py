@@ -11,9 +11,17 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hybridtrain.kernels.cross_entropy.op import cross_entropy_sum
-from hybridtrain.model.build import build, components_of, layer_components, model_parameters
+from hybridtrain.model.build import (
+    build,
+    build_end,
+    components_of,
+    frame_of,
+    layer_components,
+    model_parameters,
+    section_of,
+)
 from hybridtrain.model.common import RMSNorm, SequenceContext, make_context
-from hybridtrain.model.component import LOCAL_WIRING, Parameter, Placed, Wiring
+from hybridtrain.model.component import LOCAL_WIRING, Carried, Parameter, Placed, Wiring
 from hybridtrain.model.engram import StepRows
 from hybridtrain.model.exchanges import IGNORED
 from hybridtrain.model.residuals.add import Stream
@@ -47,20 +55,30 @@ class Layer(nn.Module):
         return out
 
     def compute(self, stream: Stream, context: SequenceContext, rows_BTSC: Tensor | None) -> Stream:
-        """The stream behind this layer; `rows_BTSC` are its looked-up rows; None: no Engram layer."""
-        number = 0
+        """What this layer makes of the stream: the carry, and of the sources those that are new.
+
+        `rows_BTSC` are its looked-up rows, None for a layer without Engram.
+        """
+        before, number = stream.sources, 0
         if self.engram is not None:
             engram = self.engram
             stream = self.residual(stream, number, lambda h: engram(h, rows_BTSC, context.documents_BT))
             number += 1
         stream = self.residual(stream, number, lambda h: self.mixer(self.mixer_norm(h), context))
-        out: Stream = self.residual(stream, number + 1, lambda h: self.feedforward(self.feedforward_norm(h)))
-        return out
+        stream = self.residual(stream, number + 1, lambda h: self.feedforward(self.feedforward_norm(h)))
+        # not those that were there before: hooks of parallel wrappers may have made views of them
+        return Stream(stream.carry, {n: x for n, x in stream.sources.items() if n not in before})
 
 
 def token_losses_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Sum over tokens of the cross-entropy in nats, float32 scalar; targets of -100 do not count."""
     return cross_entropy_sum(logits_BTV.flatten(0, -2), targets_BT.flatten(), IGNORED)
+
+
+def _stream(held: dict[str, Tensor]) -> Stream:
+    """The carry comes first."""
+    carry, *sources = held.items()
+    return Stream(carry[1], dict(sources))
 
 
 @dataclass(frozen=True)
@@ -103,8 +121,10 @@ class HybridLM(nn.Module):
         low, high = self.part.low, self.part.high
         layers = {str(i): Layer(settings, specs[i], f"layers.{i}", wiring) for i in range(low, high)}
         self.layers = nn.ModuleDict(layers)
-        self.components: Sequence[Placed] = [p for layer in layers.values() for p in layer.components]
-        self.residual = components_of(settings).residuals[model.residual]
+        self.scheme = components_of(settings).residuals[model.residual]
+        end = [build_end(settings, wiring)] if self.part.last else []
+        self.components: Sequence[Placed] = [*(p for x in layers.values() for p in x.components), *end]
+        self.residual = end[0].module if end else None
         self.norm = RMSNorm(model.dim, model.norm_eps, wiring.backends) if self.part.last else None
         self.head = (
             nn.Linear(model.dim, vocab_size, bias=False)
@@ -116,53 +136,69 @@ class HybridLM(nn.Module):
 
     def forward(
         self,
-        inputs: Tensor,
+        inputs: Tensor | dict[str, Tensor],
         documents_BT: Tensor | None,
         row_index_BTLS: Tensor | None = None,
         micro_batch: int = 0,
         targets_BT: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | dict[str, Tensor]:
         """Logits [B, T, V] of the next token; with targets their summed loss (loss.py), without ever holding
         all logits.
 
-        `inputs` are tokens [B, T]; a part that is not the first takes what the part before it returned, and
-        one that is not the last returns what the next one takes, [B, T, D]. `documents_BT` numbers the
-        documents inside each sequence (rising; None: one per sequence); attention and memory convolutions
-        stay inside a document. `row_index_BTLS` points into the rows of this micro-batch. Raises ValueError
-        where memory layers have no index.
+        `inputs` are tokens [B, T]. A part that is not the first takes the tensors that `carried` names before
+        its first layer; one that is not the last returns, of those behind its last layer, the carry and the
+        sources that it did not take itself. `documents_BT` numbers the documents inside each sequence
+        (rising; None: one per sequence); attention and memory convolutions stay inside a document.
+        `row_index_BTLS` points into the rows of this micro-batch. Raises ValueError where memory layers have
+        no index.
         """
         if self.engram_layers and row_index_BTLS is None:
             raise ValueError(
                 f"layers {list(self.engram_layers)} have a memory; the forward pass needs row_index"
             )
         attention = self.settings.model.attention
+        first = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
         # not of a later part's inputs: their tokens may be a tp rank's own
-        tokens = inputs.size(1) if documents_BT is None else documents_BT.size(1)
+        tokens = first.size(1) if documents_BT is None else documents_BT.size(1)
         context = make_context(
             documents_BT,
             tokens,
             attention.head_dim,
             attention.rope_theta,
-            inputs.device,
+            first.device,
             self.wiring.positions_T,
         )
-        # without the embedding of a first part, `inputs` are the carry; a scheme with sources would have them
-        # in it
-        stream: Stream = self.residual.start(
-            self.embed(inputs) if self.part.first and self.embed is not None else inputs
-        )
+        held = inputs if isinstance(inputs, dict) else self._start(inputs)
         for name, layer in self.layers.items():
-            rows_BTSC = None
+            stream, rows_BTSC = _stream(held), None
             if int(name) in self.engram_layers and row_index_BTLS is not None:
                 column = self.engram_layers.index(int(name))
                 rows_BTSC = self.rows.gather(row_index_BTLS[:, :, column], micro_batch, stream.carry)
-            stream = layer(stream, context, rows_BTSC)
+            held = self._behind(int(name), held, layer(stream, context, rows_BTSC))
         if self.norm is None:
-            return stream.carry
-        h_BTD = self.norm(self.residual.finish(stream))
+            there = inputs if isinstance(inputs, dict) else {}
+            return {n: x for place, (n, x) in enumerate(held.items()) if place == 0 or n not in there}
+        assert self.residual is not None
+        h_BTD = self.norm(self.scheme.finish(self.residual, _stream(held)))
         if targets_BT is not None:
             return self.wiring.shards.head_loss(h_BTD, self.head_weight_VD, targets_BT)
         return self.wiring.shards.logits(h_BTD, self.head_weight_VD)
+
+    def carried(self, before: int) -> tuple[Carried, ...]:
+        """What layer `before` and later ones read of earlier ones: the carry, then sources."""
+        section = section_of(self.settings, self.scheme)
+        return self.scheme.carried(section, frame_of(self.settings), before)
+
+    def _start(self, tokens_BT: Tensor) -> dict[str, Tensor]:
+        """The tensors before the first layer, by the names of `carried`."""
+        assert self.embed is not None
+        return self._behind(-1, {}, self.scheme.start(self.embed(tokens_BT)))
+
+    def _behind(self, layer: int, before: dict[str, Tensor], stream: Stream) -> dict[str, Tensor]:
+        """The tensors behind `layer`, which made `stream` of those before it."""
+        names = [carried.name for carried in self.carried(layer + 1)]
+        known = {**before, **stream.sources, names[0]: stream.carry}
+        return {name: known[name] for name in names}
 
     @property
     def head_weight_VD(self) -> Tensor:

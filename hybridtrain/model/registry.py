@@ -27,10 +27,11 @@ from hybridtrain.model.feedforwards.dense import DENSE
 from hybridtrain.model.feedforwards.moe import MOE
 from hybridtrain.model.mixers.attention import ATTENTION
 from hybridtrain.model.residuals.add import ADD
+from hybridtrain.model.residuals.dense_former import DENSE_FORMER
 
 MIXERS: tuple[Mixer, ...] = (ATTENTION,)
 FEEDFORWARDS: tuple[FeedForward, ...] = (DENSE, MOE)
-RESIDUALS: tuple[Residual, ...] = (ADD,)
+RESIDUALS: tuple[Residual, ...] = (ADD, DENSE_FORMER)
 
 _TAKEN = (
     "engram",

@@ -25,8 +25,10 @@ from hybridtrain.parallel.deepspeed import DeepSpeedEngine, ZeroSettings
 from hybridtrain.parallel.engine import Accumulation, Engine, NativeEngine, Schedule
 from hybridtrain.parallel.exchanges import wire
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.pipeline import Pipeline, StageModule
+from hybridtrain.parallel.pipeline import Pipeline
 from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages
+from hybridtrain.parallel.streams import plan_streams
+from hybridtrain.parallel.torch_stage import StageModule, StepShape
 from hybridtrain.run.process_setup import compute_dtype
 from hybridtrain.settings.layers import engram_layers, layer_specs
 from hybridtrain.settings.tree import Settings
@@ -145,7 +147,8 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
     except KernelChoiceError as error:
         raise SettingsError("settings", error.problems) from None
     dtype = compute_dtype(settings, mesh.device)
-    here = [stage for stage in resolve_stages(settings, vocabulary.size) if stage.pp_rank == mesh.pp.rank]
+    every = resolve_stages(settings, vocabulary.size)
+    here = [stage for stage in every if stage.pp_rank == mesh.pp.rank]
     rows = StepRows(backends)
     train = settings.train
     wiring = wire(mesh, train.seq_len, train.recompute, compiled=train.compile, backends=backends)
@@ -164,7 +167,7 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
     table = (
         LookupTable(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
     )
-    engine = _engine(settings, mesh, here, stages, dtype)
+    engine = _engine(settings, mesh, every, stages, dtype)
     return Run(settings, mesh, vocabulary, tuple(stages), table, engine, positions, SpikeGuard(train))
 
 
@@ -180,13 +183,13 @@ def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
 
 
 def _engine(
-    settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype
+    settings: Settings, mesh: Mesh, every: list[Stage], stages: list[HybridLM], dtype: torch.dtype
 ) -> Engine:
     """What trains this rank's stages."""
     train = settings.train
     if train.engine == "native":
         optimizers = build_optimizers(nn.ModuleList(stages), settings.optim)
-        return NativeEngine(stages, _schedule(settings, mesh, here, stages, dtype), optimizers, mesh)
+        return NativeEngine(stages, _schedule(settings, mesh, every, stages, dtype), optimizers, mesh)
     (model,) = stages
     return DeepSpeedEngine(
         model,
@@ -204,13 +207,15 @@ def _engine(
 
 
 def _schedule(
-    settings: Settings, mesh: Mesh, here: list[Stage], stages: list[HybridLM], dtype: torch.dtype
+    settings: Settings, mesh: Mesh, every: list[Stage], stages: list[HybridLM], dtype: torch.dtype
 ) -> Schedule:
+    """What carries micro-batches through the models of this rank's stages; `every` are all ranks' stages."""
     train = settings.train
     tokens_per_step = train.global_batch * train.seq_len
     if mesh.layout.pp == 1:
         return Accumulation(stages[0], tokens_per_step, mesh.device)
     parts, column = [], 0
+    here = [stage for stage in every if stage.pp_rank == mesh.pp.rank]
     for stage, model in zip(here, stages, strict=True):
         parts.append(StageModule(stage, model, slice(column, column + len(model.engram_layers))))
         column += len(model.engram_layers)
@@ -219,19 +224,15 @@ def _schedule(
         model.part.first: model.embed.weight for model in stages if model.embed is not None
     }
     tied = (tables.get(True), tables.get(False)) if settings.model.tie_embeddings else (None, None)
-    return Pipeline(
-        settings.parallel.schedule,
-        parts,
-        mesh.pp,
-        mesh.device,
-        (
-            train.global_batch // train.micro_batches // mesh.layout.dp,
-            tokens // mesh.layout.tp,
-            settings.model.dim,
-        ),
-        dtype,
-        tokens,
-        train.micro_batches,
-        tokens_per_step,
-        tied,
+    shape = StepShape(
+        micro_batches=train.micro_batches,
+        sequences=train.global_batch // train.micro_batches // mesh.layout.dp,
+        tokens=tokens,
+        own_tokens=tokens // mesh.layout.tp,
+        dtype=dtype,
+        device=mesh.device,
+        tokens_per_step=tokens_per_step,
     )
+    carried = stages[0].carried
+    plan = plan_streams(every, lambda before: {c.name: c.width for c in carried(before)})
+    return Pipeline(settings.parallel.schedule, parts, plan, mesh.pp, shape, tied)

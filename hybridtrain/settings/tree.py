@@ -66,7 +66,9 @@ class ModelSettings(Section):
         description='one entry a layer, "[N*][engram+]MIXER+FEEDFORWARD"; N repeats it',
     )
     residual: str = Field(
-        "add", description="how a layer's output joins the stream: add, or one of `components`"
+        "add",
+        description="what a layer reads: add, the sum of all before it; dense_former, a learned sum (arXiv "
+        "2402.02622); or one of `components`",
     )
     components: tuple[str, ...] = Field(
         (),

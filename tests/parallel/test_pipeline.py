@@ -105,8 +105,11 @@ def assert_sends_are_numbered_alike(run: Run) -> None:
 
 
 def first_step(settings: Settings) -> dict[str, Tensor]:
+    return one_step(*build(settings))
+
+
+def one_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     """Loss, gradients by name, and the touched rows' numbers and gradients, as this rank has them."""
-    run, batch = build(settings)
     table = run.table
     assert table is not None
     plan = table.plan(batch)

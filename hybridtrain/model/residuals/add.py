@@ -1,8 +1,7 @@
 """How a layer reads what came before it and adds to it.
 
-A scheme has a *carry*, of fixed width and rewritten by every sublayer, and *sources*, named tensors that are
-written once and read by later layers; a pipeline moves both between stages. A scheme is a module, since most
-have parameters.
+A scheme has a *carry*, rewritten by every layer, and *sources*, named tensors that are written once and read
+by later layers; a pipeline moves both between stages. A scheme is a module, since most have parameters.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ ADD = Residual(
     build=lambda *_: AddResidual(),
     parameters=lambda _: {},
     start=lambda h_BTD: Stream(h_BTD, {}),
-    finish=lambda stream: stream.carry,
-    carried=lambda _, frame, before: (Carried("carry", frame.dim),),
+    finish=lambda _, stream: stream.carry,
+    carried=lambda _, frame, before: (Carried("h", frame.dim),),
     formats=("hf", "megatron"),
 )

@@ -18,10 +18,17 @@ from hybridtrain.settings.tree import ModelSettings, Settings
 VOCABULARY = 64
 
 
-def settings(tied: bool = False) -> Settings:
+def settings(tied: bool = False, residual: str = "add") -> Settings:
     layers = ("attention+dense", "engram+attention+moe", "attention+moe", "engram+attention+dense")
     moe = MoESettings(num_experts=4, hidden=16, aux_weight=0.01, z_weight=0.01)
-    model = ModelSettings(dim=32, layers=layers, tie_embeddings=tied, dense=DenseSettings(hidden=16), moe=moe)
+    model = ModelSettings(
+        dim=32,
+        layers=layers,
+        residual=residual,
+        tie_embeddings=tied,
+        dense=DenseSettings(hidden=16),
+        moe=moe,
+    )
     return Settings(model=model, engram=EngramSettings(head_dim=8))
 
 
@@ -40,8 +47,9 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("cuts", [(2, 2), (1, 1, 2), (1, 3)])
-def test_parts_in_a_row_are_the_whole_model(cuts: tuple[int, ...], tied: bool) -> None:
-    s = settings(tied)
+@pytest.mark.parametrize("residual", ["add", "dense_former"])
+def test_parts_in_a_row_are_the_whole_model(residual: str, cuts: tuple[int, ...], tied: bool) -> None:
+    s = settings(tied, residual)
     tokens, documents, index, rows_UD = inputs()
     whole = build(s)
     whole.rows.set([rows_UD])
@@ -50,11 +58,16 @@ def test_parts_in_a_row_are_the_whole_model(cuts: tuple[int, ...], tied: bool) -
     rows = StepRows()
     rows.set([rows_UD])
     x, low, column = tokens, 0, 0
+    made: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     for number, cut in enumerate(cuts):
         part = build(s, Part(low, low + cut, number == 0, number == len(cuts) - 1), rows)
         own = index[:, :, column : column + len(part.engram_layers)]
         x = part(x, documents, own, 0, tokens if part.part.last else None)
+        if not part.part.last:
+            assert not made.keys() & set(list(x)[1:])  # sources are made once
+            made |= x
+            x = {carried.name: made[carried.name] for carried in part.carried(low + cut)}
         low, column = low + cut, column + len(part.engram_layers)
         values |= part.state_dict()
     assert torch.equal(x, expected)
