@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,12 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
 
 def local(parameter: Tensor) -> Tensor:
     """The part of a parameter that this rank has, where it is cut; else the parameter."""
-    to_local = getattr(parameter, "to_local", None)
-    return parameter if to_local is None else to_local()
+    # not by asking for the attribute: compiled, a parameter that is cut would seem to have none
+    if type(parameter) in (Tensor, nn.Parameter):
+        return parameter
+    cut: Any = parameter
+    part: Tensor = cut.to_local()
+    return part
 
 
 _counting: ContextVar[bool] = ContextVar("counting", default=True)
