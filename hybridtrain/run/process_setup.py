@@ -1,4 +1,4 @@
-"""Where a run is: its layout, and this rank as it joins the others, with its device and what it computes in."""
+"""Where a run is: its layout, and this rank as it joins the others, with its device and dtype."""
 
 from __future__ import annotations
 
@@ -133,7 +133,10 @@ def table_device(settings: Settings, device: torch.device) -> torch.device:
 def check_compiler(settings: Settings) -> None:
     """Raise SettingsError where `train.compile` asks for a compiler that this machine has not."""
     if settings.train.compile and (name := missing_compiler()) is not None:
-        problem = f"torch.compile needs a C++ compiler and there is no {name}; install one, name yours in CXX, or train.compile=false"
+        problem = (
+            f"torch.compile needs a C++ compiler and there is no {name}; install one, name yours in CXX, or "
+            "train.compile=false"
+        )
         raise SettingsError("train.compile=true", [problem])
 
 

@@ -197,11 +197,13 @@ def test_what_cannot_be_a_component_is_told(text: str, expected: str, tmp_path: 
 
 def test_two_files_with_one_name_are_refused_and_a_missing_one_named(tmp_path: Path) -> None:
     shutil.copy(EXAMPLE, tmp_path / "twin.py")
-    with pytest.raises(ComponentsError, match=r'twin.py" has a component "gated_recurrence", and so has ".*'):
+    with pytest.raises(
+        ComponentsError, match=r'twin\.py" has a component "gated_recurrence", and so has ".*'
+    ):
         Components.load((str(EXAMPLE), str(tmp_path / "twin.py")))
-    with pytest.raises(ComponentsError, match="there is no file .*/nowhere.py"):
+    with pytest.raises(ComponentsError, match=r"there is no file .*/nowhere\.py"):
         Components.load((str(tmp_path / "nowhere.py"),))
-    with pytest.raises(ComponentsError, match="it may be an importable module or the path of a .py file"):
+    with pytest.raises(ComponentsError, match=r"it may be an importable module or the path of a \.py file"):
         Components.load(("no_such_module",))
     assert "gated_recurrence" not in BUILT_IN.mixers
 

@@ -51,7 +51,6 @@ class Named(HybridLM):
                 parameter.device_mesh = mesh(name)
             node.register_parameter(leaf, parameter)
 
-
     def declared_parameters(self):
         return {n: (p, DECLARED[n]) for n, p in self.named_parameters() if not n.startswith("rows.")}
 
