@@ -263,7 +263,8 @@ class Layout:
         for key, number in {**facts.divides, tokens: facts.seq_len // self.cp}.items():
             if number % self.tp:
                 out.append(
-                    f"parallel.tp={self.tp} does not divide {key}={number}; tp may be {choices(divisors(number))}"
+                    f"parallel.tp={self.tp} does not divide {key}={number}; tp may be "
+                    f"{choices(divisors(number))}"
                 )
         out += self._context_problems(facts)
         if (
@@ -272,7 +273,8 @@ class Layout:
             and facts.expert_hidden % (facts.expert_multiple * self.etp)
         ):
             out.append(
-                f"parallel.etp={self.etp} cuts {facts.experts_of}.hidden={facts.expert_hidden} into no multiples of "
+                f"parallel.etp={self.etp} cuts {facts.experts_of}.hidden={facts.expert_hidden} into no "
+                f"multiples of "
                 f"{facts.expert_multiple}, as grouped products need; set "
                 f"{facts.experts_of}.hidden="
                 f"{_next_multiple(facts.expert_hidden, facts.expert_multiple * self.etp)} or etp=1"
@@ -318,8 +320,8 @@ class Layout:
             if reach > chunk:
                 without = " or engram.conv=false" if of == "engram.conv" else ""
                 out.append(
-                    f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {reach} of {of}'s "
-                    f"reach; set train.seq_len >= {2 * self.cp * reach}{without}"
+                    f"parallel.cp={self.cp} leaves chunks of {chunk} tokens, fewer than the {reach} of "
+                    f"{of}'s reach; set train.seq_len >= {2 * self.cp * reach}{without}"
                 )
         return out
 

@@ -91,7 +91,7 @@ def build_end(settings: Settings, wiring: Wiring) -> Placed:
 def check_parameters(
     component: Component, module: nn.Module, declared: Mapping[str, Parameter], path: str
 ) -> None:
-    """Raise ComponentError listing what the module and the declaration of its parameters have not in common."""
+    """Raise ComponentError listing in what the module's parameters are not as they are declared."""
     real = dict(module.named_parameters())
     problems = [
         f"{path}.{name}: is not in the declaration's parameters" for name in real if name not in declared
@@ -101,8 +101,8 @@ def check_parameters(
             problems.append(f"{path}.{name}: is declared, and the module has none")
         elif parameter.group == "matrix" and real[name].ndim < 2:
             problems.append(
-                f'{path}.{name}: has {real[name].ndim} dim and is in the group "matrix"; it may be "adamw" or '
-                '"no_decay"'
+                f'{path}.{name}: has {real[name].ndim} dim and is in the group "matrix"; it may be "adamw" '
+                'or "no_decay"'
             )
         elif parameter.cut is Cut.COLUMN and not _gathered(component, name):
             problems.append(

@@ -49,8 +49,8 @@ class EngramSettings(Section):
     exchange_groups: Positive = Field(1, description="exchanges per step; divides train.micro_batches")
     fetch: Literal["step", "overlap", "stale"] = Field(
         "step",
-        description="when rows are read: before their step; those that the step before leaves alone already during it (the same "
-        "numbers); or all of them during it, one update old",
+        description="when rows are read: before their step; those that the step before leaves alone already "
+        "during it (the same numbers); or all of them during it, one update old",
     )
     device: Literal["device", "host"] = Field(
         "device", description="table, row state and row update: with the model, or on the CPU"
@@ -68,7 +68,8 @@ class EngramSettings(Section):
     )
     optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam"] = Field(
         "rowwise_adam",
-        description="of the table; adam is the dense reference, with two moments per element and a dense update",
+        description="of the table; adam is the dense reference, with two moments per element and a dense "
+        "update",
     )
     lr_multiplier: float = Field(
         5.0, gt=0, description="learning rate of the table as a multiple of optim.lr"

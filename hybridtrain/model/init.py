@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import xxhash
@@ -48,11 +47,15 @@ def init_parameters(
         draw_this = (
             partial(draw, _key(name), shape, settings.run.seed, std)
             if std is not None
+<<<<<<< HEAD
             else partial(
                 constant,
                 shape,
                 _CONSTANTS[declared.init] if isinstance(declared.init, str) else declared.init,
             )
+=======
+            else partial(constant, shape, _constant(declared))
+>>>>>>> seam
         )
         with torch.no_grad():
             write(parameter, draw_this)
@@ -70,7 +73,10 @@ def _key(name: str) -> str:
     return name.replace(".engram.", ".memory.")
 
 
-_CONSTANTS: dict[Any, float] = {"ones": 1.0, "zeros": 0.0}
+def _constant(declared: Parameter) -> float:
+    """What every element of a parameter that is not drawn is."""
+    values: dict[str | float, float] = {"ones": 1.0, "zeros": 0.0}
+    return values.get(declared.init, 0.0) if isinstance(declared.init, str) else declared.init
 
 
 def _std(declared: Parameter, settings: Settings) -> float | None:

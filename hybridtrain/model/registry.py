@@ -153,7 +153,8 @@ def _module(name: str) -> ModuleType:
         # under a name of its own in sys.modules, where pydantic and dataclasses look annotations up
         known = f"hybridtrain_components_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
         spec = importlib.util.spec_from_file_location(known, path)
-        assert spec is not None and spec.loader is not None  # for the type checker: the path ends in .py
+        assert spec is not None  # for the type checker: the path ends in .py
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[known] = module
         try:

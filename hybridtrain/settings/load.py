@@ -27,7 +27,8 @@ RENAMED_VALUES = {"parallel.mem_placement": {"near": "contiguous", "far": "strid
 def load_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
     """The settings in the TOML file `path` with `section.key=value` overrides applied in order.
 
-    The components that it names are imported: the user named the file. Raises SettingsError listing every unknown key, wrong type and contradiction, each with its key.
+    The components that it names are imported: the user named the file. Raises SettingsError listing every
+    unknown key, wrong type and contradiction, each with its key.
     """
     try:
         tree = read_toml(Path(path))

@@ -72,8 +72,8 @@ class ModelSettings(Section):
     )
     components: tuple[str, ...] = Field(
         (),
-        description="modules or .py files, imported for mixers, feed-forwards and residual schemes of their own, "
-        "each with a section [model.NAME]",
+        description="modules or .py files, imported for mixers, feed-forwards and residual schemes of their "
+        "own, each with a section [model.NAME]",
     )
     vocab_size: Natural = Field(
         0, description="rows of embedding and head; 0: the tokenizer's entries, more pads them"

@@ -8,9 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from hybridtrain.errors import SettingsError
+from hybridtrain.model.build import model_parameters
+from hybridtrain.model.cost import count_parameters
+from hybridtrain.model.init import Draw, init_parameters
+from hybridtrain.model.lm import HybridLM
 from hybridtrain.model.registry import BUILT_IN, Components, ComponentsError, allowing
+from hybridtrain.run.init_from import model_tensors
 from hybridtrain.settings.load import dump_settings, load_settings, parse_settings
 from hybridtrain.settings.tree import Settings
 from tests.console import hybridtrain, refused
@@ -49,6 +56,34 @@ def test_two_ranks_make_the_losses_and_parameters_of_one(settings_of: Of, axes: 
         for name, value in ranks[0].state.items():
             if name != "table":
                 assert (value - one.state[name]).abs().max() < 2e-4, name
+
+
+def test_initial_values_do_not_depend_on_the_cut(settings_of: Of) -> None:
+    settings = settings_of("run")
+    whole, halves = HybridLM(settings, 64), HybridLM(settings, 64)
+    init_parameters(whole, settings)
+
+    def write(parameter: Tensor, draw_this: Draw) -> None:
+        half = len(parameter) // 2
+        parameter[:half] = draw_this(rows=slice(0, half))
+        parameter[half:] = draw_this(rows=slice(half, None))
+
+    init_parameters(halves, settings, write)
+    for (name, a), b in zip(whole.named_parameters(), halves.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert (whole.layers["0"].mixer.decay == -4).all()
+    assert (whole.layers["0"].residual.scale == 0.1).all()
+
+
+def test_counts_and_keys_are_those_of_the_module(settings_of: Of) -> None:
+    settings = settings_of("run")
+    model = HybridLM(settings, 64)
+    count = count_parameters(settings, 64, table_rows=0)
+    assert count.total == sum(p.numel() for p in model.parameters())
+    idle = 2 * 2 * 3 * 16 * 16  # in two layers two of four experts, of 3 * dim * hidden each
+    assert count.active == count.total - idle + count.table_active
+    assert model_parameters(settings).keys() == {name for name, _ in model.named_parameters()}
+    assert model_tensors(settings, 64).keys() == model.state_dict().keys()
 
 
 def test_settings_with_components_are_written_and_pickled(settings_of: Of, tmp_path: Path) -> None:
@@ -162,11 +197,13 @@ def test_what_cannot_be_a_component_is_told(text: str, expected: str, tmp_path: 
 
 def test_two_files_with_one_name_are_refused_and_a_missing_one_named(tmp_path: Path) -> None:
     shutil.copy(EXAMPLE, tmp_path / "twin.py")
-    with pytest.raises(ComponentsError, match=r'twin.py" has a component "gated_recurrence", and so has ".*'):
+    with pytest.raises(
+        ComponentsError, match=r'twin\.py" has a component "gated_recurrence", and so has ".*'
+    ):
         Components.load((str(EXAMPLE), str(tmp_path / "twin.py")))
-    with pytest.raises(ComponentsError, match="there is no file .*/nowhere.py"):
+    with pytest.raises(ComponentsError, match=r"there is no file .*/nowhere\.py"):
         Components.load((str(tmp_path / "nowhere.py"),))
-    with pytest.raises(ComponentsError, match="it may be an importable module or the path of a .py file"):
+    with pytest.raises(ComponentsError, match=r"it may be an importable module or the path of a \.py file"):
         Components.load(("no_such_module",))
     assert "gated_recurrence" not in BUILT_IN.mixers
 

@@ -42,14 +42,16 @@ class MoESettings(Section):
     capacity: NonNegative = Field(
         0.0,
         le=1e6,
-        description="pairs that an expert takes of a sequence, as a multiple of the even share; it drops the later tokens'; 0: all",
+        description="pairs that an expert takes of a sequence, as a multiple of the even share; it drops "
+        "the later tokens'; 0: all",
     )
 
     def problems(self) -> list[str]:
         out: list[str] = []
         if self.top_k > self.num_experts:
             out.append(
-                f"top_k={self.top_k} exceeds num_experts={self.num_experts}; it may be 1 to {self.num_experts}"
+                f"top_k={self.top_k} exceeds num_experts={self.num_experts}; it may be 1 to "
+                f"{self.num_experts}"
             )
         if self.num_experts % self.num_groups:
             out.append(

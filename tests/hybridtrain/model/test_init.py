@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ import xxhash
 from torch import Tensor
 
 from hybridtrain.model import init
-from hybridtrain.model.cost import count_parameters, flops_per_token
+from hybridtrain.model.cost import count_parameters, flops_per_token, stage_costs
 from hybridtrain.model.init import TABLE_BLOCK, Draw, constant, draw, init_parameters, init_table
 from hybridtrain.model.lm import HybridLM
-from hybridtrain.settings.load import parse_settings
+from hybridtrain.settings.load import load_settings, parse_settings
 from hybridtrain.settings.tree import Settings
 
 
@@ -145,3 +146,18 @@ def test_flops_by_hand() -> None:
     settings = parse_settings({}, ["model.layers=['engram+attention+moe']"])
     matrices = 100 * 128 + 4 * 128 * 128 + 2 * 256 * 128 + 128 * 8 + 2 * 3 * 128 * 256
     assert flops_per_token(settings, 100) == 6 * matrices + 3 * 2 * 2 * 4 * 32 * 129 / 2
+
+
+def test_counts_are_those_of_the_formulas_that_there_were() -> None:
+    """Written down from the version that had a formula for each kind of layer."""
+    root = Path(__file__).parents[3] / "configs"
+    ci, quick = load_settings(root / "ci.toml"), load_settings(root / "quickstart.toml")
+    count = count_parameters(ci, 1000, 5000)
+    assert (count.total, count.active, count.table, count.table_active) == (351504, 208752, 60000, 192)
+    count = count_parameters(quick, 1000, 5000)
+    assert (count.total, count.active, count.table, count.table_active) == (2665984, 1179136, 160000, 256)
+    assert flops_per_token(ci, 1000) == 1049472.0
+    assert flops_per_token(quick, 1000) == 6687744.0
+    first, layers, last = stage_costs(ci, 1000)
+    assert (first, last) == (0.16534391534391535, 0.4397676255524774)
+    assert layers == [0.23331678079208265, 0.464127448759721, 0.37969206465364536, 0.3177521648981583]

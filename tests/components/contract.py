@@ -1,0 +1,176 @@
+"""What every component keeps to, as checks that any declaration can be put to; each raises AssertionError or
+ComponentError where it does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybridtrain.model.build import check_parameters
+from hybridtrain.model.common import CountingModule, make_context
+from hybridtrain.model.component import (
+    LOCAL_WIRING,
+    Component,
+    Cut,
+    Engram,
+    FeedForward,
+    Frame,
+    Mixer,
+    Residual,
+    Sees,
+)
+from hybridtrain.model.engram import EngramSettings
+from hybridtrain.parallel.recompute import recomputed
+
+DIM, TOKENS, BORDER = 32, 24, 10
+FRAME = Frame(DIM, 1e-6, TOKENS, 2 * TOKENS, "layers.0.part")
+FLOPS_TOLERANCE = 0.01
+"""Relative, of the operations that torch counts: products and attention."""
+
+
+@dataclass(frozen=True)
+class Case:
+    component: Component
+    section: Any
+
+    def build(self) -> nn.Module:
+        """The module with values drawn, checked against its declaration."""
+        module = LOCAL_WIRING.build(self.component, self.section, FRAME).module
+        check_parameters(self.component, module, self.component.parameters(self.section), FRAME.path)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+        return module
+
+    def call(self, module: nn.Module, x_BTD: Tensor, documents_BT: Tensor | None) -> Tensor:
+        """The module's output as a layer gets it."""
+        if isinstance(self.component, Mixer):
+            context = make_context(documents_BT, TOKENS, 8, 1e4, x_BTD.device)
+            out: Tensor = module(x_BTD, context)
+        elif isinstance(self.component, FeedForward):
+            out = module(x_BTD)
+        elif isinstance(self.component, Engram):
+            assert isinstance(self.section, EngramSettings)
+            slots, width = self.section.slots, self.section.head_dim
+            rows = x_BTD[..., :1, None].expand(-1, -1, slots, width).contiguous()
+            out = module(x_BTD, rows, documents_BT)
+        else:
+            assert isinstance(self.component, Residual)
+            stream = self.component.start(x_BTD)
+            for number in range(2):
+                stream = module(stream, number, torch.tanh)
+            out = self.component.finish(stream)
+        return out
+
+
+def inputs(seed: int = 1) -> tuple[Tensor, Tensor]:
+    """(x_BTD, documents_BT): two sequences of two documents."""
+    x_BTD = torch.randn(2, TOKENS, DIM, generator=torch.Generator().manual_seed(seed))
+    return x_BTD, (torch.arange(TOKENS) >= BORDER).long().expand(2, -1).contiguous()
+
+
+def check_declaration(case: Case) -> None:
+    """The declared parameters are the module's, wherever it is built, and are all its state but buffers."""
+    module = case.build()
+    with torch.device("meta"):
+        meta = LOCAL_WIRING.build(case.component, case.section, FRAME).module
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in meta.state_dict().items()}
+    buffers = {name for name, _ in module.named_buffers()}
+    assert shapes.keys() - buffers == case.component.parameters(case.section).keys()
+
+
+def check_cuts(case: Case) -> None:
+    """Every parameter has the dims that its cut needs."""
+    parameters = dict(case.build().named_parameters())
+    for name, declared in case.component.parameters(case.section).items():
+        dims = {Cut.COLUMN: (2,), Cut.ROW: (2,), Cut.EXPERT_COLUMN: (3,), Cut.EXPERT_ROW: (3,)}
+        assert parameters[name].ndim in dims.get(declared.cut, (1, 2, 3)), name
+
+
+def check_documents(case: Case) -> None:
+    """What one document of a sequence holds changes no bit of the other's output."""
+    module = case.build()
+    x_BTD, documents_BT = inputs()
+    other_BTD, _ = inputs(seed=2)
+    before = case.call(module, x_BTD, documents_BT)
+    for changed, kept in ((slice(0, BORDER), slice(BORDER, None)), (slice(BORDER, None), slice(0, BORDER))):
+        mixed = x_BTD.clone()
+        mixed[:, changed] = other_BTD[:, changed]
+        assert torch.equal(case.call(module, mixed, documents_BT)[:, kept], before[:, kept])
+
+
+def check_causal(case: Case) -> None:
+    """Later tokens change no bit of what earlier ones get."""
+    module, place = case.build(), TOKENS // 3
+    x_BTD, _ = inputs()
+    later = x_BTD.clone()
+    later[:, place:] = inputs(seed=2)[0][:, place:]
+    ours, theirs = case.call(module, x_BTD, None), case.call(module, later, None)
+    assert torch.equal(ours[:, :place], theirs[:, :place])
+
+
+def check_recompute(case: Case) -> None:
+    """Run again in the backward pass, it gives the same gradients to the bit."""
+    results = []
+    for mode in ("none", "full", "selective"):
+        module = case.build()
+        x_BTD, documents_BT = inputs()
+        x_BTD.requires_grad_()
+        run = recomputed(lambda x, d, m=module: case.call(m, x, d), mode)
+        run(x_BTD, documents_BT).square().sum().backward()
+        results.append([x_BTD.grad, *(p.grad for p in module.parameters())])
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+
+
+def check_sums(case: Case) -> None:
+    """It takes the sums that it declares, of their shapes, while it trains, and none while it does not."""
+    module = case.build()
+    counting = [m for m in module.modules() if isinstance(m, CountingModule)]
+    case.call(module.eval(), *inputs())
+    assert not any(m.counters.sums for m in counting)
+    case.call(module.train(), *inputs())
+    taken = {name: tuple(value.shape) for m in counting for name, value in m.counters.sums.items()}
+    assert taken == dict(case.component.sums(case.section))
+
+
+def check_flops(case: Case) -> None:
+    """Products with the declared matrices, and the declared operations, are what torch counts.
+
+    torch counts all pairs of an attention, of which a causal one needs (T + 1) / 2T.
+    """
+    module = case.build()
+    x_BTD, _ = inputs()
+    # in its plain form, whose products torch counts on the CPU too
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        case.call(module.eval(), x_BTD, None)
+    declared, shares = case.component.parameters(case.section), case.component.shares(case.section)
+    weights = sum(
+        parameter.numel() * shares.get(name, 1.0)
+        for name, parameter in module.named_parameters()
+        if declared[name].group != "no_decay"
+    )
+    more = case.component.flops(case.section, FRAME)
+    if case.component.sees is Sees.KEYS:
+        more *= 2 * TOKENS / (TOKENS + 1)
+    expected = x_BTD.shape[:2].numel() * (2 * weights + more)
+    assert abs(counter.get_total_flops() - expected) <= FLOPS_TOLERANCE * expected
+
+
+CHECKS = (
+    check_declaration,
+    check_cuts,
+    check_documents,
+    check_causal,
+    check_recompute,
+    check_sums,
+    check_flops,
+)
