@@ -237,7 +237,7 @@ class CheckpointSettings(Section):
 
 
 class KernelSettings(Section):
-    """One key per op of `kernels/choose.py` that a run has."""
+    """One key for each op of `kernels/ops.py` that has a choice; tests/kernels/test_ops.py compares both."""
 
     rms_norm: Literal["auto", "torch", "triton", "liger", "apex"] = Field("auto", description="RMS norms")
     swiglu: Literal["auto", "torch", "triton", "liger"] = Field(

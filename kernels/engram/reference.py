@@ -18,13 +18,14 @@ def engram_gate(
     v_ND: Tensor,
     h_weight_MD: Tensor,
     k_weight_MD: Tensor,
-    eps: float,
-    floor: float,
+    *eps_and_floor: float,
 ) -> tuple[Tensor, Tensor]:
     """(gated values [N, M, D], gates [N, M]).
 
     g = sigmoid(sign(s) sqrt(max(|s|, floor))) with s = <h, k> / sqrt(D), both RMS-normed.
     """
+
+    eps, floor = eps_and_floor
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
