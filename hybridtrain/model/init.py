@@ -47,15 +47,7 @@ def init_parameters(
         draw_this = (
             partial(draw, _key(name), shape, settings.run.seed, std)
             if std is not None
-<<<<<<< HEAD
-            else partial(
-                constant,
-                shape,
-                _CONSTANTS[declared.init] if isinstance(declared.init, str) else declared.init,
-            )
-=======
             else partial(constant, shape, _constant(declared))
->>>>>>> seam
         )
         with torch.no_grad():
             write(parameter, draw_this)

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """How a process becomes a rank of a run: its layout, device and compute dtype, and the other ranks."""
-=======
-"""Where a run is: its layout, and this rank as it joins the others, with its device and dtype."""
->>>>>>> seam
 
 from __future__ import annotations
 
