@@ -230,7 +230,7 @@ def test_functions_are_short() -> None:
         f"{path.relative_to(ROOT)}: {name}"
         for folder in FOLDERS
         for path in sources(folder)
-        if not (folder == "kernels" and path.name in exempt)
+        if not (folder == "kernels" and path.name.endswith(exempt))
         for name in long_functions(path.read_text(encoding="utf-8"))
     }
     assert found - LONG_FUNCTIONS == set()

@@ -46,7 +46,7 @@ class RowOptimizer(Protocol):
         """
 
     def changed_since(self, step_count: int) -> Tensor:
-        """Ascending int64 [N]: at least the rows that were written to since there were `step_count` updates."""
+        """Ascending int64 [N]: at least the rows written to since there were `step_count` updates."""
 
     def watch(self, keep: Callable[[Tensor], None] | None) -> bool:
         """Call `keep` with rows, ascending, before they change, from now on; None ends it. False: a step
@@ -61,7 +61,11 @@ class RowOptimizer(Protocol):
 
 
 def make_row_optimizer(
-    engram: EngramSettings, table_RD: Tensor, seed: int = 0, first_row: int = 0, backends: Backends = TORCH
+    engram: EngramSettings,
+    table_RD: Tensor,
+    seed: int = 0,
+    first_row: int = 0,
+    backends: Backends = TORCH,
 ) -> RowOptimizer:
     """The optimizer that `engram.optimizer` names for the local rows; it changes `table_RD` in place.
 

@@ -78,7 +78,7 @@ def arm(story: Story, fault: Fault, event: dict[str, Any]) -> None:
 
 
 def at_phase(name: str, number: int, act: Callable[[], Any]) -> None:
-    """Call `act` when this phase is entered for the n-th time; a run from the start has no restore, but data."""
+    """Call `act` when this phase is entered for the n-th time; a new run has no restore, but data."""
     from hybridtrain.monitor.clock import Clock
 
     real, left = Clock.phase, number

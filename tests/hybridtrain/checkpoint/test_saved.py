@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,20 @@ from hybridtrain.errors import DamagedCheckpoint
 from tests.hybridtrain.checkpoint.test_info import make
 
 
+def _counting(name: str, read: Callable[..., Any], count: Counter[str]) -> Callable[..., Any]:
+    def counted(*args: Any) -> Any:
+        count[name] += 1
+        return read(*args)
+
+    return counted
+
+
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each file of this kind was read since."""
     count: Counter[str] = Counter()
     for name in ("read_info", "read_index"):
-
-        def counted(*args: Any, what: Any = getattr(saved_module, name), name: str = name) -> Any:
-            count[name] += 1
-            return what(*args)
-
-        monkeypatch.setattr(saved_module, name, counted)
+        monkeypatch.setattr(saved_module, name, _counting(name, getattr(saved_module, name), count))
     return count
 
 
@@ -51,7 +55,7 @@ def test_a_base_is_not_based_on_another(tmp_path: Path) -> None:
     first = make(tmp_path / "step-1")
     second = make(tmp_path / "step-2", first)
     third = Saved(make(tmp_path / "step-3", second))
-    with pytest.raises(DamagedCheckpoint, match="its base .*step-2 is based on another one"):
+    with pytest.raises(DamagedCheckpoint, match=r"its base .*step-2 is based on another one"):
         checkpoint.StoredTensors(third)
     own = make(tmp_path / "step-4", first)
     info = checkpoint.read_info(own)
