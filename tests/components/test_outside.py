@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,3 +220,9 @@ def test_no_file_of_the_package_imports_the_examples() -> None:
         for path in (ROOT / folder).rglob("*.py"):
             assert "import examples" not in (text := path.read_text(encoding="utf-8"))
             assert "from examples" not in text
+
+
+def test_the_commands_are_listed_without_importing_torch() -> None:
+    """Components import it, and so do the settings; `hybridtrain --help` waits for neither."""
+    code = "import sys, hybridtrain.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, cwd=ROOT).returncode == 0
