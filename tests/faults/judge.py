@@ -26,7 +26,7 @@ NAMED = {
 STALLS = {
     "stop": r"error: no progress for \d+ s \(parallel\.timeout=8\): rank {rank} gave no sign",
     "hang": r"error: no progress for \d+ s \(parallel\.timeout=8\): rank {rank} has not come to \w+ number "
-    "\d+ of group ",
+    r"\d+ of group ",
 }
 """What the watchdog must say."""
 KILLED, KILLED_ALL = "rank {rank} was ended by SIGKILL", r"rank \d was ended by SIGKILL"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,13 @@ from tests.hybridtrain.checkpoint.test_info import make
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each file of this kind was read since."""
     count: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any], *args: Any) -> Any:
+        count[name] += 1
+        return function(*args)
+
     for name in ("read_info", "read_index"):
-
-        def counted(*args: Any, what: Any = getattr(saved_module, name), name: str = name) -> Any:
-            count[name] += 1
-            return what(*args)
-
-        monkeypatch.setattr(saved_module, name, counted)
+        monkeypatch.setattr(saved_module, name, partial(counted, name, getattr(saved_module, name)))
     return count
 
 
@@ -51,7 +53,7 @@ def test_a_base_is_not_based_on_another(tmp_path: Path) -> None:
     first = make(tmp_path / "step-1")
     second = make(tmp_path / "step-2", first)
     third = Saved(make(tmp_path / "step-3", second))
-    with pytest.raises(DamagedCheckpoint, match="its base .*step-2 is based on another one"):
+    with pytest.raises(DamagedCheckpoint, match=r"its base .*step-2 is based on another one"):
         checkpoint.StoredTensors(third)
     own = make(tmp_path / "step-4", first)
     info = checkpoint.read_info(own)
