@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,14 @@ def run_on_ranks(function: Callable[..., Any], nproc: int, *args: Any, timeout: 
         ranks = [
             context.Process(
                 target=_rank,
-                args=(function, args, rank, shares, str(Path(folder) / "store"), timeout, pipes[rank][1]),
+                args=(
+                    partial(function, *args),
+                    rank,
+                    shares,
+                    str(Path(folder) / "store"),
+                    timeout,
+                    pipes[rank][1],
+                ),
             )
             for rank in range(nproc)
         ]
@@ -96,8 +104,7 @@ def _collect(receivers: list[Connection], deadline: float, timeout: float) -> li
 
 
 def _rank(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    work: Callable[[], Any],
     rank: int,
     shares: list[list[int]],
     store: str,
@@ -127,7 +134,7 @@ def _rank(
             world_size=nproc,
             timeout=timedelta(seconds=timeout),
         )
-        message = pickle.dumps((0, True, function(*args)))
+        message = pickle.dumps((0, True, work()))
         if dist.is_initialized():
             dist.barrier()  # none leaves while another still talks to it
     except BaseException:

@@ -251,24 +251,13 @@ wd_incr_steps weight_decay weight_decay_incr_style world_size wsd_decay_steps ya
 """
 
 # harmless ones that describe the model: an export gives them back as they came
-CARRIED = (
-    "max_position_embeddings",
-    "seq_length",
-    "init_method_std",
-    "hidden_dropout",
-    "attention_dropout",
-    "tokenizer_type",
-    "vocab_size",
-    "make_vocab_size_divisible_by",
-    "apply_query_key_layer_scaling",
-    "attention_softmax_in_fp32",
-    "moe_router_bias_update_rate",
-    "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff",
-    "moe_z_loss_coeff",
-    "moe_router_dtype",
-    "moe_token_dispatcher_type",
-)
+_CARRIED = """
+max_position_embeddings seq_length init_method_std hidden_dropout attention_dropout
+tokenizer_type vocab_size make_vocab_size_divisible_by apply_query_key_layer_scaling
+attention_softmax_in_fp32 moe_router_bias_update_rate moe_router_load_balancing_type
+moe_aux_loss_coeff moe_z_loss_coeff moe_router_dtype moe_token_dispatcher_type
+"""
 
+CARRIED = tuple(_CARRIED.split())
 MAPPED = frozenset(_MAPPED.split()) | ALIASES.keys()
 HARMLESS = frozenset(f"{_OF_LACKING} {_COMPUTING} {_TRAINING}".split())

@@ -19,7 +19,7 @@ from hybridtrain.model.feedforwards.moe import MOE, MoESettings
 from hybridtrain.model.mixers.attention import ATTENTION, AttentionSettings
 from hybridtrain.model.registry import BUILT_IN, Components
 from hybridtrain.model.residuals.add import ADD, AddSettings
-from hybridtrain.settings.section import Section
+from hybridtrain.section import Section
 from tests.components import contract
 from tests.components.contract import CHECKS, DIM, Case
 

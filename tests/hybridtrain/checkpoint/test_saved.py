@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,13 @@ def _counting(name: str, read: Callable[..., Any], count: Counter[str]) -> Calla
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each file of this kind was read since."""
     count: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any], *args: Any) -> Any:
+        count[name] += 1
+        return function(*args)
+
     for name in ("read_info", "read_index"):
-        monkeypatch.setattr(saved_module, name, _counting(name, getattr(saved_module, name), count))
+        monkeypatch.setattr(saved_module, name, partial(counted, name, getattr(saved_module, name)))
     return count
 
 
