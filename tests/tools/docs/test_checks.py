@@ -73,8 +73,8 @@ NAMES = [
     ("`python -m tools.gone`", "`python -m tools.kit`", "3: no script tools.gone"),
     ("    python tools/plot.py --kez", "    python tools/plot.py --key", "3: tools/plot.py has no option"),
     ("`--gone 3`", "`--resume` and `--key`", "3: no command and no script has an option --gone"),
-    ("`memory.fetsch`", "`memory.fetch`", "3: no setting memory.fetsch"),
-    ('a\n`memory.fetsch = "step"`', '`memory.fetch = "step"`', "4: no setting memory.fetsch"),
+    ("`engram.fetsch`", "`engram.fetch`", "3: no setting engram.fetsch"),
+    ('a\n`engram.fetsch = "step"`', '`engram.fetch = "step"`', "4: no setting engram.fetsch"),
     ("| `x` | `parallel.epp=2` |\n|--|--|\n", "`parallel.ep=2`", "3: no setting parallel.epp"),
     (
         "```sh\nhybridtrain train c.toml train.stepz=5\n```",

@@ -13,7 +13,7 @@ def test_types_and_bounds_in_words() -> None:
     fields = {name: section.model_fields for name, section in sections.items()}
     assert describe_type(fields["train"]["steps"]) == "integer >= 1"
     assert describe_type(fields["optim"]["beta1"]) == "number >= 0 and <= 1"
-    assert describe_type(fields["memory"]["orders"]) == "list of integers >= 1"
+    assert describe_type(fields["engram"]["orders"]) == "list of integers >= 1"
     assert describe_type(fields["optim"]["schedule"]) == '`"cosine"` or `"wsd"`'
     assert describe_type(fields["run"]["dir"]) == "string not empty"
 
