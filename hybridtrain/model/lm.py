@@ -123,6 +123,10 @@ class HybridLM(nn.Module):
         )
         self.scheme = RESIDUALS[model.residual]
         self.residual = _residual(settings, len(specs)) if self.part.last else None
+        self.names = {
+            i: [carried.name for carried in self.carried(i)]
+            for i in (0, *range(self.part.low, self.part.high + 1))
+        }
         self.norm = RMSNorm(model.dim, model.norm_eps) if self.part.last else None
         self.head = (
             nn.Linear(model.dim, vocab_size, bias=False)
@@ -190,7 +194,7 @@ class HybridLM(nn.Module):
 
     def _behind(self, layer: int, before: dict[str, Tensor], stream: Stream) -> dict[str, Tensor]:
         """The tensors behind `layer`, which made `stream` of those before it."""
-        names = [carried.name for carried in self.carried(layer + 1)]
+        names = self.names[layer + 1]
         known = {**before, **stream.sources, names[0]: stream.carry}
         return {name: known[name] for name in names}
 

@@ -184,9 +184,7 @@ def test_gradients_with_cut_sequences(data: Path, axis: str) -> None:
 @pytest.mark.parity
 def test_gradients_of_long_pipelines(data: Path) -> None:
     """Four ranks with eight stages of one layer, or four of two; two ranks with six stages, some of more."""
-    layers = (
-        'model.layers=["attention+dense", "engram+attention+moe", "6*attention+dense"]'
-    )
+    layers = 'model.layers=["attention+dense", "engram+attention+moe", "6*attention+dense"]'
     model = (layers, "train.micro_batches=8", "train.global_batch=8")
     results = compare(data, 4, schedules(4), *model)
     sent = {s: [rank["sent"] for rank in ranks] for s, ranks in zip(SCHEDULES, results, strict=True)}
