@@ -245,20 +245,7 @@ class Layout:
                 f"train.micro_batches={facts.micro_batches}); it may be {choices(divisors(sequences))}, or "
                 f"set train.global_batch={fitting}"
             )
-        if self.ep > 1 and facts.num_experts is None:
-            out.append(f"parallel.ep={self.ep} but no layer of model.layers is moe; ep may be 1")
-        elif self.etp > 1 and facts.num_experts is None:
-            out.append(f"parallel.etp={self.etp} but no layer of model.layers is moe; etp may be 1")
-        elif facts.num_experts is not None and facts.num_experts % self.ep:
-            out.append(
-                f"parallel.ep={self.ep} does not divide {facts.experts_of}.num_experts={facts.num_experts}; "
-                f"ep may be {choices(divisors(facts.num_experts))}"
-            )
-        elif (self.ep > 1 or self.tp > 1) and facts.num_experts is not None and facts.dim % self.edp:
-            out.append(
-                f"parallel: edp = {self._fold} / ep = {self.edp} does not divide model.dim={facts.dim}; "
-                f"edp may be {choices(divisors(facts.dim))}"
-            )
+        out += self._expert_problems(facts)
         tokens = "train.seq_len" if self.cp == 1 else "train.seq_len / cp"
         for key, number in {**facts.divides, tokens: facts.seq_len // self.cp}.items():
             if number % self.tp:
@@ -267,18 +254,6 @@ class Layout:
                     f"{choices(divisors(number))}"
                 )
         out += self._context_problems(facts)
-        if (
-            self.etp > 1
-            and facts.expert_hidden is not None
-            and facts.expert_hidden % (facts.expert_multiple * self.etp)
-        ):
-            out.append(
-                f"parallel.etp={self.etp} cuts {facts.experts_of}.hidden={facts.expert_hidden} into no "
-                f"multiples of "
-                f"{facts.expert_multiple}, as grouped products need; set "
-                f"{facts.experts_of}.hidden="
-                f"{_next_multiple(facts.expert_hidden, facts.expert_multiple * self.etp)} or etp=1"
-            )
         if (
             self.tp > 1 and facts.dim % self.fsdp
         ):  # tp cuts one dim of a matrix, so FSDP cuts the other, evenly
@@ -299,6 +274,36 @@ class Layout:
         out += others
         if out:
             raise LayoutError(self.world, out)
+
+    def _expert_problems(self, facts: ModelFacts) -> list[str]:
+        """What experts and their widths do not divide into."""
+        out: list[str] = []
+        if self.ep > 1 and facts.num_experts is None:
+            out.append(f"parallel.ep={self.ep} but no layer of model.layers is moe; ep may be 1")
+        elif self.etp > 1 and facts.num_experts is None:
+            out.append(f"parallel.etp={self.etp} but no layer of model.layers is moe; etp may be 1")
+        elif facts.num_experts is not None and facts.num_experts % self.ep:
+            out.append(
+                f"parallel.ep={self.ep} does not divide {facts.experts_of}.num_experts={facts.num_experts}; "
+                f"ep may be {choices(divisors(facts.num_experts))}"
+            )
+        elif (self.ep > 1 or self.tp > 1) and facts.num_experts is not None and facts.dim % self.edp:
+            out.append(
+                f"parallel: edp = {self._fold} / ep = {self.edp} does not divide model.dim={facts.dim}; "
+                f"edp may be {choices(divisors(facts.dim))}"
+            )
+        if (
+            self.etp > 1
+            and facts.expert_hidden is not None
+            and facts.expert_hidden % (facts.expert_multiple * self.etp)
+        ):
+            out.append(
+                f"parallel.etp={self.etp} cuts {facts.experts_of}.hidden={facts.expert_hidden} into no "
+                f"multiples of {facts.expert_multiple}, as grouped products need; set "
+                f"{facts.experts_of}.hidden="
+                f"{_next_multiple(facts.expert_hidden, facts.expert_multiple * self.etp)} or etp=1"
+            )
+        return out
 
     def _context_problems(self, facts: ModelFacts) -> list[str]:
         """In which the model does not fit sequences that are spread over cp."""

@@ -128,6 +128,18 @@ class Joining:
 BY_ENVIRONMENT = Joining()
 
 
+def _join(world: int, rank: int, backend: str, timeout: float, joining: Joining) -> None:
+    """Start torch.distributed where there is something to join, or it is asked for."""
+    if world > 1:
+        seconds = timedelta(seconds=timeout)
+        dist.init_process_group(
+            backend, init_method=joining.rendezvous, rank=rank, world_size=world, timeout=seconds
+        )
+    elif joining.always:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        atexit.register(close_mesh)  # evaluation and generation, unlike training, have no end of their own
+
+
 def make_mesh(
     layout: Layout, rank: int, device: torch.device, timeout: float, joining: Joining = BY_ENVIRONMENT
 ) -> Mesh:
@@ -138,18 +150,8 @@ def make_mesh(
     """
     traffic = Traffic()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if layout.world == 1 and joining.always and not dist.is_initialized():
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        atexit.register(close_mesh)  # evaluation and generation, unlike training, have no end of their own
-    elif layout.world > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            backend,
-            init_method=joining.rendezvous,
-            rank=rank,
-            world_size=layout.world,
-            timeout=timedelta(seconds=timeout),
-        )
-
+    if not dist.is_initialized():
+        _join(layout.world, rank, backend, timeout, joining)
     meshes = layout.world > 1 or joining.always
     _check_same(layout, _Groups(layout, rank, Traffic(), timeout).make("world", "world"))  # not of the run
     groups = _Groups(layout, rank, traffic, timeout)

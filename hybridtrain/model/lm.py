@@ -125,6 +125,7 @@ class HybridLM(nn.Module):
         end = [build_end(settings, wiring)] if self.part.last else []
         self.components: Sequence[Placed] = [*(p for x in layers.values() for p in x.components), *end]
         self.residual = end[0].module if end else None
+        self.names = {i: [carried.name for carried in self.carried(i)] for i in (0, *range(low, high + 1))}
         self.norm = RMSNorm(model.dim, model.norm_eps, wiring.backends) if self.part.last else None
         self.head = (
             nn.Linear(model.dim, vocab_size, bias=False)
@@ -196,7 +197,7 @@ class HybridLM(nn.Module):
 
     def _behind(self, layer: int, before: dict[str, Tensor], stream: Stream) -> dict[str, Tensor]:
         """The tensors behind `layer`, which made `stream` of those before it."""
-        names = [carried.name for carried in self.carried(layer + 1)]
+        names = self.names[layer + 1]
         known = {**before, **stream.sources, names[0]: stream.carry}
         return {name: known[name] for name in names}
 

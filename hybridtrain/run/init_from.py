@@ -178,7 +178,7 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
     """Fill the parts of a new run in `folder` on `data` with the weights of the run folder or checkpoint
     `path`; any layouts.
 
-    Optimizers start afresh. Memories that the checkpoint has not stay as they were drawn. Raises
+    Optimizers start afresh. Engram layers that the checkpoint lacks stay as they were drawn. Raises
     CheckpointError listing every other tensor that one side lacks or has in another shape, another tokenizer,
     separator or addressing.
     """
@@ -190,32 +190,7 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
         f"model.{name}": tuple(value.shape)
         for name, value in model_tensors(run.settings, run.vocabulary.size).items()
     }
-    addressing = run.table.addressing.to_json() if run.table is not None else None
-    theirs = {name: shape for name, shape in stored.shapes.items() if name.startswith("model.")}
-    problems = _misfits(expected, theirs) + dtype_problems({name: stored.dtype(name) for name in theirs})
-    if info["tokenizer_digest"] != data.tokenizer_xxh3:
-        problems.append(
-            f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has "
-            f"{data.tokenizer_xxh3}"
-        )
-    elif (separator := info["separator_id"]) != run.vocabulary.separator_id:
-        ours = run.vocabulary.separator_id
-        problems.append(
-            f"separator: the checkpoint has token {separator} before each document, the data {ours} "
-            "(data.separator)"
-        )
-    if info["addressing"] and addressing and info["addressing"] != addressing:
-        problems.append(
-            "memory: its table cannot be taken over: layers, orders, multipliers, primes or compression map "
-            "are others"
-        )
-    elif info["addressing"] and run.table is not None:
-        there, here = (
-            stored.shapes.get("table.rows", ()),
-            (run.table.addressing.num_rows, run.settings.engram.head_dim),
-        )
-        if there != here:
-            problems.append(f"table.rows: the checkpoint has {list(there)}, this model {list(here)}")
+    problems = _problems(run, data, expected, opened.info, stored)
     if problems:
         raise CheckpointError(
             "\n".join([f"train.init_from={path}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)])
@@ -235,6 +210,43 @@ def start_from(run: Run, path: Path, folder: Path, data: Manifest) -> None:
         _tell(run.settings, saved, info, len(taken), len(expected) - len(taken))
         if not info.get("weights_only"):
             _tell_of_data(run.settings, checkpoint.Consumed.of(info), data)
+
+
+def _problems(
+    run: Run,
+    data: Manifest,
+    expected: dict[str, tuple[int, ...]],
+    info: Mapping[str, Any],
+    stored: StoredTensors,
+) -> list[str]:
+    """What of the checkpoint does not fit the run and its data; `expected` are the model's shapes by name."""
+    addressing = run.table.addressing.to_json() if run.table is not None else None
+    theirs = {name: shape for name, shape in stored.shapes.items() if name.startswith("model.")}
+    problems = _misfits(expected, theirs) + dtype_problems({name: stored.dtype(name) for name in theirs})
+    if info["tokenizer_digest"] != data.tokenizer_xxh3:
+        problems.append(
+            f"tokenizer: the checkpoint was trained with {info['tokenizer_digest']}, the data has "
+            f"{data.tokenizer_xxh3}"
+        )
+    elif (separator := info["separator_id"]) != run.vocabulary.separator_id:
+        ours = run.vocabulary.separator_id
+        problems.append(
+            f"separator: the checkpoint has token {separator} before each document, the data {ours} "
+            "(data.separator)"
+        )
+    if info["addressing"] and addressing and info["addressing"] != addressing:
+        problems.append(
+            "engram: the table cannot be taken over: layers, orders, multipliers, primes or compression map "
+            "are others"
+        )
+    elif info["addressing"] and run.table is not None:
+        there, here = (
+            stored.shapes.get("table.rows", ()),
+            (run.table.addressing.num_rows, run.settings.engram.head_dim),
+        )
+        if there != here:
+            problems.append(f"table.rows: the checkpoint has {list(there)}, this model {list(here)}")
+    return problems
 
 
 def _misfits(ours: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, ...]]) -> list[str]:

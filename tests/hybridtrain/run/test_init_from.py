@@ -127,7 +127,7 @@ def test_a_trained_table_is_taken_with_the_decay_that_it_owes(
     assert torch.equal(run.table.weight, old.table.weight)
     assert run.table.optimizer.step_count == 0
     with pytest.raises(
-        CheckpointError, match="memory: its table cannot be taken over: layers, orders, multipliers, primes"
+        CheckpointError, match="engram: the table cannot be taken over: layers, orders, multipliers, primes"
     ):
         start(ci_settings(tmp_path, ci_data, f"train.init_from={source}", "engram.hash_seed=3"), tmp_path)
 

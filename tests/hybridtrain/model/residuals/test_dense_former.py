@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from hybridtrain.errors import FormatError
+from hybridtrain.formats.command import export_model
 from hybridtrain.model.common import make_context
 from hybridtrain.model.init import init_parameters
 from hybridtrain.model.lm import HybridLM
 from hybridtrain.settings.tree import DenseSettings, EngramSettings, ModelSettings, MoESettings, Settings
+from tests.training import TINY, ci_settings, make_data, train_on
 
 VOCABULARY = 64
 LAYERS = ("attention+dense", "engram+attention+moe", "attention+moe", "engram+attention+dense")
@@ -101,3 +106,12 @@ def test_what_a_layer_reads_of_earlier_ones(before: int) -> None:
     names = [carried.name for carried in build("dense_former").carried(before)]
     assert names == [f"x{before}", *(f"x{j}" for j in range(before))]
     assert [(c.name, c.width) for c in build("add").carried(before)] == [("h", 32)]
+
+
+def test_formats_that_lack_it_refuse_it(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", documents=100)
+    settings = ci_settings(tmp_path / "run", data, *TINY, 'model.residual="dense_former"', "train.steps=1")
+    train_on(1, settings)
+    for form in ("hf", "megatron"):
+        with pytest.raises(FormatError, match=r'model.residual="dense_former": .*has "add"'):
+            export_model(tmp_path / "run", tmp_path / form, form, None, None, "1GB", "float32")
