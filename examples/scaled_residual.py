@@ -43,6 +43,6 @@ SCALED_RESIDUAL = Residual(
     build=ScaledResidual,
     parameters=lambda section: {"scale": Parameter(Cut.WHOLE, section.start, "no_decay")},
     start=lambda h_BTD: Stream(h_BTD, {}),
-    finish=lambda stream: stream.carry,
+    finish=lambda _, stream: stream.carry,
     carried=lambda _, frame, before: (Carried("carry", frame.dim),),
 )

@@ -92,9 +92,6 @@ def _choose(path: Path, family: str, settings: Settings, biased: bool, origin: O
     names = (*FAMILIES, hf_hybrid.NAME)
     if family not in (AUTO, *names):
         raise UserError(f'--family "{family}": it may be {AUTO}, {", ".join(names)}')
-    if (residual := settings.model.residual) != "add":  # the exported code adds
-        problem = f'model.residual="{residual}": what is exported has "add"'
-        raise FormatError(f"{path} cannot be a Hugging Face model", [problem])
     if family == AUTO:
         came = (origin.config or {}).get("model_type")
         candidates = sorted(FAMILIES, key=lambda name: name != came)  # that of an import first

@@ -281,8 +281,6 @@ def misfits(settings: Settings, biased: bool) -> list[str]:
     not zero.
     """
     moe, out = settings.model.moe, []
-    if (residual := settings.model.residual) != "add":
-        out.append(f'model.residual="{residual}": {NAME} has "add"')
     if layers := engram_layers(settings):
         out.append(f"layers {', '.join(map(str, layers))} are Engram layers; {NAME} has none")
     if "moe" not in [spec.feedforward for spec in layer_specs(settings)]:

@@ -135,5 +135,5 @@ def model_parameters(settings: Settings) -> dict[str, Parameter]:
     for i, spec in enumerate(layer_specs(settings)):
         out |= {f"layers.{i}.{name}": p for name, p in layer_parameters(settings, spec).items()}
     scheme = components_of(settings).residuals[settings.model.residual]
-    declared = scheme.parameters(section_of(settings, scheme))
+    declared = scheme.parameters(section_of(settings, scheme)) if scheme.end else {}
     return out | {f"residual.{name}": parameter for name, parameter in declared.items()}

@@ -149,9 +149,10 @@ class Residual(Component):
 
     Its module, one in each layer, is called as `module(stream, number, sublayer)` with the sublayer's number
     in the layer (from 0) and gives the stream behind it, in which sources may be new. `build` gets the
-    layer's place by `frame.path` ("layers.3.residual"), and one more is built for the place behind the last.
+    layer's place by `frame.path` ("layers.3.residual").
     start: the stream from the embedded tokens
-    finish: the hidden state behind the last layer, from the module of that place and the stream
+    end: whether there is a module behind the last layer too, of the place that is their number
+    finish: the hidden state behind the last layer, from that module (None without one) and the stream
     carried: what layer `before` and later ones read of earlier ones, from section, frame and `before` (the
         number of layers for what `finish` reads): the carry first, then sources, which are written once and
         never change. A layer gets these sources in this order. A carry may stay behind as a source, under
@@ -159,8 +160,9 @@ class Residual(Component):
     """
 
     start: Callable[[Tensor], Any]
-    finish: Callable[[nn.Module, Any], Tensor]
+    finish: Callable[[nn.Module | None, Any], Tensor]
     carried: Callable[[Any, Frame, int], tuple[Carried, ...]]
+    end: bool = False
 
 
 class ComponentError(UserError):

@@ -122,7 +122,7 @@ class HybridLM(nn.Module):
         layers = {str(i): Layer(settings, specs[i], f"layers.{i}", wiring) for i in range(low, high)}
         self.layers = nn.ModuleDict(layers)
         self.scheme = components_of(settings).residuals[model.residual]
-        end = [build_end(settings, wiring)] if self.part.last else []
+        end = [build_end(settings, wiring)] if self.part.last and self.scheme.end else []
         self.components: Sequence[Placed] = [*(p for x in layers.values() for p in x.components), *end]
         self.residual = end[0].module if end else None
         self.names = {i: [carried.name for carried in self.carried(i)] for i in (0, *range(low, high + 1))}
@@ -179,7 +179,6 @@ class HybridLM(nn.Module):
         if self.norm is None:
             there = inputs if isinstance(inputs, dict) else {}
             return {n: x for place, (n, x) in enumerate(held.items()) if place == 0 or n not in there}
-        assert self.residual is not None
         h_BTD = self.norm(self.scheme.finish(self.residual, _stream(held)))
         if targets_BT is not None:
             return self.wiring.shards.head_loss(h_BTD, self.head_weight_VD, targets_BT)

@@ -4,7 +4,7 @@ ComponentError where it does not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from hybridtrain.model.component import (
     Sees,
 )
 from hybridtrain.model.engram import EngramSettings
+from hybridtrain.model.residuals.add import Stream
 from hybridtrain.parallel.recompute import recomputed
 
 DIM, TOKENS, BORDER = 32, 24, 10
@@ -39,10 +40,24 @@ class Case:
     component: Component
     section: Any
 
+    def made(self) -> nn.Module:
+        """The module as it is made; of a residual scheme those of two layers and its end."""
+        if not isinstance(self.component, Residual):
+            return LOCAL_WIRING.build(self.component, self.section, FRAME).module
+        places = range(3 if self.component.end else 2)
+        frames = [replace(FRAME, path=f"layers.{place}.part") for place in places]
+        build = LOCAL_WIRING.build
+        return nn.ModuleList([build(self.component, self.section, frame).module for frame in frames])
+
+    def own(self, name: str) -> str:
+        """A parameter's name in the module that declares it."""
+        return name.split(".", 1)[1] if isinstance(self.component, Residual) else name
+
     def build(self) -> nn.Module:
         """The module with values drawn, checked against its declaration."""
-        module = LOCAL_WIRING.build(self.component, self.section, FRAME).module
-        check_parameters(self.component, module, self.component.parameters(self.section), FRAME.path)
+        module = self.made()
+        for part in module if isinstance(module, nn.ModuleList) else [module]:
+            check_parameters(self.component, part, self.component.parameters(self.section), FRAME.path)
         generator = torch.Generator().manual_seed(0)
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.3, generator=generator)
@@ -62,11 +77,22 @@ class Case:
             out = module(x_BTD, rows, documents_BT)
         else:
             assert isinstance(self.component, Residual)
-            stream = self.component.start(x_BTD)
-            for number in range(2):
-                stream = module(stream, number, torch.tanh)
-            out = self.component.finish(stream)
+            assert isinstance(module, nn.ModuleList)
+            out = self._through_layers(self.component, list(module), x_BTD)
         return out
+
+    def _through_layers(self, scheme: Residual, modules: list[nn.Module], x_BTD: Tensor) -> Tensor:
+        """Layers of two sublayers each, with what `carried` names passed from one to the next."""
+        end = modules[2] if scheme.end else None
+        held: dict[str, Tensor] = {}
+        stream = scheme.start(x_BTD)
+        for place in range(3):
+            first, *others = [c.name for c in scheme.carried(self.section, FRAME, place)]
+            held = {**held, **stream.sources, first: stream.carry}
+            stream = Stream(held[first], {name: held[name] for name in others})
+            for number in range(2 if place < 2 else 0):
+                stream = modules[place](stream, number, torch.tanh)
+        return scheme.finish(end, stream)
 
 
 def inputs(seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -79,16 +105,17 @@ def check_declaration(case: Case) -> None:
     """The declared parameters are the module's, wherever it is built, and are all its state but buffers."""
     module = case.build()
     with torch.device("meta"):
-        meta = LOCAL_WIRING.build(case.component, case.section, FRAME).module
+        meta = case.made()
     shapes = {name: value.shape for name, value in module.state_dict().items()}
     assert shapes == {name: value.shape for name, value in meta.state_dict().items()}
     buffers = {name for name, _ in module.named_buffers()}
-    assert shapes.keys() - buffers == case.component.parameters(case.section).keys()
+    named = {case.own(name) for name in shapes.keys() - buffers}
+    assert named == case.component.parameters(case.section).keys()
 
 
 def check_cuts(case: Case) -> None:
     """Every parameter has the dims that its cut needs."""
-    parameters = dict(case.build().named_parameters())
+    parameters = {case.own(name): value for name, value in case.build().named_parameters()}
     for name, declared in case.component.parameters(case.section).items():
         dims = {Cut.COLUMN: (2,), Cut.ROW: (2,), Cut.EXPERT_COLUMN: (3,), Cut.EXPERT_ROW: (3,)}
         assert parameters[name].ndim in dims.get(declared.cut, (1, 2, 3)), name
@@ -156,7 +183,7 @@ def check_flops(case: Case) -> None:
     weights = sum(
         parameter.numel() * shares.get(name, 1.0)
         for name, parameter in module.named_parameters()
-        if declared[name].group != "no_decay"
+        if declared[case.own(name)].group != "no_decay"
     )
     more = case.component.flops(case.section, FRAME)
     if case.component.sees is Sees.KEYS:

@@ -19,6 +19,7 @@ from hybridtrain.model.feedforwards.moe import MOE, MoESettings
 from hybridtrain.model.mixers.attention import ATTENTION, AttentionSettings
 from hybridtrain.model.registry import BUILT_IN, Components
 from hybridtrain.model.residuals.add import ADD, AddSettings
+from hybridtrain.model.residuals.dense_former import DENSE_FORMER, DenseFormerSettings
 from hybridtrain.section import Section
 from tests.components import contract
 from tests.components.contract import CHECKS, DIM, Case
@@ -31,6 +32,7 @@ CASES = {
     "moe": Case(MOE, MOE_SMALL),
     "engram": Case(ENGRAM, EngramSettings(heads=2, head_dim=8)),
     "add": Case(ADD, AddSettings()),
+    "dense_former": Case(DENSE_FORMER, DenseFormerSettings()),
     **{c.name: Case(c, c.section()) for c in OUTSIDE.added},
 }
 

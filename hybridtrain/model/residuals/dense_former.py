@@ -54,7 +54,7 @@ def _place(frame: Frame) -> int:
     return int(frame.path.split(".")[1])
 
 
-def _finish(module: nn.Module, stream: Stream) -> Tensor:
+def _finish(module: nn.Module | None, stream: Stream) -> Tensor:
     assert isinstance(module, DenseFormerResidual)
     return module.mix(stream)
 
@@ -64,8 +64,8 @@ DENSE_FORMER = Residual(
     section=DenseFormerSettings,
     build=lambda section, frame, exchanges: DenseFormerResidual(_place(frame)),
     parameters=lambda _: {"alpha": Parameter(Cut.WHOLE, "zeros", "no_decay")},
-    flops=lambda _, frame: 2.0 * (_place(frame) + 1) * frame.dim,
     start=lambda x_BTD: Stream(x_BTD, {}),
     finish=_finish,
+    end=True,
     carried=lambda _, frame, before: tuple(Carried(f"x{j}", frame.dim) for j in (before, *range(before))),
 )
