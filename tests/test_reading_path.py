@@ -51,7 +51,7 @@ def _is_ours(file: Path) -> bool:
 
 def test_a_step_is_read_in_few_files(tmp_path: Path) -> None:
     entered = entered_by_a_step(tmp_path, make_data(tmp_path / "data"))
-    assert {"hybridtrain/run/step.py", "kernels/rms_norm/op.py", "parallel/row_exchange.py"} <= set(entered)
+    assert {"hybridtrain/run/step.py", "kernels/norms/op.py", "parallel/row_exchange.py"} <= set(entered)
     lines = {file: len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in entered}
     table = "\n".join(f"{lines[f]:5d} {f}: {', '.join(sorted(entered[f]))}" for f in sorted(entered))
     outside = [file for file in entered if not file.startswith("kernels/")]

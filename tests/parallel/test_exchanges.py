@@ -29,7 +29,7 @@ from hybridtrain.model.exchanges import Exchanges
 from hybridtrain.parallel.apply import Sharding, materialize, parallelize, write_local
 from hybridtrain.parallel.engine import sum_over_tp
 from hybridtrain.parallel.exchanges import wire
-from hybridtrain.parallel.layout import Layout
+from hybridtrain.parallel.layout import Degrees, Layout
 from hybridtrain.parallel.mesh import make_mesh, mesh_on_paper
 from hybridtrain.parallel.tensor import TensorAxis, cut_component
 from hybridtrain.section import Section
@@ -256,7 +256,7 @@ def changed(**cuts: Cut) -> Mixer:
     ids=["a plain parameter", "no nn.Linear", "no such submodule"],
 )
 def test_a_cut_that_cannot_be_made_is_an_error_with_its_path(component: Mixer, why: str) -> None:
-    with mesh_on_paper(Layout.resolve(2, tp=2), 0) as mesh:
+    with mesh_on_paper(Layout.resolve(2, Degrees(tp=2)), 0) as mesh:
         assert mesh.dense_mesh is not None
         axis = TensorAxis(mesh.tp, mesh.dense_mesh["tp"])
         with pytest.raises(ComponentError, match=why):

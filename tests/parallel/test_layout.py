@@ -470,7 +470,7 @@ def test_what_no_exchange_serves_is_refused_by_name_under_cp() -> None:
     facts = replace(FACTS, whole_sequences=("bidirectional",), reach={"model.wide": 20})
     Layout.resolve(2).check(facts)
     with pytest.raises(LayoutError) as caught:
-        Layout.resolve(2, cp=2).check(facts)
+        Layout.resolve(2, Degrees(cp=2)).check(facts)
     assert caught.value.violations == [
         "parallel.cp=2: bidirectional sees a sequence in a way that no exchange serves; cp may be 1",
         "parallel.cp=2 leaves chunks of 16 tokens, fewer than the 20 of model.wide's reach; set "
@@ -495,7 +495,16 @@ def test_what_others_found_is_told_with_the_layouts_own() -> None:
     "degrees", [{"world": 2, "tp": 2}, {"world": 4, "tp": 4}, {"world": 8, "tp": 4, "ep": 8, "mem": 2}]
 )
 def test_models_that_fit_pass_under_tp(degrees: dict[str, int]) -> None:
-    resolve(**degrees).check(replace(FACTS, dense_hidden=96, shared_hidden=48, memory_slots=8))
+    resolve(**degrees).check(
+        replace(
+            FACTS,
+            divides={
+                "model.dense.hidden": 96,
+                "model.moe.num_shared x hidden": 48,
+                "len(engram.orders) x engram.heads": 8,
+            },
+        )
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 24])

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.data.batches import Batch
+from hybridtrain.kernels.choose import Backends
+from hybridtrain.kernels.moe_swiglu.op import Choice, ExpertWeights
 from hybridtrain.model.feedforwards import moe
 from hybridtrain.parallel import engine
 from tests.parity.cases import settings_of
@@ -89,15 +91,11 @@ def _in_parts(parts: int) -> Iterator[None]:
         ]
         return torch.cat(outputs, -1)
 
-    def swiglu_in_parts(x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, *rest: Any) -> Tensor:
-        *weights, absent, present = rest
+    def swiglu_in_parts(x_ND: Tensor, choice: Choice, weights: ExpertWeights, backends: Backends) -> Tensor:
         halves = min(parts, 2)  # grouped products have widths of multiples of 4
         cut = zip(*(w.chunk(halves, dim) for w, dim in zip(weights, (2, 2, 1), strict=True)), strict=True)
         return torch.stack(
-            [
-                swiglu(x_ND, experts_NK, gates_NK, *(w.contiguous() for w in part), absent, present)
-                for part in cut
-            ]
+            [swiglu(x_ND, choice, ExpertWeights(*(w.contiguous() for w in part)), backends) for part in cut]
         ).sum(0)
 
     def gradients_in_parts(params: Any) -> list[Tensor]:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.kernels.engram_hash.addressing import TableShape as Drawn
 from hybridtrain.table.sizing import TableShape, print_report, readable, report
 
 
@@ -31,7 +32,7 @@ def test_published_figures():
 def test_figures_belong_together_and_fit_the_addressing():
     figures = report(TableShape(100, [2, 4], 3, 5, [0, 2, 7], 50, 1), seed=9)
     assert json.loads(json.dumps(figures)) == figures
-    drawn = Addressing.draw(TableShape([0, 2, 7], [2, 4], 3, 100), list(range(50)), pad_id=0, seed=9)
+    drawn = Addressing.draw(Drawn([0, 2, 7], [2, 4], 3, 100), list(range(50)), pad_id=0, seed=9)
     for i, layer in enumerate(figures["layers"]):
         assert (
             layer["rows"]
