@@ -37,9 +37,10 @@ class Group:
     process_group: dist.ProcessGroup | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", len(self.ranks))
 
 
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:

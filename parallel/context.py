@@ -18,7 +18,8 @@ from torch import Tensor
 from hybridtrain.kernels.document_attention.op import document_attention
 from hybridtrain.kernels.engram.op import ConvRule, short_conv
 from hybridtrain.model.common import SequenceContext
-from hybridtrain.model.exchanges import Convolve, affine_scan, position_in_expert
+from hybridtrain.model.exchanges import Convolve, position_in_expert
+from hybridtrain.model.scan import affine_scan
 from hybridtrain.parallel.collectives import Group, all_gather_autograd
 
 

@@ -23,7 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from hybridtrain.parallel.deepspeed_model import Groups, as_moe, own_experts, take_out
-from hybridtrain.parallel.engine import Accumulation, Schedule, clip_, global_squares
+from hybridtrain.parallel.engine import Accumulation, clip_, global_squares
+from hybridtrain.parallel.interfaces import Schedule
 from hybridtrain.parallel.mesh import Mesh
 
 REQUIRED = ((0, 19, 8), (0, 20))  # from, below

@@ -1,8 +1,8 @@
 """How gradients are computed and applied: the schedule that runs micro-batches through the model, and the
 engine that makes an update of their gradients and knows its state in checkpoints.
 
-Here are the schedule of one stage and the native engine; pipeline.py has the schedules over stages,
-deepspeed.py the other engine.
+Here are the schedule of one stage and the native engine; interfaces.py says what both must do, pipeline.py
+has the schedules over stages, deepspeed.py the other engine.
 
 Legend: M micro-batches, B sequences, T tokens, L Engram layers on this rank, S hash slots, N table rows.
 """
@@ -10,10 +10,8 @@ Legend: M micro-batches, B sequences, T tokens, L Engram layers on this rank, S 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.parallel.collectives import Group, all_reduce_
+from hybridtrain.parallel.engine_state import EngineState
+from hybridtrain.parallel.interfaces import Phase, Schedule
 from hybridtrain.parallel.mesh import Mesh
-
-Phase = Callable[[str], AbstractContextManager[None]]  # times what runs inside it under a name
 
 
 @dataclass(frozen=True)
@@ -37,27 +35,6 @@ class MicroBatches:
 
     def __len__(self) -> int:
         return len(self.tokens_MBT)
-
-
-class Schedule(Protocol):
-    """Runs micro-batches through the parts of the model that this rank holds."""
-
-    copies: Sequence[nn.Parameter]  # parameters here that another stage holds too, and counts and saves
-
-    def step(self, batch: MicroBatches, last: bool, phase: Phase) -> Tensor:
-        """Forward and backward of all micro-batches: the sum of their losses, each divided by the tokens of
-        the step (float64).
-
-        Gradients are added to the parameters', and with `last` (the step's last call) are complete over all
-        ranks. The loss is zero on ranks without the model's head.
-        """
-        ...
-
-    def losses(self, batch: MicroBatches) -> Tensor:
-        """Forward only: each micro-batch's summed loss in nats `[M]`, float64; zeros on ranks without the
-        model's head.
-        """
-        ...
 
 
 class Accumulation:
@@ -104,55 +81,7 @@ def sync_gradients(model: nn.Module, on: bool) -> None:
         model.set_requires_gradient_sync(on)
 
 
-class Engine(Protocol):
-    """Holds the parameters of this rank's part of the model and their optimizers' state, however these are
-    cut.
-    """
-
-    name: str  # for the header of a run
-    schedule: Schedule  # what fills the gradients
-    optimizers: Sequence[torch.optim.Optimizer]  # their groups' learning rates are those of the next step
-
-    def squares(self, rows_ND: Tensor | None) -> Tensor:
-        """Complete the step's gradients over ranks; their squared norms, the table's rows beside them: see
-        `global_squares`.
-        """
-        ...
-
-    def clip(self, rows_ND: Tensor | None, norm: float, bound: float) -> None:
-        """Scale the step's gradients, and those of the table's rows, from the global norm `norm` to at most
-        `bound`.
-        """
-        ...
-
-    def step(self) -> None:
-        """Update the parameters from their gradients."""
-        ...
-
-    def clear_gradients(self) -> None:
-        """Forget the gradients, whether a step was made of them or not."""
-        ...
-
-    def allocate_state(self) -> None:
-        """Give the optimizers the state that they otherwise allocate in their first step, so that `state` has
-        all of it.
-        """
-        ...
-
-    def state(self, stage: int, with_copies: bool = True) -> dict[str, Tensor]:
-        """`model.*` and `optim.<parameter>.*` of one of this rank's stages by their names in the whole model.
-
-        DTensors carry their own place in the whole. What another stage counts and saves is left out without
-        `with_copies`.
-        """
-        ...
-
-    def load_state(self, stage: int, state: dict[str, Tensor]) -> None:
-        """Take in what `state` returned, after a checkpoint was read into it."""
-        ...
-
-
-class NativeEngine:
+class NativeEngine(EngineState):
     """Parameters as `apply.parallelize` left them, plain or sharded by FSDP2, and their torch optimizers."""
 
     name = "native"
@@ -188,40 +117,6 @@ class NativeEngine:
     def clear_gradients(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-
-    def allocate_state(self) -> None:
-        """By a step that changes nothing."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0  # the loop sets it anew before every step
-                for parameter in group["params"]:
-                    parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def state(self, stage: int, with_copies: bool = True) -> dict[str, Tensor]:
-        model = self.stages[stage]
-        values = (
-            model.state_dict()
-        )  # first: it puts FSDP's sharded parameters back, which a forward pass may have left gathered
-        copies = set() if with_copies else set(self.schedule.copies)
-        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        left_out = {names[parameter] for parameter in copies if parameter in names}
-        state: dict[str, Tensor] = {
-            f"model.{name}": value for name, value in values.items() if name not in left_out
-        }
-        for optimizer in self.optimizers:
-            for parameter, slots in optimizer.state.items():
-                if (name := names.get(parameter)) is not None and name not in left_out:
-                    state |= {
-                        f"optim.{name}.{key}": value
-                        for key, value in slots.items()
-                        if isinstance(value, Tensor)
-                    }
-        return state
-
-    def load_state(self, stage: int, state: dict[str, Tensor]) -> None:
-        """Nothing to do: `state` returned the tensors themselves."""
 
 
 def local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
@@ -273,7 +168,7 @@ def global_squares(
         squares[0] = (_squares(grads) / times).sum()
     if rows_ND is not None:
         squares[1] = _squares([rows_ND])[0] / mesh.mem_replicate.size
-    return all_reduce_(squares, mesh.world)
+    return all_reduce_(squares, mesh.world) if mesh.world.size > 1 else squares
 
 
 def norms_of(squares: Sequence[float]) -> tuple[float, float]:

@@ -16,7 +16,8 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.parallel.collectives import Group, swap
-from hybridtrain.parallel.engine import MicroBatches, Phase
+from hybridtrain.parallel.engine import MicroBatches
+from hybridtrain.parallel.interfaces import Phase
 from hybridtrain.parallel.stages import SCHEDULES
 from hybridtrain.parallel.streams import StreamPlan
 from hybridtrain.parallel.torch_stage import Kept, StageModule, StepShape, TorchStage

@@ -112,9 +112,9 @@ class RowPlanner:
         """
         parts = [self._exchange(ids) for ids in ids_MBTLS.chunk(self.exchange_groups)]
         wanted = [part.wanted_Q for part in parts]
-        touched = torch.unique(
-            torch.cat(all_gather_uneven(torch.unique(torch.cat(wanted)), self.mem_replicate))
-        )
+        touched = torch.unique(torch.cat(wanted))
+        if self.mem_replicate.size > 1:
+            touched = torch.unique(torch.cat(all_gather_uneven(touched, self.mem_replicate)))
         parts[0] = self._split(parts[0], touched)
         self._plans += 1
         return StepPlan(
@@ -136,7 +136,7 @@ class RowPlanner:
             select = list(places.split([len(d) for d in distinct]))
         cuts = torch.searchsorted(rows_U, self.bounds)
         asked = cuts.diff()
-        asking = exchange_counts(asked, self.mem)
+        asking = exchange_counts(asked, self.mem) if self.mem.size > 1 else asked
         send, receive = asked.tolist(), asking.tolist()
         wanted = exchange_rows(rows_U, send, receive, self.mem, "row ids", self.checksum)
         low, high = int(self.bounds[self.mem.rank]), int(self.bounds[self.mem.rank + 1])
@@ -230,7 +230,8 @@ class RowExchange:
 
     def reduce_replicas(self, total_ND: Tensor) -> None:
         """Sum the step's row gradients over the replicas of this shard, so that they stay bitwise equal."""
-        all_reduce_(total_ND, self.mem_replicate)
+        if self.mem_replicate.size > 1:
+            all_reduce_(total_ND, self.mem_replicate)
 
     def upload(self, rows: Tensor) -> Tensor:
         """The rows on the model's device; out of host memory by way of a pinned buffer, so that the thread
@@ -245,7 +246,7 @@ def exchange_rows(
     x: Tensor, send: list[int], receive: list[int], group: Group, what: str, checksum: bool
 ) -> Tensor:
     """`all_to_all`, and with `checksum` a second small one that proves every part arrived as it was sent."""
-    out = all_to_all(x, send, receive, group)
+    out = all_to_all(x, send, receive, group) if group.size > 1 else x
     if checksum:
         verify(checksums(x, send), out, receive, group, what)
     return out

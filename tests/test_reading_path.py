@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections import defaultdict
@@ -13,8 +14,8 @@ from hybridtrain.run.step import StepInput, train_step
 from tests.training import build_here, ci_settings, make_data
 
 ROOT = Path(__file__).parents[1]
-# (files, lines) outside of kernels/, and in all: what is reached, and what is aimed at
-OUTSIDE, EVERYWHERE = (16, 2340), (34, 3800)
+# (files, lines) outside of kernels/, and in all; the aim for the lines in all is not reached
+OUTSIDE, EVERYWHERE = (14, 2300), (24, 3180)
 AIMS = "the aims are 14 files of 2,300 lines outside of kernels/, and 24 of 3,000 in all"
 
 
@@ -62,3 +63,6 @@ def test_a_step_is_read_in_few_files(tmp_path: Path) -> None:
     for where, (files, length, (most_files, most_lines)) in found.items():
         assert files <= most_files, f"{files} files {where}, at most {most_files}; {AIMS}\n{table}"
         assert length <= most_lines, f"{length} lines {where}, at most {most_lines}; {AIMS}\n{table}"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    order = readme[readme.index("## Read it") : readme.index("How a model is spread")]
+    assert set(re.findall(r"`([\w/]+\.py)`", order)) == set(outside)

@@ -137,3 +137,13 @@ def model_parameters(settings: Settings) -> dict[str, Parameter]:
     scheme = components_of(settings).residuals[settings.model.residual]
     declared = scheme.parameters(section_of(settings, scheme)) if scheme.end else {}
     return out | {f"residual.{name}": parameter for name, parameter in declared.items()}
+
+
+def model_sums(settings: Settings) -> dict[str, tuple[int, ...]]:
+    """The shapes of all running sums of the whole model, by the names that `collect` gives them."""
+    return {
+        f"layers.{i}.{name}": shape
+        for i, spec in enumerate(layer_specs(settings))
+        for component in layer_components(settings, spec).values()
+        for name, shape in component.sums(section_of(settings, component)).items()
+    }

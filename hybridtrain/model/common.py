@@ -1,8 +1,11 @@
-"""The norm of every layer, and that of queries and keys."""
+"""What components share: norms, running sums, documents and positions of a sequence.
+
+B batch, T tokens, R = head_dim / 2.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -94,11 +97,49 @@ class Counters:
 
 
 class CountingModule(nn.Module):
-    """A module that takes running sums while it trains, which model/statistics.py collects."""
+    """A module that takes running sums while it trains, and may learn from those of all ranks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counters = Counters()
+
+    def reset_buffers(self) -> None:
+        """Fill the buffers with what they are before the first step."""
+
+    def learn(self, sums: Mapping[str, Tensor]) -> None:
+        """Take in the sums of the module's layer over all tokens of a step, behind the step's update."""
+
+
+def collect(model: nn.Module) -> dict[str, Tensor]:
+    """All sums since the last `reset`, in float64, under "layers.N." and the names that components declare.
+
+    Every sum is additive over micro-batches and data-parallel ranks, so a loop may add them in any grouping.
+    """
+    return {
+        f"{layer}{name}": value.double()
+        for layer, module in _counting_modules(model)
+        for name, value in module.counters.sums.items()
+    }
+
+
+def reset(model: nn.Module) -> None:
+    """Forget all sums; called once per optimizer step, after they were collected."""
+    for _, module in _counting_modules(model):
+        module.counters.sums.clear()
+
+
+@torch.no_grad()
+def learn(model: nn.Module, totals: Mapping[str, Tensor]) -> None:
+    """Hand every module the sums of its layer, out of those of the whole model over all ranks."""
+    for layer, module in _counting_modules(model):
+        module.learn({n.removeprefix(layer): v for n, v in totals.items() if n.startswith(layer)})
+
+
+def _counting_modules(model: nn.Module) -> Iterator[tuple[str, CountingModule]]:
+    """("layers.N.", module)"""
+    for name, module in model.named_modules():
+        if isinstance(module, CountingModule):
+            yield ".".join(name.split(".")[:2]) + ".", module
 
 
 MASKED_TOKENS = 2048

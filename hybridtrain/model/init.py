@@ -12,8 +12,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from hybridtrain.model.common import CountingModule
 from hybridtrain.model.component import Parameter
-from hybridtrain.model.feedforwards.moe import Router
 from hybridtrain.model.lm import HybridLM
 from hybridtrain.settings.layers import layer_specs
 from hybridtrain.settings.tree import Settings
@@ -52,7 +52,7 @@ def init_parameters(
         with torch.no_grad():
             write(parameter, draw_this)
     for module in model.modules():
-        if isinstance(module, Router):
+        if isinstance(module, CountingModule):
             module.reset_buffers()
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hybridtrain.kernels.cross_entropy.op import cross_entropy_sum
 from hybridtrain.model.build import (
     build,
     build_end,
@@ -23,7 +22,6 @@ from hybridtrain.model.build import (
 from hybridtrain.model.common import RMSNorm, SequenceContext, make_context
 from hybridtrain.model.component import LOCAL_WIRING, Carried, Parameter, Placed, Wiring
 from hybridtrain.model.engram import StepRows
-from hybridtrain.model.exchanges import IGNORED
 from hybridtrain.model.residuals.add import Stream
 from hybridtrain.settings.layers import LayerSpec, engram_layers, layer_specs
 from hybridtrain.settings.tree import Settings
@@ -68,11 +66,6 @@ class Layer(nn.Module):
         stream = self.residual(stream, number + 1, lambda h: self.feedforward(self.feedforward_norm(h)))
         # not those that were there before: hooks of parallel wrappers may have made views of them
         return Stream(stream.carry, {n: x for n, x in stream.sources.items() if n not in before})
-
-
-def token_losses_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Sum over tokens of the cross-entropy in nats, float32 scalar; targets of -100 do not count."""
-    return cross_entropy_sum(logits_BTV.flatten(0, -2), targets_BT.flatten(), IGNORED)
 
 
 def _stream(held: dict[str, Tensor]) -> Stream:

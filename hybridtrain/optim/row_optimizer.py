@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels.choose import TORCH, Backends
-from hybridtrain.model.engram import EngramSettings
 from hybridtrain.optim.dense_adam import DenseAdam
 from hybridtrain.optim.rowwise import RowwiseAdagrad, RowwiseAdam
+from hybridtrain.settings.engram import EngramSettings
 
 
 class RowOptimizer(Protocol):

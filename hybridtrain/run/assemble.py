@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError, TableShape
 from hybridtrain.kernels.ops import KernelChoiceError, resolve
+from hybridtrain.model.build import model_sums
 from hybridtrain.model.cost import stage_costs
 from hybridtrain.model.engram import StepRows
 from hybridtrain.model.init import init_parameters
@@ -22,8 +24,9 @@ from hybridtrain.monitor.loss_spikes import SpikeGuard
 from hybridtrain.optim.groups import build_optimizers
 from hybridtrain.parallel.apply import Sharding, materialize, parallelize, write_local
 from hybridtrain.parallel.deepspeed import DeepSpeedEngine, ZeroSettings
-from hybridtrain.parallel.engine import Accumulation, Engine, NativeEngine, Schedule
+from hybridtrain.parallel.engine import Accumulation, NativeEngine
 from hybridtrain.parallel.exchanges import wire
+from hybridtrain.parallel.interfaces import Engine, Schedule
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.pipeline import Pipeline
 from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages
@@ -71,6 +74,7 @@ class Run:
     engine: Engine
     positions: torch.Tensor | None  # under cp: the places in the sequence of this rank's tokens
     guard: SpikeGuard
+    sums: Mapping[str, tuple[int, ...]]  # shapes of the running sums of the whole model
 
     @property
     def model(self) -> HybridLM:
@@ -168,7 +172,17 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
         LookupTable(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
     )
     engine = _engine(settings, mesh, every, stages, dtype)
-    return Run(settings, mesh, vocabulary, tuple(stages), table, engine, positions, SpikeGuard(train))
+    return Run(
+        settings,
+        mesh,
+        vocabulary,
+        tuple(stages),
+        table,
+        engine,
+        positions,
+        SpikeGuard(train),
+        model_sums(settings),
+    )
 
 
 def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:

@@ -23,11 +23,11 @@ from hybridtrain.data.manifest import COMPRESSION, Manifest
 from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.files.untrusted import first_of
 from hybridtrain.kernels.engram_hash.addressing import Addressing, AddressingError
-from hybridtrain.model.engram import EngramSettings
 from hybridtrain.model.lm import HybridLM
 from hybridtrain.optim.row_optimizer import make_row_optimizer
 from hybridtrain.run.assemble import Run, addressing_misfits
 from hybridtrain.run.run_folder import find_checkpoint
+from hybridtrain.settings.engram import EngramSettings
 from hybridtrain.settings.layers import engram_layers, layer_specs
 from hybridtrain.settings.load import parse_settings
 from hybridtrain.settings.tree import Settings

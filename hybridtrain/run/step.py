@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from hybridtrain.data.batches import Batch
-from hybridtrain.model.statistics import apply_router_statistics, collect, no_statistics, reset
+from hybridtrain.model.common import collect, learn, reset
 from hybridtrain.optim.schedule import lr_scale, set_learning_rates
 from hybridtrain.parallel.collectives import Group, all_reduce_
-from hybridtrain.parallel.engine import MicroBatches, Phase, norms_of
+from hybridtrain.parallel.engine import MicroBatches, norms_of
+from hybridtrain.parallel.interfaces import Phase
 from hybridtrain.parallel.row_exchange import RowPlan, StepPlan
 from hybridtrain.run.assemble import Run
 
@@ -61,7 +62,7 @@ class Totals:
     """What one step came to, over all ranks.
 
     loss: nats per token
-    statistics: the sums of `model.statistics.collect`, a list of one for a single number
+    statistics: the sums of `model.common.collect`, a list of one for a single number
     stop, save: whether any rank was asked to
     kept: whether the update was made
     """
@@ -115,7 +116,7 @@ def train_step(run: Run, number: int, data: StepInput, hooks: Hooks = ALONE) -> 
             if table is not None and plan is not None and rows_grad is not None:
                 table.update(plan, rows_grad, table_lr)
             for stage in run.model_parts:
-                apply_router_statistics(stage, sums)
+                learn(stage, sums)
     engine.clear_gradients()
     return totals
 
@@ -144,7 +145,9 @@ def _sum_up(run: Run, loss: Tensor, stop: bool, save: bool) -> dict[str, Tensor]
     device = run.mesh.device  # numbers are made there: to bring them from the host would wait for the device
     sums = {"loss": loss}
     sums |= {n: torch.full((), float(on), device=device) for n, on in (("stop", stop), ("save", save))}
-    sums |= no_statistics(run.settings, device)
+    # zeros for the layers of other ranks
+    zeros = {shape: torch.zeros(shape, dtype=torch.float64, device=device) for shape in {*run.sums.values()}}
+    sums |= {name: zeros[shape] for name, shape in run.sums.items()}
     for stage in run.model_parts:
         sums |= collect(stage)
         reset(stage)
@@ -155,7 +158,8 @@ def _reduce(sums: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
     """Sum every named tensor over the group's ranks, all in one collective, in float64."""
     device = next(iter(sums.values())).device
     flat = torch.cat([value.detach().to(device, torch.float64).flatten() for value in sums.values()])
-    all_reduce_(flat, group)
+    if group.size > 1:
+        all_reduce_(flat, group)
     parts = flat.split([value.numel() for value in sums.values()])
     return {name: part.view(value.shape) for (name, value), part in zip(sums.items(), parts, strict=True)}
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
-from hybridtrain.model.engram import EngramSettings
 from hybridtrain.model.feedforwards.dense import DenseSettings
 from hybridtrain.model.feedforwards.moe import MoESettings
 from hybridtrain.model.mixers.attention import AttentionSettings
 from hybridtrain.model.registry import Components
 from hybridtrain.section import Axis, Fraction, Natural, NonNegative, Positive, Section
+from hybridtrain.settings.engram import EngramSettings
 
 
 class RunSettings(Section):

@@ -25,9 +25,9 @@ from hybridtrain.model.component import (
     Residual,
     Sees,
 )
-from hybridtrain.model.engram import EngramSettings
 from hybridtrain.model.residuals.add import Stream
 from hybridtrain.parallel.recompute import recomputed
+from hybridtrain.settings.engram import EngramSettings
 
 DIM, TOKENS, BORDER = 32, 24, 10
 FRAME = Frame(DIM, 1e-6, TOKENS, 2 * TOKENS, "layers.0.part")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hybridtrain.model.common import CountingModule, SequenceContext
 from hybridtrain.model.component import ComponentError, Cut, Frame, Mixer, Parameter, Sees
-from hybridtrain.model.engram import ENGRAM, EngramSettings
+from hybridtrain.model.engram import ENGRAM
 from hybridtrain.model.exchanges import Exchanges
 from hybridtrain.model.feedforwards.dense import DENSE, DenseSettings
 from hybridtrain.model.feedforwards.moe import MOE, MoESettings
@@ -21,6 +21,7 @@ from hybridtrain.model.registry import BUILT_IN, Components
 from hybridtrain.model.residuals.add import ADD, AddSettings
 from hybridtrain.model.residuals.dense_former import DENSE_FORMER, DenseFormerSettings
 from hybridtrain.section import Section
+from hybridtrain.settings.engram import EngramSettings
 from tests.components import contract
 from tests.components.contract import CHECKS, DIM, Case
 

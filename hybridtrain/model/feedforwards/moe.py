@@ -64,9 +64,7 @@ class MoESettings(Section):
                 f"{self.num_groups}"
             )
         elif (
-            self.num_experts
-            >= self.top_k
-            > (reach := self.top_groups * (self.num_experts // self.num_groups))
+            self.num_experts >= self.top_k > (reach := self.top_groups * self.num_experts // self.num_groups)
         ):
             out.append(
                 f"top_k={self.top_k} exceeds the {reach} experts in top_groups={self.top_groups} groups; it "
@@ -109,9 +107,11 @@ class Router(CountingModule):
         routing = router_topk(logits_NE, self.bias_E, self.rule, self.backends)
         return routing.experts_NK, self._balance(routing) if self.training else routing.gates_NK
 
-    def update(self, counts_E: Tensor) -> None:
-        """Take in how many pairs each expert got in the step over all ranks; see statistics.py."""
-        counts_E = counts_E.to(self.load_E)
+    def learn(self, sums: Mapping[str, Tensor]) -> None:
+        """Take in how many pairs each expert got in the step: shares for the next step's auxiliary loss, and
+        a step of the selection bias against them (auxiliary-loss-free balancing, arXiv 2408.15664).
+        """
+        counts_E = sums["expert_tokens"].to(self.load_E)
         self.load_E.copy_(counts_E / counts_E.sum().clamp_min(1))
         self.bias_E.add_(torch.sign(counts_E.mean() - counts_E), alpha=self.moe.bias_rate)
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 import hybridtrain.model
+from hybridtrain.kernels.cross_entropy.op import cross_entropy_sum
+from hybridtrain.model.exchanges import IGNORED
 from hybridtrain.model.init import init_parameters
-from hybridtrain.model.lm import HybridLM, token_losses_sum
+from hybridtrain.model.lm import HybridLM
 from hybridtrain.settings.load import parse_settings
 from hybridtrain.settings.tree import Settings
 
@@ -29,6 +31,11 @@ SMALL = {
     "engram": {"heads": 2, "head_dim": 8},
     "train": {"seq_len": 24, "global_batch": 4},
 }
+
+
+def token_losses_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Sum over tokens of the cross-entropy in nats, float32 scalar; targets of -100 do not count."""
+    return cross_entropy_sum(logits_BTV.flatten(0, -2), targets_BT.flatten(), IGNORED)
 
 
 def small(*overrides: str) -> Settings:

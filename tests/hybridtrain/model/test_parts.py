@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridtrain.model.build import model_sums
+from hybridtrain.model.common import collect
 from hybridtrain.model.cost import count_parameters, flops_per_token, stage_costs
-from hybridtrain.model.engram import EngramSettings, StepRows
+from hybridtrain.model.engram import StepRows
 from hybridtrain.model.feedforwards.dense import DenseSettings
 from hybridtrain.model.feedforwards.moe import MoESettings
 from hybridtrain.model.init import init_parameters
 from hybridtrain.model.lm import HybridLM, Part
-from hybridtrain.model.statistics import collect, no_statistics
+from hybridtrain.settings.engram import EngramSettings
 from hybridtrain.settings.tree import ModelSettings, Settings
 
 VOCABULARY = 64
@@ -82,10 +84,9 @@ def test_the_statistics_of_a_step_are_known_ahead() -> None:
     model = build(s)
     model.rows.set([rows_UD])
     model(tokens, documents, index, 0, tokens)
-    taken, ahead = collect(model), no_statistics(s)
-    assert {k: (v.shape, v.dtype) for k, v in taken.items()} == {
-        k: (v.shape, v.dtype) for k, v in ahead.items()
-    }
+    taken, ahead = collect(model), model_sums(s)
+    assert {name: tuple(value.shape) for name, value in taken.items()} == ahead
+    assert {value.dtype for value in taken.values()} == {torch.float64}
 
 
 def test_stage_costs_are_shares_of_parameters_and_operations() -> None:

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.kernels.choose import Backends
-from hybridtrain.model.engram import EngramSettings
 from hybridtrain.optim.dense_adam import DenseAdam
 from hybridtrain.optim.row_optimizer import make_row_optimizer
 from hybridtrain.optim.rowwise import RowwiseAdagrad, RowwiseAdam
+from hybridtrain.settings.engram import EngramSettings
 
 R, D = 40, 6
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridtrain.model.build import build as build_component
+from hybridtrain.model.common import collect, learn, reset
 from hybridtrain.model.component import LOCAL_WIRING
 from hybridtrain.model.exchanges import position_in_expert
 from hybridtrain.model.feedforwards.moe import MOE, MoE
-from hybridtrain.model.statistics import apply_router_statistics, collect, reset
 from hybridtrain.settings.tree import Settings
 
 DIM, TOKENS_PER_STEP = 16, 4 * 32
@@ -190,7 +190,7 @@ def test_statistics_add_up_and_teach_the_router() -> None:
         torch.testing.assert_close(
             totals[key].float(), value.float(), rtol=1e-5 if key.endswith("entropy") else 0, atol=0
         )
-    apply_router_statistics(model, totals)
+    learn(model, totals)
     counts = totals["layers.3.expert_tokens"]
     torch.testing.assert_close(layer.router.load_E.double(), counts / 128)
     torch.testing.assert_close(layer.router.bias_E.double(), 0.01 * torch.sign(16 - counts))
@@ -212,7 +212,7 @@ def test_the_bias_evens_out_a_skewed_router() -> None:
         layer.router(x)
         counts = layer.router.counters.sums["expert_tokens"]
         spread.append((counts.max() / counts.double().mean()).item())
-        layer.router.update(counts)
+        layer.router.learn({"expert_tokens": counts})
     assert spread[0] > 2.5
     # A fixed step ends in a small cycle around balance, not in balance itself.
     assert max(spread[-20:]) - 1 < (spread[0] - 1) / 4

@@ -13,7 +13,8 @@ from hybridtrain.formats.command import export_model
 from hybridtrain.model.common import make_context
 from hybridtrain.model.init import init_parameters
 from hybridtrain.model.lm import HybridLM
-from hybridtrain.settings.tree import DenseSettings, EngramSettings, ModelSettings, MoESettings, Settings
+from hybridtrain.settings.engram import EngramSettings
+from hybridtrain.settings.tree import DenseSettings, ModelSettings, MoESettings, Settings
 from tests.training import TINY, ci_settings, make_data, train_on
 
 VOCABULARY = 64
