@@ -21,6 +21,8 @@ ONE_SENTENCE_A_LINE = (
     "docs/adr/0009-links-of-the-package.md",
     "docs/adr/0015-components-are-declared-once.md",
     "docs/architecture.md",
+    "docs/memory.md",
+    "docs/parallelism.md",
     "docs/reference/commands.md",
     "docs/reference/settings.md",
 )
