@@ -21,10 +21,12 @@ ONE_SENTENCE_A_LINE = (
     "docs/adr/0009-links-of-the-package.md",
     "docs/adr/0015-components-are-declared-once.md",
     "docs/architecture.md",
+    "docs/kernels.md",
     "docs/memory.md",
     "docs/parallelism.md",
     "docs/reference/commands.md",
     "docs/reference/settings.md",
+    *(f"kernels/{path.parent.name}/README.md" for path in sorted((ROOT / "kernels").glob("*/README.md"))),
 )
 
 
