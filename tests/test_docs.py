@@ -15,12 +15,16 @@ from tools.reference.tree import OTHER_PAGES
 PAGES = list(pages())
 # Pages with one sentence a line. A page that is rewritten so is added here and stays so.
 ONE_SENTENCE_A_LINE = (
+    "docs/checkpoints.md",
+    "docs/data.md",
+    "docs/deepspeed.md",
     "docs/formats.md",
     "docs/performance.md",
     "docs/reference/commands.md",
     "docs/reference/settings.md",
     "docs/reliability.md",
     "docs/resharding.md",
+    "docs/scaling.md",
 )
 
 
