@@ -25,6 +25,7 @@ ONE_SENTENCE_A_LINE = (
     "docs/reliability.md",
     "docs/resharding.md",
     "docs/scaling.md",
+    "docs/security.md",
 )
 
 
