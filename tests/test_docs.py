@@ -15,6 +15,19 @@ from tools.reference.tree import OTHER_PAGES
 PAGES = list(pages())
 # Pages with one sentence a line. A page that is rewritten so is added here and stays so.
 ONE_SENTENCE_A_LINE = (
+    "docs/adr/0001-lagged-load.md",
+    "docs/adr/0002-one-packed-table.md",
+    "docs/adr/0003-muon.md",
+    "docs/adr/0004-forkserver-launch.md",
+    "docs/adr/0005-rows-ahead.md",
+    "docs/adr/0006-replayed-exchanges.md",
+    "docs/adr/0007-capacity-per-sequence.md",
+    "docs/adr/0008-narrow-rows.md",
+    "docs/adr/0010-saves-beside-training.md",
+    "docs/adr/0011-rollback-goes-past-the-data.md",
+    "docs/adr/0012-mesh-on-paper.md",
+    "docs/adr/0013-position-of-the-data.md",
+    "docs/adr/0014-streams-across-stages.md",
     "docs/checkpoints.md",
     "docs/data.md",
     "docs/deepspeed.md",
