@@ -15,6 +15,7 @@ from tools.reference.tree import OTHER_PAGES
 PAGES = list(pages())
 # Pages with one sentence a line. A page that is rewritten so is added here and stays so.
 ONE_SENTENCE_A_LINE = (
+    "CHANGELOG.md",
     "docs/adr/0001-lagged-load.md",
     "docs/adr/0002-one-packed-table.md",
     "docs/adr/0003-muon.md",
