@@ -14,7 +14,7 @@ help:
 	@echo "make test-faults   200 faults and more injected into runs: killed and stopped ranks, full disks, damaged files"
 	@echo "make test-fuzz     ten thousand odd and damaged files, read as if somebody had sent them"
 	@echo "make test-gpu      the kernels and the miniature hybrid on a GPU, and the kernels' benchmark there"
-	@echo "make picture train the quickstart without memory too, and draw both curves"
+	@echo "make picture train the quickstart without Engram layers too, and draw both curves"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make docs    the site of the documentation (site/index.html)"
 	@echo "make clean   remove the virtual environment and caches; runs/ stays"
@@ -32,11 +32,11 @@ train: $(READY)
 	@echo; echo "run files: runs/quickstart   (summary.json, metrics.jsonl, settings.toml, checkpoints/)"
 	@echo "curves:    $(BIN)/tensorboard --logdir runs/quickstart/tensorboard"
 
-# The quickstart again without its memory, and both curves as the picture of README.
+# The quickstart again without its Engram layers, and both curves as the picture of README.
 picture: $(READY)
-	$(BIN)/hybridtrain launch --nproc 2 configs/quickstart.toml memory.enabled=false run.dir=runs/quickstart-plain \
+	$(BIN)/hybridtrain launch --nproc 2 configs/quickstart.toml engram.enabled=false run.dir=runs/quickstart-plain \
 		$(if $(wildcard runs/quickstart-plain/checkpoints/latest),--resume)
-	$(BIN)/python tools/plot_runs.py docs/quickstart.svg runs/quickstart runs/quickstart-plain --label "with memory" --label "without"
+	$(BIN)/python tools/plot_runs.py docs/quickstart.svg runs/quickstart runs/quickstart-plain --label "with Engram" --label "without"
 	@$(BIN)/python tools/plot_runs.py --table runs/quickstart runs/quickstart-plain
 
 lint: $(READY)

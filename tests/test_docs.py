@@ -16,6 +16,9 @@ PAGES = list(pages())
 # Pages with one sentence a line. A page that is rewritten so is added here and stays so.
 ONE_SENTENCE_A_LINE = (
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "README.md",
+    "SECURITY.md",
     "docs/adr/0001-lagged-load.md",
     "docs/adr/0002-one-packed-table.md",
     "docs/adr/0003-muon.md",
@@ -24,15 +27,21 @@ ONE_SENTENCE_A_LINE = (
     "docs/adr/0006-replayed-exchanges.md",
     "docs/adr/0007-capacity-per-sequence.md",
     "docs/adr/0008-narrow-rows.md",
+    "docs/adr/0009-links-of-the-package.md",
     "docs/adr/0010-saves-beside-training.md",
     "docs/adr/0011-rollback-goes-past-the-data.md",
     "docs/adr/0012-mesh-on-paper.md",
     "docs/adr/0013-position-of-the-data.md",
     "docs/adr/0014-streams-across-stages.md",
+    "docs/adr/0015-components-are-declared-once.md",
+    "docs/architecture.md",
     "docs/checkpoints.md",
     "docs/data.md",
     "docs/deepspeed.md",
     "docs/formats.md",
+    "docs/kernels.md",
+    "docs/memory.md",
+    "docs/parallelism.md",
     "docs/performance.md",
     "docs/reference/commands.md",
     "docs/reference/settings.md",
@@ -40,6 +49,7 @@ ONE_SENTENCE_A_LINE = (
     "docs/resharding.md",
     "docs/scaling.md",
     "docs/security.md",
+    *(f"kernels/{path.parent.name}/README.md" for path in sorted((ROOT / "kernels").glob("*/README.md"))),
 )
 
 

@@ -91,7 +91,7 @@ def test_architecture_names_files_that_exist() -> None:
     names = re.findall(r"\b(\w+\.py)\b", house)
     present = {
         path.name
-        for folder in ("hybridtrain", "parallel", "kernels", "launch")
+        for folder in ("hybridtrain", "parallel", "kernels", "launch", "examples", "tests")
         for path in (ROOT / folder).rglob("*.py")
     }
     assert len(names) > 15
@@ -104,7 +104,7 @@ def test_readme_shows_every_subcommand() -> None:
 
 
 def test_readme_is_short_and_filled_in() -> None:
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 180
     assert not re.findall(r"@@\w+@@", README)
 
 

@@ -288,18 +288,21 @@ class Settings(Section):
     kernels: KernelSettings = KernelSettings()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if not self.model.components:
+        if type(self) is Settings:
             return super().__reduce_ex__(protocol)
         return _restore, (self.model.components, self.model_dump_json())
 
 
 @functools.cache
 def settings_class(components: tuple[str, ...]) -> type[Settings]:
-    """The tree with a section [model.NAME] for each component of these modules that has something to set.
+    """The tree with a section [model.NAME] for each component that has something to set: those of the
+    package, and those of these modules.
 
-    Imports them. Raises ComponentsError as `Components.load` does.
+    Imports the modules. Raises ComponentsError as `Components.load` does.
     """
-    sections = {c.name: c.section for c in Components.load(components).added if c.section.model_fields}
+    there = ModelSettings.model_fields  # which code reads by name has a typed field there
+    every = Components.load(components).all
+    sections = {c.name: c.section for c in every if c.section.model_fields and c.name not in there}
     if not sections:
         return Settings
     mounted: dict[str, Any] = {name: (section, section()) for name, section in sections.items()}

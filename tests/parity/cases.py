@@ -95,7 +95,7 @@ VARIANTS = {
     "uneven": Variant(UNEVEN, other_numbers=True),
     "capacity": Variant(("model.moe.capacity=1.0",), other_numbers=True),
     "recompute": Variant(("train.recompute=full",)),
-    "far, overlap": Variant(("parallel.mem_placement=strided", "engram.fetch=overlap")),
+    "strided, overlap": Variant(("parallel.mem_placement=strided", "engram.fetch=overlap")),
     "stale": Variant(("engram.fetch=stale",), other_numbers=True),
     "hierarchical": Variant(
         ("parallel.dispatch=hierarchical", "parallel.node_size=2"),

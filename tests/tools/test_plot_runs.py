@@ -53,11 +53,11 @@ def test_curve_is_over_tokens_and_leaves_out_cut_lines(run: Path) -> None:
 
 def test_svg_names_runs_and_repeats_byte_for_byte(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "curve.svg"
-    arguments = [str(out), str(run), str(run), "--label", "with memory", "--label", "without"]
+    arguments = [str(out), str(run), str(run), "--label", "with Engram", "--label", "without"]
     main(arguments)
     first = out.read_bytes()
     words = "".join(ElementTree.fromstring(first).itertext())
-    assert "with memory (1.625)" in words
+    assert "with Engram (1.625)" in words
     assert "without (1.625)" in words
     assert "validation bits per byte" in words
     assert len(first) < 60_000

@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hybridtrain.settings.tree import Settings
+from hybridtrain.settings.tree import settings_class
 
 HEAD = """# Settings
 
@@ -26,10 +26,10 @@ Lengths are in tokens, batches in sequences, learning rates per optimizer step.
 
 def page() -> str:
     """The whole page."""
-    return HEAD + "".join(section("", Settings))
+    return HEAD + "".join(section("", settings_class(())))
 
 
-def names(model: type[BaseModel] = Settings, before: str = "") -> dict[str, bool]:
+def names(model: type[BaseModel] = settings_class(()), before: str = "") -> dict[str, bool]:
     """Every dotted name, e.g. `model.moe` and `model.moe.top_k`, and whether it is a section."""
     found: dict[str, bool] = {}
     for key, field in model.model_fields.items():
