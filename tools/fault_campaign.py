@@ -102,7 +102,7 @@ def table(outcomes: Sequence[Outcome], seed: int, seconds: float) -> str:
     tree = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=PAGE.parent, capture_output=True, text=True
     ).stdout.strip()
-    lines = [f"Seed {seed}: {len(outcomes)} faults in {runs} runs, {sum(wrong.values())} with a wrong end. "]
+    lines = [f"Seed {seed}: {len(outcomes)} faults in {runs} runs, {sum(wrong.values())} with a wrong end.\n"]
     lines += [f"Commit {tree or 'unknown'}, {os.cpu_count()} cores, {seconds:.0f} s.\n\n"]
     lines += [
         f"| fault | injected | {' | '.join(ENDS.values())} | wrong |\n|---|{'--:|' * (len(ENDS) + 2)}\n"
