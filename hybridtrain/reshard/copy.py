@@ -33,6 +33,7 @@ from hybridtrain.reshard.source import Source
 SEGMENT = 1 << 27  # what a kill may cost, for each thread
 PER_RANK = 1 << 24  # of a segment at least, so that files do not become small where ranks are many
 THREADS = 8  # at most, and at least two: one of them may wait for the disk
+MAX_MEMORY = 512 * 10**6
 HELD = 4
 """Blocks that a thread holds at most: one that is read and what it is made of, or written and cut; one read
 back and its parts.
@@ -48,6 +49,14 @@ class Span:
     name: str
     low: int
     high: int
+
+
+@dataclass(frozen=True)
+class CopyOptions:
+    """At most `max_memory` bytes of the tensors are in memory at once; `show`: with a progress bar."""
+
+    max_memory: int = MAX_MEMORY
+    show: bool = False
 
 
 def plan_threads(source: Source, max_memory: int) -> int:

@@ -32,7 +32,7 @@ from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.files.lock import locked
 from hybridtrain.monitor.metrics import METRICS
 from hybridtrain.parallel.collectives import Group
-from hybridtrain.reshard.copy import Copy, plan_segments, plan_threads
+from hybridtrain.reshard.copy import Copy, CopyOptions, plan_segments, plan_threads
 from hybridtrain.reshard.digest import digest_of
 from hybridtrain.reshard.journal import Journal
 from hybridtrain.reshard.placement import place_model
@@ -45,8 +45,8 @@ from hybridtrain.run.run_folder import ADDRESSING, CHECKPOINTS, SETTINGS, find_c
 from hybridtrain.settings.load import dump_settings, parse_settings
 
 ALONE = Group("world", (0,), 0)
-MAX_MEMORY = 512 * 10**6
-NONE = Growth()
+NO_GROWTH = Growth()
+DEFAULT_COPYING = CopyOptions()
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,15 @@ def reshard(
     overrides: Sequence[str] = (),
     *,
     nproc: int | None = None,
-    max_memory: int = MAX_MEMORY,
-    growth: Growth = NONE,
-    show: bool = False,
+    growth: Growth = NO_GROWTH,
+    copying: CopyOptions = DEFAULT_COPYING,
 ) -> Outcome:
     """Write the run folder or checkpoint `path` as the run folder `out`, for `nproc` ranks of its settings
     with `overrides`.
 
-    Every rank's part of every tensor is a chunk of a file of its own. Of the tensors `max_memory` bytes are
-    in memory at most. One that was ended goes on when it is called again. Raises LayoutError or UserError
-    where the target is impossible or is another model, DamagedCheckpoint where files are not what they were
-    written as, CheckpointError where `out` cannot be written.
+    Every rank's part of every tensor is a chunk of a file of its own. A reshard that was ended goes on when
+    it is called again. Raises LayoutError or UserError where the target is impossible or is another model,
+    DamagedCheckpoint where files differ from what was written, CheckpointError where `out` cannot be written.
     """
     run, saved = find_checkpoint(path)
     opened = checkpoint.Saved(saved)
@@ -83,7 +81,7 @@ def reshard(
     target = plan_target(info, out, overrides, nproc, growth)
     tokenizer = take_tokenizer(growth.tokenizer, run, info, target) if growth.tokenizer is not None else None
     source = _source(opened, target, growth)
-    threads = plan_threads(source, max_memory)
+    threads = plan_threads(source, copying.max_memory)
     segments = plan_segments(source, target.layout.world)
     verified = _verify_beside(opened, target.settings.checkpoint.verify)
     placement = place_model(target.settings, target.layout, target.vocab_size)
@@ -102,7 +100,7 @@ def reshard(
                 journal.remove()
                 return outcome
             _begin(staging, journal)
-            with CopyProgress(sum(sizes), sum(sizes[: len(journal.done)]), show) as progress:
+            with CopyProgress(sum(sizes), sum(sizes[: len(journal.done)]), copying.show) as progress:
                 Copy(source, boxes, segments, staging, progress.advance).run(journal, threads, verified)
             digests = _digests(source, journal)
             _compare(saved, info, digests, source)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint import Consumed
 from hybridtrain.console import say
-from hybridtrain.data.batches import Batch, BatchLoader
+from hybridtrain.data.batches import Batch, BatchLoader, BatchShare
 from hybridtrain.data.prefetch import StepPrefetcher
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import TrainingError
@@ -160,15 +160,13 @@ class OpenedRun:
             say("\n".join(lines))
 
     def _loader(self, before: Info | None, start: int) -> BatchLoader:
-        settings, mesh = self.run.settings, self.run.mesh
+        train, layout = self.run.settings.train, self.run.mesh.layout
+        dp_rank = layout.coordinate(self.run.mesh.rank, "dp")
         return BatchLoader(
             self.dataset.split("train"),
-            settings.train.seq_len,
-            settings.train.global_batch,
-            settings.train.micro_batches,
-            mesh.layout.coordinate(mesh.rank, "dp"),
-            mesh.layout.dp,
-            settings.run.seed,
+            train.seq_len,
+            BatchShare(train.global_batch, train.micro_batches, dp_rank, layout.dp),
+            self.run.settings.run.seed,
             self.continuation.position(before) if before else None,
             start + self.run.guard.skipped_batches,
         )

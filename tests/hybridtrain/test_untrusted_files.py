@@ -21,7 +21,7 @@ from hybridtrain import checkpoint
 from hybridtrain.checkpoint.files import METADATA
 from hybridtrain.errors import UserError
 from hybridtrain.files.durable import file_record
-from hybridtrain.formats.command import export_model, import_model
+from hybridtrain.formats.command import ExportOptions, export_model, import_model
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.reshard import reshard
 from hybridtrain.run.generate import evaluate_checkpoint, generate_text
@@ -68,11 +68,11 @@ READERS: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
     "generate": ("memory", lambda run, out: generate_text(run, "The", 1, 0.0, 0, 0)),
     "export to hf": (
         "memory",
-        lambda run, out: export_model(run, out / "hf", "hf", None, None, "5GB", "float32"),
+        lambda run, out: export_model(run, out / "hf", ExportOptions("hf", dtype="float32")),
     ),
     "export to megatron": (
         "plain",
-        lambda run, out: export_model(run, out / "m", "megatron", None, None, "5GB", "float32"),
+        lambda run, out: export_model(run, out / "m", ExportOptions("megatron", dtype="float32")),
     ),
     "reshard": ("memory", lambda run, out: reshard(run, out / "resharded")),
     "train.init_from": ("memory", init_from),
@@ -191,7 +191,7 @@ def test_the_traps_would_run_where_they_were_unpickled(runs: dict[str, Path], tm
 def test_no_file_of_anothers_folder_runs_code(kind: str, runs: dict[str, Path], tmp_path: Path) -> None:
     trap, went_through = Trap(tmp_path / "sprung"), set()
     whole = tmp_path / "whole"
-    export_model(runs["plain"], whole, kind, None, None, "5GB", "float32")
+    export_model(runs["plain"], whole, ExportOptions(kind, dtype="float32"))
     for number, (what, (file, content)) in enumerate(traps(whole, whole, trap).items()):
         folder = Path(shutil.copytree(whole, tmp_path / f"folder-{number}"))
         (folder / file).write_bytes(content)
