@@ -49,7 +49,7 @@ class ModelFacts:
     num_layers: int
     dim: int
     num_experts: int | None
-    memory_rows: int | None
+    table_rows: int | None
     divides: Mapping[str, int] = field(default_factory=_none)
     reach: Mapping[str, int] = field(default_factory=_none)
     whole_sequences: tuple[str, ...] = ()
@@ -205,7 +205,7 @@ class Layout:
         return tuple(int(getattr(self, axis)) for axis in axes)
 
     def coordinate(self, rank: int, axis: str) -> int:
-        """Where `rank` stands on `axis` (any of the dense, expert or memory axes, or `dp`)."""
+        """Where `rank` stands on `axis` (any of the dense, expert or table axes, or `dp`)."""
         if axis == "dp":
             return self.coordinate(rank, "dp_replicate") * self.dp_shard + self.coordinate(rank, "dp_shard")
         axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, self.mem_axes) if axis in axes)
@@ -266,9 +266,9 @@ class Layout:
                 f"parallel.pp={self.pp} exceeds the model's {facts.num_layers} layers; pp may be 1 to "
                 f"{facts.num_layers}"
             )
-        if facts.memory_rows is not None and facts.memory_rows < self.mem:
+        if facts.table_rows is not None and facts.table_rows < self.mem:
             out.append(
-                f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set "
+                f"parallel.mem={self.mem} exceeds the table's {facts.table_rows} rows; set "
                 "engram.rows_per_head higher or mem=1"
             )
         out += others

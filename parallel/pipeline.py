@@ -1,7 +1,7 @@
 """Pipeline parallelism: this rank's stages of the model under one of torch's schedules.
 
 What passes between stages is what the residual scheme carries there (streams.py), under cp and tp this rank's
-part of it; every rank has the tokens, document numbers, targets and memory rows of all micro-batches, so
+part of it; every rank has the tokens, document numbers, targets and table rows of all micro-batches, so
 nothing else is sent. Legend: M micro-batches.
 """
 

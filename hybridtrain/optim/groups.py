@@ -15,7 +15,7 @@ Group = dict[str, object]
 
 
 def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim.Optimizer]:
-    """The optimizers of all trainable parameters but the memory rows (`rows.`), which have their own.
+    """The optimizers of all trainable parameters but the table's rows (`rows.`), which have their own.
 
     Every group carries `name`, unique over all optimizers, and `peak_lr`. Parameters on different device
     meshes never share a group, because fused and foreach kernels cannot mix them. `model` may also be a

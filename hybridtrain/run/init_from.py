@@ -116,8 +116,8 @@ def read_compression_of(run: Path, info: Mapping[str, Any]) -> npt.NDArray[np.in
 def read_addressing(
     info: Mapping[str, Any], settings: Settings, compression: npt.NDArray[np.int64], stored: StoredTensors
 ) -> Addressing | None:
-    """The addressing of a checkpoint, with the compression map int64 [V] of its run folder; None without a
-    memory.
+    """The addressing of a checkpoint, with the compression map int64 [V] of its run folder; None without
+    Engram layers.
 
     Raises CheckpointError where it is none, is of another map or of other settings, or has not as many rows
     as the table.
@@ -125,7 +125,7 @@ def read_addressing(
     if not engram_layers(settings):
         return None
     if info["addressing"] is None:
-        raise CheckpointError(f"{stored.path}: its settings have a memory, and it has no addressing")
+        raise CheckpointError(f"{stored.path}: its settings have an engram, and it has no addressing")
     try:
         addressing = Addressing.from_json(info["addressing"], compression)
     except AddressingError as error:
@@ -137,7 +137,9 @@ def read_addressing(
             f"it has {addressing.num_rows} rows of {settings.engram.head_dim}, the table is {list(table)}"
         )
     if problems:
-        raise CheckpointError("\n  ".join([f"{stored.path}: its addressing is not of its memory", *problems]))
+        raise CheckpointError(
+            "\n  ".join([f"{stored.path}: its addressing does not fit its table", *problems])
+        )
     return addressing
 
 
@@ -256,14 +258,14 @@ def _misfits(ours: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, ...]
         if name in theirs and theirs[name] != shape
     ]
     lacking = [name for name in ours if name not in theirs and ".engram." not in name]
-    problems += [f"{name}: the checkpoint lacks it; only a memory may be new" for name in lacking]
+    problems += [f"{name}: the checkpoint lacks it; only an engram may be new" for name in lacking]
     problems += [f"{name}: this model lacks it" for name in theirs if name not in ours]
     return problems
 
 
 def _tell(settings: Settings, saved: Path, info: dict[str, Any], taken: int, drawn: int) -> None:
     """Say what was taken, and which settings of equal shapes make another function of the same weights."""
-    say(f"starting from {saved}: {taken} tensors taken, {drawn} of new memories drawn")
+    say(f"starting from {saved}: {taken} tensors taken, {drawn} of new Engram layers drawn")
     for key, value in checkpoint.identity(settings).items():
         theirs = info["identity"].get(key, value)
         if key.startswith("model.") and key != "model.layers" and theirs != value:

@@ -82,7 +82,7 @@ def model_facts(settings: Settings) -> ModelFacts:
         seq_len=train.seq_len,
         num_layers=len(specs),
         dim=settings.model.dim,
-        memory_rows=engram.slots * engram.rows_per_head if any(s.engram for s in specs) else None,
+        table_rows=engram.slots * engram.rows_per_head if any(s.engram for s in specs) else None,
         divides=divides,
         reach=reach,
         whole_sequences=tuple(c.name for c in components if c.sees is Sees.SEQUENCE),

@@ -111,7 +111,7 @@ class OptimSettings(Section):
 class TrainSettings(Section):
     steps: Positive = Field(500, description="optimizer steps of the whole run")
     init_from: str = Field(
-        "", description="run folder or checkpoint that a new run takes its weights from; a memory may be new"
+        "", description="run folder or checkpoint that a new run takes its weights from; an engram may be new"
     )
     seq_len: Positive = Field(128, description="tokens per sequence")
     global_batch: Positive = Field(
@@ -264,10 +264,10 @@ class KernelSettings(Section):
         "auto", description="experts, gates and balance sums of a MoE"
     )
     engram_gate: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="the memory's gate, with its norms"
+        "auto", description="the gate of an Engram layer, with its norms"
     )
     short_conv: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="the memory's convolution, with its norm"
+        "auto", description="the convolution of an Engram layer, with its norm"
     )
     row_gather: Literal["auto", "torch", "triton"] = Field(
         "auto", description="rows of the table, and their packing for `wire`"

@@ -31,7 +31,7 @@ from hybridtrain.settings.load import load_settings
 from tests.fuzz.harness import Trap
 from tests.training import TINY, ci_settings
 
-NO_MEMORY = 'model.layers=["attention+moe", "attention+dense"]'
+NO_ENGRAM = 'model.layers=["attention+moe", "attention+dense"]'
 STEPS = ("train.steps=2", "checkpoint.every=1", "checkpoint.table_full_every=2", "data.verify=false")
 
 
@@ -43,14 +43,14 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, ci_data: Path) -> dict[str, Path]:
-    """Finished runs of two steps, with a memory (its second checkpoint is an incremental one) and without.
+    """Finished runs of two steps, with an engram (its second checkpoint is an incremental one) and without.
     Read only.
     """
     root = tmp_path_factory.mktemp("runs")
-    for name, more in (("memory", ()), ("plain", (NO_MEMORY, "model.moe.bias_rate=0.0"))):
+    for name, more in (("engram", ()), ("plain", (NO_ENGRAM, "model.moe.bias_rate=0.0"))):
         settings = ci_settings(root / name, ci_data, *TINY, *STEPS, *more)
         train(settings)
-    return {name: root / name for name in ("memory", "plain")}
+    return {name: root / name for name in ("engram", "plain")}
 
 
 def resume(run: Path, out: Path) -> Any:
@@ -64,19 +64,19 @@ def init_from(run: Path, out: Path) -> Any:
 
 
 READERS: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
-    "eval": ("memory", lambda run, out: evaluate_checkpoint(run, "validation", None, 1)),
-    "generate": ("memory", lambda run, out: generate_text(run, "The", 1, 0.0, 0, 0)),
+    "eval": ("engram", lambda run, out: evaluate_checkpoint(run, "validation", None, 1)),
+    "generate": ("engram", lambda run, out: generate_text(run, "The", 1, 0.0, 0, 0)),
     "export to hf": (
-        "memory",
+        "engram",
         lambda run, out: export_model(run, out / "hf", ExportOptions("hf", dtype="float32")),
     ),
     "export to megatron": (
         "plain",
         lambda run, out: export_model(run, out / "m", ExportOptions("megatron", dtype="float32")),
     ),
-    "reshard": ("memory", lambda run, out: reshard(run, out / "resharded")),
-    "train.init_from": ("memory", init_from),
-    "--resume": ("memory", resume),
+    "reshard": ("engram", lambda run, out: reshard(run, out / "resharded")),
+    "train.init_from": ("engram", init_from),
+    "--resume": ("engram", resume),
 }
 NOT_READ = ("addressing.json", "tensorboard")
 

@@ -1,4 +1,4 @@
-"""Context parallelism against whole sequences: attention and the memory's convolution, outputs and every
+"""Context parallelism against whole sequences: attention and the Engram layer's convolution, outputs and every
 gradient.
 """
 

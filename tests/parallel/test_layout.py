@@ -31,7 +31,7 @@ FACTS = ModelFacts(
     num_layers=4,
     dim=48,
     num_experts=8,
-    memory_rows=8000,
+    table_rows=8000,
 )
 AXES = (*DENSE_AXES, "edp", "ep", *MEM_AXES)
 
@@ -362,7 +362,7 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
         ),
         (
             {"world": 4},
-            {"memory_rows": 3},
+            {"table_rows": 3},
             ["parallel.mem=4 exceeds the table's 3 rows; set engram.rows_per_head higher or mem=1"],
         ),
         (
@@ -508,7 +508,7 @@ def test_models_that_fit_pass_under_tp(degrees: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 24])
-@pytest.mark.parametrize("facts", [FACTS, replace(FACTS, num_experts=None), replace(FACTS, memory_rows=None)])
+@pytest.mark.parametrize("facts", [FACTS, replace(FACTS, num_experts=None), replace(FACTS, table_rows=None)])
 def test_models_that_fit_pass(world: int, facts: ModelFacts) -> None:
     Layout.resolve(world).check(facts)
 

@@ -103,7 +103,7 @@ def stage_states(run: Run) -> list[State]:
 
 
 def _state(run: Run, stage: int) -> State:
-    """By their names in checkpoints; the memory goes with the rank's first stage."""
+    """By their names in checkpoints; the table goes with the rank's first stage."""
     table = run.table.state() if run.table is not None and stage == 0 else {}
     return {**run.engine.state(stage), **{f"table.{name}": value for name, value in table.items()}}
 

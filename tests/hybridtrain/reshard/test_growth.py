@@ -103,7 +103,7 @@ def larger_tokenizer(run: Path, file: Path, *tokens: str) -> Path:
     return file
 
 
-def test_a_larger_tokenizer_keeps_every_row_of_the_memory_and_training_goes_on(
+def test_a_larger_tokenizer_keeps_every_row_of_the_table_and_training_goes_on(
     run: Path, ci_data: Path, tmp_path: Path
 ) -> None:
     file = larger_tokenizer(run, tmp_path / "more.json", "THE", "zzyx", "Zzyx")

@@ -33,7 +33,7 @@ def launch(settings: object, resume: bool, rank: int, step: int, during: str) ->
 
 
 def assert_same_end(run: Path, reference: Path) -> None:
-    """Bitwise the same loss at every step, parameters and memory."""
+    """Bitwise the same loss at every step, parameters and table."""
     assert loss_curve(run) == loss_curve(reference)
     states = []
     for folder in (run, reference):

@@ -261,17 +261,17 @@ def test_layers_are_read_in_order_and_repeated() -> None:
     settings = parse_settings(
         {}, ['model.layers=["attention+dense", "2 * engram+attention+moe", "attention+moe"]']
     )
-    memory = LayerSpec(engram=True, mixer="attention", feedforward="moe")
+    engram = LayerSpec(engram=True, mixer="attention", feedforward="moe")
     assert layer_specs(settings) == (
         LayerSpec(engram=False, mixer="attention", feedforward="dense"),
-        memory,
-        memory,
+        engram,
+        engram,
         LayerSpec(engram=False, mixer="attention", feedforward="moe"),
     )
     assert engram_layers(settings) == (1, 2)
 
 
-def test_the_memory_can_be_taken_out_of_every_layer() -> None:
+def test_the_engram_can_be_taken_out_of_every_layer() -> None:
     settings = parse_settings({}, ["engram.enabled=false"])
     assert engram_layers(settings) == ()
     assert len(layer_specs(settings)) == 4
