@@ -35,10 +35,10 @@ def _none() -> Mapping[str, int]:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a layout must divide, in the model's and the run's own numbers. None: the model has no such part.
+    """The numbers of the model and of the run that a layout must divide. None: the model has no such part.
 
     divides: numbers by their keys that tp must divide
-    reach: how many tokens left of its own a component looks at, by what of it does
+    reach: how many tokens left of its own a component looks at, by the key of the part that looks
     whole_sequences: components that see sequences in a way that no exchange under cp serves
     experts_of: the section that `num_experts` and `expert_hidden` are of
     """
@@ -104,7 +104,7 @@ class Layout:
 
     @classmethod
     def resolve(cls, world: int, asked: Degrees = _DEFAULTS) -> Layout:
-        """The layout of `world` ranks with these degrees; one of dp_shard alone where none are given.
+        """The layout of `world` ranks with these degrees; of dp_shard alone where none are given.
 
         Raises LayoutError listing every violation of the ranks' arithmetic.
         """
@@ -276,7 +276,7 @@ class Layout:
             raise LayoutError(self.world, out)
 
     def _expert_problems(self, facts: ModelFacts) -> list[str]:
-        """What experts and their widths do not divide into."""
+        """The degrees that do not divide the experts or their widths."""
         out: list[str] = []
         if self.ep > 1 and facts.num_experts is None:
             out.append(f"parallel.ep={self.ep} but no layer of model.layers is moe; ep may be 1")
@@ -298,15 +298,15 @@ class Layout:
             and facts.expert_hidden % (facts.expert_multiple * self.etp)
         ):
             out.append(
-                f"parallel.etp={self.etp} cuts {facts.experts_of}.hidden={facts.expert_hidden} into no "
-                f"multiples of {facts.expert_multiple}, as grouped products need; set "
+                f"parallel.etp={self.etp} cuts {facts.experts_of}.hidden={facts.expert_hidden} into "
+                f"parts that are not multiples of {facts.expert_multiple}, as grouped products need; set "
                 f"{facts.experts_of}.hidden="
                 f"{_next_multiple(facts.expert_hidden, facts.expert_multiple * self.etp)} or etp=1"
             )
         return out
 
     def _context_problems(self, facts: ModelFacts) -> list[str]:
-        """In which the model does not fit sequences that are spread over cp."""
+        """Why the model does not fit sequences that are spread over cp."""
         if self.cp == 1:
             return []
         out = [

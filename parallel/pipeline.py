@@ -1,8 +1,8 @@
 """Pipeline parallelism: this rank's stages of the model under one of torch's schedules.
 
-What passes between stages is what the residual scheme carries there (streams.py), under cp and tp this rank's
-part of it; every rank has the tokens, document numbers, targets and table rows of all micro-batches, so
-nothing else is sent. Legend: M micro-batches.
+Stages pass on what the residual scheme carries there (streams.py), under cp and tp this rank's part of it;
+every rank has the tokens, document numbers, targets and table rows of all micro-batches, so nothing else is
+sent. Legend: M micro-batches.
 """
 
 from __future__ import annotations

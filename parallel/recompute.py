@@ -1,7 +1,7 @@
 """Activation checkpointing: a layer keeps little for the backward pass and is run again there, without its
 exchanges.
 
-    full       of a layer its inputs and the results of its exchanges are kept
+    full       the layer's inputs and the results of its exchanges are kept
     selective  the results of matrix products and of attention too: norms, rotations, gates and activations
                are made again
 

@@ -109,7 +109,7 @@ def balance(costs: Sequence[float], first: float, last: float, num_stages: int) 
 def stage_problems(
     schedule: str, pp: int, per_rank: int, cuts: Sequence[int], num_layers: int, micro_batches: int
 ) -> list[str]:
-    """Everything in which the pipeline's settings do not fit each other, one line each with legal values."""
+    """Every way in which the pipeline's settings do not fit each other, one line each with legal values."""
     if pp == 1:
         return []
     rule, out = SCHEDULES[schedule], []
@@ -121,7 +121,7 @@ def stage_problems(
             f"parallel.stages_per_rank={each} does not go with parallel.schedule={schedule}; it may be "
             f"{legal}"
         )
-    elif pp <= num_layers < stages:  # more ranks than layers are the layout's to refuse
+    elif pp <= num_layers < stages:  # Layout.check refuses more ranks than layers
         most = num_layers // each
         mend = f"pp may be {choices(range(1, most + 1))}" if most > 1 else "set parallel.pp=1"
         out.append(

@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are still what it says of them."""
+"""Whether the files of a checkpoint still have the sizes and checksums in its `checkpoint.json`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hybridtrain.files.durable import FileRecord, file_record
 def damage(
     where: Path | Saved, level: str, share: int = 0, shares: int = 1, alive: Callable[[], None] = lambda: None
 ) -> list[str]:
-    """Why the checkpoint `where` cannot be used: every file of it, and of its base, that is not what it was;
-    one line each.
+    """Why the checkpoint `where` cannot be used: one line for each file of it, and of its base, that has
+    changed.
 
-    `level`: "sizes" looks how long they are, "full" also reads them. With `shares` only the files of number
+    `level`: "sizes" compares their sizes, "full" also their checksums. With `shares` only the files of number
     `share` are looked at, of as many shares of about equal bytes. `alive` is called for every part that was
     read.
     """

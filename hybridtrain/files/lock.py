@@ -363,7 +363,7 @@ def _create_without_links(file: Path, me: Holder) -> bool:
     """As `create`, on a file system that has no hard links; for a moment the file is there and says nothing
     yet.
 
-    Raises OSError where that is not why there is none.
+    Raises OSError where it fails for another reason.
     """
     try:
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)

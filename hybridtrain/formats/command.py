@@ -72,7 +72,7 @@ def import_model(
             settings_file=settings_file,
         )
     if tokenizer is not None or settings_file is not None:
-        raise UserError(f"--tokenizer and --settings are for Megatron's checkpoints; {folder} is none")
+        raise UserError(f"--tokenizer and --settings are for Megatron's checkpoints; {folder} is not one")
     need_transformers()
     from hybridtrain.formats.hf_import import import_hf
 

@@ -53,7 +53,7 @@ class Layer(nn.Module):
         return out
 
     def compute(self, stream: Stream, context: SequenceContext, rows_BTSC: Tensor | None) -> Stream:
-        """What this layer makes of the stream: the carry, and of the sources those that are new.
+        """What this layer makes of the stream: the carry and the new sources.
 
         `rows_BTSC` are its looked-up rows, None for a layer without Engram.
         """
@@ -140,8 +140,8 @@ class HybridLM(nn.Module):
         all logits.
 
         `inputs` are tokens [B, T]. A part that is not the first takes the tensors that `carried` names before
-        its first layer; one that is not the last returns, of those behind its last layer, the carry and the
-        sources that it did not take itself. `documents_BT` numbers the documents inside each sequence
+        its first layer; one that is not the last returns the tensors behind its last layer: the carry, and
+        the sources that it did not take itself. `documents_BT` numbers the documents inside each sequence
         (rising; None: one per sequence); attention and Engram convolutions stay inside a document.
         `row_index_BTLS` points into the rows of this micro-batch. Raises ValueError where Engram layers have
         no index.

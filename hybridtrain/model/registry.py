@@ -190,7 +190,7 @@ def allowing(names: Collection[str]) -> Iterator[None]:
 
 
 def not_allowed(names: Collection[str]) -> list[str]:
-    """Those that settings which nobody vouches for may not import."""
+    """The components that settings of unknown origin may not import."""
     return [name for name in names if _place(name) not in _ALLOWED.get()]
 
 

@@ -186,13 +186,13 @@ class Report:
         self._times.skip()
 
     def rolled_back(self, to: int) -> None:
-        """The steps after step `to` are made again: drop what was written of them."""
+        """The steps after step `to` are made again: drop their lines."""
         self.log.rewind(to)
         self._logged_at, self._times = to, StepTimes(self.run.mesh)
         self.clock.take()
 
     def validation(self, done: int, values: dict[str, float], again: bool = False) -> None:
-        """What a whole validation came to; `again`: one that a run before this may have made as well."""
+        """Write the result of a whole validation; `again`: an earlier run may have made it as well."""
         if values:
             if again:
                 self.log.rewind(done, validated=False)
@@ -304,7 +304,7 @@ class Report:
 
 
 def layer_statistics(totals: dict[str, list[float]]) -> dict[str, Any]:
-    """The step's sums as what people read: expert load (shares) and its spread, router entropy, gate mean,
+    """The step's sums as readable figures: expert load (shares) and its spread, router entropy, gate mean,
     per layer.
     """
     out: dict[str, Any] = {}
@@ -327,7 +327,7 @@ def layer_statistics(totals: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def dropped_share(totals: dict[str, list[float]]) -> float | None:
-    """Of the step's token-expert pairs over all layers, those that full experts dropped; None without a
+    """The share of the step's token-expert pairs, over all layers, that full experts dropped; None without a
     capacity.
     """
     dropped = [value[0] for name, value in totals.items() if name.endswith(".dropped_pairs")]

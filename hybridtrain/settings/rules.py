@@ -136,8 +136,8 @@ def section_problems(section: Section, prefix: str = "") -> list[str]:
 
 
 def _given_twice(data: DataSettings) -> list[str]:
-    """Settings of which one leaves the other nothing to say. Written-out settings have all defaults, which
-    say nothing.
+    """Settings of which one makes the other meaningless. Written-out settings have all defaults, which say
+    nothing.
     """
     out, default = [], DataSettings()
     if data.tokenizer and data.vocab_size != default.vocab_size:

@@ -405,8 +405,8 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
             {"world": 2, "tp": 2, "etp": 2},
             {"expert_hidden": 44},
             [
-                "parallel.etp=2 cuts model.moe.hidden=44 into no multiples of 4, as grouped products need; "
-                "set model.moe.hidden=48 or etp=1"
+                "parallel.etp=2 cuts model.moe.hidden=44 into parts that are not multiples of 4, as "
+                "grouped products need; set model.moe.hidden=48 or etp=1"
             ],
         ),
         (

@@ -1,5 +1,5 @@
-"""New runs that start from old weights: what is there is taken, an engram may be new, all else that differs is
-refused.
+"""New runs that start from old weights: the tensors there are taken, an engram may be new, every other
+difference is refused.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(
 
 
 def test_other_primes_of_the_same_size_are_refused(resumable: Callable[..., str]) -> None:
-    assert "engram: the checkpoint's multipliers, primes or compression map are others" in resumable(
+    assert "engram: the checkpoint's multipliers, primes or compression map differ" in resumable(
         "engram.hash_seed=7"
     )
 
