@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
+
+Implementation = Literal["torch", "triton", "fp8", "liger", "apex"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Op:
 
     name: str
     torch: str
-    implementations: tuple[str, ...] = ("torch", "triton")
-    on_gpu: str = "triton"
+    implementations: tuple[Implementation, ...] = ("torch", "triton")
+    on_gpu: Implementation = "triton"
     torch_on_gpu: str = ""
     sources: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
@@ -39,10 +42,10 @@ class Op:
 class Backends:
     """What carries each operation, by its name, on devices of one type; torch carries those not named."""
 
-    chosen: Mapping[str, str] = field(default_factory=dict)
+    chosen: Mapping[str, Implementation] = field(default_factory=dict)
     device_type: str = "cpu"
 
-    def of(self, op: Op, x: Tensor) -> str:
+    def of(self, op: Op, x: Tensor) -> Implementation:
         """What carries a call with `x`: torch for a DTensor and on other devices (a GPU's host)."""
         if hasattr(x, "to_local") or x.device.type != self.device_type:
             return "torch"

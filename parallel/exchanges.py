@@ -20,22 +20,21 @@ from hybridtrain.parallel.compile import CompiledLayer, prepare_compiler
 from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.experts import AllToAllDispatch, SharedWidthDispatch
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.recompute import recomputed
+from hybridtrain.parallel.recompute import Recompute, recomputed
 from hybridtrain.parallel.tensor import VocabularyLogits, VocabularyLoss, WholeSequences
 
 
 def wire(
     mesh: Mesh,
     seq_len: int,
-    recompute: str = "none",
+    recompute: Recompute = "none",
     *,
     compiled: bool = False,
     backends: Backends = TORCH,
 ) -> Wiring:
     """The wiring that a model of sequences of `seq_len` tokens is built with on this rank.
 
-    Its layers are compiled where `compiled` says so, and run again in the backward pass as `recompute` says:
-    "none", "selective" or "full".
+    Its layers are compiled where `compiled` says so, and run again in the backward pass as `recompute` says.
     """
     whole, positions_T = replace(local_exchanges(backends), dispatch=partial(_dispatch, mesh, backends)), None
     if mesh.cp.size > 1:

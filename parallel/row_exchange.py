@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hybridtrain.kernels.choose import TORCH, Backends
-from hybridtrain.kernels.rows.op import pack, segment_sum, unpack
+from hybridtrain.kernels.rows.op import Wire, pack, segment_sum, unpack
 from hybridtrain.parallel.checksums import ExchangeError, checksums, verify
 from hybridtrain.parallel.collectives import (
     Group,
@@ -167,9 +167,6 @@ class RowPlanner:
                 f"row ids {where} reach from {least} to {most}, outside {low} to {high - 1} "
                 f"(group {self.mem.name}, rank {self.mem.ranks[self.mem.rank]})"
             )
-
-
-Wire = Literal["exact", "bfloat16", "float8"]
 
 
 class CommDtypes(NamedTuple):

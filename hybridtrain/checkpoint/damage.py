@@ -11,10 +11,15 @@ from hybridtrain.checkpoint.info import INFO
 from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.errors import CheckpointError
 from hybridtrain.files.durable import FileRecord, file_record
+from hybridtrain.settings.tree import VerifyLevel
 
 
 def damage(
-    where: Path | Saved, level: str, share: int = 0, shares: int = 1, alive: Callable[[], None] = lambda: None
+    where: Path | Saved,
+    level: VerifyLevel,
+    share: int = 0,
+    shares: int = 1,
+    alive: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Why the checkpoint `where` cannot be used: one line for each file of it, and of its base, that has
     changed.
@@ -47,7 +52,7 @@ def damage(
     return problems
 
 
-def _problem(file: Path, record: dict[str, Any], level: str, alive: Callable[[], None]) -> str:
+def _problem(file: Path, record: dict[str, Any], level: VerifyLevel, alive: Callable[[], None]) -> str:
     size, xxh3 = record["size"], record["xxh3"]
     try:
         found = file_record(file, alive) if level == "full" else FileRecord(file.stat().st_size, xxh3)

@@ -18,6 +18,7 @@ from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.checkpoint.stored import TABLE, StoredTensors
 from hybridtrain.errors import DamagedCheckpoint
 from hybridtrain.parallel.collectives import Group
+from hybridtrain.settings.tree import VerifyLevel
 from hybridtrain.table.lookup_table import LookupTable
 from hybridtrain.table.saved_rows import KIND, SavedRows
 
@@ -75,7 +76,7 @@ def _load_scalars(table: LookupTable, scalars: dict[str, Any] | None, path: Path
         ) from None
 
 
-def verify(where: Path | Saved, level: str, world: Group = ALONE) -> None:
+def verify(where: Path | Saved, level: VerifyLevel, world: Group = ALONE) -> None:
     """Raise DamagedCheckpoint listing every file of the checkpoint, or of its base, that has changed.
 
     Collective: each rank looks at its share of the files. `level` is that of `damage`.

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hybridtrain.data.sources import SourceKind
 from hybridtrain.errors import DataError
 from hybridtrain.files.untrusted import UntrustedFileError, read_json
 
@@ -82,7 +83,7 @@ class SourceInfo(_Record):
 
     name: str
     use: Literal["corpus", "validation"]
-    kind: Literal["text", "jsonl"]
+    kind: SourceKind
     size: Count
     xxh3: Digest
 

@@ -13,12 +13,13 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from hybridtrain.data.unpack import COMPRESSIONS
 from hybridtrain.errors import DataError
 
-KINDS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+SourceKind = Literal["text", "jsonl"]
+KINDS: dict[str, SourceKind] = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 SHIPPED_PREFIX = "shipped:"
 _CORPUS_SUFFIX = ".jsonl.xz"
 _CORPUS = Path(__file__).parent / "corpus"
@@ -35,7 +36,7 @@ class SourceFile:
 
     name: str
     path: Path
-    kind: str
+    kind: SourceKind
     compression: str
 
 
@@ -203,7 +204,7 @@ def _walk(folder: Path, left: list[LeftOut]) -> Iterator[Path]:
         yield from (Path(place, name) for name in files)
 
 
-def _suffixes(path: Path) -> tuple[str, str] | None:
+def _suffixes(path: Path) -> tuple[SourceKind, str] | None:
     """(kind, compression) by the file's name, or None."""
     suffix = path.suffix.lower()
     compression = suffix if suffix in COMPRESSIONS else ""

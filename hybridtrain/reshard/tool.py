@@ -43,6 +43,7 @@ from hybridtrain.reshard.tokens import NewTokenizer, take_tokenizer
 from hybridtrain.run.init_from import ORIGIN, VOCABULARY, check_tensors, copy_companions, model_tensors
 from hybridtrain.run.run_folder import ADDRESSING, CHECKPOINTS, SETTINGS, find_checkpoint
 from hybridtrain.settings.load import dump_settings, parse_settings
+from hybridtrain.settings.tree import VerifyLevel
 
 ALONE = Group("world", (0,), 0)
 NO_GROWTH = Growth()
@@ -154,7 +155,7 @@ def _source(saved: checkpoint.Saved, target: Target, growth: Growth) -> Source:
     )
 
 
-def _verify_beside(saved: checkpoint.Saved, level: str) -> Future[None]:
+def _verify_beside(saved: checkpoint.Saved, level: VerifyLevel) -> Future[None]:
     """Compare the files of a checkpoint with their checksums, in a thread that does not keep the process from
     ending.
     """

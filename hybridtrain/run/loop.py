@@ -18,7 +18,7 @@ from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import TrainingError
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.monitor.clock import Clock
-from hybridtrain.monitor.loss_spikes import SpikeAction, all_finite
+from hybridtrain.monitor.loss_spikes import all_finite
 from hybridtrain.monitor.metrics import MetricsLog
 from hybridtrain.monitor.signals import StopSignal
 from hybridtrain.monitor.watchdog import Watchdog
@@ -37,7 +37,7 @@ from hybridtrain.run.run_folder import RunFolder, RunLocks
 from hybridtrain.run.step import Hooks, StepInput, Totals, train_step
 from hybridtrain.run.validation import evaluate
 from hybridtrain.run.writable import check_folders, unusable_folders
-from hybridtrain.settings.tree import Settings
+from hybridtrain.settings.tree import Settings, SpikeAction
 
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE),

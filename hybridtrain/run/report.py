@@ -29,6 +29,7 @@ from hybridtrain.run.resume import Reading
 from hybridtrain.run.run_folder import SUMMARY
 from hybridtrain.run.step import Totals
 from hybridtrain.settings.rules import notices
+from hybridtrain.settings.tree import SpikeAction
 
 FETCH = {
     "step": "rows come before their step",
@@ -179,7 +180,7 @@ class Report:
             yield
         self._times.skip()
 
-    def refused(self, done: int, what: str, action: str, loss: float) -> None:
+    def refused(self, done: int, what: str, action: SpikeAction, loss: float) -> None:
         """A step whose update was not made, and what the run does about it."""
         self.log.write(done, {"refused": action, "refused_loss": loss if math.isfinite(loss) else None})
         self.log.say(f"step {done:6d}  {what}; {action}")

@@ -18,6 +18,9 @@ from hybridtrain.model.registry import Components
 from hybridtrain.section import Axis, Fraction, Natural, NonNegative, Positive, Section
 from hybridtrain.settings.engram import EngramSettings
 
+SpikeAction = Literal["stop", "skip", "rollback"]
+VerifyLevel = Literal["full", "sizes"]
+
 
 class RunSettings(Section):
     dir: str = Field(
@@ -137,7 +140,7 @@ class TrainSettings(Section):
         False,
         description="torch.compile of every layer, between its exchanges and experts; needs a C++ compiler",
     )
-    on_spike: Literal["stop", "skip", "rollback"] = Field(
+    on_spike: SpikeAction = Field(
         "stop",
         description="where a loss is not finite or a spike: end the run, leave the step's update out, or go "
         "back to the last "
@@ -231,7 +234,7 @@ class CheckpointSettings(Section):
         description="one in so many has the whole table, the others the rows that changed since; 1: every "
         "one",
     )
-    verify: Literal["full", "sizes"] = Field(
+    verify: VerifyLevel = Field(
         "full", description="what is compared before a load: checksums of all files, or sizes"
     )
 
