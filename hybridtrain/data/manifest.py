@@ -64,7 +64,7 @@ class SplitInfo(_Record):
 
     @property
     def digest(self) -> str:
-        """xxh3 (128 bits) of what its shards hold; "" of an empty split."""
+        """xxh3 (128 bits) of the contents of its shards; "" for an empty split."""
         said = [f"{s.tokens} {s.tokens_xxh3} {s.starts_xxh3}" for s in self.shards]
         return xxhash.xxh3_128("\n".join(said).encode()).hexdigest() if self.tokens else ""
 
@@ -89,7 +89,7 @@ class SourceInfo(_Record):
 
 
 class PrepareSettings(_Record):
-    """What decides the output beside the sources.
+    """The settings that decide the output, beside the sources.
 
     `tokenizer` is the digest of a given tokenizer.json and then `vocab_size` 0, or "" for a trained one;
     `separator` "" takes the first usual one; `validation_fraction` is 0 where validation sources are given.

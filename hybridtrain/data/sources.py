@@ -122,7 +122,7 @@ class _Group:
             self.problems.append(f"{error.filename or source}: cannot be read: {error.strerror}")
 
     def _take(self, name: str, path: Path) -> str:
-        """Take a file up, or say why not."""
+        """Add a file, or note why it is left out."""
         try:
             found = path.stat()
         except OSError as error:
@@ -157,8 +157,8 @@ class _Group:
 
 
 def summary(left_out: Sequence[LeftOut], before: str = "") -> str:
-    """What is left out in a line: "3 files: 2 unknown suffix (.md, .pdf), 1 empty (a.txt)"; "" where nothing
-    is.
+    """The files that are left out, in one line: "3 files: 2 unknown suffix (.md, .pdf), 1 empty (a.txt)"; ""
+    where nothing is.
     """
     if not left_out:
         return ""

@@ -49,7 +49,7 @@ class SpikeGuard:
         return all_finite(loss, grad_norm) and (score is None or score <= self._train.spike_score)
 
     def took(self, step: int, loss: float) -> None:
-        """The update of step `step` (from 1) was made."""
+        """Note that the update of step `step` (from 1) was made."""
         self._losses.append(loss)
         if step > self._refused_at:
             self.refusals = 0

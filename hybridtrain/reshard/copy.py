@@ -115,8 +115,8 @@ class Copy:
     def run(self, journal: Journal, threads: int, verified: Future[None]) -> None:
         """Copy what the journal does not have yet; it is told nothing before the source is `verified`.
 
-        Raises what that raises, DamagedCheckpoint where the copy reads back otherwise than the source, and
-        OSError.
+        Raises what `verified` raises, DamagedCheckpoint where the copy differs from the source when it is
+        read back, and OSError.
         """
         with ThreadPoolExecutor(threads, "copy") as pool:
             upcoming = [
@@ -211,7 +211,7 @@ class Copy:
 
 
 class _Part:
-    """What a span has of a box, as it is appended to the file of the box's rank."""
+    """The part of a span that lies in a box, as it is appended to the file of the box's rank."""
 
     def __init__(self, file: str, stream: Any, span: Span, box: Box, dtype: torch.dtype) -> None:
         self.name, self.file, self.stream, self.start = span.name, file, stream, stream.tell()
@@ -220,7 +220,7 @@ class _Part:
         stream.write(head)
 
     def append(self, rows: Tensor, low: int) -> None:
-        """What there is of this part in `rows`, those from `low` on; they come in order."""
+        """Append the elements of this part that are in `rows`, those from `low` on; they come in order."""
         if self.sizes:
             top, *inner = (slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
             rows = rows[(slice(max(top.start - low, 0), max(top.stop - low, 0)), *inner)]
@@ -228,7 +228,7 @@ class _Part:
             self.stream.write(byte_view(rows.contiguous()))
 
     def end(self) -> WrittenChunk:
-        """It is complete, and can be read."""
+        """Note that the part is complete and can be read."""
         self.stream.write(self.tail)
         self.stream.flush()
         return WrittenChunk(

@@ -119,7 +119,7 @@ def reshard(
 def _job(
     info: dict[str, Any], target: Target, growth: Growth, tokenizer: NewTokenizer | None
 ) -> dict[str, Any]:
-    """What the journal says is made: a reshard that was ended goes on only where it is the same."""
+    """The job as the journal has it: a reshard that was ended goes on only where its job is the same."""
     return {
         "source": info["xxh3"],
         "settings": target.settings.model_dump(mode="json"),
@@ -173,7 +173,7 @@ def _verify_beside(saved: checkpoint.Saved, level: VerifyLevel) -> Future[None]:
 
 
 def _begin(staging: Path, journal: Journal) -> None:
-    """Make the folder ready to go on: what finished segments left stays, what else is there goes."""
+    """Make the folder ready to go on: files of finished segments stay, all others are removed."""
     make_folder(staging)
     done = {name: record for segment in journal.done for name, record in segment.files.items()}
     for name, record in done.items():
@@ -196,7 +196,7 @@ def _digests(source: Source, journal: Journal) -> dict[str, str]:
 
 
 def _compare(saved: Path, info: dict[str, Any], digests: dict[str, str], source: Source) -> None:
-    """Where a checkpoint knows the digests of its tensors, those that did not grow have them still."""
+    """Raise DamagedCheckpoint where a tensor that did not grow has another digest than in its checkpoint."""
     theirs = info.get("tensors", {})
     if others := [name for name in theirs if name not in source.changed and theirs[name] != digests[name]]:
         raise DamagedCheckpoint(
@@ -232,8 +232,8 @@ def _write_index(staging: Path, source: Source, journal: Journal) -> Records:
 
 
 def _describe(info: dict[str, Any], target: Target, tokenizer: NewTokenizer | None) -> dict[str, Any]:
-    """What the new checkpoint says of itself: what the old one did, but for where its parts lie, and its
-    tokenizer.
+    """The description of the new checkpoint: that of the old one, without the place of its parts, and with
+    its own tokenizer.
     """
     gone = ("xxh3", "files", "base", "tensors")
     tokens: dict[str, Any] = {}
@@ -261,7 +261,7 @@ def _describe(info: dict[str, Any], target: Target, tokenizer: NewTokenizer | No
 
 
 def _write_companions(run: Path, out: Path, target: Target, tokenizer: NewTokenizer | None) -> None:
-    """What belongs to a run beside its checkpoints, its curve included."""
+    """Write the files that belong to a run beside its checkpoints, its curve included."""
     copy_companions(run, out, TOKENIZER, COMPRESSION, ADDRESSING, METRICS, ORIGIN)
     if tokenizer is not None:
         for name in VOCABULARY:  # of the old tokenizer

@@ -108,8 +108,8 @@ class OpenedRun:
     clock: Clock
 
     def restore(self, check: Callable[[Path, Info], None] = lambda *_: None) -> Info:
-        """Load the latest good checkpoint; what it says of itself. Ranks may stand still here, so it is timed
-        as a phase, but as none of a step.
+        """Load the latest good checkpoint and return its description. Ranks may stand still here, so it is
+        timed as a phase of its own, outside of steps.
         """
         with self.clock.phase("restore"):
             info = self.folder.restore(self.run, self.addressing, check)
@@ -117,7 +117,9 @@ class OpenedRun:
         return info
 
     def train(self, before: Info | None) -> dict[str, Any]:
-        """From the checkpoint that says `before` of itself, or the start, to the end; the summary."""
+        """Train from the checkpoint with the description `before`, or from the start, to the end; returns the
+        summary.
+        """
         run, settings, mesh = self.run, self.run.settings, self.run.mesh
         start = before["step"] if before else 0
         self._say_what_changed(before)
@@ -184,7 +186,7 @@ class Loop:
     """Makes the steps of a run and what comes between them; every rank makes the same calls in one order.
 
     prefetcher: loads and plans steps ahead in a thread
-    restore: loads the latest good checkpoint and returns what it says of itself
+    restore: loads the latest good checkpoint and returns its description
     """
 
     def __init__(
