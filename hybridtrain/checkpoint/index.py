@@ -92,7 +92,7 @@ class Index(NamedTuple):
         for file, spans in by_file.items():
             spans.sort()
             if files is not None and file not in files:
-                out.append(f"{file}: is none of the checkpoint's files")
+                out.append(f"{file}: is not one of the checkpoint's files")
             elif files is not None and max(end for _, end in spans) > files[file]:
                 out.append(f"{file}: a chunk ends at byte {max(end for _, end in spans)} of {files[file]}")
             if any(end > start for (_, end), (start, _) in pairwise(spans)):

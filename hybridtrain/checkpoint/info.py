@@ -84,7 +84,7 @@ class _Description(BaseModel):
     @model_validator(mode="after")
     def _separator_is_a_token(self) -> _Description:
         if self.separator_id >= self.vocab_size:
-            raise ValueError(f"separator_id {self.separator_id} is none of {self.vocab_size} tokens")
+            raise ValueError(f"separator_id {self.separator_id} is not one of the {self.vocab_size} tokens")
         return self
 
 

@@ -141,6 +141,6 @@ def reshard(
         copying=CopyOptions(parse_size("--max-memory", max_memory), show=sys.stderr.isatty()),
     )
     print(
-        f"{out}: {done.tensors} tensors, {done.bytes:,} bytes for {done.layout}; every tensor's xxh3 is what "
-        "it was"
+        f"{out}: {done.tensors} tensors, {done.bytes:,} bytes for {done.layout}; every tensor's xxh3 is "
+        "unchanged"
     )

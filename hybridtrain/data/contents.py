@@ -59,11 +59,11 @@ def compare(data: DataSettings, manifest: Manifest) -> None:
             for problem in [*problems, "choose another data.path, or set them to what it was made with"]
         ]
         raise DataError(
-            "\n".join([f"data.path={data.path} was made otherwise than the settings say", *listed])
+            "\n".join([f"data.path={data.path} was made with other settings than those of the run", *listed])
         )
     if others := [*_other_settings(data, manifest.settings), *_other_sources(data, manifest)]:
         say(
-            f"data.path={data.path} is used as it is; it was made otherwise than the settings say: "
+            f"data.path={data.path} is used as it is; it was made with other settings than those of the run: "
             f"{'; '.join(others)}"
         )
 

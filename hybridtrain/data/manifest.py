@@ -123,7 +123,7 @@ class Manifest(_Record):
     @model_validator(mode="after")
     def _agrees(self) -> Manifest:
         if self.separator_id >= self.vocab_size:
-            raise ValueError(f"separator_id={self.separator_id} is none of the {self.vocab_size} tokens")
+            raise ValueError(f"separator_id={self.separator_id} is not one of the {self.vocab_size} tokens")
         if self.dtype == "uint16" and self.vocab_size > 1 << 16:
             raise ValueError(f"dtype=uint16 holds no {self.vocab_size} tokens")
         for split in SPLITS:

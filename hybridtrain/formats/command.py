@@ -28,7 +28,7 @@ class ExportOptions:
 
 
 def export_model(run: Path, out: Path, options: ExportOptions) -> str:
-    """Write a checkpoint in the format `options.to`; returns what of it was written."""
+    """Write a checkpoint in the format `options.to`; returns a description of what was written."""
     to, dtype = options.to, options.dtype
     max_bytes = parse_size("--max-shard-size", options.max_shard_size)
     if to not in ("hf", "megatron"):

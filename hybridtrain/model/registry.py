@@ -106,7 +106,7 @@ def _load(names: tuple[str, ...]) -> Components:
             elif component.name in _TAKEN or not re.fullmatch("[a-z][a-z0-9_]*", component.name):
                 problems.append(
                     f'model.components: "{name}" has a component "{component.name}"; a name is of small '
-                    f"letters, digits and _, begins with a letter and is none of {', '.join(_TAKEN)}"
+                    f"letters, digits and _, begins with a letter and is not one of {', '.join(_TAKEN)}"
                 )
             else:
                 problems += _section_problems(name, component)

@@ -184,7 +184,7 @@ class Copy:
             files = ", ".join(dict.fromkeys(chunk.file for chunk in chunks))
             raise DamagedCheckpoint(
                 f"{self.folder}: {span.name}, rows {span.low} to {span.high - 1}, was read back from {files} "
-                "otherwise than it was written; the disk or the memory of this machine is not sound"
+                "with other values than were written; the disk or the memory of this machine is faulty"
             )
 
     def _read_back(

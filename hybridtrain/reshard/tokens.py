@@ -107,7 +107,7 @@ def _changed_classes(
     filled.
     """
     return [
-        f"token {number}, {ours.id_to_token(number)!r}, is spelt otherwise than the run's: the table would "
+        f"token {number}, {ours.id_to_token(number)!r}, is spelt differently from the run's: the table would "
         "find other rows"
         for number in np.flatnonzero(after[: len(before)] != before).tolist()
     ]

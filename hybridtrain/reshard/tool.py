@@ -180,7 +180,8 @@ def _begin(staging: Path, journal: Journal) -> None:
         file = staging / name
         if not file.is_file() or file.stat().st_size != record["size"]:
             raise DamagedCheckpoint(
-                f"{file}: is not what {journal.path} says; remove {journal.path.parent} and start anew"
+                f"{file}: is missing or has another size than in {journal.path}; remove "
+                f"{journal.path.parent} and start anew"
             )
     for file in staging.iterdir():
         if file.name not in done:

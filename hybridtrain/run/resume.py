@@ -129,7 +129,7 @@ class Continuation:
         lines += [f"  allowed: {why}" for why in differences.values()]
         if differences.keys() & {SEED, DATA}:
             lines.append(
-                "  what was left of the epoch is left out; the new order begins with epoch "
+                "  the rest of the epoch is left out; the new order begins with epoch "
                 f"{self.position(info).epoch}"
             )
         if Consumed.of(info).train is None:

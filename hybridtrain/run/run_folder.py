@@ -295,7 +295,7 @@ def _checkpoints_of(run: Path) -> Path:
         raise CheckpointError(f"{run / SETTINGS}: checkpoint.dir={where!r:.100} is no folder")
     if "://" in where and not where.startswith("file://"):
         raise CheckpointError(
-            f"{run / SETTINGS} says that the checkpoints lie at {where}, which is not opened on a file's "
-            f"word; if you trust it, give {where} itself in the place of {run}"
+            f"{run / SETTINGS} says that the checkpoints lie at {where}, which is not opened "
+            f"because a file names it; if you trust it, give {where} itself in the place of {run}"
         )
     return checkpoint.open_storage(where) if where else run / CHECKPOINTS

@@ -176,7 +176,7 @@ def notices(s: Settings) -> list[str]:
     if saves.every and saves.keep_every % saves.every:
         out.append(
             f"checkpoint.keep_every={saves.keep_every} is not a multiple of checkpoint.every={saves.every}: "
-            f"what stays for good is the checkpoint of every {math.lcm(saves.keep_every, saves.every)}th step"
+            f"kept for good is the checkpoint of every {math.lcm(saves.keep_every, saves.every)}th step"
         )
     if s.train.spike_score and s.train.spike_window >= steps:
         out.append(

@@ -16,7 +16,7 @@ from torch import Tensor
 from hybridtrain.kernels.choose import TORCH, Backends, Op
 from hybridtrain.kernels.rows import eight_bits
 
-Wire = Literal["exact", "bfloat16", "float8"]  # what rows are in while they travel
+Wire = Literal["exact", "bfloat16", "float8"]  # the format of rows while they travel
 ROW_GATHER = Op("row_gather", "torch index_select", sources=("rows.row_gather_kernel",))
 SEGMENT_SUM = Op(
     "segment_sum",

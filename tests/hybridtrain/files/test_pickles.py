@@ -218,7 +218,7 @@ def check(content: bytes) -> None:
         (index(size=(True, 2)), "a size or offset is not a whole number"),
         (index(offset=0), "two chunks lie in the same bytes"),
         (index(offset=950), "a chunk ends at byte 1050 of 1000"),
-        (index(relative_path="../f"), r"\.\./f: is none of the checkpoint's files"),
+        (index(relative_path="../f"), r"\.\./f: is not one of the checkpoint's files"),
         (index(relative_path=3), "a int is no string"),
         (index(transform_descriptors=["zstd"]), "files that were transformed are not read"),
     ],

@@ -153,7 +153,7 @@ def test_deepseek_v3_is_refused_for_its_attention(tmp_path: Path) -> None:
         tmp_path / "theirs"
     )
     problems = refusal(tmp_path / "theirs", tmp_path / "ours")
-    assert problems[0].startswith("architecture DeepseekV3ForCausalLM is none of LlamaForCausalLM, ")
+    assert problems[0].startswith("architecture DeepseekV3ForCausalLM is not one of LlamaForCausalLM, ")
     assert problems[1:] == [
         "kv_lora_rank=512: multi-head latent attention (MLA): keys and values here have full width",
         "q_lora_rank=1536: low-rank queries (MLA)",

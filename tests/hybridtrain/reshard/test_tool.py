@@ -199,7 +199,7 @@ def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path:
         "64M",
     )
     assert done.status == 0, done
-    assert "for pp 2 · tp 2 · edp 2 · mem 2 · mem_replicate 2; every tensor's xxh3 is what it was" in done.out
+    assert "for pp 2 · tp 2 · edp 2 · mem 2 · mem_replicate 2; every tensor's xxh3 is unchanged" in done.out
 
 
 def test_a_checkpoint_elsewhere_knows_its_run(run: Path, tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_widths_that_grouped_products_cannot_have_are_refused_where_there_are_ex
             [
                 "optim.decay_fraction=0.95 of train.steps=500 begins within the warm-up: the decay has the "
                 "450 steps that optim.warmup_steps=50 leaves",
-                "checkpoint.keep_every=150 is not a multiple of checkpoint.every=100: what stays for good "
+                "checkpoint.keep_every=150 is not a multiple of checkpoint.every=100: kept for good "
                 "is the checkpoint of every 300th step",
             ],
         ),
