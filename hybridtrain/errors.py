@@ -32,7 +32,7 @@ class CheckpointError(UserError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint's files are not what they were when it was finished; an older one may still be good."""
+    """A checkpoint's files have changed since it was finished; an older checkpoint may still be good."""
 
 
 class FormatError(ListedProblems):

@@ -1,4 +1,4 @@
-"""What every section of the settings is, and the kinds of number that its keys have."""
+"""The base class of every section of the settings, and the kinds of numbers that their keys have."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ class Section(BaseModel):
         return value
 
     def problems(self) -> list[str]:
-        """In which its values do not fit each other: a line each, which begins with the key and says what
-        would be legal. The section's own name is put before it."""
+        """The ways in which its values do not fit each other: a line each, which begins with the key and says
+        which values would be legal. The section's own name is put before it.
+        """
         return []
 
 

@@ -1,4 +1,4 @@
-"""What an operation may be carried by, and what carries it in a run.
+"""The implementations that an operation may have, and the one that it has in a run.
 
 An op.py declares its operation as an `Op`; ops.py lists them and resolves the settings to `Backends`, which
 is the last argument of every op. Nothing is kept in the process.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
+
+Implementation = Literal["torch", "triton", "fp8", "liger", "apex"]
 
 
 @dataclass(frozen=True)
 class Op:
-    """What there is to know of an operation, declared once.
+    """The declaration of an operation.
 
     name: its key in [kernels] and its line in the header of a run
     torch: torch's formulation in words, for the header; torch_on_gpu: on a GPU, where that is another
@@ -27,8 +30,8 @@ class Op:
 
     name: str
     torch: str
-    implementations: tuple[str, ...] = ("torch", "triton")
-    on_gpu: str = "triton"
+    implementations: tuple[Implementation, ...] = ("torch", "triton")
+    on_gpu: Implementation = "triton"
     torch_on_gpu: str = ""
     sources: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
@@ -37,13 +40,13 @@ class Op:
 
 @dataclass(frozen=True)
 class Backends:
-    """What carries each operation, by its name, on devices of one type; torch carries those not named."""
+    """The implementation of each operation, by name, on devices of one type; torch's for those not named."""
 
-    chosen: Mapping[str, str] = field(default_factory=dict)
+    chosen: Mapping[str, Implementation] = field(default_factory=dict)
     device_type: str = "cpu"
 
-    def of(self, op: Op, x: Tensor) -> str:
-        """What carries a call with `x`: torch for a DTensor and on other devices (a GPU's host)."""
+    def of(self, op: Op, x: Tensor) -> Implementation:
+        """The implementation for a call with `x`: torch's for a DTensor or another device (a GPU's host)."""
         if hasattr(x, "to_local") or x.device.type != self.device_type:
             return "torch"
         return self.chosen.get(op.name, "torch")

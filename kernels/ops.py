@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hybridtrain.kernels.choose import Backends, Op
+from hybridtrain.kernels.choose import Backends, Implementation, Op
 from hybridtrain.kernels.cross_entropy.op import CROSS_ENTROPY
 from hybridtrain.kernels.depth_attention.op import DEPTH_ATTENTION
 from hybridtrain.kernels.document_attention.op import DOCUMENT_ATTENTION
@@ -64,24 +64,27 @@ def resolve(wanted: Mapping[str, str], device_type: str) -> Backends:
 
     Raises KernelChoiceError listing everything that is missing.
     """
-    problems, chosen = [], {}
+    problems: list[str] = []
+    chosen: dict[str, Implementation] = {}
     for op in (op for op in _LISTED if len(op.implementations) > 1):
         choice = wanted.get(op.name, "auto")
+        named = next((known for known in op.implementations if known == choice), None)
         if choice == "auto":
             there = device_type == "cuda" and _missing(op.on_gpu, device_type) is None
-            choice = op.on_gpu if there else "torch"
-        elif choice not in op.implementations:
+            chosen[op.name] = op.on_gpu if there else "torch"
+        elif named is None:
             known = ", ".join(op.implementations)
             problems.append(f"kernels.{op.name}={choice} does not exist; it may be auto, {known}")
-        elif (missing := _missing(choice, device_type)) is not None:
+        elif (missing := _missing(named, device_type)) is not None:
             problems.append(f"kernels.{op.name}={choice} needs {missing}; it may be auto or torch here")
-        chosen[op.name] = choice
+        else:
+            chosen[op.name] = named
     if problems:
         raise KernelChoiceError(problems)
     return Backends(chosen, device_type)
 
 
-def _missing(implementation: str, device_type: str) -> str | None:
+def _missing(implementation: Implementation, device_type: str) -> str | None:
     """What the implementation lacks here, in words; None where it is here."""
     if implementation == "torch":
         return None

@@ -1,5 +1,5 @@
 """Puts a meta-device model on its ranks: the order in which parallelism is applied, once, with the reason on
-each line. What reaches over ranks while the model computes was handed to it before (exchanges.py).
+each line. The exchanges that the model calls while it computes are handed to it before (exchanges.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Sharding:
     """How parameters lie on the ranks of a mesh, beside the cuts that components declare.
 
     Layers compute in `dtype`; parameters and their gradients are float32. Without `fsdp` every rank keeps
-    whole parameters, of the experts its own; another engine then reduces gradients.
+    whole parameters, and its own experts; another engine then reduces gradients.
     """
 
     reshard_after_forward: bool = False

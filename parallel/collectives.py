@@ -68,7 +68,7 @@ def launch_all_to_all(
 def post_all_to_all(
     x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group
 ) -> tuple[Tensor, Tensor, dist.Work]:
-    """What will be received, what is sent and must live as long, and the work to wait for."""
+    """Returns what will be received, what is sent (it must live as long) and the work to wait for."""
     x = x.contiguous()
     out = x.new_empty((sum(receive), *x.shape[1:]))
     _count(group, "all_to_all", (sum(send) - send[group.rank]) * _row_bytes(x))
@@ -210,12 +210,12 @@ def barrier(group: Group) -> None:
 
 
 def count_all_gather(mine: Tensor, group: Group) -> None:
-    """An all-gather in which every rank has as much as `mine`."""
+    """Count an all-gather in which every rank has as much as `mine`."""
     _count(group, "all_gather", (group.size - 1) * mine.nbytes)
 
 
 def count_reduce_scatter(mine: Tensor, group: Group) -> None:
-    """A reduce-scatter that leaves every rank as much as `mine`."""
+    """Count a reduce-scatter that leaves every rank as much as `mine`."""
     _count(group, "reduce_scatter", (group.size - 1) * mine.nbytes)
 
 
@@ -224,12 +224,12 @@ def count_all_reduce(x: Tensor, group: Group) -> None:
 
 
 def count_send(x: Tensor, group: Group, target: int) -> None:
-    """`x` goes to this rank of the world."""
+    """Count a send of `x` to the rank `target` of the world."""
     _count(group, SEND, x.nbytes, (group.ranks[group.rank], target))
 
 
 def count_receive(group: Group, source: int) -> None:
-    """What this rank of the world sends is what comes next."""
+    """Note that this rank will wait for a send of the rank `source` of the world."""
     refuse_again(f"receive over {group.name}")
     group.traffic.expect(group.name, SEND, (source, group.ranks[group.rank]))
 

@@ -13,8 +13,7 @@ import torch
 
 
 class CompiledLayer:
-    """What a layer computes, compiled for training. Validation, which another graph would be needed for, runs
-    uncompiled.
+    """What a layer computes, compiled for training. Validation would need another graph and runs uncompiled.
 
     Layers of one kind share their graphs. Exchanges break them by themselves (collectives.py), and so do
     functions that the model marks `uncompiled`.
@@ -46,8 +45,6 @@ def prepare_compiler() -> None:
 
 
 def missing_compiler() -> str | None:
-    """The C++ compiler that torch.compile would call, where there is none of that name; None where all is
-    well.
-    """
+    """The name of the C++ compiler that torch.compile would call, where it is not installed; else None."""
     name = os.environ.get("CXX", "g++")
     return None if shutil.which(name) else name

@@ -66,10 +66,11 @@ class ContextParallel:
         return torch.cat(out, dim=1)
 
     def scan(self, factor_BtW: Tensor, input_BtW: Tensor, context: SequenceContext) -> Tensor:
-        """See `Scan`: every chunk is scanned from zero, and what the state before it adds comes on top.
+        """See `Scan`: every chunk is scanned from zero, and then the contribution of the state before it is
+        added.
 
-        What a chunk makes of a state before it is its last product and its last state. Those of all chunks
-        are gathered, in float32: 4 B·W numbers of each rank, however long the sequence.
+        A chunk's last product and last state determine what it makes of the state before it. Those of all
+        chunks are gathered, in float32: 4 B·W numbers of each rank, however long the sequence.
         """
         factor_BtW = self._stop_at_documents(factor_BtW, context.documents_BT)
         scans = [

@@ -1,7 +1,7 @@
 """DeepSpeed as the engine: ZeRO 0 to 3 over all ranks, with our dispatch of tokens, our table and our
 checkpoints.
 
-What of DeepSpeed this file and deepspeed_model.py rely on is public but for four names, which `REQUIRED` pins
+This file and deepspeed_model.py rely on public names of DeepSpeed and on four others, which `REQUIRED` pins
 to the versions tried: gradients stand in `averaged_gradients`, fp32 weights in the flat partitions of the
 optimizer, moments are linked by `_lazy_init_…`, and expert groups are looked up in `deepspeed.utils.groups`.
 """
@@ -33,8 +33,8 @@ _BUCKET = 500_000_000  # elements: DeepSpeed's default, an upper bound here
 
 
 def missing() -> str | None:
-    """What to install where DeepSpeed is missing or another than this file was written for; None where it is
-    there.
+    """What to install where DeepSpeed is missing or has a version that this file was not written for; else
+    None.
     """
     low, below = (".".join(map(str, version)) for version in REQUIRED)
     wanted = (
@@ -191,8 +191,8 @@ class DeepSpeedEngine:
         return self.mesh.dense_mesh, [Replicate()], [Shard(0)]
 
     def _held(self, name: str, value: Tensor) -> Tensor:
-        """The same memory; experts as DTensors that know their place. What all ranks hold is saved once as it
-        is.
+        """The same storage; experts as DTensors that know their place. A tensor that all ranks hold is saved
+        once as it is.
         """
         mesh, held, _ = self._places(name)
         return (
@@ -202,7 +202,7 @@ class DeepSpeedEngine:
         )
 
     def _cut(self, name: str, value: Tensor) -> Tensor:
-        """A part of what ranks hold together; the rest of `value` may go."""
+        """This rank's part of a tensor that ranks hold together; the rest of `value` is not needed."""
         mesh, held, saved = self._places(name)
         return (
             DTensor.from_local(value, mesh, held, run_check=False).redistribute(placements=saved)
@@ -211,7 +211,7 @@ class DeepSpeedEngine:
         )
 
     def _uncut(self, name: str, value: Tensor) -> Tensor:
-        """What `_cut` took."""
+        """The tensor that `_cut` was given."""
         return (
             value.redistribute(placements=self._places(name)[1]).to_local()
             if isinstance(value, DTensor)

@@ -1,4 +1,4 @@
-"""Our model as DeepSpeed must see it: with experts that it knows for such, without our table, and with our
+"""Our model as DeepSpeed must see it: with experts that it recognizes, without our table, and with our
 groups.
 """
 
@@ -56,7 +56,7 @@ def as_moe(deepspeed: Any, model: nn.Module) -> nn.Module:
             self.model, self.num_experts = model, 0
 
         def set_deepspeed_parallelism(self, *_: Any) -> None:
-            """The groups stand."""
+            """Nothing to do: the groups exist already."""
 
         def forward(self, *inputs: Any) -> Tensor:
             output: Tensor = self.model(*inputs)

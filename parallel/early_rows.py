@@ -1,4 +1,5 @@
-"""Rows that travel before their step, beside the computation: which may (plans), and how they do (exchange).
+"""Rows that travel before their step, beside the computation: which rows may (plans), and how they travel
+(exchange).
 
 Shape legend: see row_exchange.py.
 """
@@ -27,8 +28,8 @@ from hybridtrain.parallel.row_exchange import (
 
 
 class OverlapPlanner(RowPlanner):
-    """Its plans also say which of their rows the step of the plan before touches (`early` and `late`): owners
-    know, and tell those who ask.
+    """Its plans also say which of their rows the step before touches (`late`) and which it does not
+    (`early`): owners know, and tell the ranks that ask.
     """
 
     _touched_before: Tensor | None = None
@@ -114,7 +115,7 @@ class RowsInFlight:
         self.pending = begin_all_to_all(sent, route.receive, route.send, group)
 
     def wait(self) -> Tensor:
-        """The rows asked for, in the order in which they were; with a checksum they are verified now."""
+        """The rows asked for, in the order of the request; with a checksum they are verified now."""
         rows = self.pending.wait()
         if self._sums is not None:
             verify(self._sums, rows, self.route.send, self._group, "rows")

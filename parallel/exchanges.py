@@ -1,4 +1,4 @@
-"""What a model is handed to be built for a mesh: the exchanges of its components, made before it.
+"""The exchanges of a model's components on a mesh, made before the model is built with them.
 
 Under cp an exchange reaches over the chunks of a sequence; under tp, for what works on this rank's part of a
 sequence, it gathers the parts around that; under ep tokens travel to their experts.
@@ -20,22 +20,21 @@ from hybridtrain.parallel.compile import CompiledLayer, prepare_compiler
 from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.experts import AllToAllDispatch, SharedWidthDispatch
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.recompute import recomputed
+from hybridtrain.parallel.recompute import Recompute, recomputed
 from hybridtrain.parallel.tensor import VocabularyLogits, VocabularyLoss, WholeSequences
 
 
 def wire(
     mesh: Mesh,
     seq_len: int,
-    recompute: str = "none",
+    recompute: Recompute = "none",
     *,
     compiled: bool = False,
     backends: Backends = TORCH,
 ) -> Wiring:
-    """What a model of sequences of `seq_len` tokens is built with on this rank.
+    """The wiring that a model of sequences of `seq_len` tokens is built with on this rank.
 
-    Its layers are compiled where `compiled` says so, and run again in the backward pass as `recompute` says:
-    "none", "selective" or "full".
+    Its layers are compiled where `compiled` says so, and run again in the backward pass as `recompute` says.
     """
     whole, positions_T = replace(local_exchanges(backends), dispatch=partial(_dispatch, mesh, backends)), None
     if mesh.cp.size > 1:

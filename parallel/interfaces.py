@@ -1,4 +1,4 @@
-"""What carries micro-batches through a model, and what updates it, must be able to do.
+"""What a schedule, which runs micro-batches through a model, and an engine, which updates it, must provide.
 
 Legend: M micro-batches, N table rows, D row width.
 """

@@ -35,10 +35,10 @@ def _none() -> Mapping[str, int]:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a layout must divide, in the model's and the run's own numbers. None: the model has no such part.
+    """The numbers of the model and of the run that a layout must divide. None: the model has no such part.
 
     divides: numbers by their keys that tp must divide
-    reach: how many tokens left of its own a component looks at, by what of it does
+    reach: how many tokens left of its own a component looks at, by the key of the part that looks
     whole_sequences: components that see sequences in a way that no exchange under cp serves
     experts_of: the section that `num_experts` and `expert_hidden` are of
     """
@@ -49,7 +49,7 @@ class ModelFacts:
     num_layers: int
     dim: int
     num_experts: int | None
-    memory_rows: int | None
+    table_rows: int | None
     divides: Mapping[str, int] = field(default_factory=_none)
     reach: Mapping[str, int] = field(default_factory=_none)
     whole_sequences: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ class Layout:
 
     @classmethod
     def resolve(cls, world: int, asked: Degrees = _DEFAULTS) -> Layout:
-        """The layout of `world` ranks with these degrees; one of dp_shard alone where none are given.
+        """The layout of `world` ranks with these degrees; of dp_shard alone where none are given.
 
         Raises LayoutError listing every violation of the ranks' arithmetic.
         """
@@ -205,7 +205,7 @@ class Layout:
         return tuple(int(getattr(self, axis)) for axis in axes)
 
     def coordinate(self, rank: int, axis: str) -> int:
-        """Where `rank` stands on `axis` (any of the dense, expert or memory axes, or `dp`)."""
+        """Where `rank` stands on `axis` (any of the dense, expert or table axes, or `dp`)."""
         if axis == "dp":
             return self.coordinate(rank, "dp_replicate") * self.dp_shard + self.coordinate(rank, "dp_shard")
         axes = next(axes for axes in (DENSE_AXES, EXPERT_AXES, NODE_AXES, self.mem_axes) if axis in axes)
@@ -266,9 +266,9 @@ class Layout:
                 f"parallel.pp={self.pp} exceeds the model's {facts.num_layers} layers; pp may be 1 to "
                 f"{facts.num_layers}"
             )
-        if facts.memory_rows is not None and facts.memory_rows < self.mem:
+        if facts.table_rows is not None and facts.table_rows < self.mem:
             out.append(
-                f"parallel.mem={self.mem} exceeds the table's {facts.memory_rows} rows; set "
+                f"parallel.mem={self.mem} exceeds the table's {facts.table_rows} rows; set "
                 "engram.rows_per_head higher or mem=1"
             )
         out += others
@@ -276,7 +276,7 @@ class Layout:
             raise LayoutError(self.world, out)
 
     def _expert_problems(self, facts: ModelFacts) -> list[str]:
-        """What experts and their widths do not divide into."""
+        """The degrees that do not divide the experts or their widths."""
         out: list[str] = []
         if self.ep > 1 and facts.num_experts is None:
             out.append(f"parallel.ep={self.ep} but no layer of model.layers is moe; ep may be 1")
@@ -298,15 +298,15 @@ class Layout:
             and facts.expert_hidden % (facts.expert_multiple * self.etp)
         ):
             out.append(
-                f"parallel.etp={self.etp} cuts {facts.experts_of}.hidden={facts.expert_hidden} into no "
-                f"multiples of {facts.expert_multiple}, as grouped products need; set "
+                f"parallel.etp={self.etp} cuts {facts.experts_of}.hidden={facts.expert_hidden} into "
+                f"parts that are not multiples of {facts.expert_multiple}, as grouped products need; set "
                 f"{facts.experts_of}.hidden="
                 f"{_next_multiple(facts.expert_hidden, facts.expert_multiple * self.etp)} or etp=1"
             )
         return out
 
     def _context_problems(self, facts: ModelFacts) -> list[str]:
-        """In which the model does not fit sequences that are spread over cp."""
+        """Why the model does not fit sequences that are spread over cp."""
         if self.cp == 1:
             return []
         out = [

@@ -197,7 +197,9 @@ def make_mesh(
 
 
 def _check_same(layout: Layout, world: Group) -> None:
-    """LOCAL_WORLD_SIZE may differ between machines; ranks would wait for each other in other groups."""
+    """Raise LayoutError where ranks have resolved different layouts: LOCAL_WORLD_SIZE may differ between
+    machines, and ranks would wait for each other in different groups.
+    """
     layouts = gather_objects(layout, world)
     if all(other == layout for other in layouts):
         return

@@ -1,8 +1,8 @@
 """Pipeline parallelism: this rank's stages of the model under one of torch's schedules.
 
-What passes between stages is what the residual scheme carries there (streams.py), under cp and tp this rank's
-part of it; every rank has the tokens, document numbers, targets and memory rows of all micro-batches, so
-nothing else is sent. Legend: M micro-batches.
+Stages pass on what the residual scheme carries there (streams.py), under cp and tp this rank's part of it;
+every rank has the tokens, document numbers, targets and table rows of all micro-batches, so nothing else is
+sent. Legend: M micro-batches.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 from hybridtrain.parallel.collectives import Group, swap
 from hybridtrain.parallel.engine import MicroBatches
 from hybridtrain.parallel.interfaces import Phase
-from hybridtrain.parallel.stages import SCHEDULES
+from hybridtrain.parallel.stages import SCHEDULES, ScheduleName
 from hybridtrain.parallel.streams import StreamPlan
 from hybridtrain.parallel.torch_stage import Kept, StageModule, StepShape, TorchStage
 
-_CLASSES: dict[str, Any] = {
+_CLASSES: dict[ScheduleName, Any] = {
     "gpipe": torch_schedules.ScheduleGPipe,
     "1f1b": torch_schedules.Schedule1F1B,
     "interleaved": torch_schedules.ScheduleInterleaved1F1B,
@@ -41,7 +41,7 @@ class Pipeline:
 
     def __init__(
         self,
-        name: str,
+        name: ScheduleName,
         stages: Sequence[StageModule],
         plan: StreamPlan,
         pp: Group,

@@ -1,7 +1,7 @@
 """Activation checkpointing: a layer keeps little for the backward pass and is run again there, without its
 exchanges.
 
-    full       of a layer its inputs and the results of its exchanges are kept
+    full       the layer's inputs and the results of its exchanges are kept
     selective  the results of matrix products and of attention too: norms, rotations, gates and activations
                are made again
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +22,7 @@ from hybridtrain.kernels.ops import OPS
 from hybridtrain.model.common import not_counting
 from hybridtrain.parallel.replay import Replay
 
+Recompute = Literal["none", "selective", "full"]
 _ATEN = torch.ops.aten
 PRODUCTS = {
     _ATEN.mm.default,
@@ -32,7 +33,7 @@ PRODUCTS = {
 """What `selective` keeps: the results of nearly all of a layer's arithmetic."""
 
 
-def recomputed(compute: Callable[..., Any], mode: str) -> Callable[..., Any]:
+def recomputed(compute: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
     """What a layer computes, run again in the backward pass as `mode` says: full, selective or none.
 
     Hooks on the layer, FSDP's among them, stay outside and run once.

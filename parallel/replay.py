@@ -1,4 +1,4 @@
-"""What parts of a layer returned, kept for the time when the layer is run again in the backward pass.
+"""The results of parts of a layer, kept until the layer is run again in the backward pass.
 
 Recomputation (recompute.py) runs a layer's forward pass twice. Nothing is sent the second time: every
 collective that a layer calls is marked `replayed`, and answers from here, in the order of the first time.

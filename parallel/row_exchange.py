@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hybridtrain.kernels.choose import TORCH, Backends
-from hybridtrain.kernels.rows.op import pack, segment_sum, unpack
+from hybridtrain.kernels.rows.op import Wire, pack, segment_sum, unpack
 from hybridtrain.parallel.checksums import ExchangeError, checksums, verify
 from hybridtrain.parallel.collectives import (
     Group,
@@ -44,12 +44,12 @@ class AllToAllSplits:
 class PartialExchange(AllToAllSplits):
     """Some of an exchange's rows, which travel by themselves."""
 
-    place: Tensor  # of those that this rank asks for, among the U rows of the exchange
+    place: Tensor  # of the rows that this rank asks for, among the U rows of the exchange
 
 
 @dataclass(frozen=True)
 class RowPlan(AllToAllSplits):
-    """One exchange: all rows that a group of micro-batches needs. All was computed from tokens alone."""
+    """One exchange: all rows that a group of micro-batches needs. It is computed from tokens alone."""
 
     index: list[Tensor]  # per micro-batch [B, T, L, S]: place of each lookup among that micro-batch's rows
     select: list[Tensor]  # per micro-batch [U_m]: place of its rows among the U rows of the plan
@@ -126,7 +126,7 @@ class RowPlanner:
         )
 
     def _exchange(self, ids_MBTLS: Tensor) -> RowPlan:
-        """All but the slots, on the CPU, where planning and its groups are."""
+        """The plan without its slots, on the CPU, where planning and its groups are."""
         self._check_range(ids_MBTLS, 0, int(self.bounds[-1]), "computed here")
         distinct, inverse = zip(*(torch.unique(ids, return_inverse=True) for ids in ids_MBTLS), strict=True)
         if len(distinct) == 1:
@@ -148,7 +148,7 @@ class RowPlanner:
         return first
 
     def _place(self, part: RowPlan, touched_N: Tensor) -> RowPlan:
-        """The plan with its slots, each part where it is read."""
+        """The plan with its slots, each part on the device that reads it."""
         on = self.device
         return replace(
             part,
@@ -169,12 +169,9 @@ class RowPlanner:
             )
 
 
-Wire = Literal["exact", "bfloat16", "float8"]
-
-
 class CommDtypes(NamedTuple):
-    """What rows, and their gradients, are while they travel: as they are, or narrower (see kernels/rows); and
-    what packs and sums them. The same on every rank.
+    """The formats in which rows and their gradients travel: as they are, or narrower (see kernels/rows); and
+    the backends that pack and sum them. The same on every rank.
 
     Also what stays on its rank is made narrower, so that a run does not depend on where its rows are.
     """

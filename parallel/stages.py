@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Literal
 
 from hybridtrain.parallel.layout import choices
 
 SLACK = 1e-9  # relative; costs are sums of floats
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ScheduleRule:
     fills_stages: bool = False  # needs a micro-batch for every stage
 
 
-SCHEDULES = {
+SCHEDULES: dict[ScheduleName, ScheduleRule] = {
     "gpipe": ScheduleRule(1, 1, 1),
     "1f1b": ScheduleRule(1, 1, 1, fills_stages=True),
     "interleaved": ScheduleRule(2, 2, 0, in_rounds=True),
@@ -57,7 +59,7 @@ class Stage:
         return self.number == self.num_stages - 1
 
 
-def plan_stages(schedule: str, pp: int, per_rank: int, cuts: Sequence[int]) -> list[Stage]:
+def plan_stages(schedule: ScheduleName, pp: int, per_rank: int, cuts: Sequence[int]) -> list[Stage]:
     """All stages in order; `cuts` are the layers of each. `per_rank` 0 is what the schedule needs."""
     count = pp * (per_rank or SCHEDULES[schedule].default) if pp > 1 else 1
 
@@ -107,9 +109,14 @@ def balance(costs: Sequence[float], first: float, last: float, num_stages: int) 
 
 
 def stage_problems(
-    schedule: str, pp: int, per_rank: int, cuts: Sequence[int], num_layers: int, micro_batches: int
+    schedule: ScheduleName,
+    pp: int,
+    per_rank: int,
+    cuts: Sequence[int],
+    num_layers: int,
+    micro_batches: int,
 ) -> list[str]:
-    """Everything in which the pipeline's settings do not fit each other, one line each with legal values."""
+    """Every way in which the pipeline's settings do not fit each other, one line each with legal values."""
     if pp == 1:
         return []
     rule, out = SCHEDULES[schedule], []
@@ -121,7 +128,7 @@ def stage_problems(
             f"parallel.stages_per_rank={each} does not go with parallel.schedule={schedule}; it may be "
             f"{legal}"
         )
-    elif pp <= num_layers < stages:  # more ranks than layers are the layout's to refuse
+    elif pp <= num_layers < stages:  # Layout.check refuses more ranks than layers
         most = num_layers // each
         mend = f"pp may be {choices(range(1, most + 1))}" if most > 1 else "set parallel.pp=1"
         out.append(

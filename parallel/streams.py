@@ -94,7 +94,7 @@ def _widths(cuts: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _check_sources(enters: Sequence[tuple[str, ...]], made: Sequence[tuple[str, ...]]) -> None:
-    """A source is made once, as what it stays."""
+    """Raise ValueError where a stage makes a source that an earlier stage had and dropped."""
     seen: set[str] = set()
     for stage, (into, new) in enumerate(zip(enters, made, strict=True)):
         seen.update(into)

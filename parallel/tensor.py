@@ -159,8 +159,9 @@ class _VocabularyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """Of the whole loss by this rank's logits: for `h` a partial sum, which `gather_sequence`
-        completes."""
+        """The gradients of the whole loss through this rank's logits: for `h` a partial sum, which
+        `gather_sequence` completes.
+        """
         h_ND, weight_WD, normalizer_N, targets_N, keep_N = ctx.saved_tensors
         grad_h = torch.empty_like(h_ND)
         grad_weight = torch.zeros_like(weight_WD, dtype=torch.promote_types(weight_WD.dtype, torch.float32))

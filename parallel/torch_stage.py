@@ -30,7 +30,7 @@ class StageModule:
     targets)`.
 
     It returns the tensors that it made by name, none of them a view (zero-bubble schedules detach them in
-    place), or the last stage the summed loss. `columns` are its memory layers among those of this rank.
+    place), or the last stage the summed loss. `columns` are its Engram layers among those of this rank.
     """
 
     stage: Stage

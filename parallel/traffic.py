@@ -29,8 +29,8 @@ class Traffic:
     """A ledger of (group, operation) -> [calls, bytes] and of the last call of each group; safe to write from
     several threads.
 
-    A call is entered before it is made, so that a rank that waits in it is known to. `calls` rises as long as
-    this rank goes on; `waited` are its seconds in collectives, where the host waits for them.
+    A call is entered before it is made, so that a rank that waits in it is known to wait. `calls` rises as
+    long as this rank goes on; `waited` are its seconds in collectives, where the host waits for them.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Traffic:
             self.waited += time.perf_counter() - begin
 
     def alive(self) -> None:
-        """Something else was done that takes its time: a part of a checkpoint written."""
+        """Note progress outside of collectives, such as a part of a checkpoint that was written."""
         with self._lock:
             self.calls += 1
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.checkpoint import Saver
-from hybridtrain.data.batches import BatchLoader
+from hybridtrain.data.batches import BatchLoader, BatchShare
 from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.monitor.metrics import read_metrics
@@ -156,10 +156,8 @@ def build_here(settings: Settings) -> tuple[Run, BatchLoader]:
     vocabulary = Vocabulary.of(dataset)
     run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train, layout = settings.train, mesh.layout
-    place = layout.coordinate(rank, "dp")
-    loader = BatchLoader(
-        dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, layout.dp, 0
-    )
+    share = BatchShare(train.global_batch, train.micro_batches, layout.coordinate(rank, "dp"), layout.dp)
+    loader = BatchLoader(dataset.split("train"), train.seq_len, share, seed=0)
     return run, loader
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain import checkpoint
-from hybridtrain.data.batches import BatchLoader
+from hybridtrain.data.batches import BatchLoader, BatchShare
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import UserError
@@ -151,15 +151,8 @@ class _Trainer:
         place = mesh.layout.coordinate(mesh.rank, "dp")
         self.run, self.done = run, 0
         self.clock = Clock(mesh.device)
-        self._loader = BatchLoader(
-            dataset.split("train"),
-            train.seq_len,
-            train.global_batch,
-            train.micro_batches,
-            place,
-            mesh.layout.dp,
-            0,
-        )
+        share = BatchShare(train.global_batch, train.micro_batches, place, mesh.layout.dp)
+        self._loader = BatchLoader(dataset.split("train"), train.seq_len, share, seed=0)
 
     def saver(self, folder: Path, background: bool) -> checkpoint.Saver:
         settings = self.run.settings

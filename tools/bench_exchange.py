@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridtrain.data.batches import Batch, BatchLoader
+from hybridtrain.data.batches import Batch, BatchLoader, BatchShare
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import UserError
@@ -149,15 +149,10 @@ def measure(options: Options) -> None:
             LookupTable(settings, addressing, mesh, StepRows(), engram_layers(settings)) for _ in range(2)
         ]
         train, dp = settings.train, mesh.layout.dp
-        loader = BatchLoader(
-            dataset.split("train"),
-            train.seq_len,
-            train.global_batch,
-            train.micro_batches,
-            mesh.layout.coordinate(mesh.rank, "dp"),
-            dp,
-            0,
+        share = BatchShare(
+            train.global_batch, train.micro_batches, mesh.layout.coordinate(mesh.rank, "dp"), dp
         )
+        loader = BatchLoader(dataset.split("train"), train.seq_len, share, seed=0)
         ways = [planned(tables[0], loader.load), in_the_layer(tables[1], mesh, loader.load)]
         for number in range(options.warmup + options.steps):
             for way in ways if number % 2 == 0 else ways[::-1]:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridtrain.data.batches import BatchLoader
+from hybridtrain.data.batches import BatchLoader, BatchShare
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.monitor.clock import Clock
@@ -132,15 +132,8 @@ def _case(config: Path, overrides: list[str]) -> Callable[[int], None]:
     vocabulary = Vocabulary.of(dataset)
     run: Run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train, clock = settings.train, Clock(mesh.device)
-    loader = BatchLoader(
-        dataset.split("train"),
-        train.seq_len,
-        train.global_batch,
-        train.micro_batches,
-        0,
-        1,
-        settings.run.seed,
-    )
+    share = BatchShare(train.global_batch, train.micro_batches)
+    loader = BatchLoader(dataset.split("train"), train.seq_len, share, settings.run.seed)
 
     def step(number: int) -> None:
         batch = loader.load(number)

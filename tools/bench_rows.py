@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridtrain.data.batches import Batch, BatchLoader
+from hybridtrain.data.batches import Batch, BatchLoader, BatchShare
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import UserError
@@ -264,9 +264,8 @@ def _batches(
     settings: Settings, dataset: TokenDataset, dp_rank: int, dp: int, options: Options
 ) -> Callable[[int], Batch]:
     train = settings.train
-    loader = BatchLoader(
-        dataset.split("train"), train.seq_len, train.global_batch, 1, dp_rank, dp, settings.run.seed
-    )
+    share = BatchShare(train.global_batch, 1, dp_rank, dp)
+    loader = BatchLoader(dataset.split("train"), train.seq_len, share, settings.run.seed)
 
     def load(step: int) -> Batch:
         batch = loader.load(step)

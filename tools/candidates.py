@@ -54,7 +54,7 @@ def races(N: int = 2048, D: int = 128, V: int = 4096) -> Iterator[Race]:
     yield from _experts(N, D)
     yield from _tokens(N, D)
     yield from _rows(N)
-    yield from _memory(N, D)
+    yield from _engram(N, D)
 
 
 def leaf(*shape: int, scale: float = 1.0) -> Tensor:
@@ -283,7 +283,7 @@ def _rows(N: int) -> Iterator[Race]:
     )
 
 
-def _memory(N: int, D: int) -> Iterator[Race]:
+def _engram(N: int, D: int) -> Iterator[Race]:
     T = 128
     h, k, v = (leaf(N // T, T, D) for _ in range(3))
     yield Race(

@@ -7,15 +7,15 @@ archive.py      the archives that the chunks lie in
 chunk.py        a stored chunk of a tensor
 index.py        torch's index of the tensors, checked
 info.py         checkpoint.json
-saved.py        a folder with what it says of itself, read once
-damage.py       whether its files are what it says
+saved.py        a folder with its description, read once
+damage.py       whether its files have changed
 dtypes.py       the dtypes that weights may have
 blocks.py       large tensors in blocks of rows
-state.py        what of a run is saved
+state.py        the parts of a run that are saved
 saver.py        saves them, also beside the training
 load.py         checks them and fills a run from one
-history.py      those of a run: the latest, older ones, what may go
-consumed.py     what of the data a run has read
+history.py      those of a run: the latest, older ones, those to remove
+consumed.py     how much of the data a run has read
 stored.py       tensors one by one, without a process group
 all_or_none.py  ranks that succeed or fail together
 """

@@ -29,7 +29,7 @@ _LOCAL = struct.Struct(
 
 class Archive:
     """The archive in `length` bytes of `stream` from `start` on. Raises UntrustedFileError naming `source`
-    where it is none.
+    where it is not an archive.
     """
 
     def __init__(self, stream: IO[bytes], start: int, length: int, source: str) -> None:

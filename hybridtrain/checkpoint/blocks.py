@@ -1,6 +1,4 @@
-"""Large tensors are saved in blocks of rows, so that no more than a block must be at hand when it is written
-or read.
-"""
+"""Large tensors are saved in blocks of rows, so that writing and reading hold at most a block in memory."""
 
 from __future__ import annotations
 

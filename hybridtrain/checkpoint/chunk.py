@@ -140,7 +140,7 @@ class _Header:
     dtype: torch.dtype
 
     def misfit(self, shape: tuple[int, ...], dtype: torch.dtype, length: int) -> str:
-        """Why it is no tensor of that shape and dtype in a storage of so many bytes; "" where it is one."""
+        """Why it is not a tensor of that shape and dtype in a storage of `length` bytes, or ""."""
         if (self.shape, self.dtype) != (shape, dtype):
             return f"holds {list(self.shape)} {self.dtype}, and the index says {list(shape)} {dtype}"
         extent = _extent(self.shape, self.stride)
@@ -209,13 +209,13 @@ def text(value: Any) -> str:
 def count(value: Any) -> int:
     """The value, which must be a size or offset; ValueError where not."""
     if type(value) is not int or not 0 <= value < 1 << 62:
-        raise ValueError("a size or offset is none")
+        raise ValueError("a size or offset is not a whole number from 0 on")
     return value
 
 
 def counts(value: Any) -> tuple[int, ...]:
-    """Sizes or offsets, one a dim, which a pickle has as a tuple or torch.Size; ValueError where they are
-    none.
+    """Sizes or offsets, one a dim, which a pickle has as a tuple or torch.Size; ValueError where it has
+    something else.
     """
     sizes = (
         value.args[0]
@@ -225,5 +225,5 @@ def counts(value: Any) -> tuple[int, ...]:
     if (
         type(sizes) not in (tuple, list) or len(sizes) > _TORCH_DIMS
     ):  # one long tuple may stand in many places
-        raise ValueError("sizes or offsets are none")
+        raise ValueError("sizes or offsets are not numbers by dim")
     return tuple(map(count, sizes))

@@ -1,4 +1,4 @@
-"""What of the data a checkpoint's run has read and was trained on: the entry `data` of `checkpoint.json`."""
+"""Which data a checkpoint's run has read and was trained on: the entry `data` of `checkpoint.json`."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Consumed(BaseModel):
 
     @classmethod
     def of(cls, info: dict[str, Any]) -> Consumed:
-        """What a checkpoint that says `info` of itself has read.
+        """What the run of a checkpoint with the description `info` has read.
 
-        Older ones say how many sequences of one length that were, and nothing of the data. Raises
-        UntrustedFileError or SettingsError where the entry is not what it should be.
+        Older checkpoints give only the number of sequences, all of one length, and nothing about the data.
+        Raises UntrustedFileError or SettingsError where the entry is not what it should be.
         """
         if "data" in info:
             return validated(info["data"], "the entry data of checkpoint.json", cls)

@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are still what it says of them."""
+"""Whether the files of a checkpoint still have the sizes and checksums in its `checkpoint.json`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from hybridtrain.checkpoint.info import INFO
 from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.errors import CheckpointError
 from hybridtrain.files.durable import FileRecord, file_record
+from hybridtrain.settings.tree import VerifyLevel
 
 
 def damage(
-    where: Path | Saved, level: str, share: int = 0, shares: int = 1, alive: Callable[[], None] = lambda: None
+    where: Path | Saved,
+    level: VerifyLevel,
+    share: int = 0,
+    shares: int = 1,
+    alive: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Why the checkpoint `where` cannot be used: every file of it, and of its base, that is not what it was;
-    one line each.
+    """Why the checkpoint `where` cannot be used: one line for each file of it, and of its base, that has
+    changed.
 
-    `level`: "sizes" looks how long they are, "full" also reads them. With `shares` only the files of number
+    `level`: "sizes" compares their sizes, "full" also their checksums. With `shares` only the files of number
     `share` are looked at, of as many shares of about equal bytes. `alive` is called for every part that was
     read.
     """
@@ -47,7 +52,7 @@ def damage(
     return problems
 
 
-def _problem(file: Path, record: dict[str, Any], level: str, alive: Callable[[], None]) -> str:
+def _problem(file: Path, record: dict[str, Any], level: VerifyLevel, alive: Callable[[], None]) -> str:
     size, xxh3 = record["size"], record["xxh3"]
     try:
         found = file_record(file, alive) if level == "full" else FileRecord(file.stat().st_size, xxh3)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, one beside the other: which is the latest, which are older, which may go."""
+"""The checkpoints of a run, one beside the other: which is the latest, which are older, which are removed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def candidates(checkpoints: Path) -> list[Path]:
 
 
 def _named(checkpoints: Path) -> Path | None:
-    """What the file `latest` names, there or not; None where it names no checkpoint."""
+    """The checkpoint that the file `latest` names, whether it exists or not; None where it names none."""
     try:
         name = read_bytes(checkpoints / LATEST, 1 << 10).decode("ascii").strip()
     except (OSError, UnicodeDecodeError, UntrustedFileError):
@@ -58,8 +58,8 @@ def _named(checkpoints: Path) -> Path | None:
 
 
 def staging_of(final: Path) -> Path:
-    """Where the checkpoint `final` is written before it has its name; an object store has no renames, so
-    there at once.
+    """The folder that the checkpoint `final` is written to before it is renamed; on an object store, which
+    has no renames, `final` itself.
     """
     return final.with_name(f".{final.name}.partial") if is_local(final) else final
 
@@ -92,8 +92,8 @@ def commit_folder(staging: Path, final: Path, info: dict[str, Any]) -> str:
 
 
 def prune(checkpoints: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Remove what need not be kept now that the checkpoint of `step` is the latest, and what was never
-    finished.
+    """Remove the checkpoints that need not be kept now that the one of `step` is the latest, and those that
+    were never finished.
 
     Kept are the last `keep_last`, those of every `keep_every`-th step, what they are based on, and those
     after `step`.
@@ -114,7 +114,7 @@ def prune(checkpoints: Path, step: int, keep_last: int, keep_every: int) -> None
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint so that what a crash leaves of it is no finished one."""
+    """Remove a checkpoint in such an order that a crash leaves an unfinished one."""
     (path / INFO).unlink(missing_ok=True)
     remove_folder(path)
 

@@ -1,5 +1,5 @@
-"""torch's index of a checkpoint's tensors, `.metadata`: read as data (pickles.py), looked at, and only then
-made torch's objects.
+"""torch's index of a checkpoint's tensors, `.metadata`: read as data (pickles.py), checked, and only then
+turned into torch's objects.
 
 It is a pickle of `Metadata`: for each tensor its dtype, shape and chunks, and for each chunk the file and the
 bytes it lies in.
@@ -44,8 +44,8 @@ class Index(NamedTuple):
     places: dict[dcp.MetadataIndex, _StorageInfo]
 
     def problems(self, name: str) -> list[str]:
-        """Why a tensor is not whole: chunks outside of it, missing, one over the other, or of more bytes than
-        are stored.
+        """Why a tensor is not whole: its chunks lie outside of it, are missing, overlap, or have more bytes
+        than are stored.
         """
         tensor = self.tensors[name]
         dims, itemsize = len(tensor.size), tensor.properties.dtype.itemsize
@@ -79,8 +79,8 @@ class Index(NamedTuple):
         return out
 
     def misplaced(self, files: Mapping[str, int] | None) -> list[str]:
-        """Chunks that lie in no file, or behind its end, of these and their sizes; and files of whose bytes
-        two chunks are made.
+        """Chunks that lie in none of these files (sizes by name) or behind the end of one, and files with
+        bytes that belong to two chunks.
         """
         by_file: dict[str, list[tuple[int, int]]] = {}
         for key, place in self.places.items():
@@ -92,7 +92,7 @@ class Index(NamedTuple):
         for file, spans in by_file.items():
             spans.sort()
             if files is not None and file not in files:
-                out.append(f"{file}: is none of the checkpoint's files")
+                out.append(f"{file}: is not one of the checkpoint's files")
             elif files is not None and max(end for _, end in spans) > files[file]:
                 out.append(f"{file}: a chunk ends at byte {max(end for _, end in spans)} of {files[file]}")
             if any(end > start for (_, end), (start, _) in pairwise(spans)):
@@ -111,12 +111,12 @@ class Index(NamedTuple):
 
 
 def read_index(content: bytes, source: str, foreign: bool = False) -> Index:
-    """The index in a `.metadata`. `foreign`: another program's, with names of its own, which stand for
-    nothing.
+    """The index in a `.metadata`. `foreign`: another program wrote it, with names of its own, which are not
+    looked up.
 
     Sizes, offsets and lengths are whole numbers from 0 on, dtypes torch's; what is no tensor is left out.
-    Raises UntrustedFileError naming `source` where it is another thing, is damaged or, unless `foreign`,
-    names what has no place in it.
+    Raises UntrustedFileError naming `source` where it is not an index, is damaged or, unless `foreign`, has
+    names that do not belong in one.
     """
     value = unpickle(content, source, None if foreign else _NAMES)
     try:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: `checkpoint.json`."""
+"""The description of a checkpoint: `checkpoint.json`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class _Scalars(BaseModel):
 
 
 class _Description(BaseModel):
-    """What is used of checkpoint.json; it may say more."""
+    """The entries of checkpoint.json that are used; it may have more."""
 
     step: Count
     files: dict[FileName, _File]
@@ -84,12 +84,12 @@ class _Description(BaseModel):
     @model_validator(mode="after")
     def _separator_is_a_token(self) -> _Description:
         if self.separator_id >= self.vocab_size:
-            raise ValueError(f"separator_id {self.separator_id} is none of {self.vocab_size} tokens")
+            raise ValueError(f"separator_id {self.separator_id} is not one of the {self.vocab_size} tokens")
         return self
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: step, settings, addressing, tokenizer digest, files.
+    """The description of a checkpoint: step, settings, addressing, tokenizer digest, files.
 
     Raises CheckpointError where `path` is no finished checkpoint, of another format or of a version before
     0.1, DamagedCheckpoint where it was changed.
@@ -136,7 +136,7 @@ def _before_the_renames(info: dict[str, Any]) -> bool:
 
 
 def _seal(info: dict[str, Any]) -> str:
-    """The xxh3 of all that it says but this."""
+    """The xxh3 of the description without its entry `xxh3`."""
     rest = json.loads(
         json.dumps({key: value for key, value in info.items() if key != "xxh3"})
     )  # as it will be read
@@ -144,9 +144,9 @@ def _seal(info: dict[str, Any]) -> str:
 
 
 def describe(run: Run, step: int, tokenizer_digest: str) -> dict[str, Any]:
-    """What a checkpoint of the run after `step` steps says of it.
+    """The description of a checkpoint of the run after `step` steps.
 
-    What the run has read of the data, its files and its base are added when they are known.
+    The data that the run has read, the files and the base are added when they are known.
     """
     table = run.table
     return {
@@ -168,9 +168,7 @@ def describe(run: Run, step: int, tokenizer_digest: str) -> dict[str, Any]:
 
 
 def row_scalars(info: dict[str, Any]) -> dict[str, Any] | None:
-    """The row optimizer's numbers, if any. Older checkpoints leave it to the settings which beta2 their
-    moments have.
-    """
+    """The row optimizer's numbers, if any; older checkpoints have the beta2 of their settings."""
     scalars: dict[str, Any] | None = info["table_scalars"]
     if scalars is None or "beta2" in scalars:
         return scalars
@@ -187,8 +185,8 @@ def check_fits(
     tokenizer_digest: str,
     addressing: str | None,
 ) -> None:
-    """Raise CheckpointError listing every way in which the checkpoint `path`, which says `info`, is one of
-    another model.
+    """Raise CheckpointError listing every way in which the checkpoint `path`, with the description `info`,
+    belongs to another model.
     """
     if info.get("weights_only"):
         raise CheckpointError(
@@ -214,7 +212,7 @@ def check_fits(
             f"{vocabulary.separator_id}"
         )
     elif info["addressing"] != addressing and not problems:
-        problems.append("engram: the checkpoint's multipliers, primes or compression map are others")
+        problems.append("engram: the checkpoint's multipliers, primes or compression map differ")
     if problems:
         raise CheckpointError(
             "\n".join([f"{path} is a checkpoint of another model", *(f"  {p}" for p in problems)])
@@ -249,8 +247,8 @@ def identity(settings: Settings) -> dict[str, Any]:
 
 
 def changed_settings(ours: Settings, theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, ours, theirs) of every setting that differs from `theirs`, a checkpoint's; what it lacks was the
-    default.
+    """(key, ours, theirs) of every setting that differs from `theirs`, a checkpoint's; a setting that it
+    lacks had the default.
     """
     was = dict(_flatten(type(ours)().model_dump(mode="json"))) | dict(_flatten(theirs))
     now = dict(_flatten(ours.model_dump(mode="json")))

@@ -1,6 +1,4 @@
-"""Looks whether a checkpoint is what it was, and fills a run's parts from it, at whatever layout it was
-written.
-"""
+"""Verifies a checkpoint and fills a run's parts from it, at whatever layout it was written."""
 
 from __future__ import annotations
 
@@ -20,6 +18,7 @@ from hybridtrain.checkpoint.saved import Saved
 from hybridtrain.checkpoint.stored import TABLE, StoredTensors
 from hybridtrain.errors import DamagedCheckpoint
 from hybridtrain.parallel.collectives import Group
+from hybridtrain.settings.tree import VerifyLevel
 from hybridtrain.table.lookup_table import LookupTable
 from hybridtrain.table.saved_rows import KIND, SavedRows
 
@@ -73,14 +72,14 @@ def _load_scalars(table: LookupTable, scalars: dict[str, Any] | None, path: Path
         all_or_none(world, lambda: table.load_scalars(scalars))
     except Failures as failures:
         raise DamagedCheckpoint(
-            "\n".join([f"{path}: its table cannot be gone on with", *_lines(failures.problems)])
+            "\n".join([f"{path}: training cannot go on with its table", *_lines(failures.problems)])
         ) from None
 
 
-def verify(where: Path | Saved, level: str, world: Group = ALONE) -> None:
-    """Raise DamagedCheckpoint listing every file of the checkpoint, or of its base, that is not what it was.
+def verify(where: Path | Saved, level: VerifyLevel, world: Group = ALONE) -> None:
+    """Raise DamagedCheckpoint listing every file of the checkpoint, or of its base, that has changed.
 
-    Collective: each rank looks at its share of the files. `level` as of `damage`.
+    Collective: each rank looks at its share of the files. `level` is that of `damage`.
     """
     saved = Saved.of(where)
     try:

@@ -1,4 +1,4 @@
-"""A checkpoint folder with what it says of itself, each read once and handed on to all that need it."""
+"""A checkpoint folder with its description and its index, each read once and shared by all readers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Saved:
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """What `checkpoint.json` says. Raises CheckpointError and DamagedCheckpoint as `read_info` does."""
+        """The content of `checkpoint.json`. Raises what `read_info` raises."""
         return read_info(self.path)
 
     @cached_property

@@ -1,7 +1,7 @@
 """Saves a run's checkpoints, one at a time, beside the training where `checkpoint.background` says so.
 
 A save writes into a staging folder, every rank its own part; when all succeeded, rank 0 adds
-`checkpoint.json`, renames the folder and only then moves `latest`. What fails on the way leaves the last good
+`checkpoint.json`, renames the folder and only then moves `latest`. A failure on the way leaves the last good
 checkpoint as it was.
 """
 
@@ -62,8 +62,8 @@ class Base:
 class Saver:
     """Saves the run's parts under `folder`; every method is called by all ranks at the same step.
 
-    Leaving its context waits for a save that is under way. `reading(step)` is what `checkpoint.json` says of
-    the data besides.
+    Leaving its context waits for a save that is under way. `reading(step)` returns what `checkpoint.json`
+    also says about the data.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class Saver:
         if kind is None:
             self.finish()
         elif self._thread is not None:
-            self._thread.join(self.run.mesh.timeout)  # what ends the run is told, and not what became of this
+            self._thread.join(self.run.mesh.timeout)  # the run's own error is raised, not this save's
 
     @property
     def failed(self) -> bool:
-        """Whether the save under way failed here, or another run has taken the folder; the next one says so,
-        on every rank.
+        """Whether the save under way failed here, or another run has taken the folder; the next save raises
+        that on every rank.
         """
         try:
             self._confirm(False)
@@ -171,7 +171,7 @@ class Saver:
                 + "\n".join([str(last or "none"), *(f"  {p}" for p in failures.problems)])
             )
             if world.rank == 0:
-                with suppress(LockLost):  # whose heir may write there by now
+                with suppress(LockLost):  # then another run may write there by now
                     self._confirm(True)
                     remove_folder(staging)
             raise CheckpointError(message) from None

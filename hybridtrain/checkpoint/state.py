@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint: parameters and optimizer state, and of the table all rows or those
+"""The parts of a run that a checkpoint has: parameters, optimizer state, and all rows of the table or those
 that changed.
 """
 
@@ -42,10 +42,10 @@ class Content:
 
 
 def content(run: Run, since: int | None, later: bool) -> Content:
-    """All that this rank saves. Of a parameter that two stages hold the first stage's is saved.
+    """All that this rank saves. Where two stages hold a parameter, the first saves it.
 
-    With `since` of the table only the rows that were written to since it had so many updates. `later`: rows
-    may be read while training goes on, until `release`; the rest after `hold`.
+    With `since`, only those rows of the table are saved that were written to after so many of its updates.
+    `later`: rows may be read while training goes on, until `release`; the rest after `hold`.
     """
     out = Content()
     for stage in range(len(run.model_parts)):

@@ -12,7 +12,7 @@ from hybridtrain.files.durable import sync_file, sync_folder, write_atomically
 
 
 def open_storage(where: str, key: str = "checkpoint.dir") -> Path:
-    """The folder that `where` names; of a URL a UPath, which has the methods of Path and is none.
+    """The folder that `where` names; for a URL a UPath, which has the methods of Path but is not a Path.
 
     Raises SettingsError naming the setting `key` where nothing here can open such a URL.
     """
@@ -74,7 +74,7 @@ def names_in(path: Path) -> Iterator[str]:
 
 
 def free_space(path: Path) -> str:
-    """Of the disk of a folder that may not exist yet, in words; nothing of a URL."""
+    """The free space, in words, on the disk of a folder that may not exist yet; "" for a URL."""
     if not is_local(path):
         return ""
     there = next(p for p in (path, *path.absolute().parents) if p.exists())

@@ -76,7 +76,7 @@ class StoredTensors:
             self.shapes |= {k: self._base.shape(k) for k in sorted(self._merged)}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor. Raises DamagedCheckpoint where there is none of that name."""
+        """The shape of a tensor. Raises DamagedCheckpoint where no tensor has that name."""
         if name not in self.shapes:
             raise DamagedCheckpoint(f"{self.path}: damaged or not of this model: it has no {name}")
         return self.shapes[name]
@@ -94,7 +94,7 @@ class StoredTensors:
     def read_into(self, out: Tensor, name: str, low: int = 0) -> None:
         """Fill `out`, of any dtype and device, with as many rows of a tensor as it has, from row `low` on.
 
-        Raises DamagedCheckpoint where the tensor has not so many, or is of another shape or damaged.
+        Raises DamagedCheckpoint where the tensor has fewer, has another shape or is damaged.
         """
         shape = self.shape(name)
         if (
@@ -136,7 +136,7 @@ class StoredTensors:
                     *out.shape[1:],
                 ):
                     raise DamagedCheckpoint(
-                        f"{self.path}: damaged: {theirs} is not there, or not of {len(numbers)} such rows"
+                        f"{self.path}: damaged: {theirs} is missing or does not have {len(numbers)} such rows"
                     )
                 values = torch.empty((end - start, *out.shape[1:]), dtype=self.dtype(name))
                 self._read_rows(values, theirs, start)
@@ -186,7 +186,7 @@ class StoredTensors:
 
 
 class Chunks:
-    """The chunks of a tensor, of which a large one has many, by their rows."""
+    """The chunks of a tensor by their rows; a large tensor has many."""
 
     def __init__(self, chunks: Sequence[ChunkStorageMetadata]) -> None:
         self._sorted = sorted(chunks, key=lambda chunk: chunk.offsets[0])

@@ -66,12 +66,10 @@ def export(
 ) -> None:
     """Write a checkpoint in another format."""
     from hybridtrain.checkpoint import open_storage
-    from hybridtrain.formats.command import export_model
+    from hybridtrain.formats.command import ExportOptions, export_model
 
-    print(
-        f"{out}: "
-        f"{export_model(open_storage(run, 'RUN'), out, to, family, transformer_impl, max_shard_size, dtype)}"
-    )
+    options = ExportOptions(to, family, transformer_impl, max_shard_size, dtype)
+    print(f"{out}: {export_model(open_storage(run, 'RUN'), out, options)}")
 
 
 def import_(
@@ -124,7 +122,7 @@ def reshard(
     """Lay a checkpoint out for another layout, without its ranks; every tensor's checksum stays the same."""
     from hybridtrain.checkpoint import open_storage
     from hybridtrain.formats.folder import parse_size
-    from hybridtrain.reshard import Growth
+    from hybridtrain.reshard import CopyOptions, Growth
     from hybridtrain.reshard import reshard as lay_out
     from hybridtrain.run.process_setup import keep_freed_memory
 
@@ -139,11 +137,10 @@ def reshard(
         Path(out),
         overrides or [],
         nproc=nproc,
-        max_memory=parse_size("--max-memory", max_memory),
         growth=Growth(grow_experts, extend_vocab, router_noise, tokenizer),
-        show=sys.stderr.isatty(),
+        copying=CopyOptions(parse_size("--max-memory", max_memory), show=sys.stderr.isatty()),
     )
     print(
-        f"{out}: {done.tensors} tensors, {done.bytes:,} bytes for {done.layout}; every tensor's xxh3 is what "
-        "it was"
+        f"{out}: {done.tensors} tensors, {done.bytes:,} bytes for {done.layout}; every tensor's xxh3 is "
+        "unchanged"
     )

@@ -48,31 +48,55 @@ class Batch:
         return Batch(self.tokens.to(device), self.targets.to(device), self.starts.to(device))
 
 
+@dataclass(frozen=True)
+class BatchShare:
+    """The part of each global batch that data-parallel rank `rank` of `ranks` reads.
+
+    Micro-batch m is the m-th block of G/M samples of the global batch (G = `global_batch`), and rank r reads
+    the r-th part of each block: the ranks' parts in order give the same global micro-batches at every number
+    of ranks. Raises DataError where G does not divide.
+    """
+
+    global_batch: int
+    micro_batches: int = 1
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        parts = self.micro_batches * self.ranks
+        if self.global_batch < 1 or self.global_batch % parts:
+            nearest = parts * max(1, round(self.global_batch / parts))
+            raise DataError(
+                f"a global batch of {self.global_batch} sequences does not divide into {self.micro_batches} "
+                f"micro-batches on {self.ranks} data-parallel ranks; {nearest} does"
+            )
+
+    def offsets(self) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        """The rank's sample numbers inside a global batch, int64 [M, B]."""
+        offsets = np.arange(self.global_batch, dtype=np.int64)
+        return offsets.reshape(self.micro_batches, self.ranks, -1)[:, self.rank]
+
+
 class BatchLoader:
     """Training batches as a function of the step alone.
 
     Step k takes the samples (k-b)*G .. (k-b)*G+G-1 from the position `begin` on, which is where step b =
-    `first_step` begins (G = `global_batch`); without it the data begin at step 0. Micro-batch m is their m-th
-    block of G/M, and data-parallel rank r has the r-th part of each block: the ranks' parts in order give the
-    same global micro-batches at every `dp_size`. Raises DataError where the split has not one window, or G
-    does not divide.
+    `first_step` begins (G = `share.global_batch`); without it the data begin at step 0. Raises DataError
+    where the split has not one window.
     """
 
     def __init__(
         self,
         split: Split,
         seq_len: int,
-        global_batch: int,
-        micro_batches: int,
-        dp_rank: int,
-        dp_size: int,
+        share: BatchShare,
         seed: int,
         begin: Position | None = None,
         first_step: int = 0,
     ) -> None:
         self._split, self._seq_len = split, seq_len
-        self._global_batch, self._first_step = global_batch, first_step
-        self._offsets_MB = _offsets(global_batch, micro_batches, dp_rank, dp_size)
+        self._global_batch, self._first_step = share.global_batch, first_step
+        self._offsets_MB = share.offsets()
         if split.num_tokens - 1 < seq_len:
             raise DataError(
                 f"the {split.name} split has {split.num_tokens} tokens, fewer than one window of "
@@ -105,30 +129,20 @@ class BatchLoader:
 class EvalBatches:
     """Consecutive windows that hold every target of the split exactly once; iterating again starts over.
 
-    `batch` is the number of sequences of a global batch, cut into micro-batches and ranks as BatchLoader
-    does. The last window is padded (tokens: separator, targets: ignored) and the last batch is filled with
-    ignored windows, so every rank has the same number of batches. `limit` above 0 stops after that many
-    batches. Raises DataError where the split has no target, or `batch` does not divide.
+    The last window is padded (tokens: separator, targets: ignored) and the last batch is filled with ignored
+    windows, so every rank has the same number of batches. `limit` above 0 stops after that many batches.
+    Raises DataError where the split has no target.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        seq_len: int,
-        batch: int,
-        dp_rank: int,
-        dp_size: int,
-        micro_batches: int = 1,
-        limit: int = 0,
-    ) -> None:
-        self._split, self._seq_len, self._batch = split, seq_len, batch
-        self._offsets_MB = _offsets(batch, micro_batches, dp_rank, dp_size)
+    def __init__(self, split: Split, seq_len: int, share: BatchShare, limit: int = 0) -> None:
+        self._split, self._seq_len, self._global_batch = split, seq_len, share.global_batch
+        self._offsets_MB = share.offsets()
         if split.num_tokens < 2:
             raise DataError(
                 f"the {split.name} split has {split.num_tokens} tokens and nothing to predict; prepare the "
                 "data with a validation fraction above 0 or a validation text (--validation FILE)"
             )
-        whole = math.ceil(math.ceil((split.num_tokens - 1) / seq_len) / batch)
+        whole = math.ceil(math.ceil((split.num_tokens - 1) / seq_len) / share.global_batch)
         self._num_batches = min(whole, limit) if limit else whole
 
     def __len__(self) -> int:
@@ -136,25 +150,12 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for number in range(self._num_batches):
-            lows_MB = (number * self._batch + self._offsets_MB) * self._seq_len
+            lows_MB = (number * self._global_batch + self._offsets_MB) * self._seq_len
             ranges = [[(low, self._length(low))] for low in lows_MB.reshape(-1).tolist()]
             yield _gather(self._split, ranges, lows_MB.shape, self._seq_len)
 
     def _length(self, low: int) -> int:
         return max(0, min(self._seq_len, self._split.num_tokens - 1 - low))
-
-
-def _offsets(
-    global_batch: int, micro_batches: int, dp_rank: int, dp_size: int
-) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """Sample numbers inside a global batch, int64 [M, B], of one rank."""
-    if global_batch < 1 or global_batch % (micro_batches * dp_size):
-        nearest = micro_batches * dp_size * max(1, round(global_batch / (micro_batches * dp_size)))
-        raise DataError(
-            f"a global batch of {global_batch} sequences does not divide into {micro_batches} micro-batches "
-            f"on {dp_size} data-parallel ranks; {nearest} does"
-        )
-    return np.arange(global_batch, dtype=np.int64).reshape(micro_batches, dp_size, -1)[:, dp_rank]
 
 
 def _gather(split: Split, ranges: list[list[Range]], shape_MB: tuple[int, ...], seq_len: int) -> Batch:

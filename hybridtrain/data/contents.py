@@ -1,4 +1,6 @@
-"""What a data folder holds: told at the end of a preparation, and compared with what a run's settings say."""
+"""The contents of a data folder: reported at the end of a preparation, and compared with the settings of a
+run.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from hybridtrain.settings.tree import DataSettings
 
 
 def report(manifest: Manifest, left_out: Sequence[LeftOut]) -> str:
-    """Files, documents, bytes and tokens of a folder, and what of the sources was left out with why."""
+    """Files, documents, bytes and tokens of a folder, and the sources that were left out, with the reason."""
     splits = (manifest.train, manifest.validation)
     lines = [
         f"read        {len(manifest.sources):,} files ({sum(s.size for s in manifest.sources):,} bytes), "
@@ -35,10 +37,10 @@ def report(manifest: Manifest, left_out: Sequence[LeftOut]) -> str:
 
 
 def compare(data: DataSettings, manifest: Manifest) -> None:
-    """Compare a finished folder with what the settings say of it.
+    """Compare a finished folder with the settings.
 
-    Raises DataError where it has another tokenizer or separator than they name. What else is not as they say,
-    and not left at its default, is said: the folder may have been made by hand.
+    Raises DataError where it has another tokenizer or separator than they name. Other differences are only
+    printed, unless the setting has its default: the folder may have been made by hand.
     """
     problems = []
     if data.separator and data.separator != manifest.separator:
@@ -57,11 +59,11 @@ def compare(data: DataSettings, manifest: Manifest) -> None:
             for problem in [*problems, "choose another data.path, or set them to what it was made with"]
         ]
         raise DataError(
-            "\n".join([f"data.path={data.path} was made otherwise than the settings say", *listed])
+            "\n".join([f"data.path={data.path} was made with other settings than those of the run", *listed])
         )
     if others := [*_other_settings(data, manifest.settings), *_other_sources(data, manifest)]:
         say(
-            f"data.path={data.path} is used as it is; it was made otherwise than the settings say: "
+            f"data.path={data.path} is used as it is; it was made with other settings than those of the run: "
             f"{'; '.join(others)}"
         )
 
@@ -79,7 +81,7 @@ def _other_settings(data: DataSettings, made: PrepareSettings) -> list[str]:
 
 
 def _other_sources(data: DataSettings, manifest: Manifest) -> list[str]:
-    """By sizes: reading the texts takes as long as making the folder."""
+    """Compares sizes: reading the texts takes as long as making the folder."""
     try:
         corpus, held_out, _ = list_files(data.source, data.validation)
         ours = [

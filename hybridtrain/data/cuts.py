@@ -3,11 +3,11 @@
 A tokenizer encodes each word of its pre-tokenizer by itself, so a text may be cut between two words. Whether
 two neighbouring characters always lie in two words is found by trial: words are cut by kinds of characters,
 and random texts show which pairs of kinds never lie in one word. A BPE without a pre-tokenizer never joins
-what no entry of its vocabulary has side by side. Each cut is tried out with the text around it before it is
-taken.
+characters that no entry of its vocabulary has side by side. Each cut is tried out with the text around it
+before it is taken.
 
-What a tokenizer does at the start of a text alone (a space put first) must not happen at a cut: a part is
-encoded behind the last characters before it, its `context`, whose ids are then taken off.
+Changes that a tokenizer makes only at the start of a text (such as a space in front) must not happen at a
+cut: a part is encoded behind the last characters before it, its `context`, whose ids are then taken off.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ class Cuts:
 
     @cached_property
     def pairs(self) -> frozenset[tuple[str, str]]:
-        """The pairs of kinds of characters between which a cut is allowed; says so where there are none."""
+        """The pairs of kinds of characters between which a cut is allowed; prints a line where there are
+        none.
+        """
         pairs = self._joined_by_no_word or self._joined_by_no_entry
         if not pairs:
             say(f"{self._name} allows no cut of which its ids are sure: long documents are encoded whole")

@@ -132,7 +132,7 @@ def _encode_batch(tokenizer: Tokenizer, batch: list[Piece]) -> Iterator[tuple[Pi
         ids, known = encodings[number].ids, before.get(number, [])
         if ids[: len(known)] != known:
             raise DataError(
-                f"the tokenizer encodes {piece.context[-20:]!r} otherwise before {piece.text[:20]!r}; cut "
+                f"the tokenizer encodes {piece.context[-20:]!r} differently before {piece.text[:20]!r}; cut "
                 "the document"
             )
         yield piece, ids[len(known) :]

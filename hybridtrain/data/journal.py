@@ -124,7 +124,7 @@ def clear(out: Path) -> None:
 
 
 def software() -> str:
-    """What else decides the bytes: other versions of the library may split words differently, of this one cut
-    texts elsewhere.
+    """The versions that also decide the bytes: those of the library may split words differently, those of
+    this package may cut texts elsewhere.
     """
     return f"tokenizers {tokenizers.__version__}, cuts {CUTS}"

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hybridtrain.data.sources import SourceKind
 from hybridtrain.errors import DataError
 from hybridtrain.files.untrusted import UntrustedFileError, read_json
 
@@ -63,7 +64,7 @@ class SplitInfo(_Record):
 
     @property
     def digest(self) -> str:
-        """xxh3 (128 bits) of what its shards hold; "" of an empty split."""
+        """xxh3 (128 bits) of the contents of its shards; "" for an empty split."""
         said = [f"{s.tokens} {s.tokens_xxh3} {s.starts_xxh3}" for s in self.shards]
         return xxhash.xxh3_128("\n".join(said).encode()).hexdigest() if self.tokens else ""
 
@@ -82,13 +83,13 @@ class SourceInfo(_Record):
 
     name: str
     use: Literal["corpus", "validation"]
-    kind: Literal["text", "jsonl"]
+    kind: SourceKind
     size: Count
     xxh3: Digest
 
 
 class PrepareSettings(_Record):
-    """What decides the output beside the sources.
+    """The settings that decide the output, beside the sources.
 
     `tokenizer` is the digest of a given tokenizer.json and then `vocab_size` 0, or "" for a trained one;
     `separator` "" takes the first usual one; `validation_fraction` is 0 where validation sources are given.
@@ -122,7 +123,7 @@ class Manifest(_Record):
     @model_validator(mode="after")
     def _agrees(self) -> Manifest:
         if self.separator_id >= self.vocab_size:
-            raise ValueError(f"separator_id={self.separator_id} is none of the {self.vocab_size} tokens")
+            raise ValueError(f"separator_id={self.separator_id} is not one of the {self.vocab_size} tokens")
         if self.dtype == "uint16" and self.vocab_size > 1 << 16:
             raise ValueError(f"dtype=uint16 holds no {self.vocab_size} tokens")
         for split in SPLITS:

@@ -46,7 +46,7 @@ class SampleStream:
     """The samples of `seq_len` tokens that follow the position `begin`, numbered from 0; any of them in
     constant memory.
 
-    The first `pieces` are what is left of an epoch in windows of another length: each is one or several
+    The first `pieces` samples are the rest of an epoch in windows of another length: each is one or several
     ranges of the split, the last one may be shorter than the others. The rest are whole windows. Raises
     ValueError where the split has not one window, or no such position.
     """

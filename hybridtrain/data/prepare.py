@@ -42,7 +42,7 @@ from hybridtrain.settings.tree import DataSettings
 
 
 class Choices(TypedDict, total=False):
-    """What of PrepareSettings a caller chooses."""
+    """The settings of PrepareSettings that a caller chooses."""
 
     vocab_size: int
     separator: str | None
@@ -65,8 +65,8 @@ def prepare(
     sources and settings.
 
     `tokenizer` is a tokenizer.json to use instead of training one of `vocab_size` entries on the training
-    documents. `validation_sources` are held out as they are, and then nothing of `sources` is. What is left
-    out of `how` has the default of PrepareSettings. An interrupted call resumes when repeated. Raises
+    documents. `validation_sources` are held out as they are, and then nothing of `sources` is. Settings that
+    `how` leaves out have the defaults of PrepareSettings. An interrupted call resumes when repeated. Raises
     DataError for bad sources or settings, where `out` holds other data and not `overwrite`, and where another
     process is preparing it.
     """
@@ -81,7 +81,7 @@ def ensure_prepared(data: DataSettings, progress: bool = True) -> None:
     others wait.
 
     Does nothing where there is no source. Raises DataError as `prepare` does, and where a folder has another
-    tokenizer or separator than the settings name; what else it was made with otherwise is said.
+    tokenizer or separator than the settings name; other differences are printed.
     """
     out = Path(data.path)
     if not data.source:

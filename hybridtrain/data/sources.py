@@ -13,12 +13,13 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from hybridtrain.data.unpack import COMPRESSIONS
 from hybridtrain.errors import DataError
 
-KINDS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+SourceKind = Literal["text", "jsonl"]
+KINDS: dict[str, SourceKind] = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 SHIPPED_PREFIX = "shipped:"
 _CORPUS_SUFFIX = ".jsonl.xz"
 _CORPUS = Path(__file__).parent / "corpus"
@@ -35,7 +36,7 @@ class SourceFile:
 
     name: str
     path: Path
-    kind: str
+    kind: SourceKind
     compression: str
 
 
@@ -121,7 +122,7 @@ class _Group:
             self.problems.append(f"{error.filename or source}: cannot be read: {error.strerror}")
 
     def _take(self, name: str, path: Path) -> str:
-        """Take a file up, or say why not."""
+        """Add a file, or note why it is left out."""
         try:
             found = path.stat()
         except OSError as error:
@@ -156,8 +157,8 @@ class _Group:
 
 
 def summary(left_out: Sequence[LeftOut], before: str = "") -> str:
-    """What is left out in a line: "3 files: 2 unknown suffix (.md, .pdf), 1 empty (a.txt)"; "" where nothing
-    is.
+    """The files that are left out, in one line: "3 files: 2 unknown suffix (.md, .pdf), 1 empty (a.txt)"; ""
+    where nothing is.
     """
     if not left_out:
         return ""
@@ -203,7 +204,7 @@ def _walk(folder: Path, left: list[LeftOut]) -> Iterator[Path]:
         yield from (Path(place, name) for name in files)
 
 
-def _suffixes(path: Path) -> tuple[str, str] | None:
+def _suffixes(path: Path) -> tuple[SourceKind, str] | None:
     """(kind, compression) by the file's name, or None."""
     suffix = path.suffix.lower()
     compression = suffix if suffix in COMPRESSIONS else ""

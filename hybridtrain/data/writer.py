@@ -21,7 +21,7 @@ _PART = ".part"
 
 
 class WriterState(BaseModel):
-    """Where a split stood at a commit: its finished shards, and the lengths of the open one (in entries)."""
+    """The state of a split at a commit: its finished shards, and the lengths of the open one (in entries)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -19,7 +19,7 @@ READ_BYTES = 1 << 20  # at once
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a finished file was when it was written: bytes, and their xxh3 (128 bits, hex)."""
+    """The size and xxh3 (128 bits, hex) of a finished file when it was written."""
 
     size: int
     xxh3: str
@@ -51,7 +51,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_record(path: Path, alive: Callable[[], None] = lambda: None) -> FileRecord:
-    """What the file is now. `alive` is called for every part that was read.
+    """The record of the file as it is now. `alive` is called for every part that was read.
 
     Raises OSError where the file cannot be read.
     """

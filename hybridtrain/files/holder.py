@@ -1,4 +1,4 @@
-"""Who holds a folder (lock.py): a process, by what another one can see whether it is still there."""
+"""Who holds a folder (lock.py): a process, described so that another one can see whether it still runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ class Holder(BaseModel):
 
     @classmethod
     def parse(cls, content: bytes, source: str) -> Holder | None:
-        """None of what no version of this has written: then the beats alone say whether somebody is there."""
+        """None for content that no version of this package writes: then the beats alone show whether the
+        holder lives.
+        """
         try:
             return parse_json(content, source, cls)
         except UntrustedFileError:
@@ -83,8 +85,8 @@ def _kernel() -> str:
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, in ticks since its kernel did; None where there is none, or only what its parent
-    has not taken note of.
+    """When a process began, in ticks since the start of its kernel; None where there is no such process, or
+    it has ended and its parent has not yet waited for it.
 
     Raises OSError where it is there and may not be looked at.
     """

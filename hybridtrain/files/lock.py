@@ -53,8 +53,8 @@ class LockLost(UserError):
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of a try to take a lock: it is `taken`, or `holder` has it, who lives, or of whom that is not
-    known yet (None).
+    """The result of a try to take a lock: it is `taken`, or `holder` has it. `lives`: whether the holder
+    lives; None: not known yet.
     """
 
     taken: bool
@@ -248,7 +248,9 @@ class _Files:
         return draft
 
     def _drop_dead_heir(self, heir: Path) -> None:
-        """One that ended between two steps of a takeover keeps nobody from the next try."""
+        """Remove the mark of an heir that ended between two steps of a takeover, so that others can try
+        again.
+        """
         theirs = _Files(heir)
         found = theirs.read()
         if found is not None and (
@@ -276,7 +278,7 @@ class _Objects:
         return Holder.parse(content, str(self._file)), content
 
     def age(self, content: object) -> float:
-        """Not known: whoever wants to know waits for a beat."""
+        """Not known: the caller waits for a beat."""
         return 0.0
 
     def replace(self, dead: Holder | None, me: Holder) -> bool:
@@ -286,7 +288,7 @@ class _Objects:
         self._file.write_bytes(me.model_copy(update={"beats": me.beats + 1}).model_dump_json().encode())
 
     def sweep(self) -> None:
-        """Nothing else is ever put."""
+        """Nothing to do: no other object is ever written."""
 
     def _put(self, me: Holder) -> bool:
         self._file.write_bytes(me.model_dump_json().encode())
@@ -327,7 +329,7 @@ def in_use(folder: str, holder: Holder | None) -> str:
 
 
 def waiting(folder: str, outcome: Attempt) -> str:
-    """What is said before the first wait."""
+    """The message before the first wait."""
     who = f"{folder} is in use by {outcome.holder or 'another process'}"
     return (
         f"{who}; waiting for it"
@@ -363,7 +365,7 @@ def _create_without_links(file: Path, me: Holder) -> bool:
     """As `create`, on a file system that has no hard links; for a moment the file is there and says nothing
     yet.
 
-    Raises OSError where that is not why there is none.
+    Raises OSError where it fails for another reason.
     """
     try:
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)

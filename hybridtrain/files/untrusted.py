@@ -115,7 +115,7 @@ def validated(value: Any, source: str, shape: type[T]) -> T:
 
 
 def first_of(problems: list[str]) -> list[str]:
-    """As many as one message lists, and a line that counts the others."""
+    """As many problems as one message lists, and a line that counts the others."""
     return problems if len(problems) <= _SHOWN else [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more"]
 
 

@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from hybridtrain.errors import UserError
@@ -12,22 +13,29 @@ from hybridtrain.formats.torch_dist import is_torch_dist
 from hybridtrain.settings.tree import Settings
 
 
-def export_model(
-    run: Path,
-    out: Path,
-    to: str,
-    family: str | None,
-    transformer_impl: str | None,
-    max_shard_size: str,
-    dtype: str,
-) -> str:
-    """Write a checkpoint in the format `to`; returns what of it was written."""
-    max_bytes = parse_size("--max-shard-size", max_shard_size)
+@dataclass(frozen=True)
+class ExportOptions:
+    """The format that a checkpoint is exported to, and the options of `hybridtrain export` about it.
+
+    `family` is an option of hf alone, `transformer_impl` one of megatron; None: not given.
+    """
+
+    to: str = "hf"
+    family: str | None = None
+    transformer_impl: str | None = None
+    max_shard_size: str = "5GB"
+    dtype: str = "auto"
+
+
+def export_model(run: Path, out: Path, options: ExportOptions) -> str:
+    """Write a checkpoint in the format `options.to`; returns a description of what was written."""
+    to, dtype = options.to, options.dtype
+    max_bytes = parse_size("--max-shard-size", options.max_shard_size)
     if to not in ("hf", "megatron"):
         raise UserError(f'--format "{to}": it may be hf or megatron')
     for option, value, of in (
-        ("--family", family, "hf"),
-        ("--transformer-impl", transformer_impl, "megatron"),
+        ("--family", options.family, "hf"),
+        ("--transformer-impl", options.transformer_impl, "megatron"),
     ):
         if value is not None and to != of:
             raise UserError(f'{option} "{value}": is of --format {of}, not of {to}')
@@ -35,12 +43,12 @@ def export_model(
         from hybridtrain.formats.megatron_export import export_megatron
         from hybridtrain.formats.megatron_names import TRANSFORMER_ENGINE
 
-        implementation = transformer_impl or TRANSFORMER_ENGINE
+        implementation = options.transformer_impl or TRANSFORMER_ENGINE
         return export_megatron(run, out, implementation=implementation, max_file_bytes=max_bytes, dtype=dtype)
     need_transformers()
     from hybridtrain.formats.hf_export import AUTO, export_hf
 
-    return export_hf(run, out, family=family or AUTO, max_shard_bytes=max_bytes, dtype=dtype)
+    return export_hf(run, out, family=options.family or AUTO, max_shard_bytes=max_bytes, dtype=dtype)
 
 
 def import_model(
@@ -64,7 +72,7 @@ def import_model(
             settings_file=settings_file,
         )
     if tokenizer is not None or settings_file is not None:
-        raise UserError(f"--tokenizer and --settings are for Megatron's checkpoints; {folder} is none")
+        raise UserError(f"--tokenizer and --settings are for Megatron's checkpoints; {folder} is not one")
     need_transformers()
     from hybridtrain.formats.hf_import import import_hf
 

@@ -1,5 +1,5 @@
-"""The published architectures that our model can be, as tables: settings by config key, tensors by name, what
-must not be.
+"""The published architectures that our model can take, as tables: settings by config key, tensors by name,
+keys that are refused.
 
 One table serves both directions. A family is what transformers calls a model type.
 """

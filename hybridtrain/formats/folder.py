@@ -1,4 +1,4 @@
-"""What every format needs: libraries, sizes, and folders that are there whole or not at all."""
+"""Helpers of every format: libraries, sizes, and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -85,5 +85,5 @@ def among(value: Any, legal: tuple[Any, ...]) -> bool:
 
 
 def is_off(value: Any) -> bool:
-    """Whether a foreign value says nothing: null, false, zero or empty."""
+    """Whether a foreign value turns nothing on: null, false, zero or empty."""
     return among(value, (None, False, 0, "", [], {}))

@@ -92,7 +92,7 @@ _Keys: type[BaseModel] = create_model(
 
 
 class _Named(BaseModel):
-    """What every config.json says."""
+    """The keys that every config.json has."""
 
     model_type: str
     architectures: list[str] | None = None
@@ -107,7 +107,7 @@ class _Rotations(BaseModel):
 
 
 class _Generation(BaseModel):
-    """What is read of generation_config.json."""
+    """The keys of generation_config.json that are read."""
 
     bos_token_id: _Token | None = None
     eos_token_id: _Token | list[_Token] | None = None
@@ -154,20 +154,21 @@ def read_config(folder: Path) -> Config:
 
 def resolve(tree: dict[str, Any], path: Path) -> Config:
     """The parsed config.json `path`. Raises UntrustedFileError listing every value of another type than its
-    key's, and FormatError listing what another architecture has and our model lacks."""
+    key's, and FormatError listing everything that the architecture has and our model lacks.
+    """
     validated(tree, str(path), _Named)
     transformers = need_transformers()
     model_type, family = tree["model_type"], FAMILIES.get(tree["model_type"])
     if model_type not in transformers.CONFIG_MAPPING:
         raise FormatError(
-            str(path.parent), [f"model_type={json.dumps(model_type)} is none of {', '.join(FAMILIES)}"]
+            str(path.parent), [f"model_type={json.dumps(model_type)} is not one of {', '.join(FAMILIES)}"]
         )
     named = (tree.get("architectures") or [None])[0]
     if family is None or named not in (None, family.architecture):
         known = ", ".join(f.architecture for f in FAMILIES.values())
         lacking = lacking_of(_resolved(model_type, tree, path), tree)
         raise FormatError(
-            str(path.parent), [f"architecture {named or model_type} is none of {known}", *lacking]
+            str(path.parent), [f"architecture {named or model_type} is not one of {known}", *lacking]
         )
     validated(tree, str(path), _Keys)
     known_keys = known_of(family)
@@ -203,7 +204,7 @@ def known_of(family: Family) -> frozenset[str]:
 
 
 def problems_of(config: Config) -> list[str]:
-    """What the config asks for and our model has not."""
+    """The features that the config asks for and our model lacks."""
     out = lacking_of(config.values, config.tree)
     types = config.tree.get("layer_types") or getattr(config.values, "layer_types", None)
     if types and (set(types) != {"full_attention"} or len(types) != config.values.num_hidden_layers):

@@ -104,7 +104,7 @@ def _choose(path: Path, family: str, settings: Settings, biased: bool, origin: O
 
 
 def misfits(family: Family, settings: Settings, biased: bool) -> list[str]:
-    """Why a model of ours is none of the family; `biased`: some router's selection bias is not zero."""
+    """Why a model of ours is not one of the family; `biased`: some router's selection bias is not zero."""
     model, specs, name = settings.model, layer_specs(settings), family.architecture
     kinds = [spec.feedforward for spec in specs]
     out = []
@@ -160,7 +160,7 @@ def _config(
 
 
 def _changed(came: Config, settings: Settings, described: Mapping[str, Any], retyped: bool) -> dict[str, Any]:
-    """The keys that came, in their own spelling, but for those whose value is no longer the model's.
+    """The keys of the import in their own spelling, without those whose value is no longer the model's.
 
     `retyped`: the weights have another dtype than those that came.
     """
@@ -205,7 +205,7 @@ def _tensors(source: Source, family: Family) -> dict[str, LazyTensor]:
 
 
 def _write_usage(made: Path, separator_id: int, described: Mapping[str, Any]) -> None:
-    """How the tokenizer is used, where nothing that was imported says so: our separator begins and ends a
+    """Write how the tokenizer is used, where no imported file says so: our separator begins and ends a
     document.
     """
     separator = load_tokenizer(made / TOKENIZER).id_to_token(separator_id)

@@ -104,7 +104,7 @@ def _is_tied(folder: Path, config: Config, weights: SafetensorsFolder) -> bool:
 
 
 def _settings(config: Config, out: Path, seq_len: int | None, tied: bool) -> Settings:
-    """Raises SettingsError where they contradict each other."""
+    """The settings of the import. Raises SettingsError where they contradict each other."""
     family, kinds = config.family, config.kinds
     values = {ours: config.get(key) for key, ours in family.keys.items()} | dict(family.fixed)
     values |= {"attention.rope_theta": config.rotations.rope_theta, "tie_embeddings": tied}

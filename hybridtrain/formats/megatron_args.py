@@ -1,6 +1,4 @@
-"""What Megatron-LM's arguments (`args` in common.pt) say of a model, and our settings for it; both
-directions.
-"""
+"""Megatron-LM's arguments (`args` in common.pt) as our settings of the same model, and back."""
 
 from __future__ import annotations
 
@@ -137,10 +135,11 @@ def said_of(args: Any, source: str) -> dict[str, Any]:
 
 
 def from_args(args: Any) -> tuple[dict[str, Any], list[str]]:
-    """(the settings' section `model` but for vocab_size, what the arguments ask for and our model has not).
+    """(the settings' section `model` without vocab_size, the features that the arguments ask for and our
+    model lacks).
 
-    What no table knows is told. Raises as `said_of`, and UntrustedFileError listing every value of another
-    type.
+    Arguments that no table knows are printed. Raises as `said_of`, and UntrustedFileError listing every value
+    of another type.
     """
     source = f"args in {COMMON}"
     said = said_of(args, source)
@@ -189,7 +188,7 @@ def from_args(args: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _kinds(frequency: int | list[int], num_layers: int) -> list[str]:
-    """What each layer is: one in so many is MoE, from the first on; or it is said layer by layer, 0 or 1."""
+    """The kind of each layer: one in so many is MoE, from the first on; or a 0 or 1 for each layer."""
     if isinstance(frequency, int):
         return ["dense" if i % frequency else "moe" for i in range(num_layers)]
     return ["moe" if is_moe else "dense" for is_moe in frequency]
@@ -238,7 +237,7 @@ def to_args(settings: Settings, rows: int, bias: bool, implementation: str, orig
     """The arguments of a model that has no misfits, with `rows` in its embedding and, with `bias`, selection
     biases.
 
-    What training does not change is as it was imported.
+    Arguments that training does not change are as they were imported.
     """
     model, moe = settings.model, settings.model.moe
     kinds = [spec.feedforward for spec in layer_specs(settings)]

@@ -1,5 +1,5 @@
-"""What becomes of every argument that Megatron-LM (core_v0.16.1) keeps in a checkpoint, and of every field of
-its core's config.
+"""How every argument that Megatron-LM (core_v0.16.1) keeps in a checkpoint is treated, and every field of its
+core's config.
 
 MAPPED are read (megatron_args.py), LACKING must have a value that means their absence, HARMLESS change
 nothing that the weights compute. Values of others are told. tests/hybridtrain/formats/test_config_fields.py

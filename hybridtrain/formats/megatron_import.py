@@ -68,7 +68,7 @@ def import_megatron(
     embedding = weights.shapes.get(OUTSIDE["embed.weight"])
     if embedding is None:
         raise FormatError(
-            str(saved), [f"{OUTSIDE['embed.weight']} is missing: the checkpoint is none of {NAME}"]
+            str(saved), [f"{OUTSIDE['embed.weight']} is missing: the checkpoint is not one of {NAME}"]
         )
     model, args, problems = _model(saved, settings_file)
     model["vocab_size"] = embedding[0]  # what is padded stays padded

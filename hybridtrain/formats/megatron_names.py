@@ -81,8 +81,8 @@ class Layout:
         """Where the stored tensors of the name `name` have our tensor `ours` of a layer: one region, or one
         per expert.
 
-        `shape` is that of what our tensor is there, without stacks: of one expert, of one half of a gated
-        unit.
+        `shape` is that of the stored counterpart of our tensor, without stacks: of one expert, of one half of
+        a gated unit.
         """
         half = next((half for half, leaf in enumerate(("w_gate", "w_up")) if leaf in ours), None)
         joined = half is not None and self.experts
@@ -134,12 +134,12 @@ class Layout:
 
 
 def outside(name: str, shape: tuple[int, ...]) -> Region:
-    """Where our tensor `name` is that is in no layer."""
+    """The place of our tensor `name`, which is in no layer."""
     return Region(OUTSIDE[name], shape, tuple(0 for _ in shape), shape)
 
 
 def qkv_shape(model: ModelSettings) -> tuple[int, int]:
-    """Of the one matrix that makes queries, keys and values."""
+    """The shape of the one matrix that makes queries, keys and values."""
     a = model.attention
     return (a.num_heads + 2 * a.num_kv_heads) * a.head_dim, model.dim
 

@@ -51,7 +51,7 @@ class Source(NamedTuple):
     stored: StoredTensors
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the model's tensors; a lookup table is none of them."""
+        """Names and shapes of the model's tensors, without the lookup table."""
         for name, shape in self.stored.shapes.items():
             if name.startswith("model."):
                 yield name.removeprefix("model."), shape
@@ -175,8 +175,8 @@ class ImportedTokenizer:
 
 
 class Import(NamedTuple):
-    """What is imported: an architecture's name, our tensors to be made, what looks at their values, what came
-    with them.
+    """An import: the architecture's name, our tensors to be made, the check of their values, and the
+    description that came with them.
     """
 
     architecture: str

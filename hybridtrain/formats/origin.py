@@ -1,8 +1,7 @@
-"""What an import found in the description of its model, kept in the run folder (origin.json) for exports to
-give back.
+"""The description of an imported model, kept in the run folder (origin.json) for exports to give back.
 
-Settings of ours decide what the model computes; what else a config.json or Megatron's arguments say goes out
-as it came.
+Our settings decide what the model computes; all other keys of a config.json or Megatron's arguments go out as
+they came.
 """
 
 from __future__ import annotations

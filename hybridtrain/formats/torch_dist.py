@@ -59,7 +59,7 @@ class Region:
 
 
 class _Format(BaseModel):
-    """What metadata.json says of a checkpoint's format."""
+    """The format of a checkpoint as metadata.json gives it."""
 
     sharded_backend: str
 
@@ -98,8 +98,8 @@ def find_iteration(folder: Path) -> Path:
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """What is no tensor, by name. Nothing in the file is run, no class of it is made: a Foreign stands for
-    what is not plain data.
+    """The values that are not tensors, by name. Nothing in the file is run, and no object of its classes is
+    made: a Foreign stands for every value that is not plain data.
 
     Raises DataError where the file cannot be read.
     """
@@ -120,7 +120,7 @@ def read_common(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Foreign:
-    """In the place of an object of any class but the known ones; `name` is that of the class."""
+    """Stands for an object of any class but the known ones; `name` is that of the class."""
 
     name: str
 

@@ -1,6 +1,4 @@
-"""What is looked at in every tensor that comes from elsewhere, whatever the format: that its values are
-numbers.
-"""
+"""The check of every foreign tensor, whatever the format: its values are numbers."""
 
 from __future__ import annotations
 

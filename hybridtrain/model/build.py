@@ -38,7 +38,7 @@ LAYER_NORMS: Mapping[str, Parameter] = {"mixer_norm.weight": NORM, "feedforward_
 
 
 def components_of(settings: Settings) -> Components:
-    """What the layers of `settings` may be made of."""
+    """The components that the layers of `settings` may have."""
     return Components.load(settings.model.components)
 
 
@@ -91,7 +91,7 @@ def build_end(settings: Settings, wiring: Wiring) -> Placed:
 def check_parameters(
     component: Component, module: nn.Module, declared: Mapping[str, Parameter], path: str
 ) -> None:
-    """Raise ComponentError listing in what the module's parameters are not as they are declared."""
+    """Raise ComponentError listing how the module's parameters differ from their declarations."""
     real = dict(module.named_parameters())
     problems = [
         f"{path}.{name}: is not in the declaration's parameters" for name in real if name not in declared
@@ -111,7 +111,9 @@ def check_parameters(
             )
     if problems:
         kind = type(component).__name__
-        raise ComponentError("\n  ".join([f"{kind} {component.name}: is not as it declares", *problems]))
+        raise ComponentError(
+            "\n  ".join([f"{kind} {component.name}: the module differs from its declaration", *problems])
+        )
 
 
 def _gathered(component: Component, name: str) -> bool:

@@ -72,7 +72,7 @@ _counting: ContextVar[bool] = ContextVar("counting", default=True)
 
 @contextmanager
 def not_counting() -> Iterator[None]:
-    """While what was counted before is computed a second time."""
+    """A context in which running sums stay as they are: what was counted before is computed a second time."""
     token = _counting.set(False)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The seam: what a mixer, a feed-forward, a residual scheme or an Engram layer says of itself, once.
+"""What a mixer, a feed-forward, a residual scheme or an Engram layer declares about itself, in one place.
 
 A declaration stands beside its module as a frozen value. It knows settings and `torch.nn`, and nothing of
 ranks. Everything else reads it: settings mount its section, counts and FLOPs build it on the meta device,
@@ -46,7 +46,7 @@ class Sees(StrEnum):
 
 @dataclass(frozen=True)
 class Parameter:
-    """What there is to know of one parameter, beside its shape, which its module has.
+    """The declaration of one parameter; its shape comes from its module.
 
     `init`: "normal" with `model.init_std`, "residual" the same over sqrt(2 layers) for what writes to the
     residual stream, "ones", "zeros", or a number that all elements are.
@@ -166,7 +166,7 @@ class Residual(Component):
 
 
 class ComponentError(UserError):
-    """A module is not what its component declares; the message has the path of what is wrong."""
+    """A module differs from its component's declaration; the message has the path."""
 
 
 @dataclass(frozen=True)

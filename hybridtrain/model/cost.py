@@ -56,7 +56,7 @@ def layer_cost(settings: Settings, spec: LayerSpec, place: int) -> LayerCost:
 
 
 def layer_costs(settings: Settings) -> list[LayerCost]:
-    """Of every layer in order; each kind is counted once, where its place makes no difference."""
+    """The costs of every layer in order; each kind is counted once where its place makes no difference."""
     scheme = components_of(settings).residuals[settings.model.residual]
     by_place = bool(scheme.parameters(section_of(settings, scheme)))
     kinds = [(spec, i * by_place) for i, spec in enumerate(layer_specs(settings))]

@@ -1,4 +1,4 @@
-"""The lookup memory's gate and fusion (Engram, arXiv 2601.07372). Rows come from outside: `StepRows`.
+"""The Engram layer: its gate and fusion (arXiv 2601.07372). Rows come from outside: `StepRows`.
 
 B batch, T tokens, D model width, S slots (orders * heads), C row width.
 """
@@ -43,7 +43,7 @@ class EngramLayer(CountingModule):
         self.conv = nn.Parameter(torch.empty(engram.conv_kernel, dim)) if engram.conv else None
 
     def forward(self, h_BTD: Tensor, rows_BTSC: Tensor, documents_BT: Tensor | None) -> Tensor:
-        """What the memory adds to the hidden state: [B, T, D]. `documents_BT` None: one document per
+        """What the layer adds to the hidden state: [B, T, D]. `documents_BT` None: one document per
         sequence.
         """
         e_BTX = rows_BTSC.flatten(-2)
@@ -112,7 +112,7 @@ class StepRows(nn.Module):
         leaf = self._parameters.get(f"leaf{micro_batch}")
         if leaf is None:
             raise RuntimeError(
-                f"micro-batch {micro_batch} has no memory rows; the step set {len(self._parameters)} leaves"
+                f"micro-batch {micro_batch} has no table rows; the step set {len(self._parameters)} leaves"
             )
         rows = row_gather(leaf, index, self.backends)
         return rows if beside is None else _join(rows, beside).to(beside.dtype)

@@ -1,4 +1,4 @@
-"""What a component asks of tokens and experts that lie elsewhere; here all lie on this device.
+"""How a component reaches tokens and experts on other ranks. The exchanges here are those of one device.
 
 A component takes these as an argument when it is built, so `parallel/` can hand in others, which reach
 over ranks. Legend: B sequences, T tokens, H heads, C head width, D model width, W channels, N = B*T,
@@ -74,7 +74,7 @@ def position_in_expert(experts_BTK: Tensor) -> Tensor:
 
 
 def local_dispatch(num_experts: int, drops: bool, path: str) -> Dispatch:
-    """All experts are on this device. With `drops`, pairs may be absent: of experts outside 0..E-1."""
+    """All experts are on this device. With `drops`, pairs may be absent: their experts lie outside 0..E-1."""
 
     def dispatch(
         x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, experts: Callable[..., Tensor]

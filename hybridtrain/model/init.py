@@ -57,8 +57,8 @@ def init_parameters(
 
 
 def _key(name: str) -> str:
-    """What the draw of a parameter is keyed by: its name, in which an Engram layer is "memory", as in the
-    first versions.
+    """The key of a parameter's draw: its name, in which an Engram layer is called "memory", as in the first
+    versions.
 
     So runs of every version begin with the same values.
     """
@@ -66,7 +66,7 @@ def _key(name: str) -> str:
 
 
 def _constant(declared: Parameter) -> float:
-    """What every element of a parameter that is not drawn is."""
+    """The value of every element of a parameter that is not drawn."""
     values: dict[str | float, float] = {"ones": 1.0, "zeros": 0.0}
     return values.get(declared.init, 0.0) if isinstance(declared.init, str) else declared.init
 
@@ -82,7 +82,7 @@ def _std(declared: Parameter, settings: Settings) -> float | None:
 def constant(
     shape: tuple[int, ...], value: float, rows: slice | None = None, within: tuple[slice, ...] = ()
 ) -> Tensor:
-    """Of a parameter whose elements are all `value`, the slices that `draw` takes too, float32 on the CPU."""
+    """The slices of a parameter whose elements are all `value`, as `draw` returns them."""
     return torch.full([end - start for start, end in _bounds(shape, rows, within)], value)
 
 
@@ -121,7 +121,7 @@ def draw(
 
 
 def _normal_part(key: str, shape: tuple[int, ...], std: float, part: tuple[tuple[int, int], ...]) -> Tensor:
-    """Of a tensor that `shape` and `key` stand for, the elements from start to end of each dim."""
+    """The elements from start to end of each dim, of the tensor that `shape` and `key` stand for."""
     if (
         math.prod(shape) <= ONE_GENERATOR or len(shape) > 2
     ):  # only experts' stacks have three dims, and each is a matrix here

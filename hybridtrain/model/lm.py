@@ -1,6 +1,6 @@
 """The model: embedding, layers, norm, head. It knows nothing of ranks.
 
-B batch, T tokens, D model width, V vocabulary, L memory layers, S slots, C row width.
+B batch, T tokens, D model width, V vocabulary, L Engram layers, S slots, C row width.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Layer(nn.Module):
         return out
 
     def compute(self, stream: Stream, context: SequenceContext, rows_BTSC: Tensor | None) -> Stream:
-        """What this layer makes of the stream: the carry, and of the sources those that are new.
+        """What this layer makes of the stream: the carry and the new sources.
 
         `rows_BTSC` are its looked-up rows, None for a layer without Engram.
         """
@@ -87,11 +87,11 @@ class Part:
 
 
 class HybridLM(nn.Module):
-    """A causal language model of mixers, dense and expert feed-forwards and lookup memories, or a part of
+    """A causal language model of mixers, dense and expert feed-forwards and Engram layers, or a part of
     one.
 
     Its parameters are not meaningful before `init_parameters` (init.py) or a checkpoint fills them; a part's
-    have the names and values that they have in the whole. `rows` is where memory layers find their rows;
+    have the names and values that they have in the whole. `rows` is where Engram layers find their rows;
     parts may share it. `wiring` reaches tokens and experts that lie elsewhere.
     """
 
@@ -140,15 +140,15 @@ class HybridLM(nn.Module):
         all logits.
 
         `inputs` are tokens [B, T]. A part that is not the first takes the tensors that `carried` names before
-        its first layer; one that is not the last returns, of those behind its last layer, the carry and the
-        sources that it did not take itself. `documents_BT` numbers the documents inside each sequence
-        (rising; None: one per sequence); attention and memory convolutions stay inside a document.
-        `row_index_BTLS` points into the rows of this micro-batch. Raises ValueError where memory layers have
+        its first layer; one that is not the last returns the tensors behind its last layer: the carry, and
+        the sources that it did not take itself. `documents_BT` numbers the documents inside each sequence
+        (rising; None: one per sequence); attention and Engram convolutions stay inside a document.
+        `row_index_BTLS` points into the rows of this micro-batch. Raises ValueError where Engram layers have
         no index.
         """
         if self.engram_layers and row_index_BTLS is None:
             raise ValueError(
-                f"layers {list(self.engram_layers)} have a memory; the forward pass needs row_index"
+                f"layers {list(self.engram_layers)} have an engram; the forward pass needs row_index"
             )
         attention = self.settings.model.attention
         first = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))

@@ -106,7 +106,7 @@ def _load(names: tuple[str, ...]) -> Components:
             elif component.name in _TAKEN or not re.fullmatch("[a-z][a-z0-9_]*", component.name):
                 problems.append(
                     f'model.components: "{name}" has a component "{component.name}"; a name is of small '
-                    f"letters, digits and _, begins with a letter and is none of {', '.join(_TAKEN)}"
+                    f"letters, digits and _, begins with a letter and is not one of {', '.join(_TAKEN)}"
                 )
             else:
                 problems += _section_problems(name, component)
@@ -190,7 +190,7 @@ def allowing(names: Collection[str]) -> Iterator[None]:
 
 
 def not_allowed(names: Collection[str]) -> list[str]:
-    """Those that settings which nobody vouches for may not import."""
+    """The components that settings of unknown origin may not import."""
     return [name for name in names if _place(name) not in _ALLOWED.get()]
 
 

@@ -39,7 +39,7 @@ class Clock:
         self.current = ""
 
     def alive(self) -> None:
-        """Something within a long phase was done."""
+        """Note progress within a long phase."""
         self.entered += 1
 
     def take(self) -> dict[str, float]:

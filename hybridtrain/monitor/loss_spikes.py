@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 from hybridtrain.settings.tree import TrainSettings
 
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 _LEAST_DEVIATION = 1e-3  # of the median: a loss that hardly moves has no spikes below this
-
-
-SpikeAction = Literal["stop", "skip", "rollback"]  # what `train.on_spike` says to do about a refused step
 
 
 def all_finite(loss: float, grad_norm: float) -> bool:
@@ -52,7 +49,7 @@ class SpikeGuard:
         return all_finite(loss, grad_norm) and (score is None or score <= self._train.spike_score)
 
     def took(self, step: int, loss: float) -> None:
-        """The update of step `step` (from 1) was made."""
+        """Note that the update of step `step` (from 1) was made."""
         self._losses.append(loss)
         if step > self._refused_at:
             self.refusals = 0

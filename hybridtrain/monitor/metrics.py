@@ -118,7 +118,7 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; what is none, such as a line cut off by a crash, is left out.
+    """The lines of a run's metrics.jsonl; what is not such a line, as one cut off by a crash, is left out.
 
     Raises UntrustedFileError where the file is longer than any run's, or not UTF-8.
     """

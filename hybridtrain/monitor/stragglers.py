@@ -15,7 +15,7 @@ from hybridtrain.parallel.mesh import Mesh
 class StepTimes:
     """Adds up the seconds of steps, and those of them in which this rank did not wait for others.
 
-    What the host does not wait for, as on CUDA, counts as its own: there all ranks look alike.
+    Work that the host does not wait for, as on CUDA, counts as its own: there all ranks look alike.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -24,11 +24,11 @@ class StepTimes:
         self.skip()
 
     def skip(self) -> None:
-        """What was done since the last call of anything here is no part of a step."""
+        """Leave the time since the last call of any method out of the steps."""
         self._mark, self._waited = time.perf_counter(), self._mesh.traffic.waited
 
     def add(self) -> None:
-        """What was done since then is."""
+        """Add the time since the last call of any method to the steps."""
         before, waited = self._mark, self._waited
         self.skip()
         self.seconds += self._mark - before

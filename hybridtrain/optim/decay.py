@@ -1,4 +1,4 @@
-"""What rows that no step touched owe of weight decay, remembered once for the whole table."""
+"""The weight decay that rows owe for steps that did not touch them, logged once for the whole table."""
 
 from __future__ import annotations
 

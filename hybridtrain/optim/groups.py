@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -12,16 +14,17 @@ from hybridtrain.settings.tree import OptimSettings
 
 _FUSED_DEVICES = ("cpu", "cuda")
 Group = dict[str, object]
+GroupKind = Literal["decay", "no_decay", "muon", "muon_experts"]  # AdamW with and without decay, then Muon
 
 
 def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim.Optimizer]:
-    """The optimizers of all trainable parameters but the memory rows (`rows.`), which have their own.
+    """The optimizers of all trainable parameters but the table's rows (`rows.`), which have their own.
 
     Every group carries `name`, unique over all optimizers, and `peak_lr`. Parameters on different device
     meshes never share a group, because fused and foreach kernels cannot mix them. `model` may also be a
     container of several pipeline stages.
     """
-    members: dict[tuple[str, int], list[nn.Parameter]] = {}
+    members: dict[tuple[GroupKind, int], list[nn.Parameter]] = {}
     meshes: list[object] = []
     parts = [module for module in model.modules() if isinstance(module, HybridLM)]
     for parameter, declared in (pair for part in parts for pair in part.declared_parameters().values()):
@@ -69,8 +72,8 @@ def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim
     return out
 
 
-def group_kind(declared: Parameter, ndim: int, muon: bool) -> str:
-    """ "decay" or "no_decay" (AdamW), "muon" or "muon_experts": stacks of matrices."""
+def group_kind(declared: Parameter, ndim: int, muon: bool) -> GroupKind:
+    """The optimizer and the decay of a parameter; experts are stacks of matrices."""
     if declared.group == "no_decay":
         return "no_decay"
     if not muon or declared.group == "adamw":

@@ -170,7 +170,7 @@ class _Rowwise:
         return Step(self.step_count, lr, self.eps, *rule, seed, self.first_row)
 
     def _beta2(self) -> float:
-        """What is left of a moment after a step without gradient."""
+        """The factor of a moment over a step without gradient."""
         raise NotImplementedError
 
     def _gain(self) -> float:
@@ -178,7 +178,7 @@ class _Rowwise:
         raise NotImplementedError
 
     def _correction(self) -> float:
-        """What the moment is divided by after `step_count` steps to be free of bias."""
+        """The divisor that makes the moment unbiased after `step_count` steps."""
         raise NotImplementedError
 
 
@@ -201,7 +201,7 @@ class RowwiseAdam(_Rowwise):
         self._since, self._weight = 0, 0.0
 
     def scalars(self) -> dict[str, Any]:
-        """As the others', and the moments' beta2 with what is known of those before."""
+        """See _Rowwise; and the moments' beta2 with the record of earlier ones."""
         return super().scalars() | {
             "beta2": self.beta2,
             "beta2_since": self._since,

@@ -6,8 +6,9 @@ placement.py  which rank has what        journal.py   how far it has come
 digest.py     of logical tensors     tokens.py    a larger tokenizer
 """
 
+from hybridtrain.reshard.copy import CopyOptions
 from hybridtrain.reshard.digest import digest_stored
 from hybridtrain.reshard.target import Growth
 from hybridtrain.reshard.tool import Outcome, reshard
 
-__all__ = ["Growth", "Outcome", "digest_stored", "reshard"]
+__all__ = ["CopyOptions", "Growth", "Outcome", "digest_stored", "reshard"]

@@ -33,6 +33,7 @@ from hybridtrain.reshard.source import Source
 SEGMENT = 1 << 27  # what a kill may cost, for each thread
 PER_RANK = 1 << 24  # of a segment at least, so that files do not become small where ranks are many
 THREADS = 8  # at most, and at least two: one of them may wait for the disk
+MAX_MEMORY = 512 * 10**6
 HELD = 4
 """Blocks that a thread holds at most: one that is read and what it is made of, or written and cut; one read
 back and its parts.
@@ -48,6 +49,14 @@ class Span:
     name: str
     low: int
     high: int
+
+
+@dataclass(frozen=True)
+class CopyOptions:
+    """At most `max_memory` bytes of the tensors are in memory at once; `show`: with a progress bar."""
+
+    max_memory: int = MAX_MEMORY
+    show: bool = False
 
 
 def plan_threads(source: Source, max_memory: int) -> int:
@@ -106,8 +115,8 @@ class Copy:
     def run(self, journal: Journal, threads: int, verified: Future[None]) -> None:
         """Copy what the journal does not have yet; it is told nothing before the source is `verified`.
 
-        Raises what that raises, DamagedCheckpoint where the copy reads back otherwise than the source, and
-        OSError.
+        Raises what `verified` raises, DamagedCheckpoint where the copy differs from the source when it is
+        read back, and OSError.
         """
         with ThreadPoolExecutor(threads, "copy") as pool:
             upcoming = [
@@ -175,7 +184,7 @@ class Copy:
             files = ", ".join(dict.fromkeys(chunk.file for chunk in chunks))
             raise DamagedCheckpoint(
                 f"{self.folder}: {span.name}, rows {span.low} to {span.high - 1}, was read back from {files} "
-                "otherwise than it was written; the disk or the memory of this machine is not sound"
+                "with other values than were written; the disk or the memory of this machine is faulty"
             )
 
     def _read_back(
@@ -202,7 +211,7 @@ class Copy:
 
 
 class _Part:
-    """What a span has of a box, as it is appended to the file of the box's rank."""
+    """The part of a span that lies in a box, as it is appended to the file of the box's rank."""
 
     def __init__(self, file: str, stream: Any, span: Span, box: Box, dtype: torch.dtype) -> None:
         self.name, self.file, self.stream, self.start = span.name, file, stream, stream.tell()
@@ -211,7 +220,7 @@ class _Part:
         stream.write(head)
 
     def append(self, rows: Tensor, low: int) -> None:
-        """What there is of this part in `rows`, those from `low` on; they come in order."""
+        """Append the elements of this part that are in `rows`, those from `low` on; they come in order."""
         if self.sizes:
             top, *inner = (slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
             rows = rows[(slice(max(top.start - low, 0), max(top.stop - low, 0)), *inner)]
@@ -219,7 +228,7 @@ class _Part:
             self.stream.write(byte_view(rows.contiguous()))
 
     def end(self) -> WrittenChunk:
-        """It is complete, and can be read."""
+        """Note that the part is complete and can be read."""
         self.stream.write(self.tail)
         self.stream.flush()
         return WrittenChunk(

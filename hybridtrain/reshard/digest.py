@@ -1,8 +1,8 @@
 """The digest of a logical tensor: the xxh3 (128 bits) of the xxh3s of its blocks of rows, whatever chunks it
 lies in.
 
-A block has as many rows of dim 0 as go into BLOCK bytes, one at least; a tensor without dims is one row.
-Blocks make the digest one that can be taken in parts, by any reader, and gone on with after a break.
+A block has as many rows of dim 0 as go into BLOCK bytes, one at least; a tensor without dims is one row. With
+blocks, any reader can compute the digest in parts and continue after an interruption.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ class Segment:
 class Journal:
     """The journal in the folder `out`, whose lock is held while it is open; `done` are the finished segments.
 
-    `job` says what is done; the first line has it. Raises UserError where `out` holds something else than
-    this job unfinished.
+    `job` describes the reshard and is the first line. Raises UserError where `out` holds anything but the
+    same job, unfinished.
     """
 
     def __init__(self, out: Path, job: dict[str, Any]) -> None:

@@ -25,8 +25,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Box:
-    """What `rank` reads of a tensor, and is the first to read: `sizes` elements from `offsets` on, in each
-    dim.
+    """The part of a tensor that `rank` reads, as the first of the ranks that read it: `sizes` elements from
+    `offsets` on, in each dim.
     """
 
     rank: int
@@ -38,7 +38,7 @@ class Box:
         return not self.sizes or max(low, self.offsets[0]) < min(high, self.offsets[0] + self.sizes[0])
 
     def rows(self, low: int, high: int) -> tuple[Shape, Shape]:
-        """Offsets and sizes of what it has of these rows."""
+        """Offsets and sizes of its part of these rows."""
         if not self.sizes:
             return (), ()
         low, high = max(low, self.offsets[0]), min(high, self.offsets[0] + self.sizes[0])
@@ -54,11 +54,11 @@ class Placement:
     shapes: Mapping[str, Shape]
 
     def boxes(self, name: str, shape: Shape) -> list[Box]:
-        """The parts of a checkpoint's tensor, which together are all of it. What belongs to no rank is rank
-        0's.
+        """The parts of a checkpoint's tensor, which together are all of it. A tensor that belongs to no rank
+        is rank 0's.
 
-        Optimizer state of a parameter's shape lies where the parameter does; rows of the table and what
-        belongs to them at their owners.
+        Optimizer state of a parameter's shape lies where the parameter does; rows of the table and their
+        state lie at their owners.
         """
         kind, _, rest = name.partition(".")
         if kind == "optim" and rest.rpartition(".")[0] in self.parameters:

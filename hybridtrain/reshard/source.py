@@ -25,7 +25,7 @@ MEAN_ROWS = 1 << 12  # tokens read at a time for their mean
 
 
 class Source:
-    """What is read of `stored`; `shapes` are those of the target, of all its tensors."""
+    """Reads the target's tensors from `stored`; `shapes` are those of all tensors of the target."""
 
     def __init__(
         self, stored: StoredTensors, changed: Mapping[str, Shape], noise: float, seed: int, softmax: bool
@@ -42,7 +42,7 @@ class Source:
         return self.stored.dtype(name)
 
     def num_bytes(self, name: str, low: int, high: int) -> int:
-        """Of rows `low` to `high-1`."""
+        """The size of rows `low` to `high-1`."""
         return (high - low) * math.prod(self.shapes[name][1:]) * self.dtype(name).itemsize
 
     def read(self, name: str, low: int, high: int) -> Tensor:

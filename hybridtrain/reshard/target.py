@@ -1,6 +1,4 @@
-"""What a checkpoint is to become: settings, layout and vocabulary of the target, or every reason why it
-cannot.
-"""
+"""The target of a reshard: its settings, layout and vocabulary, or every reason why it is impossible."""
 
 from __future__ import annotations
 
@@ -48,7 +46,7 @@ class Target:
 def plan_target(
     info: dict[str, Any], out: Path, overrides: Sequence[str], nproc: int | None, growth: Growth
 ) -> Target:
-    """The target of the checkpoint that says `info` of itself. `nproc` None: as few ranks as the axes need.
+    """The target of the checkpoint with the description `info`. `nproc` None: as few ranks as the axes need.
 
     Raises SettingsError or LayoutError as a run would, and UserError listing everything that would make
     another model of it.
@@ -140,7 +138,7 @@ def _reason(key: str) -> str:
 
 
 def _fewest_ranks(settings: Settings) -> int:
-    """As many ranks as the axes name; where dp_shard is what is left, as few as ep folds over."""
+    """The product of the axes that are given; where dp_shard is -1, with as few ranks of it as ep needs."""
     parallel = settings.parallel
     inner = parallel.cp * parallel.tp
     folded = parallel.cp * (parallel.tp if parallel.etp == 1 else 1)

@@ -32,7 +32,9 @@ SHOWN = 10  # tokens that are named where more differ
 
 @dataclass(frozen=True)
 class NewTokenizer:
-    """What of it goes into a run folder and a checkpoint; `addressing` is JSON, None without a table."""
+    """The parts of the tokenizer that go into a run folder and a checkpoint; `addressing` is JSON, None
+    without a table.
+    """
 
     content: bytes
     digest: str
@@ -41,7 +43,7 @@ class NewTokenizer:
 
 
 def take_tokenizer(path: Path, run: Path, info: dict[str, Any], target: Target) -> NewTokenizer:
-    """The tokenizer.json `path` in the place of that of `run`, whose checkpoint says `info`.
+    """The tokenizer.json `path` in the place of that of `run`, whose checkpoint has the description `info`.
 
     Raises UserError listing the tokens that it does not keep, or where the target's rows are too few or its
     data of another tokenizer; DataError where it cannot be read, and CheckpointError where the run folder
@@ -105,7 +107,7 @@ def _changed_classes(
     filled.
     """
     return [
-        f"token {number}, {ours.id_to_token(number)!r}, is spelt otherwise than the run's: the table would "
+        f"token {number}, {ours.id_to_token(number)!r}, is spelt differently from the run's: the table would "
         "find other rows"
         for number in np.flatnonzero(after[: len(before)] != before).tolist()
     ]

@@ -32,7 +32,7 @@ from hybridtrain.errors import CheckpointError, DamagedCheckpoint
 from hybridtrain.files.lock import locked
 from hybridtrain.monitor.metrics import METRICS
 from hybridtrain.parallel.collectives import Group
-from hybridtrain.reshard.copy import Copy, plan_segments, plan_threads
+from hybridtrain.reshard.copy import Copy, CopyOptions, plan_segments, plan_threads
 from hybridtrain.reshard.digest import digest_of
 from hybridtrain.reshard.journal import Journal
 from hybridtrain.reshard.placement import place_model
@@ -43,10 +43,11 @@ from hybridtrain.reshard.tokens import NewTokenizer, take_tokenizer
 from hybridtrain.run.init_from import ORIGIN, VOCABULARY, check_tensors, copy_companions, model_tensors
 from hybridtrain.run.run_folder import ADDRESSING, CHECKPOINTS, SETTINGS, find_checkpoint
 from hybridtrain.settings.load import dump_settings, parse_settings
+from hybridtrain.settings.tree import VerifyLevel
 
 ALONE = Group("world", (0,), 0)
-MAX_MEMORY = 512 * 10**6
-NONE = Growth()
+NO_GROWTH = Growth()
+DEFAULT_COPYING = CopyOptions()
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,15 @@ def reshard(
     overrides: Sequence[str] = (),
     *,
     nproc: int | None = None,
-    max_memory: int = MAX_MEMORY,
-    growth: Growth = NONE,
-    show: bool = False,
+    growth: Growth = NO_GROWTH,
+    copying: CopyOptions = DEFAULT_COPYING,
 ) -> Outcome:
     """Write the run folder or checkpoint `path` as the run folder `out`, for `nproc` ranks of its settings
     with `overrides`.
 
-    Every rank's part of every tensor is a chunk of a file of its own. Of the tensors `max_memory` bytes are
-    in memory at most. One that was ended goes on when it is called again. Raises LayoutError or UserError
-    where the target is impossible or is another model, DamagedCheckpoint where files are not what they were
-    written as, CheckpointError where `out` cannot be written.
+    Every rank's part of every tensor is a chunk of a file of its own. A reshard that was ended goes on when
+    it is called again. Raises LayoutError or UserError where the target is impossible or is another model,
+    DamagedCheckpoint where files differ from what was written, CheckpointError where `out` cannot be written.
     """
     run, saved = find_checkpoint(path)
     opened = checkpoint.Saved(saved)
@@ -83,7 +82,7 @@ def reshard(
     target = plan_target(info, out, overrides, nproc, growth)
     tokenizer = take_tokenizer(growth.tokenizer, run, info, target) if growth.tokenizer is not None else None
     source = _source(opened, target, growth)
-    threads = plan_threads(source, max_memory)
+    threads = plan_threads(source, copying.max_memory)
     segments = plan_segments(source, target.layout.world)
     verified = _verify_beside(opened, target.settings.checkpoint.verify)
     placement = place_model(target.settings, target.layout, target.vocab_size)
@@ -102,7 +101,7 @@ def reshard(
                 journal.remove()
                 return outcome
             _begin(staging, journal)
-            with CopyProgress(sum(sizes), sum(sizes[: len(journal.done)]), show) as progress:
+            with CopyProgress(sum(sizes), sum(sizes[: len(journal.done)]), copying.show) as progress:
                 Copy(source, boxes, segments, staging, progress.advance).run(journal, threads, verified)
             digests = _digests(source, journal)
             _compare(saved, info, digests, source)
@@ -120,7 +119,7 @@ def reshard(
 def _job(
     info: dict[str, Any], target: Target, growth: Growth, tokenizer: NewTokenizer | None
 ) -> dict[str, Any]:
-    """What the journal says is made: a reshard that was ended goes on only where it is the same."""
+    """The job as the journal has it: a reshard that was ended goes on only where its job is the same."""
     return {
         "source": info["xxh3"],
         "settings": target.settings.model_dump(mode="json"),
@@ -156,7 +155,7 @@ def _source(saved: checkpoint.Saved, target: Target, growth: Growth) -> Source:
     )
 
 
-def _verify_beside(saved: checkpoint.Saved, level: str) -> Future[None]:
+def _verify_beside(saved: checkpoint.Saved, level: VerifyLevel) -> Future[None]:
     """Compare the files of a checkpoint with their checksums, in a thread that does not keep the process from
     ending.
     """
@@ -174,14 +173,15 @@ def _verify_beside(saved: checkpoint.Saved, level: str) -> Future[None]:
 
 
 def _begin(staging: Path, journal: Journal) -> None:
-    """Make the folder ready to go on: what finished segments left stays, what else is there goes."""
+    """Make the folder ready to go on: files of finished segments stay, all others are removed."""
     make_folder(staging)
     done = {name: record for segment in journal.done for name, record in segment.files.items()}
     for name, record in done.items():
         file = staging / name
         if not file.is_file() or file.stat().st_size != record["size"]:
             raise DamagedCheckpoint(
-                f"{file}: is not what {journal.path} says; remove {journal.path.parent} and start anew"
+                f"{file}: is missing or has another size than in {journal.path}; remove "
+                f"{journal.path.parent} and start anew"
             )
     for file in staging.iterdir():
         if file.name not in done:
@@ -197,7 +197,7 @@ def _digests(source: Source, journal: Journal) -> dict[str, str]:
 
 
 def _compare(saved: Path, info: dict[str, Any], digests: dict[str, str], source: Source) -> None:
-    """Where a checkpoint knows the digests of its tensors, those that did not grow have them still."""
+    """Raise DamagedCheckpoint where a tensor that did not grow has another digest than in its checkpoint."""
     theirs = info.get("tensors", {})
     if others := [name for name in theirs if name not in source.changed and theirs[name] != digests[name]]:
         raise DamagedCheckpoint(
@@ -233,8 +233,8 @@ def _write_index(staging: Path, source: Source, journal: Journal) -> Records:
 
 
 def _describe(info: dict[str, Any], target: Target, tokenizer: NewTokenizer | None) -> dict[str, Any]:
-    """What the new checkpoint says of itself: what the old one did, but for where its parts lie, and its
-    tokenizer.
+    """The description of the new checkpoint: that of the old one, without the place of its parts, and with
+    its own tokenizer.
     """
     gone = ("xxh3", "files", "base", "tensors")
     tokens: dict[str, Any] = {}
@@ -262,7 +262,7 @@ def _describe(info: dict[str, Any], target: Target, tokenizer: NewTokenizer | No
 
 
 def _write_companions(run: Path, out: Path, target: Target, tokenizer: NewTokenizer | None) -> None:
-    """What belongs to a run beside its checkpoints, its curve included."""
+    """Write the files that belong to a run beside its checkpoints, its curve included."""
     copy_companions(run, out, TOKENIZER, COMPRESSION, ADDRESSING, METRICS, ORIGIN)
     if tokenizer is not None:
         for name in VOCABULARY:  # of the old tokenizer

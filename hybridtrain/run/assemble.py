@@ -1,4 +1,4 @@
-"""Puts a run together from its settings on the ranks that it has: model, memory, optimizers."""
+"""Puts a run together from its settings on the ranks that it has: model, table, optimizers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from hybridtrain.table.lookup_table import LookupTable
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the model and its memory must know of the tokenizer."""
+    """What the model and its table need to know about the tokenizer."""
 
     size: int
     separator_id: int
@@ -96,8 +96,8 @@ class Run:
 
 
 def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | None:
-    """The addressing of the model's memory layers, drawn or read from `engram.addressing`; None without
-    memory.
+    """The addressing of the model's Engram layers, drawn or read from `engram.addressing`; None without
+    such layers.
     """
     layers, engram = engram_layers(settings), settings.engram
     if not layers:
@@ -127,7 +127,7 @@ def make_addressing(settings: Settings, vocabulary: Vocabulary) -> Addressing | 
 
 
 def addressing_misfits(addressing: Addressing, settings: Settings) -> list[str]:
-    """What it has otherwise than the settings' memory layers."""
+    """How it differs from the Engram layers of the settings."""
     engram = settings.engram
     wanted = {
         "layers": engram_layers(settings),

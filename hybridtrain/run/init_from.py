@@ -1,6 +1,4 @@
-"""A model's weights without its run: what they are by name, and a new run that starts from those of an old
-one.
-"""
+"""The weights of a checkpoint without its run: their names, and a new run that starts from them."""
 
 from __future__ import annotations
 
@@ -66,10 +64,12 @@ def model_tensors(settings: Settings, vocab_size: int) -> dict[str, Tensor]:
 
 
 def check_tensors(stored: StoredTensors, settings: Settings, info: Mapping[str, Any]) -> None:
-    """Raise DamagedCheckpoint listing the model's tensors that a checkpoint, which says `info`, has not as
-    its settings say, those that are no floating-point numbers, and those that such a model has not.
+    """Raise DamagedCheckpoint listing the model's tensors that differ from the settings of the checkpoint:
+    missing ones, other shapes, dtypes that are not floating-point, and tensors that such a model does not
+    have.
 
-    It is looked at before memory is taken for a model of those settings.
+    `info` is the checkpoint's own description. The check comes before memory is taken for a model of those
+    settings.
     """
     have = {name: shape for name, shape in stored.shapes.items() if name.startswith("model.")}
     layers = {name.split(".")[2] for name in have if name.startswith("model.layers.")}
@@ -83,8 +83,8 @@ def check_tensors(stored: StoredTensors, settings: Settings, info: Mapping[str, 
             f"model.{name}": tuple(value.shape)
             for name, value in model_tensors(settings, info["vocab_size"]).items()
         }
-    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # sizes that are none
-        raise DamagedCheckpoint(f"{stored.path}: its settings are of no model: {str(error)[:300]}") from None
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # sizes that no tensor can have
+        raise DamagedCheckpoint(f"{stored.path}: no model has its settings: {str(error)[:300]}") from None
     problems = [
         f"{name}: it has {list(have[name]) if name in have else 'none'}, its settings say {list(shape)}"
         for name, shape in expected.items()
@@ -98,8 +98,8 @@ def check_tensors(stored: StoredTensors, settings: Settings, info: Mapping[str, 
 
 
 def read_compression_of(run: Path, info: Mapping[str, Any]) -> npt.NDArray[np.int64]:
-    """The compression map of a run folder, int64 [V], whose checkpoint says `info`. Raises CheckpointError,
-    or DataError.
+    """The compression map, int64 [V], of a run folder whose checkpoint has the description `info`. Raises
+    CheckpointError, or DataError.
     """
     try:
         compression = read_compression(run / COMPRESSION, info["vocab_size"])
@@ -107,8 +107,7 @@ def read_compression_of(run: Path, info: Mapping[str, Any]) -> npt.NDArray[np.in
         raise CheckpointError(f"{run / COMPRESSION}: cannot be read: {error.strerror}") from None
     if info["separator_id"] >= len(compression):
         raise CheckpointError(
-            f"{run / COMPRESSION}: is of {len(compression)} tokens, and the separator is "
-            f"{info['separator_id']}"
+            f"{run / COMPRESSION}: has {len(compression)} tokens, and the separator is {info['separator_id']}"
         )
     return compression
 
@@ -116,16 +115,16 @@ def read_compression_of(run: Path, info: Mapping[str, Any]) -> npt.NDArray[np.in
 def read_addressing(
     info: Mapping[str, Any], settings: Settings, compression: npt.NDArray[np.int64], stored: StoredTensors
 ) -> Addressing | None:
-    """The addressing of a checkpoint, with the compression map int64 [V] of its run folder; None without a
-    memory.
+    """The addressing of a checkpoint, with the compression map int64 [V] of its run folder; None without
+    Engram layers.
 
-    Raises CheckpointError where it is none, is of another map or of other settings, or has not as many rows
-    as the table.
+    Raises CheckpointError where it is missing or damaged, belongs to another map or to other settings, or
+    differs from the table in its number of rows.
     """
     if not engram_layers(settings):
         return None
     if info["addressing"] is None:
-        raise CheckpointError(f"{stored.path}: its settings have a memory, and it has no addressing")
+        raise CheckpointError(f"{stored.path}: its settings have an engram, and it has no addressing")
     try:
         addressing = Addressing.from_json(info["addressing"], compression)
     except AddressingError as error:
@@ -137,7 +136,9 @@ def read_addressing(
             f"it has {addressing.num_rows} rows of {settings.engram.head_dim}, the table is {list(table)}"
         )
     if problems:
-        raise CheckpointError("\n  ".join([f"{stored.path}: its addressing is not of its memory", *problems]))
+        raise CheckpointError(
+            "\n  ".join([f"{stored.path}: its addressing does not fit its table", *problems])
+        )
     return addressing
 
 
@@ -219,7 +220,7 @@ def _problems(
     info: Mapping[str, Any],
     stored: StoredTensors,
 ) -> list[str]:
-    """What of the checkpoint does not fit the run and its data; `expected` are the model's shapes by name."""
+    """Why the checkpoint does not fit the run and its data; `expected` are the model's shapes by name."""
     addressing = run.table.addressing.to_json() if run.table is not None else None
     theirs = {name: shape for name, shape in stored.shapes.items() if name.startswith("model.")}
     problems = _misfits(expected, theirs) + dtype_problems({name: stored.dtype(name) for name in theirs})
@@ -237,7 +238,7 @@ def _problems(
     if info["addressing"] and addressing and info["addressing"] != addressing:
         problems.append(
             "engram: the table cannot be taken over: layers, orders, multipliers, primes or compression map "
-            "are others"
+            "differ"
         )
     elif info["addressing"] and run.table is not None:
         there, here = (
@@ -256,14 +257,14 @@ def _misfits(ours: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, ...]
         if name in theirs and theirs[name] != shape
     ]
     lacking = [name for name in ours if name not in theirs and ".engram." not in name]
-    problems += [f"{name}: the checkpoint lacks it; only a memory may be new" for name in lacking]
+    problems += [f"{name}: the checkpoint lacks it; only an engram may be new" for name in lacking]
     problems += [f"{name}: this model lacks it" for name in theirs if name not in ours]
     return problems
 
 
 def _tell(settings: Settings, saved: Path, info: dict[str, Any], taken: int, drawn: int) -> None:
     """Say what was taken, and which settings of equal shapes make another function of the same weights."""
-    say(f"starting from {saved}: {taken} tensors taken, {drawn} of new memories drawn")
+    say(f"starting from {saved}: {taken} tensors taken, {drawn} of new Engram layers drawn")
     for key, value in checkpoint.identity(settings).items():
         theirs = info["identity"].get(key, value)
         if key.startswith("model.") and key != "model.layers" and theirs != value:

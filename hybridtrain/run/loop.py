@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from hybridtrain import checkpoint
 from hybridtrain.checkpoint import Consumed
 from hybridtrain.console import say
-from hybridtrain.data.batches import Batch, BatchLoader
+from hybridtrain.data.batches import Batch, BatchLoader, BatchShare
 from hybridtrain.data.prefetch import StepPrefetcher
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import TrainingError
 from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.monitor.clock import Clock
-from hybridtrain.monitor.loss_spikes import SpikeAction, all_finite
+from hybridtrain.monitor.loss_spikes import all_finite
 from hybridtrain.monitor.metrics import MetricsLog
 from hybridtrain.monitor.signals import StopSignal
 from hybridtrain.monitor.watchdog import Watchdog
@@ -37,7 +37,7 @@ from hybridtrain.run.run_folder import RunFolder, RunLocks
 from hybridtrain.run.step import Hooks, StepInput, Totals, train_step
 from hybridtrain.run.validation import evaluate
 from hybridtrain.run.writable import check_folders, unusable_folders
-from hybridtrain.settings.tree import Settings
+from hybridtrain.settings.tree import Settings, SpikeAction
 
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE),
@@ -108,8 +108,8 @@ class OpenedRun:
     clock: Clock
 
     def restore(self, check: Callable[[Path, Info], None] = lambda *_: None) -> Info:
-        """Load the latest good checkpoint; what it says of itself. Ranks may stand still here, so it is timed
-        as a phase, but as none of a step.
+        """Load the latest good checkpoint and return its description. Ranks may stand still here, so it is
+        timed as a phase of its own, outside of steps.
         """
         with self.clock.phase("restore"):
             info = self.folder.restore(self.run, self.addressing, check)
@@ -117,7 +117,9 @@ class OpenedRun:
         return info
 
     def train(self, before: Info | None) -> dict[str, Any]:
-        """From the checkpoint that says `before` of itself, or the start, to the end; the summary."""
+        """Train from the checkpoint with the description `before`, or from the start, to the end; returns the
+        summary.
+        """
         run, settings, mesh = self.run, self.run.settings, self.run.mesh
         start = before["step"] if before else 0
         self._say_what_changed(before)
@@ -160,15 +162,13 @@ class OpenedRun:
             say("\n".join(lines))
 
     def _loader(self, before: Info | None, start: int) -> BatchLoader:
-        settings, mesh = self.run.settings, self.run.mesh
+        train, layout = self.run.settings.train, self.run.mesh.layout
+        dp_rank = layout.coordinate(self.run.mesh.rank, "dp")
         return BatchLoader(
             self.dataset.split("train"),
-            settings.train.seq_len,
-            settings.train.global_batch,
-            settings.train.micro_batches,
-            mesh.layout.coordinate(mesh.rank, "dp"),
-            mesh.layout.dp,
-            settings.run.seed,
+            train.seq_len,
+            BatchShare(train.global_batch, train.micro_batches, dp_rank, layout.dp),
+            self.run.settings.run.seed,
             self.continuation.position(before) if before else None,
             start + self.run.guard.skipped_batches,
         )
@@ -186,7 +186,7 @@ class Loop:
     """Makes the steps of a run and what comes between them; every rank makes the same calls in one order.
 
     prefetcher: loads and plans steps ahead in a thread
-    restore: loads the latest good checkpoint and returns what it says of itself
+    restore: loads the latest good checkpoint and returns its description
     """
 
     def __init__(

@@ -52,7 +52,7 @@ def implementations(run: Run) -> dict[str, str]:
 
 
 def _long_attention(run: Run, packs: bool) -> str:
-    """What sequences too long for a mask of all pairs have instead."""
+    """The attention of sequences that are too long for a mask of all pairs."""
     if run.settings.train.seq_len <= MASKED_TOKENS:
         return ""
     return (

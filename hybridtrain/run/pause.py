@@ -25,8 +25,8 @@ class Pause:
         """Save and then validate, where that is due after `done` steps; whether the run stops here, with a
         checkpoint of them.
 
-        `stop` and `save`: what was asked for in the step. A stop that is asked for meanwhile is not left for
-        the next one.
+        `stop` and `save`: whether the step was asked to stop or to save. A stop that is asked for meanwhile
+        is not left for the next one.
         """
         train, every = self.run.settings.train, self.run.settings.checkpoint.every
         ended = done == train.steps
@@ -55,7 +55,7 @@ class Pause:
         return done == train.steps or bool(done and train.eval_every and done % train.eval_every == 0)
 
     def validation(self, done: int, again: bool = False) -> bool:
-        """Validate; whether the ranks agreed to stop before its last batch, and then nothing of it is
+        """Validate; returns whether the ranks agreed to stop before its last batch. Then no part of it is
         reported.
 
         `again`: after a restore. The checkpoint was saved before the validation that was due, which may have

@@ -65,7 +65,7 @@ def resolve_layout(settings: Settings, world: int) -> Layout:
 
 
 def model_facts(settings: Settings) -> ModelFacts:
-    """What a layout must fit, as the components of the layers declare it."""
+    """The numbers that a layout must fit, as the components of the layers declare them."""
     specs, train, engram = layer_specs(settings), settings.train, settings.engram
     every = [c for spec in dict.fromkeys(specs) for c in layer_components(settings, spec).values()]
     components = list({id(component): component for component in every}.values())
@@ -82,7 +82,7 @@ def model_facts(settings: Settings) -> ModelFacts:
         seq_len=train.seq_len,
         num_layers=len(specs),
         dim=settings.model.dim,
-        memory_rows=engram.slots * engram.rows_per_head if any(s.engram for s in specs) else None,
+        table_rows=engram.slots * engram.rows_per_head if any(s.engram for s in specs) else None,
         divides=divides,
         reach=reach,
         whole_sequences=tuple(c.name for c in components if c.sees is Sees.SEQUENCE),
@@ -92,7 +92,7 @@ def model_facts(settings: Settings) -> ModelFacts:
 
 
 def _experts(settings: Settings, components: Sequence[Component]) -> dict[str, Any]:
-    """Of the first component with experts, counted on the meta device; None where there is none."""
+    """The experts of the first component that has some, counted on the meta device; None without experts."""
     for component in components:
         declared = component.parameters(section_of(settings, component))
         name = next((name for name, p in declared.items() if p.cut is Cut.EXPERT_COLUMN), None)
@@ -139,7 +139,7 @@ def table_device(settings: Settings, device: torch.device) -> torch.device:
 
 
 def check_compiler(settings: Settings) -> None:
-    """Raise SettingsError where `train.compile` asks for a compiler that this machine has not."""
+    """Raise SettingsError where `train.compile` asks for a compiler that this machine does not have."""
     if settings.train.compile and (name := missing_compiler()) is not None:
         problem = (
             f"torch.compile needs a C++ compiler and there is no {name}; install one, name yours in CXX, or "

@@ -29,6 +29,7 @@ from hybridtrain.run.resume import Reading
 from hybridtrain.run.run_folder import SUMMARY
 from hybridtrain.run.step import Totals
 from hybridtrain.settings.rules import notices
+from hybridtrain.settings.tree import SpikeAction
 
 FETCH = {
     "step": "rows come before their step",
@@ -179,20 +180,20 @@ class Report:
             yield
         self._times.skip()
 
-    def refused(self, done: int, what: str, action: str, loss: float) -> None:
+    def refused(self, done: int, what: str, action: SpikeAction, loss: float) -> None:
         """A step whose update was not made, and what the run does about it."""
         self.log.write(done, {"refused": action, "refused_loss": loss if math.isfinite(loss) else None})
         self.log.say(f"step {done:6d}  {what}; {action}")
         self._times.skip()
 
     def rolled_back(self, to: int) -> None:
-        """The steps after step `to` are made again: drop what was written of them."""
+        """The steps after step `to` are made again: drop their lines."""
         self.log.rewind(to)
         self._logged_at, self._times = to, StepTimes(self.run.mesh)
         self.clock.take()
 
     def validation(self, done: int, values: dict[str, float], again: bool = False) -> None:
-        """What a whole validation came to; `again`: one that a run before this may have made as well."""
+        """Write the result of a whole validation; `again`: an earlier run may have made it as well."""
         if values:
             if again:
                 self.log.rewind(done, validated=False)
@@ -304,7 +305,7 @@ class Report:
 
 
 def layer_statistics(totals: dict[str, list[float]]) -> dict[str, Any]:
-    """The step's sums as what people read: expert load (shares) and its spread, router entropy, gate mean,
+    """The step's sums as readable figures: expert load (shares) and its spread, router entropy, gate mean,
     per layer.
     """
     out: dict[str, Any] = {}
@@ -327,7 +328,7 @@ def layer_statistics(totals: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def dropped_share(totals: dict[str, list[float]]) -> float | None:
-    """Of the step's token-expert pairs over all layers, those that full experts dropped; None without a
+    """The share of the step's token-expert pairs, over all layers, that full experts dropped; None without a
     capacity.
     """
     dropped = [value[0] for name, value in totals.items() if name.endswith(".dropped_pairs")]

@@ -1,5 +1,5 @@
-"""How a resumed run goes on with the data: where from, what is refused unless it was asked for by name, and
-what is said.
+"""How a resumed run goes on with the data: from which position, which changes are refused unless they are
+allowed by name, and which are told.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def parse_allow(text: str, resumes: bool) -> frozenset[str]:
 
 
 class Reading:
-    """How much of the data a run has read, and trained on, as its checkpoints and its report say it.
+    """How much of the data a run has read and trained on, for its checkpoints and its report.
 
-    `tokens` counts the targets of the steps whose update was made and is still in the model. `before` is what
-    the checkpoint says that the run goes on from; None for a new run.
+    `tokens` counts the targets of the steps whose update was made and is still in the model. `before` is the
+    description of the checkpoint that the run goes on from; None for a new run.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Reading:
         return self._before + self._loader.samples_before(done + self._guard.skipped_batches)
 
     def describe(self, done: int) -> Info:
-        """What a checkpoint after `done` steps says of the data."""
+        """The entry `data` of a checkpoint after `done` steps."""
         at = self._loader.position(done + self._guard.skipped_batches)
         consumed = Consumed(
             sequences=self.sequences(done),
@@ -129,7 +129,7 @@ class Continuation:
         lines += [f"  allowed: {why}" for why in differences.values()]
         if differences.keys() & {SEED, DATA}:
             lines.append(
-                "  what was left of the epoch is left out; the new order begins with epoch "
+                "  the rest of the epoch is left out; the new order begins with epoch "
                 f"{self.position(info).epoch}"
             )
         if Consumed.of(info).train is None:
@@ -158,7 +158,7 @@ class Continuation:
         ]
 
     def _differences(self, info: Info) -> dict[str, str]:
-        """What of ALLOWABLE is not as the checkpoint has it, and why that matters."""
+        """The names of ALLOWABLE whose values differ from the checkpoint's, and why that matters."""
         theirs, seed, data = Consumed.of(info), self.settings.run.seed, f"data.path={self.settings.data.path}"
         out = {}
         if theirs.seed != seed:

@@ -192,11 +192,11 @@ class RunFolder:
         addressing: Addressing | None,
         check: Callable[[Path, dict[str, Any]], None] = lambda path, info: None,
     ) -> dict[str, Any]:
-        """Load the latest good checkpoint into the parts; returns what it says of itself.
+        """Load the latest good checkpoint into the parts; returns its description.
 
-        What is wrong with a damaged one is said, and the one before it taken. Raises CheckpointError where
-        the checkpoint does not fit, or none is good. `check` is shown the checkpoint and what it says of
-        itself before it is loaded, and may raise.
+        The problems of a damaged checkpoint are printed, and the one before it is taken. Raises
+        CheckpointError where the checkpoint does not fit, or none is good. `check` gets the checkpoint and
+        its description before it is loaded, and may raise.
         """
         tokenizer = file_digest(self.path / TOKENIZER)
         hashes = addressing.to_json() if addressing is not None else None
@@ -222,8 +222,8 @@ class RunFolder:
         )
 
     def saver(self, run: Run, reading: Callable[[int], dict[str, Any]]) -> checkpoint.Saver:
-        """What saves the run's checkpoints, once it was restored or begun; collective. `reading` as of
-        `Saver`.
+        """The saver of the run's checkpoints, once the run was restored or begun; collective. `reading` is
+        that of `Saver`.
         """
         if self.world.rank == 0 and run.table is not None:
             write_atomically(self.path / ADDRESSING, run.table.addressing.to_json().encode())
@@ -295,7 +295,7 @@ def _checkpoints_of(run: Path) -> Path:
         raise CheckpointError(f"{run / SETTINGS}: checkpoint.dir={where!r:.100} is no folder")
     if "://" in where and not where.startswith("file://"):
         raise CheckpointError(
-            f"{run / SETTINGS} says that the checkpoints lie at {where}, which is not opened on a file's "
-            f"word; if you trust it, give {where} itself in the place of {run}"
+            f"{run / SETTINGS} says that the checkpoints lie at {where}, which is not opened "
+            f"because a file names it; if you trust it, give {where} itself in the place of {run}"
         )
     return checkpoint.open_storage(where) if where else run / CHECKPOINTS

@@ -8,7 +8,7 @@ from itertools import islice
 
 import torch
 
-from hybridtrain.data.batches import IGNORED, Batch, EvalBatches
+from hybridtrain.data.batches import IGNORED, Batch, BatchShare, EvalBatches
 from hybridtrain.data.shards import Split
 from hybridtrain.parallel.collectives import all_reduce_
 from hybridtrain.run.assemble import Run
@@ -43,14 +43,12 @@ def evaluate(
     run.set_mode(training=False)
     table, mesh, settings = run.table, run.mesh, run.settings
     batch_size = settings.train.global_batch // settings.train.micro_batches
-    dp_rank = mesh.layout.coordinate(mesh.rank, "dp")
+    share = BatchShare(batch_size, 1, mesh.layout.coordinate(mesh.rank, "dp"), mesh.layout.dp)
     holds_head = any(stage.part.last for stage in run.model_parts)  # what it counts is counted once along pp
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     limit = batches * settings.train.micro_batches
     stopped = False
-    batches_of_one = EvalBatches(
-        split, settings.train.seq_len, batch_size, dp_rank, mesh.layout.dp, limit=limit
-    )
+    batches_of_one = EvalBatches(split, settings.train.seq_len, share, limit)
     for batch in all_or_none(batches_of_one, mesh.layout.pp):
         if stopped := not go_on():
             break

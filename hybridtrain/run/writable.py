@@ -22,8 +22,8 @@ def check_folders(settings: Settings, elsewhere: list[list[str]] | None = None) 
 
 
 def unusable_folders(settings: Settings) -> list[str]:
-    """What stands in the way of writing to `run.dir`, `checkpoint.dir` and, where it is to be made,
-    `data.path`; one line each.
+    """Why a run cannot write to `run.dir`, `checkpoint.dir` and, where it is to be made, `data.path`; one
+    line each.
     """
     data, run = Path(settings.data.path), Path(settings.run.dir)
     written = {"run.dir": run}

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from hybridtrain.kernels.engram_hash.addressing import Boundary
+from hybridtrain.kernels.rows.op import Wire
 from hybridtrain.section import Fraction, Natural, NonNegative, Positive, Section
 
 
@@ -19,9 +21,7 @@ class EngramSettings(Section):
     addressing: str = Field(
         "", description="JSON file with stored multipliers and primes to use instead of drawing them"
     )
-    boundary: Literal["document", "stream"] = Field(
-        "document", description="n-grams stop at document starts, or run across"
-    )
+    boundary: Boundary = Field("document", description="n-grams stop at document starts, or run across")
     gate_floor: float = Field(
         1e-6,
         gt=0,
@@ -47,11 +47,11 @@ class EngramSettings(Section):
         "float32",
         description="of the table; bfloat16 rows are rounded stochastically, by run.seed, step and row",
     )
-    wire: Literal["exact", "bfloat16", "float8"] = Field(
+    wire: Wire = Field(
         "exact",
         description="what rows travel as: as they are, or rounded; float8 is e4m3 with a scale for each row",
     )
-    wire_gradients: Literal["exact", "bfloat16", "float8"] = Field(
+    wire_gradients: Wire = Field(
         "exact", description="what the rows' gradients travel as: float32 as they are, or rounded like `wire`"
     )
     optimizer: Literal["rowwise_adam", "rowwise_adagrad", "adam"] = Field(

@@ -1,4 +1,4 @@
-"""The layers that `model.layers` asks for: what each is made of, in order."""
+"""The layers that `model.layers` asks for, in order, with the components of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ENTRY = re.compile(r"(?:(\d+)\*)?(engram\+)?(\w+)\+(\w+)")
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer is made of; `engram` says whether an Engram layer stands before the mixer."""
+    """The components of one layer; `engram` says whether an Engram layer stands before the mixer."""
 
     engram: bool
     mixer: str

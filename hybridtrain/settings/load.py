@@ -44,7 +44,7 @@ def parse_settings(
 ) -> Settings:
     """The settings in a nested dict, with overrides; raises SettingsError as `load_settings` does.
 
-    Where nobody vouches for the tree, as for a checkpoint's own, `model.components` in it may name only what
+    Where the tree is of unknown origin, as a checkpoint's own, `model.components` in it may name only what
     the user named too: in an override, or in `registry.allowing`.
     """
     problems = [p for override in overrides if (p := _apply_override(tree, override))]
@@ -145,7 +145,7 @@ def _messages(error: ValidationError) -> list[str]:
 
 
 def _renamed(key: str, known: set[str]) -> str:
-    """What a key of earlier versions is called now; empty where it never was one."""
+    """The present name of a key of earlier versions; empty for any other key."""
     section, _, leaf = key.partition(".")
     new = ".".join(filter(None, (RENAMED.get(section, ""), leaf)))
     return f"is called {new} now" if section in RENAMED and new in known else ""

@@ -16,7 +16,7 @@ WHOLE_BACKWARD = ("gpipe", "1f1b", "interleaved")
 
 
 def contradictions(s: Settings) -> list[str]:
-    """Everything in which the sections do not fit each other, one line each with the nearest legal value."""
+    """Every way in which the sections do not fit each other, one line each with the nearest legal value."""
     out: list[str] = []
     specs: tuple[LayerSpec, ...] = ()
     try:
@@ -37,7 +37,7 @@ def contradictions(s: Settings) -> list[str]:
 
 
 def _unfit_engram(s: Settings) -> list[str]:
-    """What the Engram layers and their table do not do together."""
+    """Settings of the Engram layers and their table that do not go together."""
     engram = s.engram
     out: list[str] = []
     if s.train.micro_batches % engram.exchange_groups:
@@ -95,7 +95,7 @@ def _unfit_training(s: Settings) -> list[str]:
 
 
 def _unfit_pipeline(s: Settings) -> list[str]:
-    """What a pipeline does not do, or not under every schedule."""
+    """Settings that do not go with a pipeline, or not with every schedule."""
     engram, parallel = s.engram, s.parallel
     out: list[str] = []
     if parallel.pp == 1:
@@ -127,7 +127,7 @@ def _unfit_pipeline(s: Settings) -> list[str]:
 
 
 def section_problems(section: Section, prefix: str = "") -> list[str]:
-    """What the section and those inside it find wrong with themselves, with whole keys."""
+    """The problems that the section and those inside it report, with whole keys."""
     out = [f"{prefix}{problem}" for problem in section.problems()]
     for name in type(section).model_fields:
         if isinstance(inner := getattr(section, name), Section):
@@ -136,8 +136,8 @@ def section_problems(section: Section, prefix: str = "") -> list[str]:
 
 
 def _given_twice(data: DataSettings) -> list[str]:
-    """Settings of which one leaves the other nothing to say. Written-out settings have all defaults, which
-    say nothing.
+    """Settings of which one makes the other meaningless. Written-out settings have all defaults, which say
+    nothing.
     """
     out, default = [], DataSettings()
     if data.tokenizer and data.vocab_size != default.vocab_size:
@@ -176,7 +176,7 @@ def notices(s: Settings) -> list[str]:
     if saves.every and saves.keep_every % saves.every:
         out.append(
             f"checkpoint.keep_every={saves.keep_every} is not a multiple of checkpoint.every={saves.every}: "
-            f"what stays for good is the checkpoint of every {math.lcm(saves.keep_every, saves.every)}th step"
+            f"kept for good is the checkpoint of every {math.lcm(saves.keep_every, saves.every)}th step"
         )
     if s.train.spike_score and s.train.spike_window >= steps:
         out.append(
@@ -227,7 +227,9 @@ def unfit_widths(s: Settings, bytes_per_element: int) -> list[str]:
 
 
 def _beyond_deepspeed(s: Settings) -> list[str]:
-    """What DeepSpeed cannot do with this model, or would do wrong without a word (docs/deepspeed.md)."""
+    """Settings that DeepSpeed does not support with this model, or would silently compute wrong
+    (docs/deepspeed.md).
+    """
     engine, out = "train.engine=deepspeed", []
     for axis in ("pp", "tp", "etp", "dp_replicate"):
         if (degree := getattr(s.parallel, axis)) > 1:

@@ -18,6 +18,9 @@ from hybridtrain.model.registry import Components
 from hybridtrain.section import Axis, Fraction, Natural, NonNegative, Positive, Section
 from hybridtrain.settings.engram import EngramSettings
 
+SpikeAction = Literal["stop", "skip", "rollback"]
+VerifyLevel = Literal["full", "sizes"]
+
 
 class RunSettings(Section):
     dir: str = Field(
@@ -111,7 +114,7 @@ class OptimSettings(Section):
 class TrainSettings(Section):
     steps: Positive = Field(500, description="optimizer steps of the whole run")
     init_from: str = Field(
-        "", description="run folder or checkpoint that a new run takes its weights from; a memory may be new"
+        "", description="run folder or checkpoint that a new run takes its weights from; an engram may be new"
     )
     seq_len: Positive = Field(128, description="tokens per sequence")
     global_batch: Positive = Field(
@@ -137,7 +140,7 @@ class TrainSettings(Section):
         False,
         description="torch.compile of every layer, between its exchanges and experts; needs a C++ compiler",
     )
-    on_spike: Literal["stop", "skip", "rollback"] = Field(
+    on_spike: SpikeAction = Field(
         "stop",
         description="where a loss is not finite or a spike: end the run, leave the step's update out, or go "
         "back to the last "
@@ -231,7 +234,7 @@ class CheckpointSettings(Section):
         description="one in so many has the whole table, the others the rows that changed since; 1: every "
         "one",
     )
-    verify: Literal["full", "sizes"] = Field(
+    verify: VerifyLevel = Field(
         "full", description="what is compared before a load: checksums of all files, or sizes"
     )
 
@@ -264,10 +267,10 @@ class KernelSettings(Section):
         "auto", description="experts, gates and balance sums of a MoE"
     )
     engram_gate: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="the memory's gate, with its norms"
+        "auto", description="the gate of an Engram layer, with its norms"
     )
     short_conv: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="the memory's convolution, with its norm"
+        "auto", description="the convolution of an Engram layer, with its norm"
     )
     row_gather: Literal["auto", "torch", "triton"] = Field(
         "auto", description="rows of the table, and their packing for `wire`"

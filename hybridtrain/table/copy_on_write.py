@@ -1,4 +1,4 @@
-"""Rows as they were at one moment, read piece by piece while training goes on changing them."""
+"""Rows as they were at one moment, read in parts while training goes on changing them."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class LookupTable(TableState):
         return self._planners["eval_plan" if evaluate else "plan"].plan(ids)
 
     def fetch(self, plan: StepPlan, exchange: RowPlan) -> None:
-        """Bring the exchange's rows, or what of them did not come ahead, and give each micro-batch its leaf,
+        """Bring the exchange's rows, or those that did not come ahead, and give each micro-batch its leaf,
         numbered from 0.
         """
         self.optimizer.catch_up(plan.touched_N)
@@ -132,9 +132,7 @@ class LookupTable(TableState):
         return self._ahead.hidden_seconds() if self._ahead is not None else 0.0
 
     def forget_ahead(self) -> None:
-        """Let go of rows that came ahead of an update which is then not made; the next `fetch` brings them
-        all.
-        """
+        """Drop rows that came ahead of an update which is then not made; the next `fetch` brings all rows."""
         if self._ahead is not None:
             self._ahead.forget()
 

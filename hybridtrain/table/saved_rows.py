@@ -1,5 +1,5 @@
 """Rows that were read one update early (`engram.fetch` "stale"), as a checkpoint keeps them: the table has
-them no more.
+newer values.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor
 
 
 def saved_rows_name(kind: str, low: int, high: int) -> str:
-    """Of the owner of rows `low` to `high-1`."""
+    """The name of the rows that the owner of rows `low` to `high-1` saved."""
     return f"{kind}.{low}-{high}"
 
 
 def saved_rows_for(names: Iterable[str], kind: str, low: int, high: int) -> list[str]:
-    """The pieces of a kind, by the names of a checkpoint's tensors, that may have rows among `low` to
-    `high-1`.
+    """The names of the saved rows of a kind, from the names of a checkpoint's tensors, that may have rows
+    among `low` to `high-1`.
 
-    Raises ValueError where such a name does not say which rows it is of.
+    Raises ValueError where such a name does not say which owner's rows it has.
     """
     out = []
     for name in names:
@@ -46,8 +46,8 @@ class SavedRows:
 
     def state(self, low: int, high: int) -> dict[str, Tensor]:
         """For the checkpoint of the owner of rows `low` to `high-1`."""
-        piece = saved_rows_name(KIND, low, high)
-        return {f"{piece}.numbers": self.numbers, f"{piece}.values": self.values}
+        name = saved_rows_name(KIND, low, high)
+        return {f"{name}.numbers": self.numbers, f"{name}.values": self.values}
 
     def write_over(self, numbers_M: Tensor, values_MD: Tensor) -> None:
         """Put the rows that are among numbers_M, any int64, in their places of values_MD."""

@@ -1,4 +1,4 @@
-"""What a lookup table of given shape amounts to: moduli, rows, parameters, bytes stored and bytes sent."""
+"""The figures of a lookup table of a given shape: moduli, rows, parameters, bytes stored and bytes sent."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from hybridtrain.table.saved_rows import SavedRows
 
 
 class TableState:
-    """The part of a `LookupTable` that saves and loads; what it stands on is the table's."""
+    """The part of a `LookupTable` that saves and loads; its attributes are the table's."""
 
     weight: Tensor
     optimizer: RowOptimizer
@@ -49,11 +49,11 @@ class TableState:
         rows = self._ahead.read_ahead if self._ahead is not None else None
         return rows.state(self.low, self.high) if rows is not None else {}
 
-    def load_saved_rows(self, pieces: Sequence[SavedRows]) -> None:
-        """Take over what `saved_rows` gave, from all owners that had rows of this one's."""
+    def load_saved_rows(self, saved: Sequence[SavedRows]) -> None:
+        """Take over what `saved_rows` returned on all owners that had rows of this owner."""
         if self._ahead is not None:
             device = self.weight.device
-            self._ahead.saved = [SavedRows(p.numbers.to(device), p.values.to(device)) for p in pieces]
+            self._ahead.saved = [SavedRows(s.numbers.to(device), s.values.to(device)) for s in saved]
 
     def scalars(self) -> dict[str, Any]:
         return self.optimizer.scalars()

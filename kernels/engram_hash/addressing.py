@@ -1,7 +1,7 @@
 """The addressing of a model's lookup tables: token compression, hash multipliers, prime moduli and row
 offsets.
 
-Shapes: V vocabulary, V' compressed vocabulary, L memory layers, O n-gram orders, K hash heads per order, S =
+Shapes: V vocabulary, V' compressed vocabulary, L Engram layers, O n-gram orders, K hash heads per order, S =
 O * K slots. The maths is in README.md beside this file.
 """
 
@@ -53,13 +53,13 @@ class TableShape(NamedTuple):
 class Addressing:
     """Everything that turns tokens into row numbers. Two addressings are the same when their `to_json()` are.
 
-    layers: 0-based ids of the memory layers in the whole model, rising. orders: n-gram lengths, rising.
+    layers: 0-based ids of the Engram layers in the whole model, rising. orders: n-gram lengths, rising.
     multipliers int64 [L, max(orders)]; primes int64 [L, O, K], all different; compression int64 [V], token id
     to compressed id; pad_id: the compressed id that stands left of the first token and beyond a boundary.
     boundary: "document" stops n-grams at document starts, "stream" only at the left edge of the window.
 
     Made of these: max_order, the longest n-gram in tokens; num_slots, S, the rows that one token reads in one
-    memory layer; offsets int64 [L, O, K], the first row of each head in the packed table of all memory
+    Engram layer; offsets int64 [L, O, K], the first row of each head in the packed table of all Engram
     layers; rows_per_layer, of each layer's packed table; num_rows, of that of all layers: every row id is in
     [0, num_rows).
 
@@ -199,7 +199,7 @@ def draw_multipliers(layers: Sequence[int], max_order: int, compressed_vocab: in
     """int64 [L, max_order]: odd multipliers so small that (compressed id) * multiplier never overflows 63
     bits.
 
-    Depends on a layer's own id only, so adding a memory layer leaves the others' multipliers alone.
+    Depends on a layer's own id only, so adding an Engram layer leaves the others' multipliers alone.
     """
     half = max(1, _INT64_MAX // compressed_vocab // 2)
     rows = [

@@ -1,6 +1,6 @@
 """Row ids on whole batches of tokens, in torch and on any device; equals reference.py bit for bit.
 
-Shapes: … any leading dims, N = their product times T, L memory layers, O orders, K heads, S = O * K slots.
+Shapes: … any leading dims, N = their product times T, L Engram layers, O orders, K heads, S = O * K slots.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ENGRAM_HASH = Op("engram_hash", "torch int64", ("torch",), sources=("engram_hash
 
 
 def row_ids(addressing: Addressing, tokens: Tensor, starts: Tensor) -> Tensor:
-    """Row ids int64 [..., T, L, S] in the packed table of all memory layers, each in [0, num_rows).
+    """Row ids int64 [..., T, L, S] in the packed table of all Engram layers, each in [0, num_rows).
 
     tokens int64 [..., T]; starts bool [..., T] is True where a document starts. The left edge of a window
     always bounds n-grams. Raises ValueError where the shapes differ, and IndexError (on CPU) for a token

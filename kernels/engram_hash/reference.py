@@ -11,7 +11,7 @@ from hybridtrain.kernels.engram_hash.addressing import Addressing, Int64s
 def row_ids(
     addressing: Addressing, tokens_BT: npt.NDArray[np.integer], starts_BT: npt.NDArray[np.bool_]
 ) -> Int64s:
-    """Row ids int64 [B, T, L, S] in the packed table of all memory layers, for tokens int [B, T].
+    """Row ids int64 [B, T, L, S] in the packed table of all Engram layers, for tokens int [B, T].
 
     starts_BT is True where a document starts. S walks orders, then heads.
     """
@@ -41,7 +41,7 @@ def _gram(
 
 
 def _slots(a: Addressing, gram: list[np.int64], layer: int) -> list[int]:
-    """The S row ids of one token in memory layer number `layer`."""
+    """The S row ids of one token in Engram layer number `layer`."""
     ids = []
     for o, order in enumerate(a.orders):
         mix = np.int64(0)

@@ -216,8 +216,8 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
 
 
 def _cores_of(num_threads: int) -> list[int]:
-    """A core for each of the threads, where this process has as many as them; else none: it is not known
-    which are idle.
+    """A core for each of the threads, where this process has exactly as many cores; else none: it is not
+    known which are idle.
 
     Threads that sleep between two layers are often woken all on one core, and stay there as long as their
     work takes.

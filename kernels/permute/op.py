@@ -114,7 +114,7 @@ class _Combine(torch.autograd.Function):
 
 
 def _wide(values: Tensor) -> torch.dtype:
-    """What values of this type are added up in."""
+    """The type in which values of this type are added up."""
     return torch.promote_types(values.dtype, torch.float32)
 
 

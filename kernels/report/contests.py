@@ -50,7 +50,7 @@ class Contest:
 
 def contests(device: str, N: int = 16384, D: int = 4096) -> Iterator[Contest]:
     """Every op with a kernel; N and D of production size, or small ones to see that all is right."""
-    for made in (_norms, _elementwise, _losses, _permutations, _experts, _memory, _table, _routing, _depth):
+    for made in (_norms, _elementwise, _losses, _permutations, _experts, _engram, _table, _routing, _depth):
         yield from made(device, N, D)
 
 
@@ -236,7 +236,7 @@ def _experts(device: str, N: int, D: int) -> Iterator[Contest]:
         yield replace(contest, shape=f"{shape} fp8", fused=eight, others={}, error=FP8_ERROR)
 
 
-def _memory(device: str, N: int, D: int) -> Iterator[Contest]:
+def _engram(device: str, N: int, D: int) -> Iterator[Contest]:
     fused: Candidate
     plain: Candidate
     kernel, reference = _modules("engram_gate")

@@ -7,7 +7,7 @@ R rows, D width; U rows asked for; N values, S segments. See reference.py and ei
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 from hybridtrain.kernels.choose import TORCH, Backends, Op
 from hybridtrain.kernels.rows import eight_bits
 
+Wire = Literal["exact", "bfloat16", "float8"]  # the format of rows while they travel
 ROW_GATHER = Op("row_gather", "torch index_select", sources=("rows.row_gather_kernel",))
 SEGMENT_SUM = Op(
     "segment_sum",
@@ -66,7 +67,7 @@ def segment_sum(
     return out_SD.index_add_(0, segment_N, wide_ND).to(values_ND.dtype)
 
 
-def pack(table_RD: Tensor, rows_U: Tensor | None, wire: str, backends: Backends = TORCH) -> Tensor:
+def pack(table_RD: Tensor, rows_U: Tensor | None, wire: Wire, backends: Backends = TORCH) -> Tensor:
     """The rows (None: all, as they stand) as they travel: [U, …] in the table's own type ("exact"),
     "bfloat16", or "float8".
     """
@@ -80,7 +81,7 @@ def pack(table_RD: Tensor, rows_U: Tensor | None, wire: str, backends: Backends 
     return rows_UD.bfloat16() if wire == "bfloat16" else rows_UD
 
 
-def unpack(payload: Tensor, width: int, wire: str, backends: Backends = TORCH) -> Tensor:
+def unpack(payload: Tensor, width: int, wire: Wire, backends: Backends = TORCH) -> Tensor:
     """[U, width] of what `pack` made, float32 or, of a wider table, as wide."""
     if wire != "float8":
         return payload.to(torch.promote_types(payload.dtype, torch.float32))

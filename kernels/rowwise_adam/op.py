@@ -73,8 +73,8 @@ def rowwise_adam(
 
 
 def fade(v_N: Tensor, gap_N: Tensor, beta2: float) -> Tensor:
-    """What is left, in place, of moments after gap_N steps without gradient: maybe as many as the run has, so
-    float64 inside.
+    """Decay moments in place over gap_N steps without gradient: maybe as many as the run has, so float64
+    inside.
     """
     return v_N if beta2 == 1.0 else v_N.mul_(torch.pow(beta2, gap_N.double()).float())
 

@@ -189,7 +189,7 @@ def test_the_run_folder_is_complete(trained: Callable[..., Path], ci_data: Path)
     assert 1 <= first["layers.1/expert_load_max_over_mean"] <= 8
     assert 0 < first["layers.1/gate_mean"] < 1
     assert 0 < first["table/unique_share"] < 1
-    assert first["table/lookups"] == 12 * 80 * 2 * 8  # this rank's tokens, memory layers, slots
+    assert first["table/lookups"] == 12 * 80 * 2 * 8  # this rank's tokens, Engram layers, slots
     assert first["bytes/mem"] > 0
     assert first["bytes/ep"] > 0
     assert {

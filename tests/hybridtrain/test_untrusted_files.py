@@ -21,7 +21,7 @@ from hybridtrain import checkpoint
 from hybridtrain.checkpoint.files import METADATA
 from hybridtrain.errors import UserError
 from hybridtrain.files.durable import file_record
-from hybridtrain.formats.command import export_model, import_model
+from hybridtrain.formats.command import ExportOptions, export_model, import_model
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.reshard import reshard
 from hybridtrain.run.generate import evaluate_checkpoint, generate_text
@@ -31,7 +31,7 @@ from hybridtrain.settings.load import load_settings
 from tests.fuzz.harness import Trap
 from tests.training import TINY, ci_settings
 
-NO_MEMORY = 'model.layers=["attention+moe", "attention+dense"]'
+NO_ENGRAM = 'model.layers=["attention+moe", "attention+dense"]'
 STEPS = ("train.steps=2", "checkpoint.every=1", "checkpoint.table_full_every=2", "data.verify=false")
 
 
@@ -43,14 +43,14 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, ci_data: Path) -> dict[str, Path]:
-    """Finished runs of two steps, with a memory (its second checkpoint is an incremental one) and without.
+    """Finished runs of two steps, with an engram (its second checkpoint is an incremental one) and without.
     Read only.
     """
     root = tmp_path_factory.mktemp("runs")
-    for name, more in (("memory", ()), ("plain", (NO_MEMORY, "model.moe.bias_rate=0.0"))):
+    for name, more in (("engram", ()), ("plain", (NO_ENGRAM, "model.moe.bias_rate=0.0"))):
         settings = ci_settings(root / name, ci_data, *TINY, *STEPS, *more)
         train(settings)
-    return {name: root / name for name in ("memory", "plain")}
+    return {name: root / name for name in ("engram", "plain")}
 
 
 def resume(run: Path, out: Path) -> Any:
@@ -64,19 +64,19 @@ def init_from(run: Path, out: Path) -> Any:
 
 
 READERS: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
-    "eval": ("memory", lambda run, out: evaluate_checkpoint(run, "validation", None, 1)),
-    "generate": ("memory", lambda run, out: generate_text(run, "The", 1, 0.0, 0, 0)),
+    "eval": ("engram", lambda run, out: evaluate_checkpoint(run, "validation", None, 1)),
+    "generate": ("engram", lambda run, out: generate_text(run, "The", 1, 0.0, 0, 0)),
     "export to hf": (
-        "memory",
-        lambda run, out: export_model(run, out / "hf", "hf", None, None, "5GB", "float32"),
+        "engram",
+        lambda run, out: export_model(run, out / "hf", ExportOptions("hf", dtype="float32")),
     ),
     "export to megatron": (
         "plain",
-        lambda run, out: export_model(run, out / "m", "megatron", None, None, "5GB", "float32"),
+        lambda run, out: export_model(run, out / "m", ExportOptions("megatron", dtype="float32")),
     ),
-    "reshard": ("memory", lambda run, out: reshard(run, out / "resharded")),
-    "train.init_from": ("memory", init_from),
-    "--resume": ("memory", resume),
+    "reshard": ("engram", lambda run, out: reshard(run, out / "resharded")),
+    "train.init_from": ("engram", init_from),
+    "--resume": ("engram", resume),
 }
 NOT_READ = ("addressing.json", "tensorboard")
 
@@ -191,7 +191,7 @@ def test_the_traps_would_run_where_they_were_unpickled(runs: dict[str, Path], tm
 def test_no_file_of_anothers_folder_runs_code(kind: str, runs: dict[str, Path], tmp_path: Path) -> None:
     trap, went_through = Trap(tmp_path / "sprung"), set()
     whole = tmp_path / "whole"
-    export_model(runs["plain"], whole, kind, None, None, "5GB", "float32")
+    export_model(runs["plain"], whole, ExportOptions(kind, dtype="float32"))
     for number, (what, (file, content)) in enumerate(traps(whole, whole, trap).items()):
         folder = Path(shutil.copytree(whole, tmp_path / f"folder-{number}"))
         (folder / file).write_bytes(content)

@@ -120,9 +120,9 @@ class Formulas:
         n, K, out = self.layout.tp, self.s.model.moe.top_k, 0
         if n == 1:
             return 0
-        moved = {"attention": 2, "feedforward": 2, "memory": 3}
+        moved = {"attention": 2, "feedforward": 2, "engram": 3}
         moves = sum(
-            moved["attention"] + moved["feedforward"] + (moved["memory"] if spec.engram else 0)
+            moved["attention"] + moved["feedforward"] + (moved["engram"] if spec.engram else 0)
             for spec in self.specs
         )
         moves += ("first" in self.ends()) + ("last" in self.ends())

@@ -1,4 +1,4 @@
-"""Meshes for the distributed tests; called on a rank that run_on_ranks started."""
+"""Layouts, and meshes for the distributed tests; those are made on a rank that run_on_ranks started."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from hybridtrain.parallel.layout import Degrees, Layout
 from hybridtrain.parallel.mesh import Mesh, make_mesh
 
 
+def resolve(world: int, **degrees: Any) -> Layout:
+    return Layout.resolve(world, Degrees(**degrees))
+
+
 def mesh_here(**degrees: Any) -> Mesh:
     """A mesh of this world's ranks on the CPU."""
     return make_mesh(
-        Layout.resolve(dist.get_world_size(), Degrees(**degrees)),
+        resolve(dist.get_world_size(), **degrees),
         dist.get_rank(),
         torch.device("cpu"),
         timeout=60,

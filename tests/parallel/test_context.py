@@ -1,5 +1,5 @@
-"""Context parallelism against whole sequences: attention and the memory's convolution, outputs and every
-gradient.
+"""Context parallelism against whole sequences: attention and the Engram layer's convolution, their outputs
+and every gradient.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.data.batches import Batch, BatchLoader
+from hybridtrain.data.batches import Batch, BatchLoader, BatchShare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError, TrainingError
 from hybridtrain.launch.local import RENDEZVOUS
@@ -84,10 +84,8 @@ def build(settings: Settings) -> tuple[Run, Batch]:
     vocabulary = Vocabulary.of(dataset)
     run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train, layout = settings.train, mesh.layout
-    place = layout.coordinate(rank, "dp")
-    loader = BatchLoader(
-        dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, place, layout.dp, 0
-    )
+    share = BatchShare(train.global_batch, train.micro_batches, layout.coordinate(rank, "dp"), layout.dp)
+    loader = BatchLoader(dataset.split("train"), train.seq_len, share, seed=0)
     return run, loader.load(0)
 
 

@@ -7,41 +7,25 @@ equality.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from hybridtrain.kernels.rows.op import pack, unpack
-from hybridtrain.parallel import row_exchange as module
-from hybridtrain.parallel.checksums import ExchangeError, checksums
 from hybridtrain.parallel.collectives import Group, gather_objects
-from hybridtrain.parallel.early_rows import EarlyRowExchange, OverlapPlanner
+from hybridtrain.parallel.early_rows import EarlyRowExchange
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.row_exchange import (
     CommDtypes,
     RowExchange,
     RowPlanner,
     StepPlan,
-    exchange_rows,
 )
 from tests.parallel.groups import mesh_here
+from tests.parallel.rows import SHAPE, WIDTH, scattered, table
 from tests.ranks import run_on_ranks
-
-WIDTH = 3
-SHAPE = (4, 2, 5, 2, 2)  # M, B, T, L, S
-
-
-def table(num_rows: int) -> Tensor:
-    return torch.arange(num_rows * WIDTH, dtype=torch.float64).view(num_rows, WIDTH)
-
-
-def scattered(rank: int, num_rows: int) -> Tensor:
-    """Ids over the whole table, many of them twice."""
-    return torch.randint(num_rows, SHAPE, generator=torch.Generator().manual_seed(rank))
 
 
 def one_owner(rank: int, num_rows: int) -> Tensor:
@@ -223,187 +207,6 @@ def check_wires() -> None:
 
 def test_rows_and_gradients_on_narrow_wires() -> None:
     run_on_ranks(check_wires, 2)
-
-
-def message(act: Callable[[], Any]) -> str | None:
-    try:
-        act()
-    except ExchangeError as error:
-        return str(error)
-    return None
-
-
-def ask_outside(ids: list[int]) -> list[str | None]:
-    mesh = mesh_here(mem=2)
-    planner = RowPlanner(mesh.layout.row_bounds(10), mesh.planning_groups("plan"), mesh.device)
-    return [message(lambda i=i: planner.plan(torch.full(SHAPE, i))) for i in ids]  # type: ignore[misc]
-
-
-def test_an_id_outside_the_table_is_refused() -> None:
-    texts = "row ids computed here reach from {0} to {0}, outside 0 to 9 (group mem_plan, rank {1})"
-    for rank, found in enumerate(run_on_ranks(ask_outside, 2, [10, -1, 9])):
-        assert found == [texts.format(10, rank), texts.format(-1, rank), None]
-
-
-@contextmanager
-def damaged(receiver: int, harm: Callable[[Tensor], None]) -> Iterator[None]:
-    """While entered, whatever reaches rank `receiver` in an exchange of rows is harmed on the way; counts are
-    not.
-    """
-    real = module.all_to_all
-
-    def all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-        out = real(x, send, receive, group)
-        if group.ranks[group.rank] == receiver:
-            harm(out)
-        return out
-
-    module.all_to_all = all_to_all
-    try:
-        yield
-    finally:
-        module.all_to_all = real
-
-
-def flip_a_bit(x: Tensor) -> None:
-    x.view(torch.uint8)[0, 0] ^= 1  # of the first row, which comes from rank 0
-
-
-def swap_rows(x: Tensor) -> None:
-    x[:2] = x[:2].flip(0)
-
-
-def shift_id(x: Tensor) -> None:
-    x[0] += 5
-
-
-def exchange_damaged(checksum: bool) -> dict[str, str | None]:
-    mesh = mesh_here(mem=2)
-    send = [3, 3]
-    found: dict[str, str | None] = {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        x = table(6).to(dtype) + mesh.rank
-        found[f"sound {name}"] = message(lambda x=x: exchange_rows(x, send, send, mesh.mem, "rows", checksum))  # type: ignore[misc]
-        for harm in (flip_a_bit, swap_rows):
-            with damaged(1, harm):
-                found[f"{harm.__name__} {name}"] = message(
-                    lambda x=x: exchange_rows(x, send, send, mesh.mem, "rows", checksum)  # type: ignore[misc]
-                )
-    planner = RowPlanner([0, 5, 10], mesh.planning_groups("plan"), mesh.device, checksum=checksum)
-    with damaged(1, shift_id):
-        found["row ids"] = message(lambda: planner._exchange(torch.arange(10).view(1, 10)))
-    return found
-
-
-def test_a_damaged_payload_is_found() -> None:
-    sound, harmed = run_on_ranks(exchange_damaged, 2, True)
-    assert set(sound.values()) == {None}
-    rows = "rows from rank 0 arrived damaged at rank 1 (group mem)"
-    expected = {
-        f"{harm} {dtype}": rows for harm in ("flip_a_bit", "swap_rows") for dtype in ("float32", "bfloat16")
-    }
-    expected |= {"row ids": "row ids from rank 0 arrived damaged at rank 1 (group mem_plan)"}
-    assert {what: text for what, text in harmed.items() if text is not None} == expected
-
-
-def test_without_checksum_only_ids_outside_an_owner_are_found() -> None:
-    sound, harmed = run_on_ranks(exchange_damaged, 2, False)
-    assert set(sound.values()) == {None}
-    text = "row ids received by owner 1 reach from 5 to 10, outside 5 to 9 (group mem_plan, rank 1)"
-    assert {what: text for what, text in harmed.items() if text is not None} == {"row ids": text}
-
-
-def test_checksums_tell_place_and_value() -> None:
-    x = torch.randint(-5, 5, (7, 4), generator=torch.Generator().manual_seed(0))
-    before = checksums(x, [3, 0, 4])
-    assert before.shape == (3,)
-    assert before[1] == 0
-    for row in range(7):
-        for column in range(4):
-            harmed = x.clone()
-            harmed[row, column] += 1
-            differs = checksums(harmed, [3, 0, 4]) != before
-            assert differs.tolist() == [row < 3, False, row >= 3]
-
-
-@pytest.mark.parametrize("shape", [(0,), (0, 4)])
-def test_checksums_of_nothing(shape: tuple[int, ...]) -> None:
-    assert checksums(torch.empty(shape), [0, 0]).tolist() == [0, 0]
-
-
-def check_ahead() -> list[str | None]:
-    """Plans in a row: early and late rows are what the owners' touched rows say, and arrive in their places;
-    damage is found.
-    """
-    mesh = mesh_here(mem=2)
-    num_rows = 37
-    bounds = mesh.layout.row_bounds(num_rows)
-    low, high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
-    whole = table(num_rows)
-    planner = OverlapPlanner(bounds, mesh.planning_groups("plan"), mesh.device, exchange_groups=2)
-    own, ahead = whole[low:high].clone(), mesh.own_mem_group("ahead")
-    exchange = EarlyRowExchange(own, (mesh.mem, mesh.mem_replicate), ahead, checksum=True)
-    ids = [
-        torch.randint(num_rows, (2, 1, 4, 1, 1), generator=torch.Generator().manual_seed(10 * i + mesh.rank))
-        for i in range(5)
-    ]
-    everyones = gather_objects(ids, mesh.world)
-    plans = [planner.plan(i) for i in ids]
-    assert [plan.number for plan in plans] == [1, 2, 3, 4, 5]
-    assert plans[0].late_rows is None
-    for step in range(1, 5):
-        first, second = plans[step].exchanges
-        assert first.early is not None
-        assert first.late is not None
-        assert second.early is second.late is None  # nothing is updated between the exchanges of a step
-        changed = torch.cat([rank[step - 1].flatten() for rank in everyones])
-        unique = ids[step][:1].unique()
-        is_late = torch.isin(unique, changed)
-        assert torch.equal(first.late.place, is_late.nonzero().flatten())
-        assert torch.equal(first.early.place, (~is_late).nonzero().flatten())
-        assert plans[step].late_rows == int(is_late.sum())
-        arrival = exchange.begin(first.early, own[first.early.wanted_Q])
-        own[plans[step - 1].touched_N] += 1000  # the update of the step before
-        whole[changed.unique()] += 1000
-        assert torch.equal(exchange.complete(first, arrival), whole[unique])
-    part = plans[1].exchanges[1]
-    arrival = exchange.begin(part, own[part.wanted_Q])
-    if mesh.rank == 1:
-        real = arrival.pending.wait
-
-        def wait() -> Tensor:  # on its way it could still be overwritten
-            rows = real()
-            flip_a_bit(rows)
-            return rows
-
-        arrival.pending.wait = wait  # type: ignore[method-assign]
-    return [message(arrival.wait)]
-
-
-def test_early_and_late_rows() -> None:
-    sound, harmed, *_ = run_on_ranks(check_ahead, 4)
-    assert (sound, harmed) == ([None], ["rows from rank 0 arrived damaged at rank 1 (group mem_ahead)"])
-
-
-def test_a_table_may_lie_elsewhere_than_the_model() -> None:
-    """The meta device stands for an accelerator: what the owner reads stays with the table, what the model
-    reads does not.
-    """
-    model, host = torch.device("meta"), torch.device("cpu")
-    alone = Group("mem", (0,), 0)
-    planner = OverlapPlanner([0, 37], (alone, alone), model, table_device=host)
-    planner.plan(scattered(0, 37))
-    plan = planner.plan(scattered(1, 37))
-    (part,) = plan.exchanges
-    assert part.early is not None
-    read_by_owner = [plan.touched_N, part.wanted_Q, part.early.wanted_Q]
-    read_by_model = [*part.index, *part.select, part.slot_Q, part.early.place]
-    assert {t.device for t in read_by_owner} == {host}
-    assert {t.device for t in read_by_model} == {model}
-    exchange = EarlyRowExchange(table(37), (alone, alone), alone, model)
-    fetched = exchange.fetch(part)
-    assert (fetched.device, fetched.shape) == (model, (part.num_rows, WIDTH))
-    assert exchange.begin(part.early, table(37)[part.early.wanted_Q]).wait().device == model
 
 
 @pytest.mark.gpu

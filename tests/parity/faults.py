@@ -54,7 +54,7 @@ def _copies_not_summed() -> Iterator[None]:
 
 @contextmanager
 def _borders_forgotten() -> Iterator[None]:
-    """The first sequence of each micro-batch is taken for one document by attention and by the memory's
+    """The first sequence of each micro-batch is taken for one document by attention and by the Engram layer's
     convolution.
     """
     real = step.by_exchange

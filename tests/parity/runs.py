@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from hybridtrain.data.batches import Batch, BatchLoader
+from hybridtrain.data.batches import Batch, BatchLoader, BatchShare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.monitor.clock import Clock
 from hybridtrain.parallel.collectives import barrier
@@ -62,16 +62,8 @@ def start_run(
     vocabulary = Vocabulary.of(dataset)
     run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train, layout = settings.train, mesh.layout
-    place = layout.coordinate(rank, "dp")
-    loader = BatchLoader(
-        dataset.split("train"),
-        train.seq_len,
-        train.global_batch,
-        train.micro_batches,
-        place,
-        layout.dp,
-        settings.run.seed,
-    )
+    share = BatchShare(train.global_batch, train.micro_batches, layout.coordinate(rank, "dp"), layout.dp)
+    loader = BatchLoader(dataset.split("train"), train.seq_len, share, settings.run.seed)
 
     def load(step: int) -> tuple[Batch, StepPlan | None, Batch]:
         batch = reorder(loader.load(step))
@@ -111,7 +103,7 @@ def stage_states(run: Run) -> list[State]:
 
 
 def _state(run: Run, stage: int) -> State:
-    """By their names in checkpoints; the memory goes with the rank's first stage."""
+    """By their names in checkpoints; the table goes with the rank's first stage."""
     table = run.table.state() if run.table is not None and stage == 0 else {}
     return {**run.engine.state(stage), **{f"table.{name}": value for name, value in table.items()}}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridtrain.data.batches import Batch, BatchLoader, EvalBatches
+from hybridtrain.data.batches import Batch, BatchLoader, BatchShare, EvalBatches
 from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import Split, TokenDataset
 from hybridtrain.errors import DataError
@@ -44,7 +44,7 @@ def same(first: Batch, second: Batch) -> bool:
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_the_global_batch_is_the_same_at_every_layout(train: Split, micro_batches: int) -> None:
     for step in (0, 1, 57):
-        whole = BatchLoader(train, T, G, 1, 0, 1, seed=5).load(step)
+        whole = BatchLoader(train, T, BatchShare(G), seed=5).load(step)
         assert (whole.tokens.shape, whole.tokens.dtype, whole.starts.dtype) == (
             (1, G, T),
             torch.int64,
@@ -52,7 +52,8 @@ def test_the_global_batch_is_the_same_at_every_layout(train: Split, micro_batche
         )
         for dp_size in (1, 2, 3, 4):
             loaders = [
-                BatchLoader(train, T, G, micro_batches, rank, dp_size, seed=5) for rank in range(dp_size)
+                BatchLoader(train, T, BatchShare(G, micro_batches, rank, dp_size), seed=5)
+                for rank in range(dp_size)
             ]
             batch = joined([loader.load(step) for loader in loaders])
             assert batch.tokens.shape == (micro_batches, G // micro_batches, T)
@@ -61,7 +62,7 @@ def test_the_global_batch_is_the_same_at_every_layout(train: Split, micro_batche
 
 
 def test_windows_are_cut_from_the_split(train: Split) -> None:
-    loader = BatchLoader(train, T, 8, 2, 0, 1, seed=0)
+    loader = BatchLoader(train, T, BatchShare(8, 2), seed=0)
     tokens, starts = (torch.from_numpy(x) for x in train.window(0, train.num_tokens))
     count = loader.num_windows
     assert count == (train.num_tokens - 1) // T
@@ -81,22 +82,22 @@ def test_windows_are_cut_from_the_split(train: Split) -> None:
 
 
 def test_steps_are_stateless_and_seeds_differ(train: Split) -> None:
-    loader = BatchLoader(train, T, G, 2, 0, 2, seed=1)
+    loader = BatchLoader(train, T, BatchShare(G, 2, 0, 2), seed=1)
     late = loader.load(9)
     assert not same(loader.load(3), late)
     assert same(loader.load(9), late)
-    assert not same(BatchLoader(train, T, G, 2, 0, 2, seed=2).load(9), late)
+    assert not same(BatchLoader(train, T, BatchShare(G, 2, 0, 2), seed=2).load(9), late)
 
 
 def test_too_little_text_is_refused(train: Split) -> None:
     size = train.num_tokens
-    assert BatchLoader(train, size - 1, 2, 1, 0, 1, seed=0).load(0).tokens.shape == (1, 2, size - 1)
+    assert BatchLoader(train, size - 1, BatchShare(2), seed=0).load(0).tokens.shape == (1, 2, size - 1)
     with pytest.raises(
         DataError,
         match=f"the train split has {size} tokens, fewer than one window of seq_len={size} .* at most "
         f"{size - 1}",
     ):
-        BatchLoader(train, size, 2, 1, 0, 1, seed=0)
+        BatchLoader(train, size, BatchShare(2), seed=0)
 
 
 def test_batches_that_do_not_divide_are_refused(train: Split) -> None:
@@ -105,18 +106,18 @@ def test_batches_that_do_not_divide_are_refused(train: Split) -> None:
         match="global batch of 10 sequences does not divide into 2 micro-batches on 3 data-parallel ranks; "
         "12 does",
     ):
-        BatchLoader(train, T, 10, 2, 0, 3, seed=0)
+        BatchLoader(train, T, BatchShare(10, 2, 0, 3), seed=0)
     with pytest.raises(DataError, match="global batch of 10 sequences does not divide"):
-        EvalBatches(train, T, 10, 0, 4)
+        EvalBatches(train, T, BatchShare(10, 1, 0, 4))
 
 
 @pytest.mark.parametrize("seq_len", [16, 37])
 def test_evaluation_covers_every_target_once(validation: Split, seq_len: int) -> None:
     tokens, starts = (torch.from_numpy(x) for x in validation.window(0, validation.num_tokens))
-    whole = list(EvalBatches(validation, seq_len, 24, 0, 1))
+    whole = list(EvalBatches(validation, seq_len, BatchShare(24)))
     assert (
         len(whole)
-        == len(EvalBatches(validation, seq_len, 24, 0, 1))
+        == len(EvalBatches(validation, seq_len, BatchShare(24)))
         == math.ceil((len(tokens) - 1) / (24 * seq_len))
     )
     targets = torch.cat([batch.targets.reshape(-1) for batch in whole])
@@ -132,7 +133,7 @@ def test_evaluation_covers_every_target_once(validation: Split, seq_len: int) ->
     for dp_size in (2, 3, 4):
         for micro_batches in (1, 2):
             parts = [
-                list(EvalBatches(validation, seq_len, 24, rank, dp_size, micro_batches))
+                list(EvalBatches(validation, seq_len, BatchShare(24, micro_batches, rank, dp_size)))
                 for rank in range(dp_size)
             ]
             assert {len(part) for part in parts} == {len(whole)}
@@ -143,12 +144,16 @@ def test_evaluation_covers_every_target_once(validation: Split, seq_len: int) ->
 
 
 def test_evaluation_can_be_limited_and_repeated(validation: Split) -> None:
-    limited = EvalBatches(validation, T, 4, 0, 1, limit=2)
+    limited = EvalBatches(validation, T, BatchShare(4), limit=2)
     assert len(limited) == 2
     for _ in range(2):
-        assert all(same(a, b) for a, b in zip(limited, EvalBatches(validation, T, 4, 0, 1), strict=False))
+        assert all(
+            same(a, b) for a, b in zip(limited, EvalBatches(validation, T, BatchShare(4)), strict=False)
+        )
         assert len(list(limited)) == 2
-    assert len(EvalBatches(validation, T, 4, 0, 1, limit=10**6)) == len(EvalBatches(validation, T, 4, 0, 1))
+    assert len(EvalBatches(validation, T, BatchShare(4), limit=10**6)) == len(
+        EvalBatches(validation, T, BatchShare(4))
+    )
 
 
 def test_an_empty_validation_split_is_refused(tmp_path: Path) -> None:
@@ -160,4 +165,4 @@ def test_an_empty_validation_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"the validation split has 0 tokens and nothing to predict; .*--validation FILE"
     ):
-        EvalBatches(empty, T, 4, 0, 1)
+        EvalBatches(empty, T, BatchShare(4))

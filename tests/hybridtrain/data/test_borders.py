@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hybridtrain.data.batches import BatchLoader
+from hybridtrain.data.batches import BatchLoader, BatchShare
 from hybridtrain.data.prepare import ensure_prepared
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.settings.load import load_settings
@@ -18,7 +18,7 @@ from tests.training import CI
 
 def with_a_border(folder: Path, seq_len: int, steps: int, batch: int) -> float:
     """The share of a run's training sequences inside of which a document starts."""
-    loader = BatchLoader(TokenDataset.open(folder).split("train"), seq_len, batch, 1, 0, 1, 0)
+    loader = BatchLoader(TokenDataset.open(folder).split("train"), seq_len, BatchShare(batch), seed=0)
     starts_BT = np.concatenate([loader.load(step).starts[0].numpy() for step in range(steps)])
     assert len(starts_BT) == steps * batch
     return float(starts_BT[:, 1:].any(1).mean())

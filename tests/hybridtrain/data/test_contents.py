@@ -183,7 +183,7 @@ def test_a_finished_folder_is_compared_with_the_settings(
             )
         )
     lines = str(caught.value).splitlines()
-    assert lines[0] == f"data.path={path} was made otherwise than the settings say"
+    assert lines[0] == f"data.path={path} was made with other settings than those of the run"
     assert lines[1] == "  data.separator='</s>', and the folder has '<s>' before each document"
     assert lines[2].startswith(f"  data.tokenizer={tmp_path / 'other.json'} is another one (xxh3 ")
     other = {"source": (str(texts / "b.txt"),), "text_field": "words", "validation_fraction": 0.5}

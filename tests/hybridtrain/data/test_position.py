@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridtrain.data.batches import IGNORED, Batch, BatchLoader
+from hybridtrain.data.batches import IGNORED, Batch, BatchLoader, BatchShare
 from hybridtrain.data.order import SampleOrder
 from hybridtrain.data.position import Position, SampleStream
 from hybridtrain.data.shards import Split
@@ -40,7 +40,7 @@ def loaders(
 ) -> list[BatchLoader]:
     ranks, micro_batches = layout
     return [
-        BatchLoader(Places(TOKENS), length, batch, micro_batches, rank, ranks, 3, begin, step)
+        BatchLoader(Places(TOKENS), length, BatchShare(batch, micro_batches, rank, ranks), 3, begin, step)
         for rank in range(ranks)
     ]
 

@@ -160,7 +160,7 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
             edit(lambda tree: tree["validation"].update(bytes=1.5)),
             r"validation.bytes: Input should be a valid integer",
         ),
-        (edit(lambda tree: tree.update(separator_id=320)), r"separator_id=320 is none of the 320 tokens"),
+        (edit(lambda tree: tree.update(separator_id=320)), r"separator_id=320 is not one of the 320 tokens"),
         (edit(lambda tree: tree.update(vocab_size=70_000)), r"dtype=uint16 holds no 70000 tokens"),
         (
             lambda path: path.write_text("[" * 100_000),

@@ -96,5 +96,5 @@ def test_rotations_of_layers_of_two_kinds_are_refused() -> None:
     }
     with pytest.raises(Exception, match="rope_parameters"):
         resolve(tree, Path("config.json"))
-    with pytest.raises(FormatError, match=r'model_type="nonesuch" is none of llama, qwen3'):
+    with pytest.raises(FormatError, match=r'model_type="nonesuch" is not one of llama, qwen3'):
         resolve({"model_type": "nonesuch"}, Path("config.json"))

@@ -71,12 +71,12 @@ def test_an_imported_model_has_their_logits_and_goes_back_bit_for_bit(
         assert float((back.eval()(tokens_BT).logits - theirs).abs().max()) < 4 * noise
 
 
-NO_MEMORY = "engram.enabled=false"
+NO_ENGRAM = "engram.enabled=false"
 
 
 @pytest.mark.parametrize("family", OURS)
 def test_an_exported_model_has_our_logits(family: str, ci_data: Path, tmp_path: Path) -> None:
-    source = random_run(tmp_path / "run", ci_data, NO_MEMORY, *OURS[family])
+    source = random_run(tmp_path / "run", ci_data, NO_ENGRAM, *OURS[family])
     assert export_hf(source, tmp_path / "out") == family
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     tokens_BT = random_tokens()
@@ -90,7 +90,7 @@ def test_an_exported_model_has_our_logits(family: str, ci_data: Path, tmp_path: 
 
 
 def test_half_precision_halves_the_matrices(ci_data: Path, tmp_path: Path) -> None:
-    run = random_run(tmp_path / "run", ci_data, NO_MEMORY, *OURS["llama"])
+    run = random_run(tmp_path / "run", ci_data, NO_ENGRAM, *OURS["llama"])
     sizes = []
     for dtype in ("float32", "bfloat16"):
         export_hf(run, tmp_path / dtype, dtype=dtype)
@@ -153,7 +153,7 @@ def test_deepseek_v3_is_refused_for_its_attention(tmp_path: Path) -> None:
         tmp_path / "theirs"
     )
     problems = refusal(tmp_path / "theirs", tmp_path / "ours")
-    assert problems[0].startswith("architecture DeepseekV3ForCausalLM is none of LlamaForCausalLM, ")
+    assert problems[0].startswith("architecture DeepseekV3ForCausalLM is not one of LlamaForCausalLM, ")
     assert problems[1:] == [
         "kv_lora_rank=512: multi-head latent attention (MLA): keys and values here have full width",
         "q_lora_rank=1536: low-rank queries (MLA)",
@@ -196,7 +196,7 @@ def test_no_tensor_is_left_behind_unsaid(
     llama = FAMILIES["llama"]
     layer = {ours: theirs for ours, theirs in llama.layer.items() if ours != "mixer.wo.weight"}
     monkeypatch.setitem(FAMILIES, "llama", dataclasses.replace(llama, layer=layer))
-    run = random_run(tmp_path / "run", ci_data, NO_MEMORY, *OURS["llama"])
+    run = random_run(tmp_path / "run", ci_data, NO_ENGRAM, *OURS["llama"])
     with pytest.raises(FormatError) as caught:
         export_hf(run, tmp_path / "out")
     assert caught.value.problems == [

@@ -353,5 +353,5 @@ def test_an_adapter_and_code_of_its_own_are_refused(copied: Callable[[str], Path
 
 def test_no_tensor_of_an_unknown_architecture_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "attribute_map": 5}')
-    with pytest.raises(FormatError, match="architecture gpt2 is none of LlamaForCausalLM"):
+    with pytest.raises(FormatError, match="architecture gpt2 is not one of LlamaForCausalLM"):
         import_hf(tmp_path, tmp_path / "ours")

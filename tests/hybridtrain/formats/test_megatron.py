@@ -19,7 +19,7 @@ from hybridtrain.checkpoint.files import METADATA
 from hybridtrain.checkpoint.stored import LazyTensor, StoredTensors
 from hybridtrain.data.manifest import TOKENIZER
 from hybridtrain.errors import DataError, FormatError, UserError
-from hybridtrain.formats.command import export_model, import_model
+from hybridtrain.formats.command import ExportOptions, export_model, import_model
 from hybridtrain.formats.megatron_export import export_megatron
 from hybridtrain.formats.megatron_import import import_megatron
 from hybridtrain.formats.megatron_names import join_qkv, split_qkv
@@ -46,7 +46,7 @@ from tests.hybridtrain.formats.tiny import (
 @pytest.mark.parametrize("name", ["qwen3", "softmax first"])
 def test_there_and_back_bit_for_bit(name: str, ci_data: Path, tmp_path: Path) -> None:
     run = random_run(tmp_path / "run", ci_data, *MEGATRON_RUNS[name])
-    written = export_model(run, tmp_path / "out", "megatron", None, "local", "5GB", "auto")
+    written = export_model(run, tmp_path / "out", ExportOptions("megatron", transformer_impl="local"))
     assert written == "torch_dist for local"
     assert import_model(tmp_path / "out", tmp_path / "back", None, 32, None, None).train.seq_len == 32
     assert equal_weights(run, tmp_path / "back")
@@ -304,7 +304,7 @@ def test_a_model_that_is_not_megatrons_is_refused_with_every_reason(ci_data: Pat
         ('--transformer-impl "local": is of --format megatron, not of hf', "hf", None, "local"),
     ):
         with pytest.raises(UserError, match=problem):
-            export_model(run, tmp_path / "out", to, family, implementation, "5GB", "auto")
+            export_model(run, tmp_path / "out", ExportOptions(to, family, implementation))
     with pytest.raises(UserError, match="--tokenizer and --settings are for Megatron's checkpoints"):
         import_model(tmp_path, tmp_path / "new", None, None, ci_data / TOKENIZER, None)
     assert not (tmp_path / "out").exists()

@@ -147,12 +147,12 @@ def test_tied_embeddings_share_one_weight() -> None:
     assert model.embed.weight.grad[unseen].abs().sum() > 0
 
 
-def test_a_memory_without_rows_says_so() -> None:
+def test_an_engram_layer_without_rows_is_refused() -> None:
     model = build(small())
     tokens, index = batch()
-    with pytest.raises(ValueError, match=r"layers \[1\] have a memory; the forward pass needs row_index"):
+    with pytest.raises(ValueError, match=r"layers \[1\] have an engram; the forward pass needs row_index"):
         model(tokens, None)
-    with pytest.raises(RuntimeError, match="micro-batch 3 has no memory rows; the step set 1 leaves"):
+    with pytest.raises(RuntimeError, match="micro-batch 3 has no table rows; the step set 1 leaves"):
         model(tokens, None, index, micro_batch=3)
     assert not HybridLM(small("engram.enabled=false"), VOCAB).engram_layers
 

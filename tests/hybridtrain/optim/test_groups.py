@@ -102,7 +102,7 @@ def test_muon_takes_hidden_matrices_and_experts():
 
 
 @pytest.mark.parametrize("backbone", ["adamw", "muon"])
-def test_memory_rows_and_frozen_parameters_are_left_out(backbone):
+def test_table_rows_and_frozen_parameters_are_left_out(backbone):
     model = Named([*DECAY, "rows.leaf0", "rows.leaf1"])
     model.head.weight.requires_grad = False
     names = [

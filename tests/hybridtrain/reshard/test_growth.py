@@ -103,7 +103,7 @@ def larger_tokenizer(run: Path, file: Path, *tokens: str) -> Path:
     return file
 
 
-def test_a_larger_tokenizer_keeps_every_row_of_the_memory_and_training_goes_on(
+def test_a_larger_tokenizer_keeps_every_row_of_the_table_and_training_goes_on(
     run: Path, ci_data: Path, tmp_path: Path
 ) -> None:
     file = larger_tokenizer(run, tmp_path / "more.json", "THE", "zzyx", "Zzyx")
@@ -153,7 +153,7 @@ def test_another_tokenizer_is_refused_with_what_it_does_not_keep(run: Path, tmp_
     tree["decoder"] = None  # the same tokens, read otherwise
     file.write_text(json.dumps(tree))
     with pytest.raises(
-        UserError, match=r"(?s)token \d+, '\S+', is spelt otherwise than the run's.*\n  and \d+ more"
+        UserError, match=r"(?s)token \d+, '\S+', is spelt differently from the run's.*\n  and \d+ more"
     ):
         reshard(run, tmp_path / "out", nproc=2, growth=Growth(vocab=1040, tokenizer=file))
     assert not (tmp_path / "out").exists()

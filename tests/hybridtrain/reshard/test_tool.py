@@ -21,7 +21,7 @@ from hybridtrain import checkpoint
 from hybridtrain.checkpoint import LazyTensor, StoredTensors, write_tensors
 from hybridtrain.errors import DamagedCheckpoint, UserError
 from hybridtrain.parallel.layout import LayoutError
-from hybridtrain.reshard import Growth, copy, reshard
+from hybridtrain.reshard import CopyOptions, Growth, copy, reshard
 from hybridtrain.reshard.journal import NAME
 from hybridtrain.reshard.tool import ALONE
 from hybridtrain.run.run_folder import find_checkpoint
@@ -182,7 +182,7 @@ def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path:
     ):
         assert line in str(error.value)
     with pytest.raises(UserError, match=r"--max-memory 1000 bytes: 8 blocks .* it may be 33554432 or more"):
-        reshard(run, out, max_memory=1000)
+        reshard(run, out, copying=CopyOptions(1000))
     assert not out.exists()
     assert "OUT is a folder of this machine" in refused(hybridtrain("reshard", run, "s3://bucket/run"))
     message = refused(hybridtrain("reshard", run, out, "parallel.ep=3", "--grow-experts", 4))
@@ -199,7 +199,7 @@ def test_another_model_and_an_impossible_layout_are_refused(run: Path, tmp_path:
         "64M",
     )
     assert done.status == 0, done
-    assert "for pp 2 · tp 2 · edp 2 · mem 2 · mem_replicate 2; every tensor's xxh3 is what it was" in done.out
+    assert "for pp 2 · tp 2 · edp 2 · mem 2 · mem_replicate 2; every tensor's xxh3 is unchanged" in done.out
 
 
 def test_a_checkpoint_elsewhere_knows_its_run(run: Path, tmp_path: Path) -> None:
@@ -217,9 +217,11 @@ def peak_of_a_large_table(run: Path, folder: Path, max_memory: int) -> tuple[int
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     torch.distributed.destroy_process_group()
-    reshard(run, folder / "small", overrides("tp 2"), nproc=2, max_memory=max_memory)
+    reshard(run, folder / "small", overrides("tp 2"), nproc=2, copying=CopyOptions(max_memory))
     before = peak()
-    reshard(folder / "large", folder / "out", overrides("tp 2 · ep 4"), nproc=4, max_memory=max_memory)
+    reshard(
+        folder / "large", folder / "out", overrides("tp 2 · ep 4"), nproc=4, copying=CopyOptions(max_memory)
+    )
     return before, peak()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridtrain.data.batches import Batch, BatchLoader
+from hybridtrain.data.batches import Batch, BatchLoader, BatchShare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.monitor.clock import Clock
 from hybridtrain.parallel.mesh import make_mesh
@@ -51,9 +51,8 @@ def build(tmp_path: Path, data: Path, *overrides: str) -> tuple[Run, BatchLoader
     mesh = make_mesh(resolve_layout(settings, 1), 0, torch.device("cpu"), 60)
     run = assemble(settings, mesh, vocabulary, make_addressing(settings, vocabulary))
     train = settings.train
-    return run, BatchLoader(
-        dataset.split("train"), train.seq_len, train.global_batch, train.micro_batches, 0, 1, 0
-    )
+    share = BatchShare(train.global_batch, train.micro_batches)
+    return run, BatchLoader(dataset.split("train"), train.seq_len, share, seed=0)
 
 
 def largest_of_steps(run: Run, loader: BatchLoader, steps: int = 2) -> LargestStorage:

@@ -1,5 +1,5 @@
-"""New runs that start from old weights: what is there is taken, a memory may be new, all else that differs is
-refused.
+"""New runs that start from old weights: the tensors there are taken, an engram may be new, every other
+difference is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.hybridtrain.conftest import TWO_RANKS
 from tests.hybridtrain.formats.tiny import save_theirs, their_model
 from tests.training import ci_settings, loss_curve, train_on
 
-WITH_MEMORY = (
+WITH_ENGRAM = (
     'model.layers=["attention+dense", "engram+attention+dense", "attention+dense"]',
     "engram.rows_per_head=500",
 )
@@ -72,10 +72,10 @@ def start(settings: Settings, folder: Path) -> Run:
     return run
 
 
-def test_all_that_is_there_is_taken_and_a_new_memory_drawn(
+def test_all_that_is_there_is_taken_and_a_new_engram_drawn(
     imported: Path, ci_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = (*WITH_MEMORY, "model.attention.rope_theta=1000")
+    overrides = (*WITH_ENGRAM, "model.attention.rope_theta=1000")
     run = start(new_settings(imported, tmp_path, ci_data, *overrides), tmp_path)
     old, _, _ = open_checkpoint(imported)
     new = run.model.state_dict()
@@ -86,7 +86,7 @@ def test_all_that_is_there_is_taken_and_a_new_memory_drawn(
     said = capfd.readouterr().err
     assert (
         f"{len(old.model.state_dict())} tensors taken, {len(new) - len(old.model.state_dict())} of new "
-        "memories drawn" in said
+        "Engram layers drawn" in said
     )
     assert "model.attention.rope_theta=1000.0, and the weights were trained with 500.0" in said
 
@@ -101,7 +101,7 @@ def test_training_goes_on_from_the_weights_at_any_layout(
         train_on(
             nproc,
             new_settings(
-                imported, run, ci_data, *WITH_MEMORY, "optim.lr=1e-5", "optim.warmup_steps=0", *extra
+                imported, run, ci_data, *WITH_ENGRAM, "optim.lr=1e-5", "optim.warmup_steps=0", *extra
             ),
         )
     one, two = (loss_curve(run) for run in runs)
@@ -165,8 +165,8 @@ def test_other_shapes_are_refused_all_at_once_on_every_rank(
     assert (
         "  model.layers.1.feedforward.w_up.weight: the checkpoint has [96, 64], this model [100, 64]" in lines
     )
-    assert "  model.layers.3.mixer.wq.weight: the checkpoint lacks it; only a memory may be new" in lines
-    assert "  model.head.weight: the checkpoint lacks it; only a memory may be new" in lines
+    assert "  model.layers.3.mixer.wq.weight: the checkpoint lacks it; only an engram may be new" in lines
+    assert "  model.head.weight: the checkpoint lacks it; only an engram may be new" in lines
 
 
 def rewrite(run: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:

@@ -22,7 +22,7 @@ from tests.training import ci_settings, loss_curve, train_here
 # Each also has to shard, exchange, clip, update and validate alike on one rank and two.
 KINDS = {
     "muon": ["optim.backbone=muon", "optim.schedule=wsd"],
-    "no memory": ["engram.enabled=false"],
+    "no engram": ["engram.enabled=false"],
     "no experts": ['model.layers=["attention+dense", "engram+attention+dense"]', "parallel.ep=1"],
     "router": [
         "model.moe.num_shared=1",

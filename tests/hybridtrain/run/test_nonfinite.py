@@ -36,7 +36,7 @@ def poison(run: Run, plan: StepPlan, where: str) -> None:
 
 def snapshot(run: Run) -> dict[str, torch.Tensor]:
     assert run.table is not None
-    state = {f"memory.{name}": value for name, value in run.table.state().items()} | run.model.state_dict()
+    state = {f"table.{name}": value for name, value in run.table.state().items()} | run.model.state_dict()
     for number, optimizer in enumerate(run.engine.optimizers):
         for place, values in enumerate(optimizer.state.values()):
             state |= {f"optim.{number}.{place}.{key}": value for key, value in values.items()}

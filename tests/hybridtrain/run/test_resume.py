@@ -33,7 +33,7 @@ def launch(settings: object, resume: bool, rank: int, step: int, during: str) ->
 
 
 def assert_same_end(run: Path, reference: Path) -> None:
-    """Bitwise the same loss at every step, parameters and memory."""
+    """Bitwise the same loss at every step, parameters and table."""
     assert loss_curve(run) == loss_curve(reference)
     states = []
     for folder in (run, reference):
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(
 
 
 def test_other_primes_of_the_same_size_are_refused(resumable: Callable[..., str]) -> None:
-    assert "engram: the checkpoint's multipliers, primes or compression map are others" in resumable(
+    assert "engram: the checkpoint's multipliers, primes or compression map differ" in resumable(
         "engram.hash_seed=7"
     )
 

@@ -191,7 +191,7 @@ def test_what_is_allowed_goes_on_with_a_new_epoch_and_says_so(
     read = read_by(words_settings(run, data, "run.seed=5", "train.steps=9"), True, {"seed"})
     said = capsys.readouterr().err
     assert "  allowed: run.seed=5: the samples come in another order" in said
-    assert "  what was left of the epoch is left out; the new order begins with epoch 1" in said
+    assert "  the rest of the epoch is left out; the new order begins with epoch 1" in said
     flat = list(itertools.chain(*read))
     assert len(set(flat)) == len(flat) == 7 * 6 * 16  # no sample of the new order twice
     consumed = checkpoint.Consumed.of(checkpoint.read_info(run / "checkpoints/step-00000009"))

@@ -243,7 +243,7 @@ def test_widths_that_grouped_products_cannot_have_are_refused_where_there_are_ex
             [
                 "optim.decay_fraction=0.95 of train.steps=500 begins within the warm-up: the decay has the "
                 "450 steps that optim.warmup_steps=50 leaves",
-                "checkpoint.keep_every=150 is not a multiple of checkpoint.every=100: what stays for good "
+                "checkpoint.keep_every=150 is not a multiple of checkpoint.every=100: kept for good "
                 "is the checkpoint of every 300th step",
             ],
         ),
@@ -261,17 +261,17 @@ def test_layers_are_read_in_order_and_repeated() -> None:
     settings = parse_settings(
         {}, ['model.layers=["attention+dense", "2 * engram+attention+moe", "attention+moe"]']
     )
-    memory = LayerSpec(engram=True, mixer="attention", feedforward="moe")
+    engram = LayerSpec(engram=True, mixer="attention", feedforward="moe")
     assert layer_specs(settings) == (
         LayerSpec(engram=False, mixer="attention", feedforward="dense"),
-        memory,
-        memory,
+        engram,
+        engram,
         LayerSpec(engram=False, mixer="attention", feedforward="moe"),
     )
     assert engram_layers(settings) == (1, 2)
 
 
-def test_the_memory_can_be_taken_out_of_every_layer() -> None:
+def test_the_engram_can_be_taken_out_of_every_layer() -> None:
     settings = parse_settings({}, ["engram.enabled=false"])
     assert engram_layers(settings) == ()
     assert len(layer_specs(settings)) == 4

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridtrain import checkpoint
-from hybridtrain.data.batches import Batch, BatchLoader
+from hybridtrain.data.batches import Batch, BatchLoader, BatchShare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.kernels.rows.eight_bits import packed_width
 from hybridtrain.monitor.clock import Clock
@@ -101,9 +101,8 @@ class Rig:
         self.table = self.run.table
         train, dp = settings.train, mesh.layout.coordinate(rank, "dp")
         split = self.dataset.split("train")
-        self.loader = BatchLoader(
-            split, train.seq_len, train.global_batch, train.micro_batches, dp, mesh.layout.dp, 0
-        )
+        share = BatchShare(train.global_batch, train.micro_batches, dp, mesh.layout.dp)
+        self.loader = BatchLoader(split, train.seq_len, share, seed=0)
         self.clock = Clock(device)
         self.upcoming: tuple[Batch, StepPlan] | None = None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain.errors import FormatError
-from hybridtrain.formats.command import export_model
+from hybridtrain.formats.command import ExportOptions, export_model
 from hybridtrain.model.common import make_context
 from hybridtrain.model.init import init_parameters
 from hybridtrain.model.lm import HybridLM
@@ -117,4 +117,6 @@ def test_formats_that_lack_it_refuse_it(tmp_path: Path) -> None:
         with pytest.raises(
             FormatError, match=f"dense_former: the format {form} has no names for its parameters"
         ):
-            export_model(tmp_path / "run", tmp_path / form, form, None, None, "1GB", "float32")
+            export_model(
+                tmp_path / "run", tmp_path / form, ExportOptions(form, max_shard_size="1GB", dtype="float32")
+            )
