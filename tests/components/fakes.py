@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from hybridtrain.kernels.engram.op import ConvRule
 from hybridtrain.model.common import CountingModule, SequenceContext, local
-from hybridtrain.model.component import Carried, Component, Cut, FeedForward, Frame, Mixer, Parameter, Residual, Sees
+from hybridtrain.model.component import (
+    Carried,
+    Component,
+    Cut,
+    FeedForward,
+    Frame,
+    Mixer,
+    Parameter,
+    Residual,
+    Sees,
+)
 from hybridtrain.model.exchanges import Exchanges, local_dispatch, position_in_expert
 from hybridtrain.model.feedforwards.moe import MOE, MoE, MoESettings
 from hybridtrain.model.residuals.add import AddResidual, Stream
@@ -138,6 +148,14 @@ class DrawsItsOwn(Running):
         part.data.normal_(generator=torch.Generator().manual_seed(0))
 
 
+class NormsItsChannels(Running):
+    """Divides the channels of this rank by their own length."""
+
+    def scaled(self, x_BTW: Tensor) -> Tensor:
+        return super().scaled(x_BTW / (x_BTW.norm(dim=-1, keepdim=True) + 1))
+
+
+NORMS_CHANNELS = running("fake_norms_channels", build=NormsItsChannels)
 FROM_ZERO = running("fake_from_zero", build=ScansFromZero)
 NO_HALO = running("fake_no_halo", build=TakesNoHalo)
 NOT_LOCAL = running("fake_not_local", build=DoesNotTakeItsPart)
@@ -155,6 +173,7 @@ class LooksBack(Fake):
 
 
 LOOKS_BACK = replace(GOOD, name="fake_looks_back", build=LooksBack, gathers=("",))
+NAMELESS = replace(GOOD, name="fake_nameless", formats=("hf", "megatron"))
 COUNTS_TWICE = replace(GOOD, name="fake_counts_twice", gathers=("",))
 
 
@@ -171,6 +190,16 @@ class Forgets(Fake):
 
 
 FORGETS = replace(GOOD, name="fake_forgets", build=Forgets)
+
+
+class OtherCompiled(Fake):
+    """Computes something else where it is compiled."""
+
+    def before(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD * 1.01 if torch.compiler.is_compiling() else x_BTD
+
+
+OTHER_COMPILED = replace(GOOD, name="fake_other_compiled", build=OtherCompiled)
 
 
 def swapped(exchanges: Exchanges, **others: Any) -> Exchanges:
@@ -210,13 +239,13 @@ class DividesByItsOwn(MoE):
         return out
 
 
-def experts(name: str, build: type[MoE]) -> FeedForward:
+def moe(name: str, build: type[MoE]) -> FeedForward:
     return replace(MOE, name=name, build=build, formats=())
 
 
-ROUTES_SHARDS = experts("fake_routes_shards", RoutesShards)
-KEEPS_TOKENS = experts("fake_keeps_tokens", KeepsTokensHere)
-OWN_TOKENS = experts("fake_own_tokens", DividesByItsOwn)
+ROUTES_SHARDS = moe("fake_routes_shards", RoutesShards)
+KEEPS_TOKENS = moe("fake_keeps_tokens", KeepsTokensHere)
+OWN_TOKENS = moe("fake_own_tokens", DividesByItsOwn)
 
 
 class KeepsAside(AddResidual):
@@ -262,3 +291,4 @@ CARRIED_SOURCE = replace(
 )
 
 SOUND: tuple[Component, ...] = (GOOD, RUNNING, CARRIED_SOURCE)
+"""Those without a fault."""
