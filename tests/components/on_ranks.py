@@ -49,6 +49,14 @@ AXES = {
     "pp": ("parallel.pp=2",),
     "ep": ("parallel.ep=2", "parallel.mem=2"),
 }
+PAIRS = {
+    "tp cp": ("parallel.tp=2", "parallel.cp=2"),
+    "pp tp": ("parallel.pp=2", "parallel.tp=2"),
+    "pp cp": ("parallel.pp=2", "parallel.cp=2"),
+    "tp ep": ("parallel.tp=2", "parallel.ep=4"),
+    "cp ep": ("parallel.cp=2", "parallel.ep=4", "parallel.mem=2"),
+}
+"""Of four ranks."""
 OUTSIDE = ("examples.gated_recurrence", "examples.scaled_residual", "tests.components.fakes")
 SMALL = (
     *TINY,
@@ -154,12 +162,12 @@ def whole(x: Tensor) -> Tensor:
 Outcome = Evidence | str
 """Of a run, or the traceback of what it failed with."""
 Job = tuple[str, Settings]
-"""An axis of AXES, or "alone", and the run of a component."""
+"""An axis of AXES or PAIRS, or "alone", and the run of a component."""
 
 
 @dataclass(frozen=True)
 class OnRanks:
-    """What runs of one component came to: on one rank, and on each rank of two."""
+    """What runs of one component came to: on one rank, and on each of several."""
 
     alone: Outcome
     ranks: Sequence[Outcome]
@@ -187,15 +195,18 @@ def evidence_here(jobs: list[Job]) -> list[Outcome | None]:
     return out
 
 
-def evidence_of(wanted: dict[tuple[str, str], Case], data: Path) -> dict[tuple[str, str], OnRanks]:
-    """By name and axis what the runs came to, all in one start of two ranks."""
+def evidence_of(
+    wanted: dict[tuple[str, str], Case], data: Path, nproc: int = 2
+) -> dict[tuple[str, str], OnRanks]:
+    """By name and axis what the runs came to, all in one start of ranks."""
     alone: dict[str, Settings] = {name: settings_of(case, data) for (name, _), case in wanted.items()}
     jobs: list[Job] = [("alone", settings) for settings in alone.values()]
-    jobs += [(axis, settings_of(case, data, *AXES[axis])) for (_, axis), case in wanted.items()]
-    first, second = run_on_ranks(evidence_here, 2, jobs, timeout=280)
-    one = dict(zip(alone, first, strict=False))
-    both = zip(first[len(alone) :], second[len(alone) :], strict=True)
-    return {key: OnRanks(one[key[0]], ranks) for key, ranks in zip(wanted, both, strict=True)}
+    axes = AXES | PAIRS
+    jobs += [(axis, settings_of(case, data, *axes[axis])) for (_, axis), case in wanted.items()]
+    ranks = run_on_ranks(evidence_here, nproc, jobs, timeout=280)
+    one = dict(zip(alone, ranks[0], strict=False))
+    every = zip(*(rank[len(alone) :] for rank in ranks), strict=True)
+    return {key: OnRanks(one[key[0]], outcomes) for key, outcomes in zip(wanted, every, strict=True)}
 
 
 def _made(found: OnRanks) -> tuple[Evidence, list[Evidence]]:

@@ -18,6 +18,7 @@ from tests.components.cases import CAPACITY, CASES, SOUND
 from tests.components.contract import Case
 from tests.components.on_ranks import (
     AXES,
+    PAIRS,
     RANK_CHECKS,
     OnRanks,
     Restart,
@@ -71,6 +72,17 @@ def test_components_are_the_same_on_two_ranks(
 ) -> None:
     for check in RANK_CHECKS:
         check(evidence[name, axis])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("pair", PAIRS)
+def test_components_are_the_same_on_four_ranks(data: Path, pair: str) -> None:
+    for (name, _), found in evidence_of({(n, pair): c for n, c in SPREAD.items()}, data, 4).items():
+        try:
+            for check in RANK_CHECKS:
+                check(found)
+        except AssertionError as error:
+            raise AssertionError(name) from error
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -32,6 +32,7 @@ EXAMPLE = ROOT / "examples" / "gated_recurrence.py"
 Of = Callable[..., Settings]
 
 
+@pytest.mark.parity  # eight ranks do so below
 def test_a_run_trains_and_goes_on_at_another_layout(settings_of: Of) -> None:
     same = ("checkpoint.every=3", "optim.schedule=wsd", "optim.decay_fraction=0.0")
     whole = settings_of("whole", *same, "train.steps=6")
@@ -49,7 +50,6 @@ def losses_of(outcome: Outcome, run: Path) -> list[float]:
     return loss_curve(run)
 
 
-@pytest.mark.parity  # eight ranks: half a minute
 def test_the_commands_train_at_pp_tp_cp_ep_and_resume_elsewhere(
     train_command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
