@@ -158,6 +158,25 @@ def check_recompute(case: Case) -> None:
             assert (mine is None and theirs is None) or torch.equal(mine, theirs)
 
 
+def check_compiled(case: Case, backend: str = "aot_eager") -> None:
+    """Compiled, it gives the same output and gradients but for rounding. `backend` is of torch.compile; the
+    default runs the graphs that inductor would get as they are.
+    """
+    results = []
+    for compiled in (False, True):
+        module = case.build().train()
+        if compiled:
+            for part in module if isinstance(module, nn.ModuleList) else [module]:
+                part.compile(backend=backend, dynamic=False)
+        x_BTD, documents_BT = inputs()
+        out = case.call(module, x_BTD.requires_grad_(), documents_BT)
+        out.square().sum().backward()
+        results.append([out, x_BTD.grad, *(p.grad for p in module.parameters())])
+    torch.compiler.reset()
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(plain, other, rtol=1e-4, atol=1e-4)
+
+
 def check_sums(case: Case) -> None:
     """It takes the sums that it declares, of their shapes, while it trains, and none while it does not."""
     module = case.build()
@@ -198,6 +217,7 @@ CHECKS = (
     check_documents,
     check_causal,
     check_recompute,
+    check_compiled,
     check_sums,
     check_flops,
 )

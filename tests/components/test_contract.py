@@ -10,32 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.model.common import CountingModule, SequenceContext
 from hybridtrain.model.component import ComponentError, Cut, Frame, Mixer, Parameter, Sees
 from hybridtrain.model.engram import ENGRAM
 from hybridtrain.model.exchanges import Exchanges
-from hybridtrain.model.feedforwards.dense import DENSE, DenseSettings
-from hybridtrain.model.feedforwards.moe import MOE, MoESettings
-from hybridtrain.model.mixers.attention import ATTENTION, AttentionSettings
-from hybridtrain.model.registry import BUILT_IN, Components
-from hybridtrain.model.residuals.add import ADD, AddSettings
-from hybridtrain.model.residuals.dense_former import DENSE_FORMER, DenseFormerSettings
-from hybridtrain.section import Section
-from hybridtrain.settings.engram import EngramSettings
-from tests.components import contract
-from tests.components.contract import CHECKS, DIM, Case
-
-OUTSIDE = Components.load(("examples.gated_recurrence", "examples.scaled_residual"))
-MOE_SMALL = MoESettings(num_experts=4, hidden=16, num_shared=1, aux_weight=0.01, z_weight=0.01)
-CASES = {
-    "attention": Case(ATTENTION, AttentionSettings(num_heads=4, num_kv_heads=2, head_dim=8)),
-    "dense": Case(DENSE, DenseSettings(hidden=48)),
-    "moe": Case(MOE, MOE_SMALL),
-    "engram": Case(ENGRAM, EngramSettings(heads=2, head_dim=8)),
-    "add": Case(ADD, AddSettings()),
-    "dense_former": Case(DENSE_FORMER, DenseFormerSettings()),
-    **{c.name: Case(c, c.section()) for c in OUTSIDE.added},
-}
+from hybridtrain.model.registry import BUILT_IN
+from tests.components import contract, fakes
+from tests.components.cases import CASES, SOUND
+from tests.components.contract import CHECKS, DIM, Case, check_compiled
+from tests.components.fakes import GOOD, Fake, FakeSettings
 
 
 def test_every_registered_component_is_put_to_the_contract() -> None:
@@ -47,38 +29,6 @@ def test_every_registered_component_is_put_to_the_contract() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_components_keep_the_contract(name: str, check: Callable[[Case], None]) -> None:
     check(CASES[name])
-
-
-class FakeSettings(Section):
-    """Nothing to set."""
-
-
-class Fake(CountingModule):
-    """A token's hidden state through a matrix and back; faults are planted in subclasses."""
-
-    def __init__(self, _: FakeSettings, frame: Frame, exchanges: Exchanges) -> None:
-        super().__init__()
-        self.attend = exchanges.attend
-        self.wi = nn.Linear(frame.dim, 2 * DIM, bias=False)
-        self.wo = nn.Linear(2 * DIM, frame.dim, bias=False)
-
-    def forward(self, x_BTD: Tensor, context: SequenceContext) -> Tensor:
-        out: Tensor = self.wo(torch.tanh(self.wi(self.before(x_BTD))))
-        if self.training:
-            self.counters.add("tokens", torch.full((), float(x_BTD[..., 0].numel())))
-        return out
-
-    def before(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD
-
-
-GOOD = Mixer(
-    name="fake",
-    section=FakeSettings,
-    build=Fake,
-    parameters=lambda _: {"wi.weight": Parameter(Cut.COLUMN), "wo.weight": Parameter(Cut.ROW, "residual")},
-    sums=lambda _: {"tokens": ()},
-)
 
 
 class ExtraParameter(Fake):
@@ -167,12 +117,20 @@ FAULTS: dict[str, tuple[Mixer, Callable[[Case], None]]] = {
         declared(**{**BOTH, "wi_weight": Parameter(Cut.COLUMN, group="no_decay")}),
         contract.check_flops,
     ),
+    "other results where it is compiled": (fakes.OTHER_COMPILED, contract.check_compiled),
 }
 
 
+@pytest.mark.parity  # inductor compiles C++ for each
+@pytest.mark.parametrize("name", CASES)
+def test_components_compiled_by_inductor_compute_the_same(name: str) -> None:
+    check_compiled(CASES[name], "inductor")
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_the_fake_without_a_fault_keeps_the_contract(check: Callable[[Case], None]) -> None:
-    check(Case(GOOD, FakeSettings()))
+@pytest.mark.parametrize("name", SOUND)
+def test_fakes_without_a_fault_keep_the_contract(name: str, check: Callable[[Case], None]) -> None:
+    check(SOUND[name])
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -22,15 +22,17 @@ from hybridtrain.model.registry import BUILT_IN, Components, ComponentsError, al
 from hybridtrain.run.init_from import model_tensors
 from hybridtrain.settings.load import dump_settings, load_settings, parse_settings
 from hybridtrain.settings.tree import Settings
-from tests.console import hybridtrain, refused
+from tests.console import Outcome, hybridtrain, refused
 from tests.ranks import run_on_ranks
 from tests.training import Trace, loss_curve, trace, train_on
 
 ROOT = Path(__file__).parents[2]
+PROJECT = ("hybridtrain", "parallel", "kernels", "launch", "tools")
 EXAMPLE = ROOT / "examples" / "gated_recurrence.py"
 Of = Callable[..., Settings]
 
 
+@pytest.mark.parity  # eight ranks do so below
 def test_a_run_trains_and_goes_on_at_another_layout(settings_of: Of) -> None:
     same = ("checkpoint.every=3", "optim.schedule=wsd", "optim.decay_fraction=0.0")
     whole = settings_of("whole", *same, "train.steps=6")
@@ -43,6 +45,28 @@ def test_a_run_trains_and_goes_on_at_another_layout(settings_of: Of) -> None:
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def losses_of(outcome: Outcome, run: Path) -> list[float]:
+    assert outcome.status == 0, outcome
+    return loss_curve(run)
+
+
+def test_the_commands_train_at_pp_tp_cp_ep_and_resume_elsewhere(
+    train_command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """As a user runs them, on all axes and then on one rank, against one rank from the start."""
+    same = ["train.micro_batches=2", "checkpoint.every=3", "optim.schedule=wsd", "optim.decay_fraction=0.0"]
+    axes = ["parallel.pp=2", "parallel.tp=2", "parallel.cp=2", "parallel.ep=2"]
+    alone = hybridtrain("train", *train_command("alone", *same, "train.steps=6"))
+    expected = losses_of(alone, tmp_path / "alone")
+    spread = train_command("spread", *same, *axes, "train.steps=3")
+    ours = losses_of(hybridtrain("launch", "--nproc", "8", *spread, timeout=280), tmp_path / "spread")
+    assert ours == pytest.approx(expected[:3], rel=1e-4)
+    moved = train_command("spread", *same, "train.steps=6")
+    ours = losses_of(hybridtrain("train", *moved, "--resume"), tmp_path / "spread")
+    assert ours == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parity  # each axis with each example by itself is in test_on_ranks.py
 @pytest.mark.parametrize(
     "axes",
     [("pp=2",), ("tp=2",), ("cp=2",), ("ep=2", "mem=2")],
@@ -215,11 +239,22 @@ def test_importable_modules_are_components_too() -> None:
     assert [*names] == ["attention", "gated_recurrence"]
 
 
-def test_no_file_of_the_package_imports_the_examples() -> None:
-    for folder in ("hybridtrain", "parallel", "kernels", "launch"):
-        for path in (ROOT / folder).rglob("*.py"):
-            assert "import examples" not in (text := path.read_text(encoding="utf-8"))
-            assert "from examples" not in text
+def test_no_file_of_the_project_knows_the_examples() -> None:
+    """So the change that adds one touches none."""
+    names = [path.stem for path in EXAMPLE.parent.glob("*.py")]
+    assert len(names) == 2
+    files = [path for folder in PROJECT for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    for path in (*files, *(ROOT / "configs").glob("*.toml"), ROOT / "pyproject.toml"):
+        text = path.read_text(encoding="utf-8")
+        assert not [name for name in names if name in text], path
+        assert "import examples" not in text
+        assert "from examples" not in text
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLE.parent.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 80
 
 
 def test_the_commands_are_listed_without_importing_torch() -> None:
