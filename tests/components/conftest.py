@@ -18,7 +18,7 @@ LAYERS = 'model.layers=["gated_recurrence+dense", "engram+attention+moe", "gated
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data folder. Read only."""
-    return make_data(tmp_path_factory.mktemp("components") / "data")
+    return make_data(tmp_path_factory.mktemp("components") / "data", documents=300)
 
 
 def overrides_of(examples: Path) -> list[str]:
