@@ -17,15 +17,13 @@ def train(
     allow: Allow = "",
 ) -> None:
     """Train on this process, or as one rank of a torchrun launch."""
-    from hybridtrain.model.registry import allowing
     from hybridtrain.run.loop import train as run
     from hybridtrain.run.resume import parse_allow
     from hybridtrain.settings.load import load_settings
 
     allowed = parse_allow(allow, resume or auto_resume)
     settings = load_settings(config, overrides or [])
-    with allowing(settings.model.components):
-        run(settings, resume or (None if auto_resume else False), allowed)
+    run(settings, resume or (None if auto_resume else False), allowed)
 
 
 def launch(

@@ -17,6 +17,7 @@ from hybridtrain.data.prefetch import StepPrefetcher
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import TrainingError
 from hybridtrain.kernels.engram_hash.addressing import Addressing
+from hybridtrain.model.registry import allowing
 from hybridtrain.monitor.clock import Clock
 from hybridtrain.monitor.loss_spikes import all_finite
 from hybridtrain.monitor.metrics import MetricsLog
@@ -54,7 +55,14 @@ def train(settings: Settings, resume: bool | None = False, allow: Collection[str
 
     `resume` None: the rest where the run folder has a checkpoint, else all. `allow`: what of resume.ALLOWABLE
     may differ from the checkpoint's. Raises UserError or LayoutError for what the user can mend.
+
+    The checkpoints that it reads may name the components of `settings`, on every rank.
     """
+    with allowing(settings.model.components):
+        return _train(settings, resume, allow)
+
+
+def _train(settings: Settings, resume: bool | None, allow: Collection[str]) -> dict[str, Any]:
     mesh, locks = join_world(settings), None
     try:
         check_folders(settings, gather_objects(unusable_folders(settings), mesh.world))

@@ -164,6 +164,14 @@ def test_what_reads_a_checkpoint_imports_nothing_unasked(
     assert sprung.exists()
 
 
+def test_a_launched_rank_starts_from_a_run_with_its_own_components(settings_of: Of) -> None:
+    first = settings_of("first", "train.steps=1", "train.eval_every=0")
+    train_on(1, first)
+    train_on(
+        1, settings_of("second", "train.steps=1", "train.eval_every=0", f"train.init_from={first.run.dir}")
+    )
+
+
 @pytest.mark.parametrize("to", ["hf", "megatron"])
 def test_a_format_without_its_names_refuses_a_component_by_name(
     settings_of: Of, tmp_path: Path, to: str
