@@ -37,6 +37,7 @@ from hybridtrain.formats.native import (
     open_source,
     output_dtype,
     setting,
+    unnamed,
 )
 from hybridtrain.formats.origin import Origin, read_origin
 from hybridtrain.formats.shards import write_safetensors
@@ -58,8 +59,10 @@ def export_hf(
     or that of the import. One shard is in memory at a time. Raises FormatError listing why a family that was
     named is not, and where a tensor has values beyond the dtype.
     """
-    source = open_source(path, "hf")
+    source = open_source(path)
     run, info, settings, stored = source
+    if problems := unnamed(settings, "hf"):
+        raise FormatError(str(path), problems)
     origin = read_origin(run)
     dtype = output_dtype(dtype, origin)
     chosen = _choose(path, family, settings, biased(stored), origin)

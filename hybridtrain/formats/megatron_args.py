@@ -18,7 +18,7 @@ from hybridtrain.formats.megatron_names import TRANSFORMER_ENGINE
 from hybridtrain.formats.native import model_tree, setting
 from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.torch_dist import COMMON
-from hybridtrain.settings.layers import engram_layers, layer_specs
+from hybridtrain.settings.layers import layer_specs
 from hybridtrain.settings.tree import Settings
 
 NAME = "Megatron-core's GPT model"
@@ -279,9 +279,8 @@ def misfits(settings: Settings, biased: bool) -> list[str]:
     """Why Megatron's model is another than that of the settings; `biased`: some router's selection bias is
     not zero.
     """
-    moe, out = settings.model.moe, []
-    if layers := engram_layers(settings):
-        out.append(f"layers {', '.join(map(str, layers))} are Engram layers; {NAME} has none")
+    moe = settings.model.moe
+    out: list[str] = []
     if "moe" not in [spec.feedforward for spec in layer_specs(settings)]:
         return out
     if moe.capacity:

@@ -27,7 +27,15 @@ from hybridtrain.formats.megatron_names import (
     outside,
     qkv_shape,
 )
-from hybridtrain.formats.native import AS_IMPORTED, ROUTER_STATE, Source, biased, open_source, output_dtype
+from hybridtrain.formats.native import (
+    AS_IMPORTED,
+    ROUTER_STATE,
+    Source,
+    biased,
+    open_source,
+    output_dtype,
+    unnamed,
+)
 from hybridtrain.formats.origin import read_origin
 from hybridtrain.formats.tensors import DTYPES, cast, their_shape
 from hybridtrain.formats.torch_dist import RELEASE, TRACKER, Region, write_torch_dist
@@ -58,12 +66,12 @@ def export_megatron(
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f'--transformer-impl "{implementation}": it may be {", ".join(IMPLEMENTATIONS)}')
-    source = open_source(path, "megatron")
+    source = open_source(path)
     origin = read_origin(source.run)
     dtype = output_dtype(dtype, origin)
     settings = source.settings
     has_bias = biased(source.stored)
-    if problems := misfits(settings, has_bias):
+    if problems := unnamed(settings, "megatron") + misfits(settings, has_bias):
         raise FormatError(f"{path} is no {NAME}", problems)
     keeps_bias = settings.model.moe.score == "sigmoid" and (has_bias or settings.model.moe.bias_rate > 0)
     args = to_args(settings, source.info["vocab_size"], keeps_bias, implementation, origin)

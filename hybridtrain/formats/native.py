@@ -18,7 +18,7 @@ from hybridtrain.console import say
 from hybridtrain.data.compress import compression_map, to_npy
 from hybridtrain.data.manifest import COMPRESSION, TOKENIZER
 from hybridtrain.data.tokenizer import find_separator, load_tokenizer, vocabulary_size
-from hybridtrain.errors import CheckpointError, FormatError, UserError
+from hybridtrain.errors import CheckpointError, UserError
 from hybridtrain.files.durable import file_digest, write_atomically
 from hybridtrain.formats.folder import new_folder
 from hybridtrain.formats.origin import Origin
@@ -64,11 +64,10 @@ class Source(NamedTuple):
         return to_theirs(name, self.stored.read(f"model.{name}"), head_dim)
 
 
-def open_source(path: Path, to: str) -> Source:
-    """The run folder or checkpoint `path`, verified, for an export to the format `to`.
+def open_source(path: Path) -> Source:
+    """The run folder or checkpoint `path`, verified, for an export.
 
-    Raises CheckpointError where it is damaged or has no tokenizer, FormatError where it has components that
-    the format has no names for.
+    Raises CheckpointError where it is damaged or has no tokenizer.
     """
     run, saved = find_checkpoint(path)
     if not (run / TOKENIZER).is_file():
@@ -76,7 +75,6 @@ def open_source(path: Path, to: str) -> Source:
     opened = checkpoint.Saved(saved)
     info = opened.info
     settings = parse_settings(info["settings"], source=str(saved))
-    refuse_unnamed(settings, to, str(saved))
     if file_digest(run / TOKENIZER) != info["tokenizer_digest"]:
         raise CheckpointError(
             f"{run / TOKENIZER} is another tokenizer than the one that {saved} was trained with"
@@ -87,16 +85,13 @@ def open_source(path: Path, to: str) -> Source:
     return Source(run, info, settings, stored)
 
 
-def refuse_unnamed(settings: Settings, to: str, source: str) -> None:
-    """Raise FormatError naming the components of the layers whose parameters the format `to` has no names
-    for."""
+def unnamed(settings: Settings, to: str) -> list[str]:
+    """The components of the layers whose parameters the format `to` has no names for, a problem each."""
     ours = BUILT_IN.all
     used = [c for spec in layer_specs(settings) for c in layer_components(settings, spec).values()]
     known = [c for c in used if isinstance(c, Engram) or any(c is other for other in ours)]
-    unnamed = {c.name for c in used if to not in c.formats or not any(c is other for other in known)}
-    if unnamed:
-        problems = [f"{name}: the format {to} has no names for its parameters" for name in sorted(unnamed)]
-        raise FormatError(source, problems)
+    names = {c.name for c in used if to not in c.formats or not any(c is other for other in known)}
+    return [f"{name}: the format {to} has no names for its parameters" for name in sorted(names)]
 
 
 def biased(stored: StoredTensors) -> bool:

@@ -81,7 +81,7 @@ ENGRAM = Engram(
     reach=lambda engram: (engram.conv_kernel - 1) * max(engram.orders) if engram.conv else 0,
     sums=lambda _: {"gate_sum": (), "gate_count": ()},
     ops=("engram_gate", "row_gather", "short_conv"),
-    formats=("hf", "megatron"),
+    formats=("hf",),
 )
 
 

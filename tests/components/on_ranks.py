@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.checkpoint import StoredTensors
-from hybridtrain.data.batches import BatchLoader
+from hybridtrain.data.batches import BatchLoader, BatchShare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import FormatError
-from hybridtrain.formats.command import export_model, import_model
+from hybridtrain.formats.command import ExportOptions, export_model, import_model
 from hybridtrain.model.component import Engram, FeedForward, Mixer, Parameter, Residual
 from hybridtrain.model.engram import ENGRAM
 from hybridtrain.model.init import draw
@@ -131,7 +131,8 @@ def take_evidence(settings: Settings, mesh: Mesh) -> Evidence:
     train, layout = settings.train, mesh.layout
     place = layout.coordinate(mesh.rank, "dp")
     split = dataset.split("train")
-    loader = BatchLoader(split, train.seq_len, train.global_batch, train.micro_batches, place, layout.dp, 0)
+    share = BatchShare(train.global_batch, train.micro_batches, place, layout.dp)
+    loader = BatchLoader(split, train.seq_len, share, seed=0)
     batch = loader.load(0)
     plan = run.table.plan(batch) if run.table is not None else None
     totals = train_step(run, 0, StepInput(batch.at(run.positions), plan))
@@ -324,7 +325,7 @@ def check_export(case: Case, run: Path, to: str, folder: Path) -> None:
 
     def export() -> None:
         with allowing(OUTSIDE):
-            export_model(run, folder / "out", to, None, None, "1GB", "float32")
+            export_model(run, folder / "out", ExportOptions(to, max_shard_size="1GB", dtype="float32"))
 
     if to not in case.component.formats:
         with pytest.raises(FormatError) as caught:

@@ -291,7 +291,7 @@ def test_a_model_that_is_not_megatrons_is_refused_with_every_reason(ci_data: Pat
     with pytest.raises(FormatError) as caught:
         export_megatron(run, tmp_path / "out")
     assert caught.value.problems == [
-        f"layers 1, 3 are Engram layers; {name} has none",
+        "engram: the format megatron has no names for its parameters",
         f"model.moe.capacity=1.5: {name} drops tokens by the batch, if at all",
         f"model.moe.normalize_gates=false: {name} has true with top_k=2",
         f"model.moe.top_groups=2: {name} scores a group by its best top_k // top_groups = 1 experts, ours "
