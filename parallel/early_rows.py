@@ -24,7 +24,16 @@ from hybridtrain.parallel.row_exchange import (
     RowExchange,
     RowPlan,
     RowPlanner,
+    StepPlan,
 )
+
+
+def late_rows(plan: StepPlan) -> int | None:
+    """How many of the first exchange's rows the update of the step before changes; None where that was not
+    planned.
+    """
+    late = plan.exchanges[0].late
+    return sum(late.send) if late is not None else None
 
 
 class OverlapPlanner(RowPlanner):

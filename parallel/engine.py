@@ -106,9 +106,8 @@ class NativeEngine(EngineState):
         clip_([*local_gradients(self._params()), *([] if rows_ND is None else [rows_ND])], norm, bound)
 
     def _params(self) -> list[Tensor]:
-        return [
-            p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
-        ]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [p for group in groups for p in group["params"]]
 
     def step(self) -> None:
         for optimizer in self.optimizers:

@@ -71,14 +71,6 @@ class StepPlan:
     unique: int
     number: int  # of the plan among its planner's
 
-    @property
-    def late_rows(self) -> int | None:
-        """How many of the first exchange's rows the update of the step before changes; None where that was
-        not planned.
-        """
-        late = self.exchanges[0].late
-        return sum(late.send) if late is not None else None
-
 
 class RowPlanner:
     """Turns row ids into plans. Collective over `mem`: every rank calls `plan` for the same steps in the same

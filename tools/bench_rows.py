@@ -37,6 +37,7 @@ from hybridtrain.errors import UserError
 from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.launch.local import run_ranks
 from hybridtrain.monitor.clock import Clock
+from hybridtrain.parallel.early_rows import late_rows
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import close_mesh
 from hybridtrain.parallel.row_exchange import StepPlan
@@ -191,7 +192,7 @@ def _cases(
         facts = {
             "rows": run.table.addressing.num_rows,
             "unique_rows": first.unique,
-            "late_rows": second.late_rows,
+            "late_rows": late_rows(second),
             "table_bytes_here": run.table.weight.nbytes,
             "row_state_bytes_here": sum(value.nbytes for value in run.table.optimizer.state.values()),
         }

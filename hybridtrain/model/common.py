@@ -14,9 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._compile import (
-    _disable_dynamo,  # torch.compiler.disable would import the compiler here, for seconds
-)
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler, for seconds
 
 from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.kernels.document_attention.op import Spans, read_spans
@@ -185,26 +183,18 @@ def make_context(
         and torch.equal(documents_BT[:, 0], documents_BT[:, -1])
     ):
         documents_BT = None
+    rotation_TR = rope_rotations(whole, head_dim, theta, device)
     if positions_T is not None:
-        return _context_of_part(documents_BT, positions_T, whole, head_dim, theta)
-    mask, spans = None, None
-    if documents_BT is not None and whole > MASKED_TOKENS:
-        spans = read_spans(documents_BT, whole)
-    elif documents_BT is not None:
-        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-        mask = same_BTT.tril_()[:, None]
-    return SequenceContext(rope_rotations(seq_len, head_dim, theta, device), documents_BT, mask, spans)
-
-
-def _context_of_part(
-    documents_BT: Tensor | None, positions_T: Tensor, whole: int, head_dim: int, theta: float
-) -> SequenceContext:
-    rotation_TR = rope_rotations(whole, head_dim, theta, positions_T.device)[positions_T]
+        rotation_TR = rotation_TR[positions_T]
+    elif documents_BT is None:
+        return SequenceContext(rotation_TR, None, None)
     if whole > MASKED_TOKENS:
         return SequenceContext(rotation_TR, documents_BT, None, read_spans(documents_BT, whole))
-    mask = (positions_T[:, None] >= torch.arange(whole, device=positions_T.device))[None]
+    key_T = torch.arange(whole, device=device)
+    query_T = key_T if positions_T is None else positions_T
+    mask = (query_T[:, None] >= key_T)[None]
     if documents_BT is not None:
-        mask = mask & (documents_BT[:, positions_T, None] == documents_BT[:, None, :])
+        mask = mask & (documents_BT[:, query_T, None] == documents_BT[:, None, :])
     return SequenceContext(rotation_TR, documents_BT, mask[:, None])
 
 

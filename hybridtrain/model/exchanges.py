@@ -25,7 +25,6 @@ from hybridtrain.model.scan import scan
 
 IGNORED = -100
 
-
 Attend = Callable[[Tensor, Tensor, Tensor, SequenceContext], Tensor]
 """Causal softmax attention inside documents: (q_BTHC, k_BTHC, v_BTHC, context) → [B, T, H, C]."""
 

@@ -120,11 +120,8 @@ class HybridLM(nn.Module):
         self.residual = end[0].module if end else None
         self.names = {i: [carried.name for carried in self.carried(i)] for i in (0, *range(low, high + 1))}
         self.norm = RMSNorm(model.dim, model.norm_eps, wiring.backends) if self.part.last else None
-        self.head = (
-            nn.Linear(model.dim, vocab_size, bias=False)
-            if self.part.last and not model.tie_embeddings
-            else None
-        )
+        own_head = self.part.last and not model.tie_embeddings
+        self.head = nn.Linear(model.dim, vocab_size, bias=False) if own_head else None
         self.rows = rows if rows is not None else StepRows()
         self.wiring = wiring
 
@@ -154,14 +151,8 @@ class HybridLM(nn.Module):
         first = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
         # not of a later part's inputs: their tokens may be a tp rank's own
         tokens = first.size(1) if documents_BT is None else documents_BT.size(1)
-        context = make_context(
-            documents_BT,
-            tokens,
-            attention.head_dim,
-            attention.rope_theta,
-            first.device,
-            self.wiring.positions_T,
-        )
+        here = (first.device, self.wiring.positions_T)
+        context = make_context(documents_BT, tokens, attention.head_dim, attention.rope_theta, *here)
         held = inputs if isinstance(inputs, dict) else self._start(inputs)
         for name, layer in self.layers.items():
             stream, rows_BTSC = _stream(held), None

@@ -22,6 +22,7 @@ from hybridtrain.monitor.metrics import METRICS, MetricsLog, measure_matmul_peak
 from hybridtrain.monitor.stragglers import StepTimes, slowest
 from hybridtrain.optim.schedule import lr_scale
 from hybridtrain.parallel.collectives import all_reduce_
+from hybridtrain.parallel.early_rows import late_rows
 from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run.assemble import Run, resolve_stages
 from hybridtrain.run.op_backends import implementations
@@ -169,8 +170,8 @@ class Report:
                 "table/unique_rows": plan.unique,
                 "table/unique_share": plan.unique / plan.lookups,
             }
-        if plan.late_rows is not None:
-            values["table/late_rows"] = plan.late_rows
+        if (late := late_rows(plan)) is not None:
+            values["table/late_rows"] = late
         return values
 
     @contextmanager

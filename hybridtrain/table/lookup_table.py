@@ -14,8 +14,6 @@ from hybridtrain.kernels.engram_hash.addressing import Addressing
 from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.kernels.rows.op import row_gather
 from hybridtrain.model.engram import StepRows
-from hybridtrain.model.init import init_table
-from hybridtrain.optim.row_optimizer import make_row_optimizer
 from hybridtrain.parallel.early_rows import EarlyRowExchange, OverlapPlanner
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.row_exchange import CommDtypes, RowExchange, RowPlan, RowPlanner, StepPlan
@@ -33,9 +31,10 @@ class LookupTable(TableState):
     backward passes, then `exchange.reduce_replicas` and `update`. Table and row state lie on
     `mesh.table_device`; rows and gradients are on the model's device from `fetch` to `update`.
 
-    weight: the rows here, [high - low, head_dim]
     leaves: the rows of the step under way, which the model reads
     """
+
+    exchange: RowExchange
 
     def __init__(
         self,
@@ -49,41 +48,25 @@ class LookupTable(TableState):
         """`layers` are the Engram layers of this rank's part of the model, which alone it plans for; there
         may be none. `positions`: under cp, the places in the sequence of this rank's tokens.
         """
+        super().__init__(settings, addressing, mesh, leaves.backends)
         engram = settings.engram
         self._columns = [addressing.layers.index(layer) for layer in layers]
-        self.addressing, self.mesh, self.leaves, self.positions = addressing, mesh, leaves, positions
-        bounds = mesh.layout.row_bounds(addressing.num_rows)
-        self.low, self.high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
-        rows_here = init_table(settings.run.seed, self.low, self.high, engram.head_dim, engram.init_std)
-        self.weight = rows_here.to(mesh.table_device, getattr(torch, engram.dtype))
-        backends = leaves.backends
-        self.optimizer = make_row_optimizer(engram, self.weight, settings.run.seed, self.low, backends)
+        self.leaves, self.positions, self.mode = leaves, positions, engram.fetch
         groups = (mesh.mem, mesh.mem_replicate)
-        wires = CommDtypes(engram.wire, engram.wire_gradients, backends)
-        self.exchange: RowExchange
-        self.mode, self._ahead = engram.fetch, None
+        wires = CommDtypes(engram.wire, engram.wire_gradients, leaves.backends)
+        how = (mesh.device, engram.checksum, wires)
         if engram.fetch == "step":
-            self.exchange = RowExchange(self.weight, groups, mesh.device, engram.checksum, wires)
+            self.exchange = RowExchange(self.weight, groups, *how)
         else:
-            early = EarlyRowExchange(
-                self.weight, groups, mesh.own_mem_group("ahead"), mesh.device, engram.checksum, wires
-            )
+            early = EarlyRowExchange(self.weight, groups, mesh.own_mem_group("ahead"), *how)
             self.exchange, self._ahead = early, FetchAhead(engram.fetch, early, self.optimizer, self.low)
         planner = OverlapPlanner if engram.fetch == "overlap" else RowPlanner
-        self._planners = {
-            name: kind(
-                bounds,
-                mesh.planning_groups(name),
-                mesh.device,
-                exchange_groups,
-                engram.checksum,
-                mesh.table_device,
-            )
-            for name, kind, exchange_groups in (
-                ("plan", planner, engram.exchange_groups),
-                ("eval_plan", RowPlanner, 1),
-            )
-        }
+
+        def make(kind: type[RowPlanner], name: str, exchange_groups: int) -> RowPlanner:
+            between, checksum = mesh.planning_groups(name), engram.checksum
+            return kind(self.bounds, between, mesh.device, exchange_groups, checksum, mesh.table_device)
+
+        self._planners = make(planner, "plan", engram.exchange_groups), make(RowPlanner, "eval_plan", 1)
 
     def plan(self, batch: Batch, evaluate: bool = False) -> StepPlan:
         """Which rows the batch needs, from whom; collective, from tokens alone. A rank of `tp` takes its own
@@ -99,7 +82,7 @@ class LookupTable(TableState):
         if len(self._columns) < len(self.addressing.layers):
             ids = ids[..., self._columns, :]
         ids = ids.chunk(self.mesh.tp.size, -1)[self.mesh.tp.rank]
-        return self._planners["eval_plan" if evaluate else "plan"].plan(ids)
+        return self._planners[evaluate].plan(ids)
 
     def fetch(self, plan: StepPlan, exchange: RowPlan) -> None:
         """Bring the exchange's rows, or those that did not come ahead, and give each micro-batch its leaf,
@@ -148,9 +131,8 @@ class LookupTable(TableState):
 
     def new_gradient(self, plan: StepPlan) -> Tensor:
         """Zeros for the step's touched rows: `[N, head_dim]`, never table-sized."""
-        return torch.zeros(
-            len(plan.touched_N), self.weight.shape[1], dtype=torch.float32, device=self.mesh.device
-        )
+        shape = (len(plan.touched_N), self.weight.shape[1])
+        return torch.zeros(shape, dtype=torch.float32, device=self.mesh.device)
 
     def update(self, plan: StepPlan, grad_ND: Tensor, lr: float) -> None:
         self.optimizer.step(plan.touched_N, grad_ND.to(self.weight.device), lr)

@@ -9,23 +9,33 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from hybridtrain.kernels.choose import Backends
 from hybridtrain.kernels.engram_hash.addressing import Addressing
-from hybridtrain.optim.row_optimizer import RowOptimizer
+from hybridtrain.model.init import init_table
+from hybridtrain.optim.row_optimizer import RowOptimizer, make_row_optimizer
 from hybridtrain.parallel.mesh import Mesh
+from hybridtrain.settings.tree import Settings
 from hybridtrain.table.fetch_ahead import FetchAhead
 from hybridtrain.table.saved_rows import SavedRows
 
 
 class TableState:
-    """The part of a `LookupTable` that saves and loads; its attributes are the table's."""
+    """The part of a `LookupTable` that draws, saves and loads its rows.
 
-    weight: Tensor
+    weight: the rows here, [high - low, head_dim]
+    """
+
     optimizer: RowOptimizer
-    addressing: Addressing
-    mesh: Mesh
-    low: int
-    high: int
-    _ahead: FetchAhead | None
+    _ahead: FetchAhead | None = None
+
+    def __init__(self, settings: Settings, addressing: Addressing, mesh: Mesh, backends: Backends) -> None:
+        engram, seed = settings.engram, settings.run.seed
+        self.addressing, self.mesh = addressing, mesh
+        self.bounds = mesh.layout.row_bounds(addressing.num_rows)
+        self.low, self.high = self.bounds[mesh.mem.rank], self.bounds[mesh.mem.rank + 1]
+        rows_here = init_table(seed, self.low, self.high, engram.head_dim, engram.init_std)
+        self.weight = rows_here.to(mesh.table_device, getattr(torch, engram.dtype))
+        self.optimizer = make_row_optimizer(engram, self.weight, seed, self.low, backends)
 
     def state(self) -> dict[str, Tensor]:
         """Table and row state as logical tensors over all owners, for checkpoints; in mode "stale" also

@@ -52,14 +52,12 @@ def router_topk(logits_NE: Tensor, bias_E: Tensor, rule: Rule, backends: Backend
     if rule.normalize:
         gates_NK = gates_NK / gates_NK.sum(-1, keepdim=True).clamp_min(1e-20)
     shares_NE = scores_NE if rule.score == "softmax" else scores_NE / scores_NE.sum(-1, keepdim=True)
-    sizes_NE = shares_NE.detach()
+    sizes_NE, chosen_P = shares_NE.detach(), experts_NK.reshape(-1)
     return Routing(
         experts_NK,
         gates_NK if rule.scale == 1 else gates_NK * rule.scale,
         # not bincount: on a GPU the host waits for its least and its greatest number
-        experts_NK.new_zeros(logits_NE.size(1)).scatter_add_(
-            0, experts_NK.reshape(-1), torch.ones_like(experts_NK.reshape(-1))
-        ),
+        experts_NK.new_zeros(logits_NE.size(1)).scatter_add_(0, chosen_P, torch.ones_like(chosen_P)),
         shares_NE.sum(0),
         logits_NE.logsumexp(-1).square().sum(),
         -(sizes_NE * sizes_NE.clamp_min(torch.finfo(sizes_NE.dtype).tiny).log()).sum(),

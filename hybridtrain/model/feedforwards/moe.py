@@ -47,29 +47,18 @@ class MoESettings(Section):
     )
 
     def problems(self) -> list[str]:
-        out: list[str] = []
-        if self.top_k > self.num_experts:
-            out.append(
-                f"top_k={self.top_k} exceeds num_experts={self.num_experts}; it may be 1 to "
-                f"{self.num_experts}"
-            )
-        if self.num_experts % self.num_groups:
-            out.append(
-                f"num_groups={self.num_groups} does not divide num_experts={self.num_experts}; it may be "
-                f"{divisors_of(self.num_experts)}"
-            )
-        elif self.top_groups > self.num_groups:
-            out.append(
-                f"top_groups={self.top_groups} exceeds num_groups={self.num_groups}; it may be 1 to "
-                f"{self.num_groups}"
-            )
-        elif (
-            self.num_experts >= self.top_k > (reach := self.top_groups * self.num_experts // self.num_groups)
-        ):
-            out.append(
-                f"top_k={self.top_k} exceeds the {reach} experts in top_groups={self.top_groups} groups; it "
-                f"may be 1 to {reach}"
-            )
+        out, experts, groups = [], self.num_experts, self.num_groups
+        reach = self.top_groups * experts // groups
+        if self.top_k > experts:
+            out.append(f"top_k={self.top_k} exceeds num_experts={experts}; it may be 1 to {experts}")
+        if experts % groups:
+            legal = divisors_of(experts)
+            out.append(f"num_groups={groups} does not divide num_experts={experts}; it may be {legal}")
+        elif self.top_groups > groups:
+            out.append(f"top_groups={self.top_groups} exceeds num_groups={groups}; it may be 1 to {groups}")
+        elif experts >= self.top_k > reach:
+            inside = f"the {reach} experts in top_groups={self.top_groups} groups"
+            out.append(f"top_k={self.top_k} exceeds {inside}; it may be 1 to {reach}")
         return out
 
 
@@ -197,9 +186,8 @@ class MoE(CountingModule):
         super().__init__()
         self.router = Router(frame.dim, moe, frame.tokens_per_step, frame.backends)
         self.experts = GroupedExperts(moe.num_experts, frame.dim, moe.hidden, frame.backends)
-        self.shared = (
-            SwiGLU(frame.dim, moe.num_shared * moe.hidden, frame.backends) if moe.num_shared else None
-        )
+        width = moe.num_shared * moe.hidden
+        self.shared = SwiGLU(frame.dim, width, frame.backends) if width else None
         even = frame.seq_len * moe.top_k / moe.num_experts
         self.most = math.ceil(moe.capacity * even) if moe.capacity else None
         self.dispatch = exchanges.dispatch(moe.num_experts, self.most is not None, frame.path)

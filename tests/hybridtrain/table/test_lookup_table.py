@@ -21,6 +21,7 @@ from hybridtrain.data.shards import TokenDataset
 from hybridtrain.kernels.rows.eight_bits import packed_width
 from hybridtrain.monitor.clock import Clock
 from hybridtrain.monitor.metrics import read_metrics
+from hybridtrain.parallel.early_rows import late_rows
 from hybridtrain.parallel.mesh import Joining, Mesh, make_mesh
 from hybridtrain.parallel.row_exchange import AllToAllSplits, StepPlan
 from hybridtrain.run.assemble import Vocabulary, assemble, make_addressing
@@ -153,7 +154,7 @@ class Rig:
             )
             run.sent.append(self.sent() - before)
             run.due.append(self.due(plan, self.upcoming[1]))
-            run.late.append(plan.late_rows)
+            run.late.append(late_rows(plan))
             if step == validate_after:
                 run.validation.append(evaluate(self.run, self.dataset.split("validation"), 1)["loss"])
         run.state = own_state(self.run)
