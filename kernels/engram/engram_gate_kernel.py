@@ -1,5 +1,5 @@
-"""The memory's gate in Triton: both norms, product, root, sigmoid and gated value in one pass each way; the
-maths is in README.md.
+"""The gate of an Engram layer in Triton: both norms, product, root, sigmoid and gated value in one pass each
+way; the maths is in README.md.
 
 N tokens, M branches of the hidden state, D width. Nothing is saved but the inputs and the gates. Sums over
 tokens leave one partial row per program, which torch adds up: no atomics, one order.

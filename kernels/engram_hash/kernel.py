@@ -1,6 +1,6 @@
-"""Row ids of all orders, heads and memory layers in one pass, in Triton; equals reference.py bit for bit.
+"""Row ids of all orders, heads and Engram layers in one pass, in Triton; equals reference.py bit for bit.
 
-N = B*T tokens, L memory layers, O orders, K heads, S = O*K slots, J the longest order.
+N = B*T tokens, L Engram layers, O orders, K heads, S = O*K slots, J the longest order.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def row_ids(addressing: Addressing, tokens: Tensor, starts: Tensor) -> Tensor:
 
 
 def cases() -> Iterator[Case]:
-    """Two memory layers of three orders and eight heads, as in DeepSeek-V4.1-Flash."""
+    """Two Engram layers of three orders and eight heads, as in DeepSeek-V4.1-Flash."""
     tokens = torch.empty(16, 4096, dtype=torch.int64, device="meta")
     starts = tokens.new_empty(16, 4096, dtype=torch.bool)
     L, orders, K = 2, [2, 3, 4], 8
