@@ -199,7 +199,7 @@ def _wait(ranks: Sequence[BaseProcess]) -> int:
 
     A rank that was killed is the cause, also where another was seen to fail before: its connections close,
     and others fail by that, before the kernel has ended it. So the status is known when all have ended. What
-    this sends itself is no cause.
+    this sends itself is not a cause.
     """
     failed, killed, sent, deadline = 0, 0, set[int](), float("inf")
     running = True

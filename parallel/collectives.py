@@ -224,12 +224,12 @@ def count_all_reduce(x: Tensor, group: Group) -> None:
 
 
 def count_send(x: Tensor, group: Group, target: int) -> None:
-    """Count a send of `x` to the rank `target` of the world."""
+    """Count a send of `x` to the rank `target` of all ranks."""
     _count(group, SEND, x.nbytes, (group.ranks[group.rank], target))
 
 
 def count_receive(group: Group, source: int) -> None:
-    """Note that this rank will wait for a send of the rank `source` of the world."""
+    """Note that this rank will wait for a send of the rank `source` of all ranks."""
     refuse_again(f"receive over {group.name}")
     group.traffic.expect(group.name, SEND, (source, group.ranks[group.rank]))
 

@@ -21,7 +21,7 @@ MEM_AXES = ("mem_replicate", "mem")
 
 
 class LayoutError(ValueError):
-    """The layout is impossible for this world or this model; lists every violation, one a line."""
+    """The layout is impossible for this number of ranks or this model; lists every violation, one a line."""
 
     def __init__(self, world: int, violations: Sequence[str]) -> None:
         self.violations = list(violations)
@@ -68,7 +68,7 @@ class Degrees:
     dp_shard: -1 takes the ranks that the other axes leave; mem: -1 takes all
     node_size: neighbouring ranks that make a node, over which tokens are dispatched hierarchically if ep
         reaches over several nodes; 0: dispatch is flat
-    mem_placement: whether the owners of a table are neighbouring ranks or spread evenly over the world
+    mem_placement: whether the owners of a table are neighbouring ranks or spread evenly over all ranks
     """
 
     pp: int = 1
@@ -192,7 +192,7 @@ class Layout:
     @property
     def mem_axes(self) -> tuple[str, ...]:
         """The axes of the tables, slowest first: contiguous, a group is neighbouring ranks; strided, ranks
-        spread evenly over the world.
+        spread evenly over all ranks.
         """
         return MEM_AXES if self.mem_placement == "contiguous" else MEM_AXES[::-1]
 

@@ -23,7 +23,7 @@ from hybridtrain.parallel.traffic import Traffic
 
 @dataclass(frozen=True)
 class Mesh:
-    """Everything distributed that a run is handed. A world of one rank needs no torch.distributed unless it
+    """Everything distributed that a run is handed. One rank alone needs no torch.distributed unless it
     mixes precisions.
     """
 
@@ -117,7 +117,7 @@ class Joining:
 
     rendezvous: torchrun's environment, or a `file://` path that all ranks see
     table_device: where this rank's part of the lookup table lies; None: where the model does
-    always: a world of one rank has device meshes too, for FSDP, which then does nothing but mix precisions
+    always: one rank alone has device meshes too, for FSDP, which then does nothing but mix precisions
     """
 
     rendezvous: str = "env://"
@@ -174,8 +174,8 @@ def make_mesh(
         table_device=joining.table_device or device,
         traffic=traffic,
         world=group("world"),
-        # its own also where it is all ranks: sends between stages must not queue behind collectives of the
-        # world
+        # its own also where it is all ranks: sends between stages must not queue behind collectives of
+        # all ranks
         pp=groups.make("pp", "pp", backend),
         dp=group("dp"),
         cp=group("cp"),

@@ -49,6 +49,7 @@ ONE_SENTENCE_A_LINE = (
     "docs/resharding.md",
     "docs/scaling.md",
     "docs/security.md",
+    "examples/README.md",
     *(f"kernels/{path.parent.name}/README.md" for path in sorted((ROOT / "kernels").glob("*/README.md"))),
 )
 

@@ -26,6 +26,8 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "kernels").glob("*/README.md")),
+    ROOT / "examples" / "README.md",
 ]
 SUBCOMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009  (typer's class for groups is its own)
 ELSEWHERE = ("torchrun", "tensorboard")

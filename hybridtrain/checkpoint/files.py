@@ -118,7 +118,7 @@ class Reader(FileSystemReader):
 
 @contextmanager
 def quiet() -> Generator[None, None, None]:
-    """Without torch's warning that a world of one rank is meant to be one."""
+    """Without torch's warning that there is only one rank."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -114,7 +114,7 @@ def read_index(content: bytes, source: str, foreign: bool = False) -> Index:
     """The index in a `.metadata`. `foreign`: another program wrote it, with names of its own, which are not
     looked up.
 
-    Sizes, offsets and lengths are whole numbers from 0 on, dtypes torch's; what is no tensor is left out.
+    Sizes, offsets and lengths are whole numbers from 0 on, dtypes torch's; what is not a tensor is left out.
     Raises UntrustedFileError naming `source` where it is not an index, is damaged or, unless `foreign`, has
     names that do not belong in one.
     """

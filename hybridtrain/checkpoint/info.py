@@ -91,7 +91,7 @@ class _Description(BaseModel):
 def read_info(path: Path) -> dict[str, Any]:
     """The description of a checkpoint: step, settings, addressing, tokenizer digest, files.
 
-    Raises CheckpointError where `path` is no finished checkpoint, of another format or of a version before
+    Raises CheckpointError where `path` is not a finished checkpoint, of another format or of a version before
     0.1, DamagedCheckpoint where it was changed.
     """
     try:

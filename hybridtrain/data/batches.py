@@ -82,7 +82,7 @@ class BatchLoader:
 
     Step k takes the samples (k-b)*G .. (k-b)*G+G-1 from the position `begin` on, which is where step b =
     `first_step` begins (G = `share.global_batch`); without it the data begin at step 0. Raises DataError
-    where the split has not one window.
+    where the split has less than one window.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ def compression_map(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
 
 def read_compression(path: Path, rows: int | None = None) -> npt.NDArray[np.int64]:
     """The map of a file that `to_npy` made, of at most `rows` tokens. Raises OSError, and DataError where it
-    is no such file.
+    is not such a file.
     """
     content = read_bytes(path, _MAX_NPY)
     stream = io.BytesIO(content)

@@ -48,7 +48,7 @@ class SampleStream:
 
     The first `pieces` samples are the rest of an epoch in windows of another length: each is one or several
     ranges of the split, the last one may be shorter than the others. The rest are whole windows. Raises
-    ValueError where the split has not one window, or no such position.
+    ValueError where the split has less than one window, or no such position.
     """
 
     def __init__(self, seed: int, num_targets: int, seq_len: int, begin: Position) -> None:

@@ -133,7 +133,7 @@ def _artefact_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _digest_problem(path: Path, digest: str, otherwise: str) -> str:
-    """Why the file has not that digest: it is missing, cannot be read, or is `otherwise`; "" where it has."""
+    """Why the file does not have that digest: it is missing, unreadable or `otherwise`; else ""."""
     try:
         found = file_digest(path)
     except FileNotFoundError:

@@ -179,7 +179,7 @@ def summary(left_out: Sequence[LeftOut], before: str = "") -> str:
 
 
 def _walk(folder: Path, left: list[LeftOut]) -> Iterator[Path]:
-    """Every path below a folder that is no folder, links followed; a folder is walked once. OSError where one
+    """Every path below a folder but for folders, links followed; a folder is walked once. OSError where one
     cannot be listed.
     """
 

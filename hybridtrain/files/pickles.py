@@ -43,7 +43,7 @@ class Made:
 
     @property
     def name(self) -> str:
-        """The full name of what it is made of; "" where that is no name."""
+        """The full name of what it is made of; "" where that is not a name."""
         return str(self.of) if type(self.of) is Named else ""
 
 

@@ -66,7 +66,7 @@ def read_json(path: Path, shape: type[T], most: int = MAX_BYTES) -> T:
 
 
 def parse_json(content: bytes | str, source: str, shape: type[T]) -> T:
-    """JSON text as a value of the type `shape`, without conversions between types ("1" is no number).
+    """JSON text as a value of the type `shape`, without conversions between types ("1" is not a number).
 
     Raises UntrustedFileError, naming `source`, where it is not UTF-8 or not JSON, nested deeper than
     MAX_DEPTH, has a key twice, or where a value is of another type, then listing all of them.

@@ -258,7 +258,7 @@ HARMLESS = frozenset(
         ),  # of further tokens: their weights have no place here and are refused
     )
 )
-# What a config may say that our model has not: key, the values that mean its absence, and what it is.
+# What a config may say that our model does not have: key, the values that mean its absence, and what it is.
 LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("kv_lora_rank", (None,), "multi-head latent attention (MLA): keys and values here have full width"),
     ("q_lora_rank", (None,), "low-rank queries (MLA)"),

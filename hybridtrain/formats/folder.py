@@ -39,7 +39,7 @@ def need_transformers() -> ModuleType:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into, which becomes `out` when all went well and is removed when not.
 
-    Raises UserError where `out` exists and is no empty folder, cannot be written, or another process is
+    Raises UserError where `out` exists and is not an empty folder, cannot be written, or another process is
     making it.
     """
     _refuse_used(out)  # before anything is written beside it

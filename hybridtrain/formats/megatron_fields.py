@@ -28,7 +28,7 @@ num_moe_experts num_query_groups qk_layernorm rotary_base softmax_scale
 untie_embeddings_and_output_weights
 """
 
-# What the arguments may say that our model has not: argument, the values that mean its absence, and what it
+# What the arguments may say that our model does not have: argument, values that mean its absence, what it
 # is.
 LACKING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (

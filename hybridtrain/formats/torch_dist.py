@@ -4,7 +4,7 @@ Read and written without Megatron.
 
 .metadata        torch's index: the tensors, and where their chunks lie
 __0_0.distcp …   chunks of tensors, each as `torch.save` writes it
-common.pt        what is no tensor: the arguments of the run, its step
+common.pt        what is not a tensor: the arguments of the run, its step
 metadata.json    names the format; written last
 """
 
@@ -191,7 +191,7 @@ class TorchDist:
 
     @property
     def objects(self) -> set[str]:
-        """Keys of what is no tensor."""
+        """Keys of what is not a tensor."""
         return {str(getattr(index, "fqn", index)) for index in self._places} - self._entries.keys()
 
     def dtype(self, key: str) -> torch.dtype:
@@ -244,8 +244,8 @@ def write_torch_dist(
     common: Mapping[str, Any],
     max_file_bytes: int,
 ) -> None:
-    """Write a checkpoint into the empty `folder`: the chunks, `empty` objects by their keys, and what is no
-    tensor.
+    """Write a checkpoint into the empty `folder`: the chunks, `empty` objects by their keys, and what is
+    not a tensor.
 
     A file has at most `max_file_bytes`, or one chunk; one chunk is in memory at a time. Raises OSError where
     the disk refuses.

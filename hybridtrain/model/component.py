@@ -96,7 +96,8 @@ class Component:
     reach: tokens left of its own that it looks at, where it sees neighbours
     flops: forward operations of a token beyond the products with its parameters, a multiply-add being two
     shares: parameters by name of which one token reads a share only (experts): the share
-    sums: shapes of the running sums that it takes while it trains (`CountingModule` in model/common.py)
+    sums: shapes of the running sums that it takes while it trains (`CountingModule` in model/common.py); they
+        are added up over all ranks, so tokens that are counted where tp gathers count tp times
     ops: kernels that it may call (keys of [kernels]); shown in the header of a run
     formats: other formats whose tables in formats/ have its parameters; another one, and every format for a
         component that is not of this package, is refused by name

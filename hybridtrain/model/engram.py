@@ -89,8 +89,8 @@ class StepRows(nn.Module):
     """The rows fetched for a step, one leaf [U_m, head_dim] per micro-batch m.
 
     The leaves are registered parameters, made anew each step: a plain leaf tensor gets no gradient under the
-    zero-bubble pipeline schedules and a wrongly scaled one under the others. They are no model state and stay
-    out of the state dict; `clear` before anything walks the model's parameters.
+    zero-bubble pipeline schedules and a wrongly scaled one under the others. They are not model state and
+    stay out of the state dict; `clear` before anything walks the model's parameters.
     """
 
     def __init__(self, backends: Backends = TORCH) -> None:

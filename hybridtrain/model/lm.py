@@ -191,8 +191,8 @@ class HybridLM(nn.Module):
         return head.weight
 
     def declared_parameters(self) -> dict[str, tuple[nn.Parameter, Parameter]]:
-        """Each parameter here by its name, with its declaration; the step's rows are no parameters of the
-        model."""
+        """Each parameter here by its name, with its declaration; the step's rows are not parameters of
+        the model."""
         declared = model_parameters(self.settings)
         here = {name: p for name, p in self.named_parameters() if not name.startswith("rows.")}
         return {name: (parameter, declared[name]) for name, parameter in here.items()}

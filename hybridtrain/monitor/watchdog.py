@@ -61,7 +61,7 @@ class Watchdog:
     """While entered, ends the run by `end(report, status)` once this rank has stood still for `timeout`
     seconds.
 
-    `folder` is the same on all ranks; it is made when it is needed. A world of one rank waits for nobody and
+    `folder` is the same on all ranks; it is made when it is needed. One rank alone waits for nobody and
     is not watched.
     """
 
@@ -184,7 +184,7 @@ class Watchdog:
 
 
 def explain(records: Sequence[Record], world: int) -> str:
-    """In words, who keeps whom waiting, by what the ranks of a world of `world` wrote down; the first line
+    """In words, who keeps whom waiting, by what the `world` ranks wrote down; the first line
     names the cause.
     """
     speaking = {record.rank: record for record in records}

@@ -57,7 +57,7 @@ def take_tokenizer(path: Path, run: Path, info: dict[str, Any], target: Target) 
     ours, theirs = load_tokenizer(path), load_tokenizer(run / TOKENIZER)
     before, after = read_compression_of(run, info), compression_map(ours)
     problems = _changed_tokens(ours, theirs)
-    if not problems:  # else the map of other tokens is no surprise
+    if not problems:  # else the map differs because the tokens do
         problems = _changed_classes(ours, before, after)
     digest, data = file_digest(path), Path(target.settings.data.path)
     if (size := vocabulary_size(ours)) > target.vocab_size:

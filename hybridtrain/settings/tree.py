@@ -114,7 +114,7 @@ class OptimSettings(Section):
 class TrainSettings(Section):
     steps: Positive = Field(500, description="optimizer steps of the whole run")
     init_from: str = Field(
-        "", description="run folder or checkpoint that a new run takes its weights from; an engram may be new"
+        "", description="run folder or checkpoint with the weights of a new run; it may lack Engram layers"
     )
     seq_len: Positive = Field(128, description="tokens per sequence")
     global_batch: Positive = Field(
@@ -163,7 +163,7 @@ class TrainSettings(Section):
 
 
 class ParallelSettings(Section):
-    """Degrees of the axes; -1 takes what the world leaves. See docs/parallelism.md."""
+    """Degrees of the axes; -1 takes the ranks that are left. See docs/parallelism.md."""
 
     pp: Positive = Field(1, description="ranks that the layers are cut over; each has one or several stages")
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = Field(

@@ -18,7 +18,7 @@ SETTINGS = setting_names()
 COMMANDS = {name: option_names(command) for name, command in subcommands()}
 GROUPS = {name.rpartition(" ")[0] for name in COMMANDS if " " in name}
 
-# Dotted names that begin like a setting and are none, and options of other programs: by whom.
+# Dotted names that begin like a setting but are not one, and options of other programs: by whom.
 OTHER_NAMES = {
     "deepspeed.initialize": "a function of DeepSpeed",
     "table.rows": "the table's name in a checkpoint",
@@ -41,8 +41,9 @@ _SOURCE = re.compile(r"[\w-]+\.(?:py|toml|md|sh|lock)")  # names without a folde
 _SUFFIXES = ("json", "toml", "safetensors", "pt", "py", "npy", "jsonl", "model", "txt", "md")
 _SETTING = re.compile(rf"(?:{'|'.join(sorted({name.partition('.')[0] for name in SETTINGS}))})(?:\.\w+)+")
 _ASSIGNED = re.compile(r"[A-Z_]+=\S*")
+_MEMBER = re.compile(r"(\w+)\.(\w+)(?:\(.*)?")  # a name in a module beside the page, as `op.partial_sums`
 _EDGES = "\"'“”,;:()[]{}…"
-_FOLDERS = ("hybridtrain", "parallel", "kernels", "launch", "tests", "tools", "configs", "docs")
+_FOLDERS = ("hybridtrain", "parallel", "kernels", "launch", "tests", "tools", "configs", "docs", "examples")
 
 
 def name_problems(page: Page) -> list[str]:
@@ -101,6 +102,7 @@ def _in_code(page: Page, code: Code, inline: bool) -> Iterator[tuple[int, str]]:
         if inline:
             yield from ((number, problem) for problem in _paths(page, words))
             yield from ((number, problem) for problem in _bare_options(words, page.root))
+            yield from ((number, problem) for problem in _members(page, words))
 
 
 def _joined(text: str, first: int) -> Iterator[tuple[int, str]]:
@@ -178,13 +180,14 @@ def _bare_options(words: list[str], root: Path) -> Iterator[str]:
 def _unknown_settings(words: list[str]) -> Iterator[str]:
     for word in words:
         name = word.partition("=")[0]
-        known = name in SETTINGS or name in OTHER_NAMES or name.rpartition(".")[2] in _SUFFIXES
+        last = name.rpartition(".")[2]
+        known = name in SETTINGS or name in OTHER_NAMES or last in _SUFFIXES or last.isupper()  # model.NAME
         if _SETTING.fullmatch(name) and not known:
             yield name
 
 
 def _toml(text: str) -> Iterator[str]:
-    """Keys of a TOML block that are no settings."""
+    """Keys of a TOML block that are not settings."""
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -219,6 +222,33 @@ def _paths(page: Page, words: list[str]) -> Iterator[str]:
             )
         if not found:
             yield f"no file or folder {word}"
+
+
+def _members(page: Page, words: list[str]) -> Iterator[str]:
+    """Names in a module that lies beside the page and does not have them, as in the pages of kernels."""
+    for word in words:
+        member = _MEMBER.fullmatch(word)
+        if member is None or member[2] in _SUFFIXES:
+            continue
+        module = page.path.parent / f"{member[1]}.py"
+        if module.is_file() and member[2] not in _module_names(module):
+            yield f"{module.relative_to(page.root)} has no {member[2]}"
+
+
+@cache
+def _module_names(module: Path) -> set[str]:
+    """Names that a module defines or imports at its top level."""
+    names: set[str] = set()
+    for node in ast.parse(module.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            parts = (part for target in targets for part in ast.walk(target))
+            names.update(part.id for part in parts if isinstance(part, ast.Name))
+    return names
 
 
 @cache

@@ -124,3 +124,6 @@ def pages(root: Path = ROOT) -> Iterator[Page]:
         yield Page(root / name, root)
     for path in sorted((root / "docs").rglob("*.md")):
         yield Page(path, root)
+    for path in sorted((root / "kernels").glob("*/README.md")):
+        yield Page(path, root)
+    yield Page(root / "examples" / "README.md", root)

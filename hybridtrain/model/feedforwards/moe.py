@@ -215,7 +215,7 @@ class MoE(CountingModule):
 def _parameters(moe: MoESettings) -> Mapping[str, Parameter]:
     shared = {f"shared.{name}": parameter for name, parameter in SWIGLU.items()} if moe.num_shared else {}
     return {
-        # not for Muon: its rows are compared one by one and are no linear map between hidden states
+        # not for Muon: its rows are compared one by one and are not a linear map between hidden states
         "router.weight": Parameter(Cut.WHOLE, group="adamw"),
         "experts.w_gate": Parameter(Cut.EXPERT_COLUMN),
         "experts.w_up": Parameter(Cut.EXPERT_COLUMN),

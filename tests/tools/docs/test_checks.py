@@ -8,7 +8,7 @@ import pytest
 
 from tools.docs.links import link_problems
 from tools.docs.names import COMMANDS, SETTINGS, name_problems
-from tools.docs.pages import Page, slugify
+from tools.docs.pages import Page, pages, slugify
 from tools.docs.prose import prose_problems, sentences
 
 
@@ -97,12 +97,38 @@ def test_names(project: Path, bad: str, good: str, problem: str) -> None:
     assert name_problems(read(project, good)) == []
 
 
-def test_what_is_no_name_of_ours_is_left_alone(project: Path) -> None:
+def test_what_is_not_a_name_of_ours_is_left_alone(project: Path) -> None:
     files = ("checkpoint.json", "runs/x/settings.toml", "s3://bucket/x.json", "/proc/x.json")
-    words = (*files, "deepspeed.initialize", "torch.save", "hybridtrain COMMAND --help")
+    words = (*files, "[model.NAME]", "deepspeed.initialize", "torch.save", "hybridtrain COMMAND --help")
     assert name_problems(read(project, "\n".join(f"`{word}`" for word in words))) == []
     assert name_problems(read(project, "```text\nhybridtrain 0.1.0\n```")) == []
     assert name_problems(read(project, "```python\nmemory.gone\n```")) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "problem"),
+    [
+        ("`kernels.gone`", "`kernels.swiglu`", "no setting kernels.gone"),
+        ("`op.gone`", "`op.mix`", "kernels/op.py has no gone"),
+        ("`op.Gone(x)`", "`op.LIMIT` and `op.Mix(x)`", "kernels/op.py has no Gone"),
+        ("`gone.py`", "`op.py`", "no file or folder gone.py"),
+    ],
+)
+def test_names_beside_a_page(project: Path, bad: str, good: str, problem: str) -> None:
+    (project / "kernels").mkdir()
+    (project / "kernels" / "op.py").write_text("LIMIT: int = 1\ndef mix(): ...\nclass Mix: ...\n")
+    assert name_problems(read(project, bad, "kernels/README.md")) == [f"kernels/README.md:3: {problem}"]
+    assert name_problems(read(project, good, "kernels/README.md")) == []
+
+
+def test_pages_of_kernels_and_examples_are_checked(project: Path) -> None:
+    checked = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/other.md")
+    checked += ("kernels/mix/README.md", "examples/README.md")
+    for name in checked:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("`make gone`\n")
+    assert [page.name for page in pages(project)] == list(checked)
+    assert all(name_problems(page) for page in pages(project))
 
 
 def test_changelog_may_name_what_is_gone(project: Path) -> None:
