@@ -258,6 +258,6 @@ def _submodule(placed: Placed, path: str) -> nn.Module | None:
     module = getattr(placed.module.get_submodule(owner_name), leaf, missing) if path else placed.module
     if module is missing or not (module is None or isinstance(module, nn.Module)):
         raise ComponentError(
-            f"{placed.path}: `gathers` of {placed.component.name} names {path}, which is no submodule"
+            f"{placed.path}: `gathers` of {placed.component.name} names {path}, which is not a submodule"
         )
     return module

@@ -40,7 +40,7 @@ ONE_SENTENCE_A_LINE = (
     "docs/deepspeed.md",
     "docs/formats.md",
     "docs/kernels.md",
-    "docs/memory.md",
+    "docs/table.md",
     "docs/parallelism.md",
     "docs/performance.md",
     "docs/reference/commands.md",

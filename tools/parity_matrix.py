@@ -113,7 +113,7 @@ def problems() -> list[str]:
     listed, wanted = [row.key for row in rows], [_key(case) for case in matrix()]
     out = [f"docs/parity.md lacks {' '.join(key)}" for key in wanted if key not in listed]
     out += [
-        f"docs/parity.md has {' '.join(key)}, which is no run of the matrix"
+        f"docs/parity.md has {' '.join(key)}, which is not a run of the matrix"
         for key in listed
         if key not in wanted
     ]

@@ -57,7 +57,7 @@ class Run:
 
 
 def read_run(folder: Path, label: str = "") -> Run:
-    """Raises UserError where `folder` is no run folder."""
+    """Raises UserError where `folder` is not a run folder."""
     try:
         train = tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8"))["train"]
         lines = read_metrics(folder)
@@ -66,7 +66,9 @@ def read_run(folder: Path, label: str = "") -> Run:
         )
         return Run(label or folder.name, train["global_batch"] * train["seq_len"], lines, summary)
     except OSError as error:
-        raise UserError(f"{folder} is no run folder: {Path(error.filename).name}: {error.strerror}") from None
+        raise UserError(
+            f"{folder} is not a run folder: {Path(error.filename).name}: {error.strerror}"
+        ) from None
     except (ValueError, KeyError) as error:
         raise UserError(f"{folder}: {SETTINGS} or {SUMMARY} is damaged: {error}") from None
 

@@ -38,13 +38,13 @@ class Archive:
             with zipfile.ZipFile(cast(IO[bytes], self._view)) as archive:
                 self._records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, struct.error) as error:
-            raise UntrustedFileError(f"{source}: is no archive of torch: {error}") from None
+            raise UntrustedFileError(f"{source}: is not an archive of torch: {error}") from None
 
     def record(self, name: str) -> tuple[int, int]:
         """(where in the stream the bytes of a record begin, how many they are)."""
         info = self._records.get(name)
         if info is None:
-            raise UntrustedFileError(f"{self.source}: is no archive of torch: it lacks {name}")
+            raise UntrustedFileError(f"{self.source}: is not an archive of torch: it lacks {name}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise UntrustedFileError(
                 f"{self.source}: {name} is compressed or encrypted, which torch.save does not do"

@@ -56,7 +56,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 def _chunk(item: WriteItem) -> ChunkStorageMetadata:
     if item.tensor_data is None:
-        raise ValueError(f"{item.index.fqn} is no tensor; checkpoints hold tensors alone")
+        raise ValueError(f"{item.index.fqn} is not a tensor; checkpoints hold tensors alone")
     return item.tensor_data.chunk
 
 

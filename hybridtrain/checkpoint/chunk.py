@@ -201,7 +201,7 @@ def text(value: Any) -> str:
     """The value, which must be a string; ValueError where not."""
     if type(value) is not str:
         raise ValueError(
-            f"a {type(value).__name__} is no string"
+            f"a {type(value).__name__} is not a string"
         )  # how it is written may take far more than it is long
     return value
 

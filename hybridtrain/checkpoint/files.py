@@ -87,7 +87,7 @@ class Reader(FileSystemReader):
         }
         for item in sorted(plan.items, key=lambda item: self._position(item.storage_index)):
             if item.type == LoadItemType.BYTE_IO:
-                raise ValueError(f"{item.storage_index.fqn} is no tensor")
+                raise ValueError(f"{item.storage_index.fqn} is not a tensor")
             dtype = self.index.tensors[item.storage_index.fqn].properties.dtype
             chunk = StoredChunk.find(
                 cast(Path, self.path),

@@ -134,7 +134,7 @@ def read_index(content: bytes, source: str, foreign: bool = False) -> Index:
         tensors = {name: _tensor(entry) for name, entry in entries.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise UntrustedFileError(
-            f"{source}: is no index of tensors: {type(error).__name__}: {error}"[:500]
+            f"{source}: is not an index of tensors: {type(error).__name__}: {error}"[:500]
         ) from None
     return Index(tensors, places)
 

@@ -112,7 +112,7 @@ def read_info(path: Path) -> dict[str, Any]:
             )
         validated(info, "its content", _Description)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is no finished checkpoint: {path / INFO} is missing") from None
+        raise CheckpointError(f"{path} is not a finished checkpoint: {path / INFO} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{path / INFO} cannot be read: {error.strerror or error}") from None
     except UntrustedFileError as error:

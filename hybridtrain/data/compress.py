@@ -58,7 +58,7 @@ def read_compression(path: Path, rows: int | None = None) -> npt.NDArray[np.int6
     except (
         Exception
     ) as error:  # whatever numpy's reading of a header raises; it is Python's own, of literals alone
-        raise DataError(f"{path}: is no array of numpy: {str(error)[:200]}") from None
+        raise DataError(f"{path}: is not an array of numpy: {str(error)[:200]}") from None
     if (
         dtype != np.dtype("<i8")
         or len(shape) != 1

@@ -151,7 +151,7 @@ def _jsonl_text(file: SourceFile, line: bytes, number: int, offset: int, text_fi
     except UnicodeEncodeError as error:
         found = f"\\u{ord(value[error.start]):04x}"
         raise DataError(
-            f"{where}: (byte {offset}) field {text_field!r} has the lone surrogate {found}, which is no text"
+            f"{where}: (byte {offset}) field {text_field!r} has the lone surrogate {found}, which is not text"
         ) from None
     return value
 

@@ -130,7 +130,7 @@ class Manifest(_Record):
             if strays := [
                 shard.name for shard in self.split(split).shards if not shard.name.startswith(f"{split}-")
             ]:
-                raise ValueError(f"{strays[0]} is no shard of {split}")
+                raise ValueError(f"{strays[0]} is not a shard of {split}")
         return self
 
     def split(self, name: SplitName) -> SplitInfo:

@@ -171,5 +171,5 @@ def _shard_problems(folder: Path, shard: ShardInfo, token_bytes: int, verify: bo
     if verify and not problems and shard.documents:
         starts = _map(folder / f"{shard.name}.starts", np.dtype("<i8"), shard.documents)
         if starts[0] < 0 or starts[-1] >= shard.tokens or (np.diff(starts) <= 0).any():
-            problems.append(f"{shard.name}.starts: is no rising list of places in {shard.tokens:,} tokens")
+            problems.append(f"{shard.name}.starts: is not a rising list of places in {shard.tokens:,} tokens")
     return problems

@@ -23,7 +23,7 @@ KINDS: dict[str, SourceKind] = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "j
 SHIPPED_PREFIX = "shipped:"
 _CORPUS_SUFFIX = ".jsonl.xz"
 _CORPUS = Path(__file__).parent / "corpus"
-_AGAIN, _BROKEN, _NO_FILE = "named or linked more than once", "broken link", "no regular file"
+_AGAIN, _BROKEN, _NO_FILE = "named or linked more than once", "broken link", "not a regular file"
 _UNKNOWN, _EMPTY, _HIDDEN, _MISSING = "unknown suffix", "empty (0 bytes)", "hidden", "missing"
 _EXAMPLES = 5  # of what is left out for one reason
 

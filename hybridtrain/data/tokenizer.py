@@ -118,7 +118,7 @@ def find_separator(tokenizer: Tokenizer, name: str | None = None) -> tuple[str, 
     if name:
         present = [token for token in KNOWN_SEPARATORS if tokenizer.token_to_id(token) is not None]
         raise DataError(
-            f"separator {name!r} is no token of the tokenizer; of the usual ones it has "
+            f"separator {name!r} is not a token of the tokenizer; of the usual ones it has "
             f"{', '.join(present) or 'none'}"
         )
     raise DataError(

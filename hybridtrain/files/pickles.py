@@ -116,7 +116,9 @@ class _Machine:
 
     def name(self, module: Any, name: Any) -> Named:
         if type(module) is not str or type(name) is not str or len(module) + len(name) > _MAX_NAME:
-            raise ValueError("a name is no string, or too long")  # one long module may be that of many names
+            raise ValueError(
+                "a name is not a string, or too long"
+            )  # one long module may be that of many names
         found = Named(module, name)
         return self.names.setdefault(found, found)
 
@@ -210,7 +212,7 @@ def _add(m: _Machine, items: list[Any]) -> None:
     elif type(into) is list:
         into += items
     else:
-        raise ValueError("items are added to what is no list")
+        raise ValueError("items are added to what is not a list")
 
 
 def _put_in(m: _Machine, pairs: list[Any]) -> None:
@@ -226,7 +228,7 @@ def _put_in(m: _Machine, pairs: list[Any]) -> None:
     elif type(into) is dict:
         into.update(zip(keys, values, strict=True))
     else:
-        raise ValueError("keys are set in what is no dict")
+        raise ValueError("keys are set in what is not a dict")
 
 
 def _append(m: _Machine) -> None:

@@ -37,7 +37,7 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
     Links are followed; a pipe or device, whose reading may never end, is refused.
     """
     if _may_never_end(path):
-        raise UntrustedFileError(f"{path}: is no regular file")
+        raise UntrustedFileError(f"{path}: is not a regular file")
     with path.open("rb") as stream:
         content: bytes = stream.read(most + 1)
     if len(content) > most:
@@ -52,7 +52,7 @@ def open_regular(path: Path) -> IO[bytes]:
     end.
     """
     if _may_never_end(path):
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return path.open("rb")
 
 

@@ -30,7 +30,7 @@ _Token = Annotated[int, Field(ge=-1, le=1 << 31)]
 
 def _dtype(value: str) -> str:
     if not isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype):
-        raise ValueError("is no dtype of torch")
+        raise ValueError("is not a dtype of torch")
     return value
 
 

@@ -102,7 +102,7 @@ def _choose(path: Path, family: str, settings: Settings, biased: bool, origin: O
             (name for name in candidates if not misfits(FAMILIES[name], settings, biased)), hf_hybrid.NAME
         )
     if family != hf_hybrid.NAME and (problems := misfits(FAMILIES[family], settings, biased)):
-        raise FormatError(f"{path} is no {FAMILIES[family].architecture}", problems)
+        raise FormatError(f"{path} is not a {FAMILIES[family].architecture}", problems)
     return family
 
 

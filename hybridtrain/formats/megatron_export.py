@@ -72,7 +72,7 @@ def export_megatron(
     settings = source.settings
     has_bias = biased(source.stored)
     if problems := unnamed(settings, "megatron") + misfits(settings, has_bias):
-        raise FormatError(f"{path} is no {NAME}", problems)
+        raise FormatError(f"{path} is not {NAME}", problems)
     keeps_bias = settings.model.moe.score == "sigmoid" and (has_bias or settings.model.moe.bias_rate > 0)
     args = to_args(settings, source.info["vocab_size"], keeps_bias, implementation, origin)
     if problems := from_args(args)[

@@ -109,7 +109,7 @@ def read_common(folder: Path) -> dict[str, Any]:
             archive = Archive(stream, 0, path.stat().st_size, str(path))
             value = unpickle(archive.read(PICKLE, _MAX_COMMON), str(path), None, persistent=True)
         if type(value) is not dict:
-            raise UntrustedFileError(f"{path}: is no dict but {_Plain()(value)!r:.100}")
+            raise UntrustedFileError(f"{path}: is not a dict but {_Plain()(value)!r:.100}")
         plain = _Plain()
         return {key: plain(entry) for key, entry in value.items() if type(key) is str}
     except OSError as error:

@@ -292,7 +292,7 @@ def _checkpoints_of(run: Path) -> Path:
     section = tree.get("checkpoint", {})
     where = section.get("dir", "") if isinstance(section, dict) else ""
     if not isinstance(where, str) or "\0" in where:
-        raise CheckpointError(f"{run / SETTINGS}: checkpoint.dir={where!r:.100} is no folder")
+        raise CheckpointError(f"{run / SETTINGS}: checkpoint.dir={where!r:.100} is not a folder")
     if "://" in where and not where.startswith("file://"):
         raise CheckpointError(
             f"{run / SETTINGS} says that the checkpoints lie at {where}, which is not opened "

@@ -115,7 +115,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
     """
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        return f'"{override}" is no override; write section.key=value, e.g. train.steps=50'
+        return f'"{override}" is not an override; write section.key=value, e.g. train.steps=50'
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):

@@ -174,7 +174,7 @@ class Addressing:
             except ValueError:
                 arrays[name] = np.empty(0)
             if arrays[name].dtype != np.int64:
-                problems.append(f"{name} is no regular array of 64-bit integers")
+                problems.append(f"{name} is not a regular array of 64-bit integers")
         if problems:
             raise AddressingError(problems)
         out = cls(
@@ -231,7 +231,7 @@ def _parse(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise AddressingError([f"is not JSON: {error}"]) from None
     if not isinstance(tree, dict):
-        raise AddressingError(["is no JSON object"])
+        raise AddressingError(["is not JSON object"])
     problems = [f'key "{key}" is missing' for key in _KEYS if key not in tree]
     problems += [
         f'key "{key}" is unknown' for key in tree if key not in (*_KEYS, "format", "compression_sha256")
@@ -241,11 +241,11 @@ def _parse(text: str) -> dict[str, Any]:
     for key in ("layers", "orders"):
         value = tree.get(key, [])
         if not isinstance(value, list) or not all(type(item) is int for item in value):
-            problems.append(f"{key}={json.dumps(value)} is no list of integers")
+            problems.append(f"{key}={json.dumps(value)} is not a list of integers")
         else:
             tree[key] = tuple(value)
     problems += [
-        f"{key}={json.dumps(tree[key])} is no integer"
+        f"{key}={json.dumps(tree[key])} is not an integer"
         for key in ("heads", "pad_id")
         if key in tree and type(tree[key]) is not int
     ]
@@ -305,5 +305,5 @@ def _compression_problems(compression: npt.NDArray[Any], pad_id: int) -> list[st
     if int(compression.min()) < 0:
         out.append(f"compression holds the negative id {int(compression.min())}")
     if not 0 <= pad_id <= int(compression.max()):
-        out.append(f"pad_id={pad_id} is no compressed id; it may be 0 to {int(compression.max())}")
+        out.append(f"pad_id={pad_id} is not a compressed id; it may be 0 to {int(compression.max())}")
     return out

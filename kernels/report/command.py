@@ -28,12 +28,12 @@ def requirements() -> list[str]:
 def unknown(ops: Sequence[str], targets: Sequence[str]) -> list[str]:
     """Names that are no op or target, in words."""
     out = [
-        f'"{op}" is no op with a kernel; it may be {", ".join(TRITON_OPS)}'
+        f'"{op}" is not an op with a kernel; it may be {", ".join(TRITON_OPS)}'
         for op in ops
         if op not in TRITON_OPS
     ]
     return out + [
-        f'"{target}" is no target; it may be {", ".join(TARGETS)}'
+        f'"{target}" is not a target; it may be {", ".join(TARGETS)}'
         for target in targets
         if target not in TARGETS
     ]

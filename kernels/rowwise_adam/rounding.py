@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def round_stochastically(x_ND: Tensor, numbers_N: Tensor, seed: int) -> Tensor:
-    """bfloat16, up or down with the probabilities that make x the mean; what is no number stays none.
+    """bfloat16, up or down with the probabilities that make x the mean; what is not a number stays none.
 
     16 bits of `noise` are added below those that stay. They depend on the seed, the column, and the row's
     number int64 alone.

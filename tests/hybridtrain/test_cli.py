@@ -32,7 +32,10 @@ from tests.training import CI, ci_settings
             ],
         ),
         (["model.moe.top_k=9"], ["  model.moe.top_k=9 exceeds num_experts=8; it may be 1 to 8"]),
-        (["train.steps"], ['  "train.steps" is no override; write section.key=value, e.g. train.steps=50']),
+        (
+            ["train.steps"],
+            ['  "train.steps" is not an override; write section.key=value, e.g. train.steps=50'],
+        ),
         (["train.steps=0"], ["  train.steps=0: input should be greater than or equal to 1"]),
         (
             ["parallel.dp_shard=2", "parallel.ep=3"],

@@ -1,7 +1,7 @@
 """One run at many layouts: the same losses over 20 steps, the same rows, row state and parameters.
 
 Layouts sum float32 gradients in different orders, so equality is of real numbers, not of bits. ci.toml's
-gate_floor keeps the rounding of tokens whose gate is near zero from growing (docs/memory.md).
+gate_floor keeps the rounding of tokens whose gate is near zero from growing (docs/table.md).
 """
 
 from __future__ import annotations

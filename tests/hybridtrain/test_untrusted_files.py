@@ -176,7 +176,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(
     (saved / file).unlink()
     os.mkfifo(saved / file)
     with pytest.raises(
-        UserError, match=rf"{re.escape(file)}.* is no regular file|{re.escape(file)} is missing"
+        UserError, match=rf"{re.escape(file)}.* is not a regular file|{re.escape(file)} is missing"
     ):
         evaluate_checkpoint(run, "validation", None, 1)
 

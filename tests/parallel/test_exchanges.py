@@ -250,7 +250,7 @@ def changed(**cuts: Cut) -> Mixer:
         ),
         (
             replace(RECURRENCE, gathers=("", "shared")),
-            "layers.0.mixer: `gathers` of recurrence names shared, which is no submodule",
+            "layers.0.mixer: `gathers` of recurrence names shared, which is not a submodule",
         ),
     ],
     ids=["a plain parameter", "no nn.Linear", "no such submodule"],

@@ -26,7 +26,7 @@ def test_a_page_that_is_not_the_matrix_is_told(tmp_path: Path, monkeypatch: pyte
     page.write_text("".join([*lines[:-1], lines[-1].replace("| 4 |", "| 3 |", 1)]))
     lacking, foreign = problems()
     assert lacking.startswith("docs/parity.md lacks 4 ")
-    assert "which is no run of the matrix" in foreign
+    assert "which is not a run of the matrix" in foreign
     changed = Row.read(lines[-1])
     page.write_text("".join([*lines[:-1], str(Row(*changed.key, changed.loss, ("99.0",) * 5))]))
     assert problems() == [

@@ -80,7 +80,7 @@ def test_table_of_a_finished_and_an_unfinished_run(run: Path, capsys: pytest.Cap
 
 
 def test_refusals_are_one_message(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no is no run folder" in refused(capsys, tmp_path / "x.svg", tmp_path / "no")
+    assert "no is not a run folder" in refused(capsys, tmp_path / "x.svg", tmp_path / "no")
     message = refused(capsys, tmp_path / "x.svg", run, "--key", "los")
     assert 'no "los" in metrics.jsonl; it has loss, validation_bits_per_byte' in message
     assert "must end in .svg or .png" in refused(capsys, tmp_path / "x.pdf", run)

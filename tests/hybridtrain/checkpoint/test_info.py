@@ -102,7 +102,7 @@ def test_a_base_must_be_there_and_be_the_same(tmp_path: Path) -> None:
     (problem,) = damage(path, "sizes")
     assert problem.startswith(f"{base / checkpoint.INFO}: is another base: it has xxh3 ")
     (base / checkpoint.INFO).unlink()
-    assert damage(path, "full") == [f"{base} is no finished checkpoint: {base}/checkpoint.json is missing"]
+    assert damage(path, "full") == [f"{base} is not a finished checkpoint: {base}/checkpoint.json is missing"]
     (base / checkpoint.INFO).mkdir()
     assert damage(path, "full") == [f"{base}/checkpoint.json cannot be read: Is a directory"]
 

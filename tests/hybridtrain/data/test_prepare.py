@@ -159,7 +159,7 @@ def test_a_given_tokenizer_is_used_and_kept(
         ({"vocab_size": 100}, "vocab_size=100 is too small"),
         ({"shard_tokens": 0}, "shard_tokens=0 must be at least 1"),
         ({"validation_fraction": 1.5}, "validation_fraction=1.5 must be"),
-        ({"separator": "<none>"}, "separator '<none>' is no token"),
+        ({"separator": "<none>"}, "separator '<none>' is not a token"),
         ({"tokenizer": "no/tokenizer.json"}, "no/tokenizer.json: the tokenizer cannot be read"),
         ({"text_field": "body"}, r"has no field 'body'; its fields are 'id', 'text' \(--text-field\)"),
     ],

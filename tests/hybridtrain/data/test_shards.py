@@ -146,7 +146,7 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
         ),
         (
             edit(lambda tree: tree["train"]["shards"][0].update(name="validation-00000")),
-            r"validation-00000 is no shard of train",
+            r"validation-00000 is not a shard of train",
         ),
         (
             edit(lambda tree: tree["train"]["shards"].append(tree["train"]["shards"][0])),
@@ -196,7 +196,7 @@ def test_starts_that_leave_their_shard_are_refused(copy: Path) -> None:
     for wrong in (starts[::-1], starts - starts[0] - 1, starts + 10**6):
         reseal(copy, "train-00001.starts", wrong.astype("<i8").tobytes())
         with pytest.raises(
-            DataError, match=r"train-00001.starts: is no rising list of places in [\d,]+ tokens"
+            DataError, match=r"train-00001.starts: is not a rising list of places in [\d,]+ tokens"
         ):
             TokenDataset.open(copy, verify=True)
 
@@ -216,8 +216,8 @@ def test_tokens_that_are_none_are_refused_where_they_are_read(copy: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no array", "is no array of numpy"),
-        (pickle.dumps([1]), "is no array of numpy"),
+        (b"no array", "is not an array of numpy"),
+        (pickle.dumps([1]), "is not an array of numpy"),
         (
             np.arange(320).astype(np.float64),
             r"says float64 \[320\] of 2560 bytes; it must be int64 \[tokens\]",
@@ -254,7 +254,7 @@ def test_what_is_no_file_is_named(copy: Path) -> None:
     with pytest.raises(DataError) as caught:
         TokenDataset.open(copy)
     assert "tokenizer.json: cannot be read: Is a directory" in str(caught.value)
-    assert "compression.npy: cannot be read: is no regular file" in str(caught.value)
+    assert "compression.npy: cannot be read: is not a regular file" in str(caught.value)
 
 
 @pytest.mark.parametrize("harm", ["unlink", "cut"])

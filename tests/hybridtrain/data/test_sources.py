@@ -90,7 +90,7 @@ def test_every_file_of_a_folder_is_read_once_or_told(tmp_path: Path) -> None:
         "unknown suffix": 3,
         "empty (0 bytes)": 1,
         "broken link": 4,  # two, listed twice
-        "no regular file": 1,
+        "not a regular file": 1,
         "named or linked more than once": 5,
     }
     line = summary(listing.left_out)
@@ -106,7 +106,7 @@ def test_a_folder_that_gives_nothing_says_what_it_has(tmp_path: Path) -> None:
     ):
         list_files([tmp_path])
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(DataError, match=r"pipe.txt: is no regular file"):
+    with pytest.raises(DataError, match=r"pipe.txt: is not a regular file"):
         list_files([tmp_path / "pipe.txt"])
 
 

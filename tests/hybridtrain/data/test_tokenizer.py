@@ -93,7 +93,8 @@ def test_separator_choice(tmp_path: Path, deepseek_tokenizer: Path) -> None:
     assert find_separator(deepseek, "<｜end▁of▁sentence｜>") == ("<｜end▁of▁sentence｜>", 1)
     assert vocabulary_size(deepseek) == 129_280
     with pytest.raises(
-        DataError, match=r"separator '<eod>' is no token of the tokenizer; .* it has <｜begin▁of▁sentence｜>"
+        DataError,
+        match=r"separator '<eod>' is not a token of the tokenizer; .* it has <｜begin▁of▁sentence｜>",
     ):
         find_separator(deepseek, "<eod>")
     plain = json.loads(train_tokenizer(TEXTS, 300).to_str())
@@ -101,7 +102,7 @@ def test_separator_choice(tmp_path: Path, deepseek_tokenizer: Path) -> None:
     plain["model"]["vocab"]["plain"] = plain["model"]["vocab"].pop("<|endoftext|>")
     (tmp_path / "plain.json").write_text(json.dumps(plain), encoding="utf-8")
     with pytest.raises(DataError, match=r"separator '\\udcff': .* surrogates not allowed"):
-        find_separator(deepseek, "\udcff")  # what a command line makes of a byte that is no UTF-8
+        find_separator(deepseek, "\udcff")  # what a command line makes of a byte that is not UTF-8
     with pytest.raises(
         DataError, match=r"none of <\|endoftext\|>, .*; name its separator token with --separator"
     ):

@@ -219,7 +219,7 @@ def check(content: bytes) -> None:
         (index(offset=0), "two chunks lie in the same bytes"),
         (index(offset=950), "a chunk ends at byte 1050 of 1000"),
         (index(relative_path="../f"), r"\.\./f: is not one of the checkpoint's files"),
-        (index(relative_path=3), "a int is no string"),
+        (index(relative_path=3), "a int is not a string"),
         (index(transform_descriptors=["zstd"]), "files that were transformed are not read"),
     ],
 )

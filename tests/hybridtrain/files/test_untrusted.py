@@ -56,9 +56,9 @@ def test_paths_outside_are_refused(tmp_path: Path, name: str) -> None:
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(UntrustedFileError, match=r"pipe\.json: is no regular file"):
+    with pytest.raises(UntrustedFileError, match=r"pipe\.json: is not a regular file"):
         read_json(tmp_path / "pipe.json", dict[str, Any])
-    with pytest.raises(UntrustedFileError, match="is no regular file"):
+    with pytest.raises(UntrustedFileError, match="is not a regular file"):
         read_json(Path("/dev/zero"), dict[str, Any])
 
 

@@ -285,7 +285,7 @@ ODD_CONFIGS: tuple[tuple[str, str, str], ...] = (
         '{"rope_scaling": {"type": "linear", "factor": 2.0}}',
         'rope_parameters.rope_type="linear": scaled rotations',
     ),
-    ("llama", '{"dtype": "no such"}', "dtype: Value error, is no dtype of torch"),
+    ("llama", '{"dtype": "no such"}', "dtype: Value error, is not a dtype of torch"),
     ("llama", '{"rms_norm_eps": NaN}', "rms_norm_eps: Input should be"),
     (
         "qwen3_moe",

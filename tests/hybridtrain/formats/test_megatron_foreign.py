@@ -131,7 +131,7 @@ def test_a_common_file_is_read_in_bounds(exported: Path) -> None:
             read_common(exported / RELEASE)
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         read_common(exported / RELEASE)
 
 

@@ -36,7 +36,7 @@ def norm64(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def formula(layer: EngramLayer, p: dict[str, Tensor], h: Tensor, rows: Tensor, documents: Tensor) -> Tensor:
-    """The formulas of docs/memory.md in float64, position by position where the convolution reads."""
+    """The formulas of docs/table.md in float64, position by position where the convolution reads."""
     e = rows.reshape(B, T, SLOTS * WIDTH)
     k, v = e @ p["wk.weight"].t(), e @ p["wv.weight"].t()
     s = (norm64(h, p["h_norm.weight"]) * norm64(k, p["k_norm.weight"])).sum(-1) / math.sqrt(DIM)

@@ -119,12 +119,15 @@ def test_json_refuses_another_compression():
             {"multipliers": [[1, 3, 4], [1, -3, 0]]},
             ["multiplier 4 must be odd", "multiplier -3 must be odd", "multiplier 0 must be odd"],
         ),
-        ({"multipliers": [[1, 3], [1]]}, ["multipliers is no regular array"]),
+        ({"multipliers": [[1, 3], [1]]}, ["multipliers is not a regular array"]),
         (
             {"multipliers": [[1, 3, 2**63 + 1], [1, 3, 5]]},
-            ["multipliers is no regular array of 64-bit integers"],
+            ["multipliers is not a regular array of 64-bit integers"],
         ),
-        ({"multipliers": [[1, 3, 5.5], [1, 3, 5]]}, ["multipliers is no regular array of 64-bit integers"]),
+        (
+            {"multipliers": [[1, 3, 5.5], [1, 3, 5]]},
+            ["multipliers is not a regular array of 64-bit integers"],
+        ),
         (
             {"primes": [[[2, 3], [5, 9]], [[11, 13], [17, 21]]]},
             ["modulus 9 is not prime", "modulus 21 is not prime"],
@@ -135,13 +138,13 @@ def test_json_refuses_another_compression():
             [r"primes have shape \[1, 1, 3\], must be \[layers, orders, heads\] = \[2, 2, 2\]"],
         ),
         ({"layers": [3, 1]}, [r"layers=\[3, 1\] must be rising layer ids"]),
-        ({"layers": "1"}, ['layers="1" is no list of integers']),
+        ({"layers": "1"}, ['layers="1" is not a list of integers']),
         (
             {"orders": [3, 2], "heads": 0, "pad_id": 40},
-            ["orders=", "heads=0 must be at least 1", "pad_id=40 is no compressed id; it may be 0 to 39"],
+            ["orders=", "heads=0 must be at least 1", "pad_id=40 is not a compressed id; it may be 0 to 39"],
         ),
         ({"orders": []}, [r"orders=\[\] must be"]),
-        ({"heads": 2.0}, ["heads=2.0 is no integer"]),
+        ({"heads": 2.0}, ["heads=2.0 is not an integer"]),
         ({"boundary": "page"}, ["boundary='page' must be"]),
         ({"format": 2}, ["format 2 is not known here"]),
         ({"prime": 1}, ['key "prime" is unknown']),
@@ -165,7 +168,7 @@ def test_json_names_missing_keys_and_broken_text():
             Addressing.from_json(text, COMPRESSION)
     with pytest.raises(AddressingError, match="is longer than 1,048,576 characters"):
         Addressing.from_json(" " * 2**21, COMPRESSION)
-    with pytest.raises(AddressingError, match="is no JSON object"):
+    with pytest.raises(AddressingError, match="is not JSON object"):
         Addressing.from_json("[]", COMPRESSION)
 
 

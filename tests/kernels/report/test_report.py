@@ -125,7 +125,7 @@ def test_refuses_the_interpreter_and_unknown_names() -> None:
     done = command("report", "--ops", "swigloo", "--targets", "sm_75", TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert "TRITON_INTERPRET=1 turns the compiler off" in done.stderr
-    assert '"swigloo" is no op with a kernel; it may be rms_norm' in done.stderr
+    assert '"swigloo" is not an op with a kernel; it may be rms_norm' in done.stderr
     assert unknown([], ["sm_75"])[0] in done.stderr
 
 

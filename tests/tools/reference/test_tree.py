@@ -21,7 +21,7 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / PACKAGE / "train.py").write_text('"""The loop: e.g. one\nstep. And more."""\n')
     (tmp_path / "kernels" / "rope" / "op.py").write_text("")
     (tmp_path / "kernels" / "rope" / "README.md").write_text("# rope\n")
-    (tmp_path / "docs" / "memory.md").write_text("# Memory\n")
+    (tmp_path / "docs" / "table.md").write_text("# Memory\n")
     return tmp_path
 
 
@@ -57,15 +57,15 @@ def test_summary_is_the_first_sentence(project: Path) -> None:
     ],
 )
 def test_links_lead_to_pages_of_the_site(project: Path, link: str, expected: str) -> None:
-    assert relink(link, project / "docs" / "memory.md", "memory.md", places(project)) == expected
+    assert relink(link, project / "docs" / "table.md", "table.md", places(project)) == expected
 
 
 def test_links_are_relative_to_the_page_of_the_site(project: Path) -> None:
     (readme,) = readmes(project)
-    text = "[m](../../docs/memory.md)"
+    text = "[m](../../docs/table.md)"
     # its own folder is reached through the link of the package as well
     page = "reference/kernels/rope.md"
-    assert relink(text, readme.resolve(), page, places(project)) == "[m](../../memory.md)"
+    assert relink(text, readme.resolve(), page, places(project)) == "[m](../../table.md)"
 
 
 def test_this_project_has_pages_for_its_kernels_and_modules() -> None:
