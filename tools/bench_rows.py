@@ -47,6 +47,7 @@ from hybridtrain.settings.load import load_settings
 from hybridtrain.settings.tree import Settings
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
+MODULE = __spec__.name if __spec__ else Path(__file__).stem  # where ranks find `measure`
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             options = Options(**{**options.__dict__, "out": str(Path(folder) / "result.json")})
             if options.nproc == 1:
                 measure(options)
-            elif status := run_ranks("bench_rows:measure", (options,), options.nproc):
+            elif status := run_ranks(f"{MODULE}:measure", (options,), options.nproc):
                 raise SystemExit(status)
             result = json.loads(Path(options.out).read_text(encoding="utf-8"))
     except (UserError, LayoutError) as error:
