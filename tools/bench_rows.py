@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -43,6 +43,7 @@ from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
 from hybridtrain.run.process_setup import join_world
 from hybridtrain.run.step import Hooks, StepInput, train_step
+from hybridtrain.settings.engram import FetchMode
 from hybridtrain.settings.load import load_settings
 from hybridtrain.settings.tree import Settings
 
@@ -318,7 +319,7 @@ def _parse(argv: list[str] | None) -> tuple[Options, bool]:
     parser.add_argument(
         "--fetch",
         nargs="+",
-        choices=["step", "overlap", "stale"],
+        choices=get_args(FetchMode),
         default=["step"],
         help="ways of engram.fetch to compare",
     )
