@@ -15,7 +15,9 @@ import pickle
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,10 +72,9 @@ def least(act: Callable[[], object], times: int = 5) -> float:
 
 
 def initial_values(rows: int, columns: int) -> Iterator[Line]:
-    def of(share: str, *part: object) -> Line:
-        return f"{share} of {rows} x {columns} initial values", *in_a_child(
-            lambda: draw("w", (rows, columns), 0, 0.02, *part)
-        )  # type: ignore[arg-type]
+    def of(share: str, *part: Any) -> Line:
+        seconds, grown = in_a_child(lambda: draw("w", (rows, columns), 0, 0.02, *part))
+        return f"{share} of {rows} x {columns} initial values", seconds, grown
 
     yield of("all")
     yield of("an eighth of the rows", slice(0, rows // 8))
@@ -98,12 +99,12 @@ def attention(tokens: int, masked: int) -> Iterator[Line]:
         packed = (torch.arange(length) // 1000)[None]
         yield (
             f"attention by blocks, {length} tokens, documents of 1000",
-            *in_a_child(lambda n=length, d=packed: run(n, d, False)),
-        )  # type: ignore[misc]
+            *in_a_child(partial(run, length, packed, False)),
+        )
         yield (
             f"attention by blocks, {length} tokens, one document",
-            *in_a_child(lambda n=length: run(n, None, False)),
-        )  # type: ignore[misc]
+            *in_a_child(partial(run, length, None, False)),
+        )
     packed = (torch.arange(masked) // 1000)[None]
     yield f"attention by a mask of all pairs, {masked} tokens", *in_a_child(lambda: run(masked, packed, True))
 
