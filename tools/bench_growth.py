@@ -1,5 +1,5 @@
-"""What of a run grows with ranks, tokens, experts or steps, measured on one core: `python
-tools/bench_growth.py [--small]`
+"""What of a run grows with ranks, tokens, experts or steps, measured on one core:
+`python tools/bench_growth.py [--small]`
 
 Prints one line for each: what was done, how large, seconds (the least of a few), and the bytes that the
 process grew by, or that were written. docs/scaling.md has the laws. With `--small` sizes are tiny, to see
@@ -147,7 +147,9 @@ def decay_log(steps: int) -> Iterator[Line]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     small = parser.parse_args(arguments).small
     torch.set_num_threads(1)
