@@ -64,7 +64,7 @@ def parallelize(
     if (mesh.ep.size > 1 or mesh.tp.size > 1) and mesh.expert_mesh is not None:
         # ranks of tp see different tokens: to experts they are data-parallel
         for placed in components:
-            for experts, cuts in _experts(placed).items():
+            for experts, cuts in _experts(placed, mesh.layout.etp).items():
                 _split_experts(experts, cuts, mesh.expert_mesh, mesh.layout.etp)
                 if sharding.fsdp:  # before their layer, whose own parameters are then those that are left
                     _shard_experts(experts, mesh, sharding)
@@ -94,13 +94,18 @@ def write_local(param: Tensor, draw: Callable[..., Tensor]) -> None:
     param.to_local().copy_(draw(rows, tuple(within)) if shape[1:] != param.shape[1:] else draw(rows))
 
 
-def _experts(placed: Placed) -> dict[nn.Module, dict[str, Cut]]:
+def _experts(placed: Placed, etp: int) -> dict[nn.Module, dict[str, Cut]]:
     """The component's modules of experts, each with the cuts of its parameters, all of which are experts'."""
     found: dict[nn.Module, dict[str, Cut]] = {}
     for name, parameter in placed.parameters.items():
         if parameter.cut in EXPERT_WIDTH:
             owner, _, leaf = name.rpartition(".")
             found.setdefault(placed.module.get_submodule(owner), {})[leaf] = parameter.cut
+            if etp > 1 and (dims := placed.module.get_parameter(name).ndim) != 3:
+                raise ComponentError(
+                    f"{placed.path}: {name} has {dims} dims; under etp a parameter that is cut as "
+                    f"{parameter.cut} has 3, [experts, in, out]; parallel.etp may be 1"
+                )
     for experts, cuts in found.items():
         others = {name for name, _ in experts.named_parameters()} - set(cuts)
         if experts is placed.module or others:

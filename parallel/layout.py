@@ -34,13 +34,24 @@ def _none() -> Mapping[str, int]:
 
 
 @dataclass(frozen=True)
+class ExpertFacts:
+    """The experts of one component, whose section is `of`; `multiple` is what grouped products make `hidden`
+    a multiple of, elements of 16 bytes, on every rank of etp."""
+
+    number: int
+    hidden: int
+    of: str = "model.moe"
+    multiple: int = 4
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """The numbers of the model and of the run that a layout must divide. None: the model has no such part.
 
     divides: numbers by their keys that tp must divide
     reach: how many tokens left of its own a component looks at, by the key of the part that looks
     whole_sequences: components that see sequences in a way that no exchange under cp serves
-    experts_of: the section that `num_experts` and `expert_hidden` are of
+    experts: of every component that has some
     """
 
     global_batch: int
@@ -48,14 +59,11 @@ class ModelFacts:
     seq_len: int
     num_layers: int
     dim: int
-    num_experts: int | None
     table_rows: int | None
     divides: Mapping[str, int] = field(default_factory=_none)
     reach: Mapping[str, int] = field(default_factory=_none)
     whole_sequences: tuple[str, ...] = ()
-    experts_of: str = "model.moe"
-    expert_hidden: int | None = None
-    expert_multiple: int = 4  # elements of 16 bytes
+    experts: tuple[ExpertFacts, ...] = ()
 
 
 MemPlacement = Literal["contiguous", "strided"]
@@ -277,32 +285,32 @@ class Layout:
 
     def _expert_problems(self, facts: ModelFacts) -> list[str]:
         """The degrees that do not divide the experts or their widths."""
-        out: list[str] = []
-        if self.ep > 1 and facts.num_experts is None:
-            out.append(f"parallel.ep={self.ep} but no layer of model.layers is moe; ep may be 1")
-        elif self.etp > 1 and facts.num_experts is None:
-            out.append(f"parallel.etp={self.etp} but no layer of model.layers is moe; etp may be 1")
-        elif facts.num_experts is not None and facts.num_experts % self.ep:
-            out.append(
-                f"parallel.ep={self.ep} does not divide {facts.experts_of}.num_experts={facts.num_experts}; "
-                f"ep may be {choices(divisors(facts.num_experts))}"
-            )
-        elif (self.ep > 1 or self.tp > 1) and facts.num_experts is not None and facts.dim % self.edp:
+        if not facts.experts:
+            axes = {"ep": self.ep, "etp": self.etp}
+            return [
+                f"parallel.{axis}={degree} but no layer of model.layers is moe; {axis} may be 1"
+                for axis, degree in axes.items()
+                if degree > 1
+            ][:1]
+        out = [
+            f"parallel.ep={self.ep} does not divide {experts.of}.num_experts={experts.number}; "
+            f"ep may be {choices(divisors(experts.number))}"
+            for experts in facts.experts
+            if experts.number % self.ep
+        ]
+        if not out and (self.ep > 1 or self.tp > 1) and facts.dim % self.edp:
             out.append(
                 f"parallel: edp = {self._fold} / ep = {self.edp} does not divide model.dim={facts.dim}; "
                 f"edp may be {choices(divisors(facts.dim))}"
             )
-        if (
-            self.etp > 1
-            and facts.expert_hidden is not None
-            and facts.expert_hidden % (facts.expert_multiple * self.etp)
-        ):
-            out.append(
-                f"parallel.etp={self.etp} cuts {facts.experts_of}.hidden={facts.expert_hidden} into "
-                f"parts that are not multiples of {facts.expert_multiple}, as grouped products need; set "
-                f"{facts.experts_of}.hidden="
-                f"{_next_multiple(facts.expert_hidden, facts.expert_multiple * self.etp)} or etp=1"
-            )
+        for experts in facts.experts:
+            if self.etp > 1 and experts.hidden % (experts.multiple * self.etp):
+                fitting = _next_multiple(experts.hidden, experts.multiple * self.etp)
+                out.append(
+                    f"parallel.etp={self.etp} cuts {experts.of}.hidden={experts.hidden} into parts that are "
+                    f"not multiples of {experts.multiple}, as grouped products need; set "
+                    f"{experts.of}.hidden={fitting} or etp=1"
+                )
         return out
 
     def _context_problems(self, facts: ModelFacts) -> list[str]:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.kernels.cross_entropy.op import partial_gradient, partial_sums, wide_product
-from hybridtrain.model.common import local
+from hybridtrain.model.common import RMSNorm, local
 from hybridtrain.model.component import ComponentError, Cut, Placed
 from hybridtrain.parallel.collectives import Group, all_gather_autograd, all_reduce_, reduce_scatter_autograd
 
@@ -220,6 +220,7 @@ def cut_component(placed: Placed, axis: TensorAxis) -> None:
     Experts stay: they are spread with the tokens' exchange (apply.py). Raises ComponentError with the path of
     what cannot be cut so.
     """
+    _check_vectors(placed)
     for name, parameter in placed.parameters.items():
         owner_name, _, leaf = name.rpartition(".")
         if parameter.cut == Cut.VECTOR:
@@ -237,6 +238,39 @@ def cut_component(placed: Placed, axis: TensorAxis) -> None:
 def gather_input(module: nn.Module, axis: TensorAxis) -> None:
     """Let the module read whole sequences: one gather for all column-parallel products inside."""
     module.register_forward_pre_hook(lambda _, args: (gather_sequence(args[0], axis.group), *args[1:]))
+
+
+def _check_vectors(placed: Placed) -> None:
+    """Raise ComponentError where a vector is cut and its module computes with the whole one, or the other way
+    round. A module of the component's own takes its part with `local`, which shows only when it computes."""
+    for name, parameter in placed.parameters.items():
+        owner = placed.module.get_submodule(name.rpartition(".")[0])
+        if type(owner) is nn.Linear and name.endswith("bias"):
+            weight = placed.parameters[name.removesuffix("bias") + "weight"].cut
+            legal = Cut.VECTOR if weight == Cut.COLUMN else Cut.WHOLE
+            if parameter.cut != legal:
+                raise ComponentError(
+                    f"{placed.path}: {name} is cut as {parameter.cut}; the bias of an nn.Linear whose weight "
+                    f"is cut as {weight} may be {legal}"
+                )
+        elif parameter.cut == Cut.VECTOR and _takes_whole(owner):
+            matrix = f"{Cut.COLUMN}, {Cut.ROW} or " if type(owner) is nn.Linear else ""
+            raise ComponentError(
+                f"{placed.path}: {name} is cut as {Cut.VECTOR}, and the {type(owner).__name__} that has it "
+                f"computes with all of it; it may be {matrix}{Cut.WHOLE}, or belong to a module of the "
+                "component's own, which takes its part with `local`"
+            )
+        elif parameter.cut == Cut.VECTOR and placed.module.get_parameter(name).ndim == 0:
+            raise ComponentError(
+                f"{placed.path}: {name} has 0 dims and is cut as {Cut.VECTOR}; it may be {Cut.WHOLE}"
+            )
+
+
+def _takes_whole(owner: nn.Module) -> bool:
+    """Whether what computes with the module's parameters is torch's, or this package's norm."""
+    forward = type(owner).forward
+    by_torch = forward is not nn.Module.forward and forward.__module__.startswith("torch.")
+    return by_torch or type(owner) is RMSNorm
 
 
 def _linear_of(placed: Placed, owner_name: str, leaf: str) -> nn.Linear:

@@ -188,14 +188,44 @@ def test_no_import_circles() -> None:
 def test_packages_have_no_circles() -> None:
     """A folder of hybridtrain/ that another one stands on does not import that one, other than for types."""
     packages: dict[str, set[str]] = {}
-    for name, others in graph({n: p.read_text(encoding="utf-8") for n, p in modules().items()}).items():
+    edges = graph({n: p.read_text(encoding="utf-8") for n, p in modules().items()})
+    for name, others in edges.items():
         package = ".".join(name.split(".")[:2])
         theirs = {".".join(other.split(".")[:2]) for other in others} - {"hybridtrain", package}
         packages.setdefault(package, set()).update(theirs)
     assert "hybridtrain.checkpoint" in packages["hybridtrain.run"]
-    # a component's section stands beside its module, and the tree of settings mounts it
-    packages["hybridtrain.settings"].remove("hybridtrain.model")
+    # a component's section stands beside its module, and the tree of settings mounts it; the choices that
+    # parallel/ offers stand there, and settings take their types, but nothing else
+    settings = {other for name in edges if name.startswith("hybridtrain.settings.") for other in edges[name]}
+    of_parallel = {name.rpartition(".")[2] for name in settings if name.startswith("hybridtrain.parallel.")}
+    assert of_parallel == {"layout", "recompute", "stages"}
+    packages["hybridtrain.settings"] -= {"hybridtrain.model", "hybridtrain.parallel"}
     assert circle(packages) == []
+
+
+def choices(source: str) -> list[frozenset[str]]:
+    """Every `Literal` of several words."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
+            words = {w.value for w in ast.walk(node.slice) if isinstance(w, ast.Constant)}
+            if len(words) > 1 and all(isinstance(word, str) for word in words):
+                found.append(frozenset(map(str, words)))
+    return found
+
+
+def test_choices_are_written_once() -> None:
+    """Settings and the code that takes their values read the same type. Repeats inside a module do not count:
+    each op of [kernels] has its own choices."""
+    homes: dict[frozenset[str], set[str]] = {}
+    for name, path in modules().items():
+        for words in choices(path.read_text(encoding="utf-8")):
+            homes.setdefault(words, set()).add(name)
+    twice = {words: names for words, names in homes.items() if len(names) > 1}
+    theirs = "hybridtrain.formats.megatron_args"  # the words of another project, which happen to be ours
+    assert {words: names for words, names in twice.items() if theirs not in names} == {}
+    assert choices('x: Literal["a", "b"] = f("c")') == [frozenset("ab")]
+    assert choices('Literal["a"], Literal[0, 1]') == []
 
 
 def test_a_circle_is_noticed() -> None:

@@ -45,6 +45,7 @@ from hybridtrain.settings.load import load_settings
 from hybridtrain.settings.tree import Settings
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
+MODULE = __spec__.name if __spec__ else Path(__file__).stem  # where ranks find `measure`
 STEPS = ("dd", "save", "reshard", "verify", "load", "background save")
 
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             options = replace(options, folder=folder, out=str(Path(folder) / "result.json"))
             if options.nproc == 1:
                 measure(options)
-            elif status := run_ranks("bench_checkpoint:measure", (options,), options.nproc):
+            elif status := run_ranks(f"{MODULE}:measure", (options,), options.nproc):
                 raise SystemExit(status)
             result = json.loads(Path(options.out).read_text(encoding="utf-8"))
     except (UserError, LayoutError) as error:

@@ -49,6 +49,7 @@ from hybridtrain.settings.tree import Settings
 from hybridtrain.table.lookup_table import LookupTable
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
+MODULE = __spec__.name if __spec__ else Path(__file__).stem  # where ranks find `measure`
 GRADIENT, LEARNING_RATE = 1e-3, 1e-3  # made up: every lookup's gradient
 
 
@@ -263,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         ensure_prepared(_settings(options).data)
         with tempfile.TemporaryDirectory(prefix="bench-exchange-") as folder:
             options = replace(options, out=str(Path(folder) / "result.json"))
-            if status := run_ranks("tools.bench_exchange:measure", (options,), options.nproc):
+            if status := run_ranks(f"{MODULE}:measure", (options,), options.nproc):
                 raise SystemExit(status)
             result = json.loads(Path(options.out).read_text(encoding="utf-8"))
     except (UserError, LayoutError) as error:

@@ -1,5 +1,5 @@
-"""What of a run grows with ranks, tokens, experts or steps, measured on one core: `python
-tools/bench_growth.py [--small]`
+"""What of a run grows with ranks, tokens, experts or steps, measured on one core:
+`python tools/bench_growth.py [--small]`
 
 Prints one line for each: what was done, how large, seconds (the least of a few), and the bytes that the
 process grew by, or that were written. docs/scaling.md has the laws. With `--small` sizes are tiny, to see
@@ -15,7 +15,9 @@ import pickle
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,10 +72,9 @@ def least(act: Callable[[], object], times: int = 5) -> float:
 
 
 def initial_values(rows: int, columns: int) -> Iterator[Line]:
-    def of(share: str, *part: object) -> Line:
-        return f"{share} of {rows} x {columns} initial values", *in_a_child(
-            lambda: draw("w", (rows, columns), 0, 0.02, *part)
-        )  # type: ignore[arg-type]
+    def of(share: str, *part: Any) -> Line:
+        seconds, grown = in_a_child(lambda: draw("w", (rows, columns), 0, 0.02, *part))
+        return f"{share} of {rows} x {columns} initial values", seconds, grown
 
     yield of("all")
     yield of("an eighth of the rows", slice(0, rows // 8))
@@ -98,12 +99,12 @@ def attention(tokens: int, masked: int) -> Iterator[Line]:
         packed = (torch.arange(length) // 1000)[None]
         yield (
             f"attention by blocks, {length} tokens, documents of 1000",
-            *in_a_child(lambda n=length, d=packed: run(n, d, False)),
-        )  # type: ignore[misc]
+            *in_a_child(partial(run, length, packed, False)),
+        )
         yield (
             f"attention by blocks, {length} tokens, one document",
-            *in_a_child(lambda n=length: run(n, None, False)),
-        )  # type: ignore[misc]
+            *in_a_child(partial(run, length, None, False)),
+        )
     packed = (torch.arange(masked) // 1000)[None]
     yield f"attention by a mask of all pairs, {masked} tokens", *in_a_child(lambda: run(masked, packed, True))
 
@@ -146,7 +147,9 @@ def decay_log(steps: int) -> Iterator[Line]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     small = parser.parse_args(arguments).small
     torch.set_num_threads(1)

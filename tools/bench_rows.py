@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -44,10 +44,12 @@ from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
 from hybridtrain.run.process_setup import join_world
 from hybridtrain.run.step import Hooks, StepInput, train_step
+from hybridtrain.settings.engram import FetchMode
 from hybridtrain.settings.load import load_settings
 from hybridtrain.settings.tree import Settings
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
+MODULE = __spec__.name if __spec__ else Path(__file__).stem  # where ranks find `measure`
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             options = Options(**{**options.__dict__, "out": str(Path(folder) / "result.json")})
             if options.nproc == 1:
                 measure(options)
-            elif status := run_ranks("bench_rows:measure", (options,), options.nproc):
+            elif status := run_ranks(f"{MODULE}:measure", (options,), options.nproc):
                 raise SystemExit(status)
             result = json.loads(Path(options.out).read_text(encoding="utf-8"))
     except (UserError, LayoutError) as error:
@@ -318,7 +320,7 @@ def _parse(argv: list[str] | None) -> tuple[Options, bool]:
     parser.add_argument(
         "--fetch",
         nargs="+",
-        choices=["step", "overlap", "stale"],
+        choices=get_args(FetchMode),
         default=["step"],
         help="ways of engram.fetch to compare",
     )

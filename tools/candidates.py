@@ -155,11 +155,10 @@ def _experts(N: int, D: int) -> Iterator[Race]:
         leaf(E, width, D, scale=width**-0.5),
     )
 
-    def grouped(x: Tensor, gates: Tensor, *weights: Tensor) -> Tensor:
+    def grouped(x: Tensor, gates: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
         order, inverse, counts = sort_by_expert(experts, E)
-        return permute.combine(
-            grouped_swiglu(permute.permute(x, order, inverse), counts, *weights), gates, order, inverse
-        )
+        y = grouped_swiglu(permute.permute(x, order, inverse), counts, w_gate, w_up, w_down)
+        return permute.combine(y, gates, order, inverse)
 
     def one_by_one(x: Tensor, gates: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -291,8 +290,8 @@ def _engram(N: int, D: int) -> Iterator[Race]:
         f"[{N // T}, {T}, {D}]",
         (h, k, v, leaf(D), leaf(D)),
         {
-            "two norms, dot": lambda h, k, v, *w: engram.engram_gate(
-                h, k, v, engram.GateNorms(*w, 1e-6, 0.1)
+            "two norms, dot": lambda h, k, v, h_weight, k_weight: engram.engram_gate(
+                h, k, v, engram.GateNorms(h_weight, k_weight, 1e-6, 0.1)
             )[0],
             "definition": lambda h, k, v, *w: engram_reference.engram_gate(
                 h.view(N, 1, D), k.view(N, 1, D), v.view(N, D), *(x[None] for x in w), 1e-6, 0.1

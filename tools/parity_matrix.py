@@ -67,7 +67,8 @@ class Row:
     @classmethod
     def read(cls, line: str) -> Row:
         cells = [cell.strip() for cell in line.strip("|\n").split("|")]
-        return cls(*cells[:5], tuple(cells[5:]))
+        ranks, layout, schedule, variant, loss, *multiples = cells
+        return cls(ranks, layout, schedule, variant, loss, tuple(multiples))
 
     def __str__(self) -> str:
         *cells, multiples = astuple(self)

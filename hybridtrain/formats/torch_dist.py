@@ -192,7 +192,7 @@ class TorchDist:
     @property
     def objects(self) -> set[str]:
         """Keys of what is not a tensor."""
-        return {str(getattr(index, "fqn", index)) for index in self._places} - self._entries.keys()
+        return {index.fqn for index in self._places} - self._entries.keys()
 
     def dtype(self, key: str) -> torch.dtype:
         return self._entries[key].properties.dtype

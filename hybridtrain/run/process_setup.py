@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -16,7 +14,7 @@ from hybridtrain.model.component import LOCAL_WIRING, Component, Cut, Sees
 from hybridtrain.model.engram import ENGRAM
 from hybridtrain.parallel.compile import missing_compiler
 from hybridtrain.parallel.deepspeed import missing
-from hybridtrain.parallel.layout import Degrees, Layout, ModelFacts
+from hybridtrain.parallel.layout import Degrees, ExpertFacts, Layout, ModelFacts
 from hybridtrain.parallel.mesh import (
     Joining,
     Mesh,
@@ -86,26 +84,22 @@ def model_facts(settings: Settings) -> ModelFacts:
         divides=divides,
         reach=reach,
         whole_sequences=tuple(c.name for c in components if c.sees is Sees.SEQUENCE),
-        expert_multiple=8 if train.precision == "bfloat16" else 4,
-        **_experts(settings, components),
+        experts=tuple(facts for c in components for facts in _experts(settings, c)),
     )
 
 
-def _experts(settings: Settings, components: Sequence[Component]) -> dict[str, Any]:
-    """The experts of the first component that has some, counted on the meta device; None without experts."""
-    for component in components:
-        declared = component.parameters(section_of(settings, component))
-        name = next((name for name, p in declared.items() if p.cut is Cut.EXPERT_COLUMN), None)
-        if name is not None:
-            with torch.device("meta"):
-                module = build(settings, component, component.name, LOCAL_WIRING).module
-            number, _, hidden = module.get_parameter(name).shape
-            return {
-                "num_experts": number,
-                "expert_hidden": hidden,
-                "experts_of": f"model.{component.name}",
-            }
-    return {"num_experts": None}
+def _experts(settings: Settings, component: Component) -> list[ExpertFacts]:
+    """The component's experts, counted on the meta device: one entry for each width among them."""
+    declared = component.parameters(section_of(settings, component))
+    names = [name for name, parameter in declared.items() if parameter.cut is Cut.EXPERT_COLUMN]
+    if not names:
+        return []
+    with torch.device("meta"):
+        module = build(settings, component, component.name, LOCAL_WIRING).module
+    of, multiple = f"model.{component.name}", 8 if settings.train.precision == "bfloat16" else 4
+    shapes = [module.get_parameter(name).shape for name in names]
+    widths = dict.fromkeys((shape[0], shape[-1]) for shape in shapes)
+    return [ExpertFacts(number, hidden, of, multiple) for number, hidden in widths]
 
 
 def join_world(settings: Settings) -> Mesh:

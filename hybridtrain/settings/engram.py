@@ -10,6 +10,9 @@ from hybridtrain.kernels.engram_hash.addressing import Boundary
 from hybridtrain.kernels.rows.op import Wire
 from hybridtrain.section import Fraction, Natural, NonNegative, Positive, Section
 
+FetchAheadMode = Literal["overlap", "stale"]
+FetchMode = Literal["step", FetchAheadMode]
+
 
 class EngramSettings(Section):
     enabled: bool = Field(True, description="false removes the Engram layer from every layer of the pattern")
@@ -35,7 +38,7 @@ class EngramSettings(Section):
     init_std: float = Field(0.02, gt=0, description="standard deviation of rows at initialisation")
     checksum: bool = Field(False, description="verify every exchanged payload with a checksum")
     exchange_groups: Positive = Field(1, description="exchanges per step; divides train.micro_batches")
-    fetch: Literal["step", "overlap", "stale"] = Field(
+    fetch: FetchMode = Field(
         "step",
         description="when rows are read: before their step; those that the step before leaves alone already "
         "during it (the same numbers); or all of them during it, one update old",

@@ -7,11 +7,12 @@ from __future__ import annotations
 import math
 
 from hybridtrain.model.registry import Components
+from hybridtrain.parallel.stages import ScheduleName
 from hybridtrain.section import Section, divisors_of
 from hybridtrain.settings.layers import LayerSpec, layer_specs
 from hybridtrain.settings.tree import DataSettings, Settings
 
-WHOLE_BACKWARD = ("gpipe", "1f1b", "interleaved")
+WHOLE_BACKWARD: tuple[ScheduleName, ...] = ("gpipe", "1f1b", "interleaved")
 """Schedules that take a micro-batch back through a stage at once, inputs and weights together."""
 
 

@@ -15,6 +15,9 @@ from hybridtrain.model.feedforwards.dense import DenseSettings
 from hybridtrain.model.feedforwards.moe import MoESettings
 from hybridtrain.model.mixers.attention import AttentionSettings
 from hybridtrain.model.registry import Components
+from hybridtrain.parallel.layout import MemPlacement
+from hybridtrain.parallel.recompute import Recompute
+from hybridtrain.parallel.stages import ScheduleName
 from hybridtrain.section import Axis, Fraction, Natural, NonNegative, Positive, Section
 from hybridtrain.settings.engram import EngramSettings
 
@@ -131,7 +134,7 @@ class TrainSettings(Section):
         description="of the layers' arithmetic; auto: bfloat16 on CUDA, float32 elsewhere. Parameters stay "
         "float32",
     )
-    recompute: Literal["none", "selective", "full"] = Field(
+    recompute: Recompute = Field(
         "none",
         description="what layers compute again in the backward pass: all but products and attention, or all; "
         "exchanges never",
@@ -166,9 +169,7 @@ class ParallelSettings(Section):
     """Degrees of the axes; -1 takes the ranks that are left. See docs/parallelism.md."""
 
     pp: Positive = Field(1, description="ranks that the layers are cut over; each has one or several stages")
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = Field(
-        "1f1b", description="order of forward and backward passes under pp"
-    )
+    schedule: ScheduleName = Field("1f1b", description="order of forward and backward passes under pp")
     stages_per_rank: Natural = Field(
         0, description="0: what the schedule needs, 1 for gpipe and 1f1b, 2 for the others"
     )
@@ -198,7 +199,7 @@ class ParallelSettings(Section):
         "LOCAL_WORLD_SIZE",
     )
     mem: Axis = Field(-1, description="ranks that share one copy of the lookup table; -1: all of them")
-    mem_placement: Literal["contiguous", "strided"] = Field(
+    mem_placement: MemPlacement = Field(
         "contiguous",
         description="a copy lies on neighbouring ranks, or on ranks spread evenly over stages and nodes",
     )

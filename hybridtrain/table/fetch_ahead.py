@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from hybridtrain.optim.row_optimizer import RowOptimizer
 from hybridtrain.parallel.async_all_to_all import Handle
 from hybridtrain.parallel.early_rows import EarlyRowExchange, RowsInFlight
 from hybridtrain.parallel.row_exchange import AllToAllSplits, RowPlan, StepPlan
+from hybridtrain.settings.engram import FetchAheadMode
 from hybridtrain.table.saved_rows import SavedRows
 
 
@@ -37,7 +37,7 @@ class FetchAhead:
 
     def __init__(
         self,
-        mode: Literal["overlap", "stale"],
+        mode: FetchAheadMode,
         exchange: EarlyRowExchange,
         optimizer: RowOptimizer,
         low: int,

@@ -19,7 +19,9 @@ from hybridtrain.model.cost import count_parameters
 from hybridtrain.model.init import Draw, init_parameters
 from hybridtrain.model.lm import HybridLM
 from hybridtrain.model.registry import BUILT_IN, Components, ComponentsError, allowing
+from hybridtrain.parallel.layout import ExpertFacts
 from hybridtrain.run.init_from import model_tensors
+from hybridtrain.run.process_setup import model_facts
 from hybridtrain.settings.load import dump_settings, load_settings, parse_settings
 from hybridtrain.settings.tree import Settings
 from tests.console import Outcome, hybridtrain, refused
@@ -118,6 +120,21 @@ def test_settings_with_components_are_written_and_pickled(settings_of: Of, tmp_p
     assert load_settings(tmp_path / "settings.toml") == settings
     assert pickle.loads(pickle.dumps(settings)) == settings
     assert settings.model_dump()["model"]["gated_recurrence"]["width"] == 32
+
+
+def test_a_layout_is_checked_against_the_experts_of_all_components(settings_of: Of) -> None:
+    settings = settings_of(
+        "run",
+        'model.components=["examples.gated_recurrence", "tests.components.fakes"]',
+        'model.layers=["attention+moe", "attention+fake_keeps_tokens"]',
+        "model.residual=add",
+        "model.fake_keeps_tokens.num_experts=3",
+        "model.fake_keeps_tokens.hidden=20",
+    )
+    assert model_facts(settings).experts == (
+        ExpertFacts(4, 16),
+        ExpertFacts(3, 20, "model.fake_keeps_tokens"),
+    )
 
 
 def test_keys_of_a_mounted_section_are_known(settings_of: Of) -> None:

@@ -4,6 +4,8 @@ sums over ranks.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from hybridtrain.model.component import (
     LOCAL_WIRING,
+    ComponentError,
     Cut,
     FeedForward,
     Frame,
@@ -23,7 +26,7 @@ from hybridtrain.parallel.engine import sync_gradients
 from hybridtrain.parallel.exchanges import wire
 from hybridtrain.parallel.experts import AllToAllDispatch
 from hybridtrain.parallel.layout import Degrees, Layout
-from hybridtrain.parallel.mesh import make_mesh
+from hybridtrain.parallel.mesh import make_mesh, mesh_on_paper
 from hybridtrain.section import Section
 from tests.parallel.groups import mesh_here
 from tests.ranks import run_on_ranks
@@ -217,3 +220,29 @@ def test_another_precision_needs_a_mesh() -> None:
         ValueError, match=r"torch.bfloat16 needs a mesh, also of one rank: make_mesh\(…, always=True\)"
     ):
         parallelize(model, list(model.layers), [], mesh, Sharding(dtype=torch.bfloat16))
+
+
+class Flat(Moe):
+    """Its experts have a bias each, and the module itself a matrix of theirs."""
+
+    def __init__(self, section: None, frame: Frame, exchanges: Exchanges) -> None:
+        super().__init__(section, frame, exchanges)
+        self.experts.bias = nn.Parameter(torch.empty(EXPERTS, DIM))
+        self.w = nn.Parameter(torch.empty(EXPERTS, DIM, DIM))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("experts.bias", "experts.bias has 2 dims; under etp a parameter that is cut as expert column has 3"),
+        ("w", "w of experts must be in a submodule of their own, without experts.bias, experts.weight"),
+    ],
+)
+def test_experts_that_cannot_be_cut_are_an_error_with_their_path(name: str, why: str) -> None:
+    flat = replace(MOE, build=Flat, parameters=lambda _: {name: Parameter(Cut.EXPERT_COLUMN)})
+    with torch.device("meta"):
+        placed = LOCAL_WIRING.build(flat, Section(), Frame(DIM, 1e-6, 7, 7, "layers.0.moe"))
+    model = nn.ModuleList([placed.module])
+    layout = Layout.resolve(2, Degrees(tp=2, etp=2))
+    with mesh_on_paper(layout, 0) as mesh, pytest.raises(ComponentError, match=f"layers.0.moe: {why}"):
+        parallelize(model, [placed.module], [placed], mesh, Sharding())

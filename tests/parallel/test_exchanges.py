@@ -252,8 +252,37 @@ def changed(**cuts: Cut) -> Mixer:
             replace(RECURRENCE, gathers=("", "shared")),
             "layers.0.mixer: `gathers` of recurrence names shared, which is not a submodule",
         ),
+        (
+            changed(norm__weight=Cut.VECTOR),
+            "layers.0.mixer: norm.weight is cut as vector, and the RMSNorm that has it computes with all of "
+            "it; it may be whole, or belong to a module of the component's own, which takes its part with "
+            "`local`",
+        ),
+        (
+            changed(w_input__weight=Cut.VECTOR),
+            "layers.0.mixer: w_input.weight is cut as vector, and the Linear that has it computes with all "
+            "of it; it may be column, row or whole, or",
+        ),
+        (
+            changed(w_factor__bias=Cut.WHOLE),
+            "layers.0.mixer: w_factor.bias is cut as whole; the bias of an nn.Linear whose weight is cut as "
+            "column may be vector",
+        ),
+        (
+            changed(w_out__bias=Cut.VECTOR),
+            "layers.0.mixer: w_out.bias is cut as vector; the bias of an nn.Linear whose weight is cut as "
+            "row may be whole",
+        ),
     ],
-    ids=["a plain parameter", "no nn.Linear", "no such submodule"],
+    ids=[
+        "a plain parameter",
+        "no nn.Linear",
+        "no such submodule",
+        "a vector of a norm",
+        "a vector of an nn.Linear",
+        "a whole bias of own columns",
+        "a cut bias of a sum",
+    ],
 )
 def test_a_cut_that_cannot_be_made_is_an_error_with_its_path(component: Mixer, why: str) -> None:
     with mesh_on_paper(Layout.resolve(2, Degrees(tp=2)), 0) as mesh:
@@ -261,3 +290,25 @@ def test_a_cut_that_cannot_be_made_is_an_error_with_its_path(component: Mixer, w
         axis = TensorAxis(mesh.tp, mesh.dense_mesh["tp"])
         with pytest.raises(ComponentError, match=why):
             cut_component(place(component), axis)
+
+
+class Scaled(nn.Module):
+    """A scale that is one number, and one in a list that does not compute."""
+
+    def __init__(self, section: Nothing, frame: Frame, exchanges: Exchanges) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(()))
+        self.scales = nn.ParameterList([nn.Parameter(torch.empty(WIDTH))])
+
+
+def test_a_vector_may_be_in_a_container_and_has_a_dim() -> None:
+    with mesh_on_paper(Layout.resolve(2, Degrees(tp=2)), 0) as mesh:
+        assert mesh.dense_mesh is not None
+        axis = TensorAxis(mesh.tp, mesh.dense_mesh["tp"])
+        table = {"scales.0": Parameter(Cut.VECTOR), "scale": Parameter(Cut.WHOLE)}
+        placed = place(declared(Mixer, build=Scaled, parameters=lambda _: table))
+        cut_component(placed, axis)
+        assert local(placed.module.get_parameter("scales.0")).shape == (WIDTH // 2,)
+        table["scale"] = Parameter(Cut.VECTOR)
+        with pytest.raises(ComponentError, match=r"mixer: scale has 0 dims and is cut as vector; it may be"):
+            cut_component(place(declared(Mixer, build=Scaled, parameters=lambda _: table)), axis)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hybridtrain.parallel.layout import Degrees, Layout, LayoutError, ModelFacts
+from hybridtrain.parallel.layout import Degrees, ExpertFacts, Layout, LayoutError, ModelFacts
 from tests.parallel.groups import resolve
 
 FACTS = ModelFacts(
@@ -16,8 +16,8 @@ FACTS = ModelFacts(
     seq_len=64,
     num_layers=4,
     dim=48,
-    num_experts=8,
     table_rows=8000,
+    experts=(ExpertFacts(8, 48),),
 )
 
 
@@ -137,8 +137,30 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
             ["parallel.ep=3 does not divide model.moe.num_experts=8; ep may be 1, 2, 4 or 8"],
         ),
         (
+            {"world": 4, "ep": 4},
+            {
+                "experts": (
+                    ExpertFacts(8, 48),
+                    ExpertFacts(6, 48, "model.mine"),
+                    ExpertFacts(9, 48, "model.odd"),
+                )
+            },
+            [
+                "parallel.ep=4 does not divide model.mine.num_experts=6; ep may be 1, 2, 3 or 6",
+                "parallel.ep=4 does not divide model.odd.num_experts=9; ep may be 1, 3 or 9",
+            ],
+        ),
+        (
+            {"world": 2, "tp": 2, "etp": 2},
+            {"experts": (ExpertFacts(8, 48), ExpertFacts(8, 40, "model.mine", 8))},
+            [
+                "parallel.etp=2 cuts model.mine.hidden=40 into parts that are not multiples of 8, as grouped "
+                "products need; set model.mine.hidden=48 or etp=1"
+            ],
+        ),
+        (
             {"world": 2, "ep": 2},
-            {"num_experts": None},
+            {"experts": ()},
             ["parallel.ep=2 but no layer of model.layers is moe; ep may be 1"],
         ),
         (
@@ -192,7 +214,7 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
         ),
         (
             {"world": 2, "tp": 2, "etp": 2},
-            {"expert_hidden": 44},
+            {"experts": (ExpertFacts(8, 44),)},
             [
                 "parallel.etp=2 cuts model.moe.hidden=44 into parts that are not multiples of 4, as "
                 "grouped products need; set model.moe.hidden=48 or etp=1"
@@ -200,7 +222,7 @@ def test_impossible_arithmetic_is_refused_with_every_violation(
         ),
         (
             {"world": 2, "tp": 2, "etp": 2},
-            {"num_experts": None},
+            {"experts": ()},
             ["parallel.etp=2 but no layer of model.layers is moe; etp may be 1"],
         ),
         (
@@ -297,7 +319,7 @@ def test_models_that_fit_pass_under_tp(degrees: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 24])
-@pytest.mark.parametrize("facts", [FACTS, replace(FACTS, num_experts=None), replace(FACTS, table_rows=None)])
+@pytest.mark.parametrize("facts", [FACTS, replace(FACTS, experts=()), replace(FACTS, table_rows=None)])
 def test_models_that_fit_pass(world: int, facts: ModelFacts) -> None:
     Layout.resolve(world).check(facts)
 

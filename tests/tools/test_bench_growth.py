@@ -19,6 +19,14 @@ def test_every_measurement_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(re.fullmatch(r".{75} +\d+\.\d{4} s +[\d,]+ bytes", line) for line in lines), lines
 
 
+def test_help_says_how_it_is_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "`python tools/bench_growth.py [--small]`" in text
+    assert "docs/scaling.md has the laws" in text
+
+
 def test_a_child_tells_by_how_much_it_grew() -> None:
     def fill() -> None:
         pages = mmap.mmap(-1, 64 << 20)  # memory that the process has not had before

@@ -72,6 +72,8 @@ def test_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     step, overlap = json.loads(capsys.readouterr().out)["cases"]
     assert step["late_rows"] is None
     assert 0 < overlap["late_rows"] <= overlap["unique_rows"]
+    main([f"data.path={tmp_path / 'data'}", *SMALL, *sizes, "--model-free", "--nproc", "2", "--json"])
+    assert json.loads(capsys.readouterr().out)["nproc"] == 2
 
 
 def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
