@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hybridtrain.choices import Recompute
 from hybridtrain.kernels.choose import TORCH, Backends
 from hybridtrain.model.component import Wiring
 from hybridtrain.model.exchanges import Dispatch, Exchanges, local_dispatch, local_exchanges
@@ -20,7 +21,7 @@ from hybridtrain.parallel.compile import CompiledLayer, prepare_compiler
 from hybridtrain.parallel.context import ContextParallel
 from hybridtrain.parallel.experts import AllToAllDispatch, SharedWidthDispatch
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.recompute import Recompute, recomputed
+from hybridtrain.parallel.recompute import recomputed
 from hybridtrain.parallel.tensor import VocabularyLogits, VocabularyLoss, WholeSequences
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
+
+from hybridtrain.choices import MemPlacement
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep", "etp")
@@ -64,9 +65,6 @@ class ModelFacts:
     reach: Mapping[str, int] = field(default_factory=_none)
     whole_sequences: tuple[str, ...] = ()
     experts: tuple[ExpertFacts, ...] = ()
-
-
-MemPlacement = Literal["contiguous", "strided"]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.tensor import DTensor
 
+from hybridtrain.choices import ScheduleName
 from hybridtrain.parallel.collectives import Group, swap
 from hybridtrain.parallel.engine import MicroBatches
 from hybridtrain.parallel.interfaces import Phase
-from hybridtrain.parallel.stages import SCHEDULES, ScheduleName
+from hybridtrain.parallel.stages import SCHEDULES
 from hybridtrain.parallel.streams import StreamPlan
 from hybridtrain.parallel.torch_stage import Kept, StageModule, StepShape, TorchStage
 

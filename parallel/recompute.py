@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from hybridtrain.choices import Recompute
 from hybridtrain.kernels.ops import OPS
 from hybridtrain.model.common import not_counting
 from hybridtrain.parallel.replay import Replay
 
-Recompute = Literal["none", "selective", "full"]
 _ATEN = torch.ops.aten
 PRODUCTS = {
     _ATEN.mm.default,

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Literal
 
+from hybridtrain.choices import ScheduleName
 from hybridtrain.parallel.layout import choices
 
 SLACK = 1e-9  # relative; costs are sums of floats
-ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import math
 
+from hybridtrain.choices import ScheduleName
 from hybridtrain.model.registry import Components
-from hybridtrain.parallel.stages import ScheduleName
 from hybridtrain.section import Section, divisors_of
 from hybridtrain.settings.layers import LayerSpec, layer_specs
 from hybridtrain.settings.tree import DataSettings, Settings

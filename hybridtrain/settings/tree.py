@@ -11,13 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
+from hybridtrain.choices import MemPlacement, Recompute, ScheduleName
 from hybridtrain.model.feedforwards.dense import DenseSettings
 from hybridtrain.model.feedforwards.moe import MoESettings
 from hybridtrain.model.mixers.attention import AttentionSettings
 from hybridtrain.model.registry import Components
-from hybridtrain.parallel.layout import MemPlacement
-from hybridtrain.parallel.recompute import Recompute
-from hybridtrain.parallel.stages import ScheduleName
 from hybridtrain.section import Axis, Fraction, Natural, NonNegative, Positive, Section
 from hybridtrain.settings.engram import EngramSettings
 
