@@ -50,7 +50,7 @@ def parallelize(
     `components` are those in `layers`. The model was built with the exchanges of the same mesh. Raises
     ComponentError where a declared cut cannot be made.
     """
-    if sharding.dtype != torch.float32 and mesh.data_mesh is None:
+    if sharding.fsdp and sharding.dtype != torch.float32 and mesh.data_mesh is None:
         raise ValueError(
             f"computing in {sharding.dtype} needs a mesh, also of one rank: make_mesh(…, always=True)"
         )

@@ -155,6 +155,13 @@ def all_reduce_(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.Redu
     return x
 
 
+def begin_broadcast(x: Tensor, owner: int, group: Group) -> dist.Work:
+    """Begin to send the contiguous `x` of the group's rank `owner` to all of its ranks, in place."""
+    _count(group, "broadcast", (group.size - 1) * x.nbytes if group.rank == owner else 0)
+    work: dist.Work = dist.broadcast(x, group=group.process_group, group_src=owner, async_op=True)
+    return work
+
+
 def all_gather_uneven(x: Tensor, group: Group) -> list[Tensor]:
     """Every rank's `x`, in rank order; dim 0 may differ between ranks."""
     if group.size == 1:

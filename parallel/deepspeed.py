@@ -101,7 +101,10 @@ class DeepSpeedEngine:
         )
         self.allocate_state()
         self.optimizers: Sequence[torch.optim.Optimizer] = [self.optimizer]
-        self.schedule: Schedule = _EngineAccumulation(self.engine, zero.tokens_per_step, mesh.device)
+        boundary = self.engine.set_gradient_accumulation_boundary
+        self.schedule: Schedule = _EngineAccumulation(
+            self.engine, zero.tokens_per_step, mesh.device, expect_last=boundary
+        )
 
     def squares(self, rows_ND: Tensor | None) -> Tensor:
         grads = self._gradients()
@@ -109,7 +112,8 @@ class DeepSpeedEngine:
         torch._foreach_mul_(grads, self.mesh.world.size)
         layout = self.mesh.layout
         whole = [layout.edp if name in self.experts else layout.world for name in self.params]
-        return global_squares(grads, rows_ND, self.mesh, whole if self.zero_stage == 0 else None)
+        held_by = whole if self.zero_stage == 0 else [1] * len(grads)
+        return global_squares(grads, rows_ND, self.mesh, [n * layout.dp_replicate for n in held_by])
 
     def clip(self, rows_ND: Tensor | None, norm: float, bound: float) -> None:
         clip_([*self._gradients(), *([] if rows_ND is None else [rows_ND])], norm, bound)
@@ -221,9 +225,6 @@ class DeepSpeedEngine:
 
 class _EngineAccumulation(Accumulation):
     """Forward and backward through DeepSpeed's engine."""
-
-    def _sync_gradients(self, on: bool) -> None:
-        self.model.set_gradient_accumulation_boundary(on)  # type: ignore[operator]
 
     def _backward(self, loss: Tensor) -> None:
         self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]

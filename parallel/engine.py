@@ -10,7 +10,7 @@ Legend: M micro-batches, B sequences, T tokens, L Engram layers on this rank, S 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,23 +42,28 @@ class Accumulation:
 
     copies: Sequence[nn.Parameter] = ()
 
-    def __init__(self, model: nn.Module, tokens_per_step: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens_per_step: int,
+        device: torch.device,
+        expect_last: Callable[[bool], None] | None = None,
+    ) -> None:
+        """`expect_last` is told before each backward pass whether it completes the gradients."""
         self.model, self.tokens_per_step, self.device = model, tokens_per_step, device
+        self.expect_last = expect_last or functools.partial(sync_gradients, model)
 
     def step(self, batch: MicroBatches, last: bool, phase: Phase) -> Tensor:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for m in range(len(batch)):
             # one reduction over ranks per step, whatever the number of micro-batches
-            self._sync_gradients(last and m == len(batch) - 1)
+            self.expect_last(last and m == len(batch) - 1)
             with phase("forward"):
                 part = self._forward(batch, m) / self.tokens_per_step
             with phase("backward"):
                 self._backward(part)
             loss += part.detach()
         return loss
-
-    def _sync_gradients(self, on: bool) -> None:
-        sync_gradients(self.model, on)
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -100,7 +105,8 @@ class NativeEngine(EngineState):
         sum_over_tp(params, self.mesh.tp)
         copies = {id(p) for p in self.schedule.copies}  # another pipeline stage counts them
         counted = [p for p in params if id(p) not in copies]
-        return global_squares(local_gradients(counted), rows_ND, self.mesh, tp_copies(counted, self.mesh.tp))
+        held_by = [n * self.mesh.layout.dp_replicate for n in tp_copies(counted, self.mesh.tp)]
+        return global_squares(local_gradients(counted), rows_ND, self.mesh, held_by)
 
     def clip(self, rows_ND: Tensor | None, norm: float, bound: float) -> None:
         clip_([*local_gradients(self._params()), *([] if rows_ND is None else [rows_ND])], norm, bound)
@@ -151,19 +157,17 @@ def _is_copied(param: Tensor) -> bool:
     return not {"tp", "edp"} & set(names)
 
 
-def global_squares(
-    grads: list[Tensor], rows_ND: Tensor | None, mesh: Mesh, held_by: Sequence[int] | None = None
-) -> Tensor:
+def global_squares(grads: list[Tensor], rows_ND: Tensor | None, mesh: Mesh, held_by: Sequence[int]) -> Tensor:
     """The squared L2 norms of all gradients over all ranks: of the backbone and of the table's rows, `[2]`
     float64 on the device.
 
-    `grads` are this rank's parts of the backbone, which its dp_replicate copies hold too, and of each as many
-    ranks of tp as `held_by` says (None: one); `rows_ND` is the gradient of this rank's touched rows, which
-    every replica of the table holds. The host does not wait for the result.
+    `grads` are this rank's parts of the backbone, of each of which as many ranks have the same as `held_by`
+    says; `rows_ND` is the gradient of this rank's touched rows, which every replica of the table holds. The
+    host does not wait for the result.
     """
     squares = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     if grads:
-        times = _times_counted(tuple(held_by or [1] * len(grads)), mesh.layout.dp_replicate, grads[0].device)
+        times = _times_counted(tuple(held_by), grads[0].device)
         squares[0] = (_squares(grads) / times).sum()
     if rows_ND is not None:
         squares[1] = _squares([rows_ND])[0] / mesh.mem_replicate.size
@@ -183,9 +187,9 @@ def clip_(grads: Sequence[Tensor], norm: float, bound: float) -> None:
 
 
 @functools.lru_cache(maxsize=8)  # the same in every step; an upload would wait for the device
-def _times_counted(held_by: tuple[int, ...], replicas: int, device: torch.device) -> Tensor:
+def _times_counted(held_by: tuple[int, ...], device: torch.device) -> Tensor:
     """On how many ranks each gradient is counted: [gradients] float64."""
-    return torch.tensor(held_by, dtype=torch.float64, device=device) * replicas
+    return torch.tensor(held_by, dtype=torch.float64, device=device)
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:

@@ -19,6 +19,15 @@ DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "edp", "ep", "etp")
 NODE_AXES = ("pp", "dp_replicate", "edp", "ep_inter", "ep_intra", "etp")
 MEM_AXES = ("mem_replicate", "mem")
+ALONG = {
+    "dp": ("dp_replicate", "dp_shard"),
+    "fsdp": ("dp_shard", "cp"),
+    # ranks that hold a parameter whole where dp_shard and cp do not cut it: one that tp cuts, one that tp does
+    # not cut, and experts
+    "copies": ("dp_replicate", "dp_shard", "cp"),
+    "copies_tp": ("dp_replicate", "dp_shard", "cp", "tp"),
+    "copies_expert": ("dp_replicate", "edp"),
+}
 
 
 class LayoutError(ValueError):
@@ -220,11 +229,11 @@ class Layout:
         return rank // prod(sizes[place + 1 :]) % sizes[place]
 
     def groups(self, axis: str) -> list[list[int]]:
-        """All groups of ranks that differ only on `axis` (also `dp` and `fsdp`), each in the order of their
-        coordinate.
+        """All groups of ranks that differ only on `axis`, or on the axes that it has in `ALONG`, each in the
+        order of their coordinate.
         """
-        along = {"dp": ("dp_replicate", "dp_shard"), "fsdp": ("dp_shard", "cp")}.get(axis, (axis,))
-        axes = next(a for a in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEM_AXES) if along[0] in a)
+        along = ALONG.get(axis, (axis,))
+        axes = next(a for a in (DENSE_AXES, EXPERT_AXES, NODE_AXES, MEM_AXES) if {*along} <= {*a})
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world):
             found.setdefault(tuple(self.coordinate(rank, a) for a in axes if a not in along), []).append(rank)

@@ -78,12 +78,12 @@ class Mesh:
         mem, mem_replicate = (groups.make(axis, f"{axis}_{name}", "gloo") for axis in MEM_AXES[::-1])
         return mem, mem_replicate
 
-    def own_mem_group(self, name: str) -> Group:
-        """A copy of `mem` for exchanges that neither wait for the step's other collectives nor hold them up.
-        Collective.
+    def own_group(self, axis: str, name: str) -> Group:
+        """A copy of the group along `axis` for exchanges that neither wait for the step's other collectives
+        nor hold them up. Collective.
         """
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        return _Groups(self.layout, self.rank, self.traffic, self.timeout).make("mem", f"mem_{name}", backend)
+        return _Groups(self.layout, self.rank, self.traffic, self.timeout).make(axis, name, backend)
 
     def own_world_group(self, name: str, timeout: float) -> Group:
         """A gloo copy of `world` for a thread of its own, whose collectives may take `timeout` seconds.

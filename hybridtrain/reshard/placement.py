@@ -18,6 +18,7 @@ from hybridtrain.parallel.apply import Sharding, parallelize
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import Mesh, mesh_on_paper
 from hybridtrain.run.assemble import resolve_stages
+from hybridtrain.run.engines import shards_parameters
 from hybridtrain.settings.tree import Settings
 
 Shape = tuple[int, ...]
@@ -103,7 +104,7 @@ def place_model(settings: Settings, layout: Layout, vocab_size: int) -> Placemen
 def _stage_tensors(settings: Settings, vocab_size: int, part: Part, mesh: Mesh) -> dict[str, Tensor]:
     with torch.device("meta"):
         model = HybridLM(settings, vocab_size, part)
-    sharding = Sharding(fsdp=settings.train.engine == "native")
+    sharding = Sharding(fsdp=shards_parameters(settings))
     parallelize(model, list(model.layers.values()), model.components, mesh, sharding)
     tensors: dict[str, Tensor] = model.state_dict()
     return tensors

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.errors import SettingsError
@@ -21,17 +19,12 @@ from hybridtrain.model.engram import StepRows
 from hybridtrain.model.init import init_parameters
 from hybridtrain.model.lm import HybridLM, Part
 from hybridtrain.monitor.loss_spikes import SpikeGuard
-from hybridtrain.optim.groups import build_optimizers
 from hybridtrain.parallel.apply import Sharding, materialize, parallelize, write_local
-from hybridtrain.parallel.deepspeed import DeepSpeedEngine, ZeroSettings
-from hybridtrain.parallel.engine import Accumulation, NativeEngine
 from hybridtrain.parallel.exchanges import wire
 from hybridtrain.parallel.interfaces import Engine, Schedule
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.pipeline import Pipeline
 from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages
-from hybridtrain.parallel.streams import plan_streams
-from hybridtrain.parallel.torch_stage import StageModule, StepShape
+from hybridtrain.run.engines import make_engine, shards_parameters
 from hybridtrain.run.process_setup import compute_dtype
 from hybridtrain.settings.layers import engram_layers, layer_specs
 from hybridtrain.settings.tree import Settings
@@ -156,7 +149,7 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
     rows = StepRows(backends)
     train = settings.train
     wiring = wire(mesh, train.seq_len, train.recompute, compiled=train.compile, backends=backends)
-    sharding = Sharding(settings.parallel.reshard_after_forward, dtype, fsdp=train.engine == "native")
+    sharding = Sharding(settings.parallel.reshard_after_forward, dtype, fsdp=shards_parameters(settings))
     stages: list[HybridLM] = []
     for stage in here:
         part = Part(stage.low, stage.high, stage.is_first, stage.is_last)
@@ -171,7 +164,7 @@ def assemble(settings: Settings, mesh: Mesh, vocabulary: Vocabulary, addressing:
     table = (
         LookupTable(settings, addressing, mesh, rows, layers, positions) if addressing is not None else None
     )
-    engine = _engine(settings, mesh, every, stages, dtype)
+    engine = make_engine(settings, mesh, every, stages, dtype)
     return Run(
         settings,
         mesh,
@@ -194,59 +187,3 @@ def resolve_stages(settings: Settings, vocab_size: int) -> list[Stage]:
     first, layers, last = stage_costs(settings, vocab_size)
     cuts = parallel.stage_cuts or balance(layers, first, last, count)
     return plan_stages(parallel.schedule, parallel.pp, parallel.stages_per_rank, cuts)
-
-
-def _engine(
-    settings: Settings, mesh: Mesh, every: list[Stage], stages: list[HybridLM], dtype: torch.dtype
-) -> Engine:
-    """What trains this rank's stages."""
-    train = settings.train
-    if train.engine == "native":
-        optimizers = build_optimizers(nn.ModuleList(stages), settings.optim)
-        return NativeEngine(stages, _schedule(settings, mesh, every, stages, dtype), optimizers, mesh)
-    (model,) = stages
-    return DeepSpeedEngine(
-        model,
-        lambda m: build_optimizers(m, settings.optim)[0],
-        mesh,
-        model.rows,
-        ZeroSettings(
-            settings.deepspeed.zero_stage,
-            settings.deepspeed.offload_optimizer,
-            micro_batch=train.global_batch // train.micro_batches // mesh.layout.dp,
-            micro_batches=train.micro_batches,
-            tokens_per_step=train.global_batch * train.seq_len,
-        ),
-    )
-
-
-def _schedule(
-    settings: Settings, mesh: Mesh, every: list[Stage], stages: list[HybridLM], dtype: torch.dtype
-) -> Schedule:
-    """What carries micro-batches through the models of this rank's stages; `every` are all ranks' stages."""
-    train = settings.train
-    tokens_per_step = train.global_batch * train.seq_len
-    if mesh.layout.pp == 1:
-        return Accumulation(stages[0], tokens_per_step, mesh.device)
-    parts, column = [], 0
-    here = [stage for stage in every if stage.pp_rank == mesh.pp.rank]
-    for stage, model in zip(here, stages, strict=True):
-        parts.append(StageModule(stage, model, slice(column, column + len(model.engram_layers))))
-        column += len(model.engram_layers)
-    tokens = train.seq_len // mesh.layout.cp
-    tables: dict[bool, Any] = {
-        model.part.first: model.embed.weight for model in stages if model.embed is not None
-    }
-    tied = (tables.get(True), tables.get(False)) if settings.model.tie_embeddings else (None, None)
-    shape = StepShape(
-        micro_batches=train.micro_batches,
-        sequences=train.global_batch // train.micro_batches // mesh.layout.dp,
-        tokens=tokens,
-        own_tokens=tokens // mesh.layout.tp,
-        dtype=dtype,
-        device=mesh.device,
-        tokens_per_step=tokens_per_step,
-    )
-    carried = stages[0].carried
-    plan = plan_streams(every, lambda before: {c.name: c.width for c in carried(before)})
-    return Pipeline(settings.parallel.schedule, parts, plan, mesh.pp, shape, tied)

@@ -201,6 +201,11 @@ class ParallelSettings(Section):
         "contiguous",
         description="a copy lies on neighbouring ranks, or on ranks spread evenly over stages and nodes",
     )
+    zero: Literal[0, 1, 3] = Field(
+        1,
+        description="what data-parallel ranks cut among themselves: 0 nothing, 1 optimizer state, by whole "
+        "parameters, 3 also parameters and gradients (FSDP2)",
+    )
     reshard_after_forward: bool = Field(
         False, description="free gathered parameters between forward and backward (ZeRO-3)"
     )

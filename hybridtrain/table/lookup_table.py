@@ -58,7 +58,7 @@ class LookupTable(TableState):
         if engram.fetch == "step":
             self.exchange = RowExchange(self.weight, groups, *how)
         else:
-            early = EarlyRowExchange(self.weight, groups, mesh.own_mem_group("ahead"), *how)
+            early = EarlyRowExchange(self.weight, groups, mesh.own_group("mem", "mem_ahead"), *how)
             self.exchange, self._ahead = early, FetchAhead(engram.fetch, early, self.optimizer, self.low)
         planner = OverlapPlanner if engram.fetch == "overlap" else RowPlanner
 

@@ -16,7 +16,7 @@ from tests.ranks import run_on_ranks
 def begin_and_wait() -> list[float]:
     """All splits; then rank 1 begins two exchanges 0.4 s after rank 0: how long these were hidden here."""
     mesh = mesh_here()
-    group, rank = mesh.own_mem_group("ahead"), mesh.rank
+    group, rank = mesh.own_group("mem", "mem_ahead"), mesh.rank
     assert group.process_group is not mesh.mem.process_group
     hidden = []
     for late, computing in [(0.0, 0.0)] * len(SPLITS[2]) + [(0.4, 0.0), (0.4, 1.2)]:

@@ -22,7 +22,7 @@ def check_ahead() -> list[str | None]:
     low, high = bounds[mesh.mem.rank], bounds[mesh.mem.rank + 1]
     whole = table(num_rows)
     planner = OverlapPlanner(bounds, mesh.planning_groups("plan"), mesh.device, exchange_groups=2)
-    own, ahead = whole[low:high].clone(), mesh.own_mem_group("ahead")
+    own, ahead = whole[low:high].clone(), mesh.own_group("mem", "mem_ahead")
     exchange = EarlyRowExchange(own, (mesh.mem, mesh.mem_replicate), ahead, checksum=True)
     ids = [
         torch.randint(num_rows, (2, 1, 4, 1, 1), generator=torch.Generator().manual_seed(10 * i + mesh.rank))
