@@ -22,8 +22,8 @@ MEM_AXES = ("mem_replicate", "mem")
 ALONG = {
     "dp": ("dp_replicate", "dp_shard"),
     "fsdp": ("dp_shard", "cp"),
-    # ranks that hold a parameter whole where dp_shard and cp do not cut it: one that tp cuts, one that tp does
-    # not cut, and experts
+    # ranks that hold a parameter where dp_shard and cp do not cut it: one that tp cuts, one that tp does not
+    # cut, and experts
     "copies": ("dp_replicate", "dp_shard", "cp"),
     "copies_tp": ("dp_replicate", "dp_shard", "cp", "tp"),
     "copies_expert": ("dp_replicate", "edp"),
@@ -62,6 +62,7 @@ class ModelFacts:
     reach: how many tokens left of its own a component looks at, by the key of the part that looks
     whole_sequences: components that see sequences in a way that no exchange under cp serves
     experts: of every component that has some
+    sharded: whether data-parallel ranks cut parameters
     """
 
     global_batch: int
@@ -74,6 +75,7 @@ class ModelFacts:
     reach: Mapping[str, int] = field(default_factory=_none)
     whole_sequences: tuple[str, ...] = ()
     experts: tuple[ExpertFacts, ...] = ()
+    sharded: bool = True
 
 
 @dataclass(frozen=True)
@@ -269,9 +271,8 @@ class Layout:
                     f"{choices(divisors(number))}"
                 )
         out += self._context_problems(facts)
-        if (
-            self.tp > 1 and facts.dim % self.fsdp
-        ):  # tp cuts one dim of a matrix, so FSDP cuts the other, evenly
+        # tp cuts one dim of a matrix, so FSDP cuts the other, evenly
+        if facts.sharded and self.tp > 1 and facts.dim % self.fsdp:
             out.append(
                 f"parallel: dp_shard x cp = {self.fsdp} does not divide model.dim={facts.dim}, as it must "
                 f"under tp; it may be {choices(divisors(facts.dim))}"
@@ -305,7 +306,7 @@ class Layout:
             for experts in facts.experts
             if experts.number % self.ep
         ]
-        if not out and (self.ep > 1 or self.tp > 1) and facts.dim % self.edp:
+        if facts.sharded and not out and (self.ep > 1 or self.tp > 1) and facts.dim % self.edp:
             out.append(
                 f"parallel: edp = {self._fold} / ep = {self.edp} does not divide model.dim={facts.dim}; "
                 f"edp may be {choices(divisors(facts.dim))}"

@@ -18,7 +18,7 @@ from hybridtrain.parallel.apply import Sharding, parallelize
 from hybridtrain.parallel.layout import Layout
 from hybridtrain.parallel.mesh import Mesh, mesh_on_paper
 from hybridtrain.run.assemble import resolve_stages
-from hybridtrain.run.engines import shards_parameters
+from hybridtrain.run.process_setup import shards_parameters
 from hybridtrain.settings.tree import Settings
 
 Shape = tuple[int, ...]

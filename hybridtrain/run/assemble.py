@@ -24,8 +24,8 @@ from hybridtrain.parallel.exchanges import wire
 from hybridtrain.parallel.interfaces import Engine, Schedule
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.stages import SCHEDULES, Stage, balance, plan_stages
-from hybridtrain.run.engines import make_engine, shards_parameters
-from hybridtrain.run.process_setup import compute_dtype
+from hybridtrain.run.engines import make_engine
+from hybridtrain.run.process_setup import compute_dtype, shards_parameters
 from hybridtrain.settings.layers import engram_layers, layer_specs
 from hybridtrain.settings.tree import Settings
 from hybridtrain.table.lookup_table import LookupTable

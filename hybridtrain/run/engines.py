@@ -21,12 +21,8 @@ from hybridtrain.parallel.stages import Stage
 from hybridtrain.parallel.streams import plan_streams
 from hybridtrain.parallel.torch_stage import StageModule, StepShape
 from hybridtrain.parallel.zero import ReplicaEngine
+from hybridtrain.run.process_setup import shards_parameters
 from hybridtrain.settings.tree import Settings
-
-
-def shards_parameters(settings: Settings) -> bool:
-    """Whether FSDP cuts the parameters over data-parallel ranks."""
-    return settings.train.engine == "native" and settings.parallel.zero == 3
 
 
 def make_engine(

@@ -85,6 +85,7 @@ def model_facts(settings: Settings) -> ModelFacts:
         reach=reach,
         whole_sequences=tuple(c.name for c in components if c.sees is Sees.SEQUENCE),
         experts=tuple(facts for c in components for facts in _experts(settings, c)),
+        sharded=shards_parameters(settings),
     )
 
 
@@ -140,6 +141,11 @@ def check_compiler(settings: Settings) -> None:
             "train.compile=false"
         )
         raise SettingsError("train.compile=true", [problem])
+
+
+def shards_parameters(settings: Settings) -> bool:
+    """Whether FSDP cuts the parameters over data-parallel ranks."""
+    return settings.train.engine == "native" and settings.parallel.zero == 3
 
 
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ from hybridtrain.choices import ScheduleName
 from hybridtrain.model.registry import Components
 from hybridtrain.section import Section, divisors_of
 from hybridtrain.settings.layers import LayerSpec, layer_specs
-from hybridtrain.settings.tree import DataSettings, Settings
+from hybridtrain.settings.tree import DataSettings, ParallelSettings, Settings
 
 WHOLE_BACKWARD: tuple[ScheduleName, ...] = ("gpipe", "1f1b", "interleaved")
 """Schedules that take a micro-batch back through a stage at once, inputs and weights together."""
@@ -238,10 +238,10 @@ def _beyond_deepspeed(s: Settings) -> list[str]:
                 f"parallel.{axis}={degree} with {engine}, which spreads over dp_shard, cp, ep and mem; "
                 f"{axis} may be 1"
             )
-    if s.parallel.reshard_after_forward:
+    if s.parallel.zero != ParallelSettings().zero:
         out.append(
-            f"parallel.reshard_after_forward=true with {engine}, which shards them by "
-            "deepspeed.zero_stage=3; it may be false"
+            f"parallel.zero={s.parallel.zero} with {engine}, which has deepspeed.zero_stage; it may be "
+            f"{ParallelSettings().zero}"
         )
     if s.optim.backbone != "adamw":
         out.append(

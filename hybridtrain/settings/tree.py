@@ -213,6 +213,14 @@ class ParallelSettings(Section):
         300, description="seconds without progress of a rank before the run is ended with who waits for whom"
     )
 
+    def problems(self) -> list[str]:
+        if self.reshard_after_forward and self.zero != 3:
+            return [
+                f"reshard_after_forward=true frees gathered parameters, and with zero={self.zero} none are "
+                "gathered; it may be false, or zero 3"
+            ]
+        return []
+
 
 class DeepSpeedSettings(Section):
     """Of `train.engine=deepspeed` alone. See docs/deepspeed.md."""

@@ -188,11 +188,8 @@ AXES = "with train.engine=deepspeed, which spreads over dp_shard, cp, ep and mem
             [f"parallel.tp=2 {AXES}; tp may be 1", f"parallel.etp=2 {AXES}; etp may be 1"],
         ),
         (
-            ["parallel.reshard_after_forward=true"],
-            [
-                "parallel.reshard_after_forward=true with train.engine=deepspeed, which shards them by "
-                "deepspeed.zero_stage=3; it may be false"
-            ],
+            ["parallel.zero=3"],
+            ["parallel.zero=3 with train.engine=deepspeed, which has deepspeed.zero_stage; it may be 1"],
         ),
         (
             ["train.precision=bfloat16"],

@@ -23,7 +23,7 @@ LAYOUTS = [
 MORE = [
     (4, "parallel.dp_replicate=2", "parallel.ep=2", "parallel.mem=4"),
     (4, "parallel.ep=2", "parallel.mem=4"),
-    (4, "parallel.ep=4", "parallel.mem=2", "parallel.reshard_after_forward=true"),
+    (4, "parallel.ep=4", "parallel.mem=2", "parallel.zero=3", "parallel.reshard_after_forward=true"),
     (4, "parallel.ep=1", "parallel.mem=1"),
     (4, "parallel.cp=2", "parallel.ep=4", "parallel.mem=2"),
 ]

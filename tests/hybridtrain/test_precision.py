@@ -26,7 +26,7 @@ from tests.training import Trace, ci_settings, loss_curve, traces
 SHORT = ("train.micro_batches=2", "train.global_batch=8", "model.moe.aux_weight=0.01")
 HALF = "train.precision=bfloat16"
 LAYOUTS = [
-    ["parallel.ep=2", "parallel.reshard_after_forward=true", "train.recompute=full"],
+    ["parallel.ep=2", "parallel.zero=3", "parallel.reshard_after_forward=true", "train.recompute=full"],
     ["parallel.tp=2", "parallel.etp=2", "train.recompute=selective"],
     ["parallel.cp=2", "parallel.ep=2"],
     ["parallel.pp=2", "train.recompute=full"],

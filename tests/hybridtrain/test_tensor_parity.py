@@ -26,7 +26,14 @@ LAYOUTS = [
 MORE = [  # five steps of such layouts are in the fast part of the parity matrix
     (4, "parallel.tp=4", "parallel.mem=4"),
     (4, "parallel.tp=2", "parallel.ep=2", "parallel.mem=1", "parallel.etp=2"),
-    (4, "parallel.tp=2", "parallel.ep=4", "parallel.mem=2", "parallel.reshard_after_forward=true"),
+    (
+        4,
+        "parallel.tp=2",
+        "parallel.ep=4",
+        "parallel.mem=2",
+        "parallel.zero=3",
+        "parallel.reshard_after_forward=true",
+    ),
     (4, "parallel.tp=2", "parallel.dp_replicate=2", "parallel.ep=2", "parallel.mem=4"),
     (4, "parallel.tp=2", "parallel.cp=2", "parallel.ep=4", "parallel.mem=2"),
 ]

@@ -105,6 +105,7 @@ FOUR = {
     "hsdp": [
         "parallel.dp_replicate=2",
         "parallel.ep=2",
+        "parallel.zero=3",
         "parallel.reshard_after_forward=true",
         "train.recompute=full",
     ],
@@ -148,7 +149,7 @@ def test_layouts_over_four_ranks(data: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        ["parallel.ep=2", "parallel.reshard_after_forward=true"],
+        ["parallel.ep=2", "parallel.zero=3", "parallel.reshard_after_forward=true"],
         ["parallel.ep=2", "train.recompute=full", "engram.fetch=overlap"],
         ["parallel.dp_replicate=2", "engram.fetch=stale"],
         ["parallel.tp=2", "parallel.ep=2"],

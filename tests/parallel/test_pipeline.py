@@ -42,7 +42,14 @@ WORLDS = {
         "dualpipev": ["parallel.pp=2", "parallel.schedule=dualpipev"],
         "tied": ["parallel.pp=2", TIED],
     },
-    4: {"1f1b, dp_shard 2, ep 2": ["parallel.pp=2", "parallel.ep=2", "parallel.reshard_after_forward=true"]},
+    4: {
+        "1f1b, dp_shard 2, ep 2": [
+            "parallel.pp=2",
+            "parallel.ep=2",
+            "parallel.zero=3",
+            "parallel.reshard_after_forward=true",
+        ]
+    },
 }
 SLOW_WORLDS = {  # five steps of such layouts are in the fast part of the parity matrix
     4: {
@@ -313,7 +320,7 @@ def test_tied_embeddings_are_saved_once_and_stay_equal(
         ),
         (["parallel.stage_cuts=[3]"], "parallel.stage_cuts=\\[3\\] has 1 stages with 3 layers, not 2 with 4"),
         (
-            ["parallel.schedule=zbv", "parallel.reshard_after_forward=true"],
+            ["parallel.schedule=zbv", "parallel.zero=3", "parallel.reshard_after_forward=true"],
             "parallel.reshard_after_forward=true frees parameters that parallel.schedule=zbv still needs",
         ),
     ],

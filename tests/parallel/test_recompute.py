@@ -23,7 +23,7 @@ LAYOUTS = {
     "pp": ["parallel.pp=2"],
 }
 MORE = {
-    "ep, reshard": ["parallel.ep=2", "parallel.reshard_after_forward=true"],
+    "ep, reshard": ["parallel.ep=2", "parallel.zero=3", "parallel.reshard_after_forward=true"],
     "tp, etp": ["parallel.tp=2", "parallel.etp=2"],
     "pp interleaved": ["parallel.pp=2", "parallel.schedule=interleaved"],
 }

@@ -272,7 +272,10 @@ def whole_models(cases: list[tuple[dict[str, int], tuple[str, ...]]]) -> None:
 def test_a_model_has_the_gradients_of_one_rank() -> None:
     cases = [
         ({"tp": 2}, ()),
-        ({"tp": 2, "ep": 4}, ("model.tie_embeddings=true", "parallel.reshard_after_forward=true")),
+        (
+            {"tp": 2, "ep": 4},
+            ("model.tie_embeddings=true", "parallel.zero=3", "parallel.reshard_after_forward=true"),
+        ),
         ({"tp": 2, "dp_replicate": 2, "ep": 2}, ("engram.conv=false",)),
         ({"tp": 2, "ep": 2, "etp": 2}, ()),
         ({"tp": 2, "etp": 2}, ("model.moe.score=sigmoid",)),

@@ -32,7 +32,11 @@ from tests.training import make_data
 CASES = {
     2: {
         "dp_shard": ["parallel.dp_shard=2"],
-        "dp_shard, resharded": ["parallel.dp_shard=2", "parallel.reshard_after_forward=true"],
+        "dp_shard, resharded": [
+            "parallel.dp_shard=2",
+            "parallel.zero=3",
+            "parallel.reshard_after_forward=true",
+        ],
         "dp_replicate": ["parallel.dp_replicate=2", "parallel.mem=1"],
         "ep": ["parallel.ep=2"],
         "tp": ["parallel.tp=2"],

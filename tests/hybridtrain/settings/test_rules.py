@@ -145,7 +145,19 @@ LAYER = 'write "[N*][engram+]MIXER+FEEDFORWARD" with MIXER one of attention and 
             ["engram.exchange_groups=2: a pipeline needs the rows of all micro-batches at once; it may be 1"],
         ),
         (
-            ["parallel.pp=2", "parallel.reshard_after_forward=true", "parallel.schedule=zero_bubble"],
+            ["parallel.reshard_after_forward=true"],
+            [
+                "parallel.reshard_after_forward=true frees gathered parameters, and with zero=1 none are "
+                "gathered; it may be false, or zero 3"
+            ],
+        ),
+        (
+            [
+                "parallel.pp=2",
+                "parallel.zero=3",
+                "parallel.reshard_after_forward=true",
+                "parallel.schedule=zero_bubble",
+            ],
             [
                 "parallel.reshard_after_forward=true frees parameters that parallel.schedule=zero_bubble "
                 "still needs; it may be false, or parallel.schedule gpipe or 1f1b"
