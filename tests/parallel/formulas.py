@@ -28,6 +28,7 @@ class Facts:
     root: int = 0  # of embedding, last norm and head
     experts: int = 0
     uncut: int = 0  # of those that tp does not cut
+    owned: dict[str, int] = field(default_factory=dict)  # bytes by group
     embedding: int = 0
     asked: dict[int, int] = field(
         default_factory=Counter
@@ -55,9 +56,7 @@ class Formulas:
 
     def all(self) -> dict[str, int]:
         return {
-            "fsdp": self.fsdp(),
-            "edp": self.edp(),
-            "dp_replicate": self.dp_replicate(),
+            **(self.sharded() if self.s.parallel.zero == 3 else self.replicated()),
             "ep": self.ep(),
             "tp": self.tp(),
             "cp": self.cp(),
@@ -68,6 +67,26 @@ class Formulas:
             "mem_replicate_plan": self.mem_replicate_plan(),
             "world": self.world(),
         }
+
+    def sharded(self) -> dict[str, int]:
+        return {"fsdp": self.fsdp(), "edp": self.edp(), "dp_replicate": self.dp_replicate()}
+
+    def replicated(self) -> dict[str, int]:
+        """Each owner gets the others' gradients of its parameters, and sends what it made of them to all."""
+        dense, tp = self.mine.layers + self.mine.root, self.layout.tp > 1
+        held = {
+            "copies": dense - self.mine.uncut if tp else dense,
+            "copies_tp": self.mine.uncut if tp else 0,
+            "copies_expert": self.mine.experts,
+        }
+        out = {}
+        for group, size in held.items():
+            ranks = self.group(group)
+            if len(ranks) > 1 and size:
+                assert sum(self.ranks[rank].owned[group] for rank in ranks) == size
+                owned = self.mine.owned[group]
+                out[group] = size - owned + (len(ranks) - 1) * owned
+        return out
 
     def padded(self, what: str, axis: str) -> int:
         """The largest part of any rank of the group: torch fills up smaller ones."""
@@ -134,7 +153,7 @@ class Formulas:
         out += self.M * (n - 1) * (2 * moves * self.hidden + routed) // n
         if "last" in self.ends():
             out += self.M * 2 * (n - 1) * 3 * self.B * self.T * FLOAT // n
-        return out + 2 * (n - 1) * self.mine.uncut // n
+        return out + (2 * (n - 1) * self.mine.uncut // n if self.s.parallel.zero == 3 else 0)
 
     def ends(self) -> set[str]:
         low, high = min(self.mine.columns), max(self.mine.columns)

@@ -20,6 +20,7 @@ from hybridtrain.kernels.engram_hash.op import row_ids
 from hybridtrain.model.feedforwards.moe import Router
 from hybridtrain.model.lm import HybridLM
 from hybridtrain.parallel.layout import Layout
+from hybridtrain.parallel.zero import ReplicaEngine
 from hybridtrain.run.assemble import Run
 from hybridtrain.run.process_setup import resolve_layout
 from hybridtrain.settings.tree import Settings
@@ -32,12 +33,14 @@ from tests.training import make_data
 CASES = {
     2: {
         "dp_shard": ["parallel.dp_shard=2"],
+        "dp_shard, zero 0": ["parallel.dp_shard=2", "parallel.zero=0"],
+        "dp_shard, zero 3": ["parallel.dp_shard=2", "parallel.zero=3"],
         "dp_shard, resharded": [
             "parallel.dp_shard=2",
             "parallel.zero=3",
             "parallel.reshard_after_forward=true",
         ],
-        "dp_replicate": ["parallel.dp_replicate=2", "parallel.mem=1"],
+        "dp_replicate": ["parallel.dp_replicate=2", "parallel.mem=1", "parallel.zero=3"],
         "ep": ["parallel.ep=2"],
         "tp": ["parallel.tp=2"],
         "cp": ["parallel.cp=2"],
@@ -48,13 +51,27 @@ CASES = {
     4: {
         "dp_shard 4": ["parallel.dp_shard=4", "parallel.mem=1"],
         "dp_shard 2, dp_replicate 2, ep 2": ["parallel.dp_replicate=2", "parallel.ep=2", "parallel.mem=2"],
+        "dp_shard 2, dp_replicate 2, ep 2, zero 3": [
+            "parallel.dp_replicate=2",
+            "parallel.ep=2",
+            "parallel.mem=2",
+            "parallel.zero=3",
+        ],
         "dp_shard 4, ep 2": ["parallel.ep=2", "parallel.mem=2"],
         "ep 4": ["parallel.ep=4"],
         "tp 2, ep 2, etp 2": ["parallel.tp=2", "parallel.ep=2", "parallel.etp=2"],
+        "tp 2, dp_shard 2, ep 2, zero 3": ["parallel.tp=2", "parallel.ep=2", "parallel.zero=3"],
+        "tp 2, dp_shard 2, ep 2": ["parallel.tp=2", "parallel.ep=2"],
         "tp 4": ["parallel.tp=4"],
         "cp 2, tp 2, ep 4": ["parallel.cp=2", "parallel.tp=2", "parallel.ep=4"],
         "cp 4": ["parallel.cp=4"],
         "pp 2, dp_shard 2": ["parallel.pp=2", "parallel.dp_shard=2", "train.micro_batches=4"],
+        "pp 2, dp_shard 2, zero 3": [
+            "parallel.pp=2",
+            "parallel.dp_shard=2",
+            "train.micro_batches=4",
+            "parallel.zero=3",
+        ],
         "pp 4": ["parallel.pp=4", "parallel.mem=2", "train.micro_batches=4"],
     },
 }
@@ -87,6 +104,10 @@ def second_step(data: str, overrides: list[str], store: str) -> Facts:
             _add_parameter(facts, name, parameter, settings, layout)
         facts.columns += range(stage.part.low, stage.part.high)
         facts.modules += sum(isinstance(m, FSDPModule) for m in stage.modules())
+    if isinstance(run.engine, ReplicaEngine):
+        for bucket in run.engine.replicas.buckets:
+            own = bucket.part(bucket.weights, bucket.group.rank).nbytes
+            facts.owned[bucket.group.name] = facts.owned.get(bucket.group.name, 0) + own
     here = getattr(run.schedule, "stages", ())
     facts.stages = [part.stage.number for part in here]
     assert run.table is not None
@@ -169,7 +190,7 @@ def test_gradients_are_reduced_once_a_step_and_parameters_gathered_for_every_mic
 ) -> None:
     """By calls: one per layer, and the root. With reshard_after_forward layers are gathered twice."""
     parameters = sum(p.numel() for p in HybridLM(settings_of("unused"), 1024).parameters())
-    for name, gathers in (("dp_shard", [2, 2]), ("dp_shard, resharded", [4, 2])):
+    for name, gathers in (("dp_shard, zero 3", [2, 2]), ("dp_shard, resharded", [4, 2])):
         for facts in reports[name]:
             layers = facts.modules - 1
             assert facts.calls["fsdp", "reduce_scatter"] == layers + 1
@@ -177,5 +198,5 @@ def test_gradients_are_reduced_once_a_step_and_parameters_gathered_for_every_mic
             assert (
                 2 * (facts.layers + facts.root) == parameters * FLOAT
             )  # each of the two ranks sends the half that it has
-    for facts in reports["dp_shard"]:
+    for facts in reports["dp_shard, zero 3"]:
         assert facts.bytes["fsdp"] == (2 + 1) * parameters * FLOAT // 2
