@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         "--peers",
         nargs="+",
         default=["transformers:grouped_mm", "deepspeed"],
-        help="also transformers:eager, :batched_mm, hybridtrain:replicated",
+        help="also transformers:eager, :batched_mm, :fsdp2, hybridtrain:zero0, :zero3, :replicated",
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=2, help="steps of a round")

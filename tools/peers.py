@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from hybridtrain.data.batches import Batch
 from hybridtrain.model.feedforwards.dense import SwiGLU
@@ -53,12 +54,14 @@ class Case:
 
     def settings(self, experts: str = "sharded") -> Settings:
         """The same model in hybridtrain's words. `experts` over several ranks: "sharded" as DeepSpeed's, each
-        rank with some of them, what else there is under FSDP; "replicated" as transformers' under DDP, each
-        rank with the whole model.
+        rank with some of them; "zero0" and "zero3" with another parallel.zero than the default; "replicated"
+        as transformers' under DDP, each rank with the whole model.
         """
-        parallel = {
-            "sharded": {"dp_shard": -1, "ep": self.ranks},
-            "replicated": {"dp_shard": 1, "dp_replicate": self.ranks},
+        parallel: dict[str, dict[str, int]] = {
+            "sharded": {"ep": self.ranks},
+            "zero0": {"ep": self.ranks, "zero": 0},
+            "zero3": {"ep": self.ranks, "zero": 3},
+            "replicated": {},
         }
         attention = {
             "num_heads": self.heads,
@@ -114,14 +117,21 @@ def hybridtrain(case: Case, experts: str = "sharded") -> Made:
 
 
 def transformers(case: Case, experts: str = "grouped_mm") -> Made:
-    """Mixtral of transformers: SDPA, fused AdamW, DDP over ranks; `experts` is how it runs them: grouped_mm,
-    batched_mm, eager.
+    """Mixtral of transformers: SDPA, fused AdamW; over ranks DDP, whose gradients are views of its buckets.
+    `experts` is how it runs them: grouped_mm, batched_mm, eager; "fsdp2" is grouped_mm under FSDP2, layer by
+    layer, as torchtitan applies it.
     """
-    model: nn.Module = _mixtral(case, experts, with_router_loss=True)
+    sharded = experts == "fsdp2"
+    model: Any = _mixtral(case, "grouped_mm" if sharded else experts, with_router_loss=True)
     parameters = sum(p.numel() for p in model.parameters())
     if case.ranks > 1:
         dist.init_process_group("gloo")
-        model = nn.parallel.DistributedDataParallel(model)
+        if sharded:
+            for layer in model.model.layers:
+                fully_shard(layer, reshard_after_forward=False)
+            fully_shard(model, reshard_after_forward=False)
+        else:
+            model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     tokens = case.tokens()[:, :-1].contiguous()
     return _torch_step(model, lambda: model(input_ids=tokens, labels=tokens).loss, lambda: None), parameters
 
