@@ -24,6 +24,7 @@ from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel.mesh import Joining, close_mesh, make_mesh
+from hybridtrain.parallel.zero import ReplicaEngine
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
 from hybridtrain.run.process_setup import compute_dtype, resolve_layout
 from hybridtrain.run.step import StepInput, train_step
@@ -161,6 +162,16 @@ def build_here(settings: Settings) -> tuple[Run, BatchLoader]:
     return run, loader
 
 
+def complete_gradients(run: Run) -> None:
+    """Every parameter's `.grad` is the sum over ranks, also where another rank updates it. Collective; called
+    between the sums and the update.
+    """
+    if isinstance(run.engine, ReplicaEngine):
+        for bucket in run.engine.replicas.buckets:
+            for work in bucket.begin_spread(bucket.gradients):
+                work.wait()
+
+
 def trace(settings: Settings, steps: int = 3) -> Trace:
     alone = not dist.is_initialized()
     run, loader = build_here(settings)
@@ -171,6 +182,7 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
     }
 
     def note(*_: Any) -> None:
+        complete_gradients(run)
         out.gradients[-1].update({name: _whole(p.grad) for name, p in named.items() if p.grad is not None})
 
     for optimizer in run.engine.optimizers:

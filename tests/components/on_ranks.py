@@ -41,7 +41,7 @@ from hybridtrain.run.step import StepInput, train_step
 from hybridtrain.settings.tree import Settings
 from tests.components.contract import DIM, Case
 from tests.ranks import run_on_ranks
-from tests.training import TINY, ci_settings
+from tests.training import TINY, ci_settings, complete_gradients
 
 AXES = {
     "tp": ("parallel.tp=2",),
@@ -123,6 +123,7 @@ def take_evidence(settings: Settings, mesh: Mesh) -> Evidence:
     gradients: dict[str, Tensor] = {}
 
     def note(*_: Any) -> None:
+        complete_gradients(run)
         named = {name: p.grad for name, (p, _) in _parameters(run).items()}
         gradients.update({name: whole(grad) for name, grad in named.items() if grad is not None})
 

@@ -19,7 +19,6 @@ from hybridtrain.errors import SettingsError, TrainingError
 from hybridtrain.launch.local import RENDEZVOUS
 from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel.collectives import gather_objects
-from hybridtrain.parallel.engine import sum_over_tp
 from hybridtrain.parallel.layout import LayoutError
 from hybridtrain.parallel.mesh import make_mesh
 from hybridtrain.parallel.stages import SCHEDULES
@@ -31,7 +30,7 @@ from hybridtrain.run.step import by_exchange
 from hybridtrain.settings.tree import Settings
 from tests.hybridtrain.test_parity import assert_same_curve, assert_same_state, state
 from tests.ranks import run_on_ranks
-from tests.training import ci_settings, loss_curve, make_data, train_on
+from tests.training import ci_settings, complete_gradients, loss_curve, make_data, train_on
 
 TIED = "model.tie_embeddings=true"
 WORLDS = {
@@ -127,7 +126,8 @@ def one_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     rows = table.new_gradient(plan)
     table.push(exchange, rows)
     table.exchange.reduce_replicas(rows)
-    sum_over_tp([p for o in run.engine.optimizers for g in o.param_groups for p in g["params"]], run.mesh.tp)
+    run.engine.squares(None)
+    complete_gradients(run)
     out = {"loss": loss / run.mesh.layout.tp}
     for number, stage in enumerate(run.model_parts):
         for name, parameter in stage.named_parameters():

@@ -90,12 +90,9 @@ class Variant:
 # "" runs at all layouts. To compare one more way of running, add it here.
 VARIANTS = {
     "": Variant(),
-    "reshard": Variant(
-        (
-            "parallel.zero=3",
-            "parallel.reshard_after_forward=true",
-        )
-    ),
+    "zero 0": Variant(("parallel.zero=0",)),
+    "zero 3": Variant(("parallel.zero=3",)),
+    "reshard": Variant(("parallel.zero=3", "parallel.reshard_after_forward=true")),
     "muon, untied": Variant(("optim.backbone=muon", "model.tie_embeddings=false"), other_numbers=True),
     "uneven": Variant(UNEVEN, other_numbers=True),
     "capacity": Variant(("model.moe.capacity=1.0",), other_numbers=True),

@@ -11,7 +11,9 @@ from unittest.mock import patch
 from torch import Tensor
 
 from hybridtrain.data.batches import Batch
-from hybridtrain.parallel import engine
+from hybridtrain.parallel.collectives import Group
+from hybridtrain.parallel.mesh import Mesh
+from hybridtrain.parallel.replicas import Replicas
 from hybridtrain.parallel.row_exchange import RowExchange
 from hybridtrain.run import step
 
@@ -19,16 +21,14 @@ from hybridtrain.run import step
 @contextmanager
 def _one_gradient_scaled() -> Iterator[None]:
     """One matrix's gradient is 1 % too large."""
-    real = engine.sum_over_tp
+    real = Replicas.end_sums
 
-    def sum_over_tp(params: Any, tp: Any) -> None:
-        params = list(params)
-        real(params, tp)
-        for param in params[3:4]:
-            if param.grad is not None:
-                param.grad.mul_(1.01)
+    def end_sums(replicas: Replicas) -> None:
+        real(replicas)
+        largest = max(replicas.buckets[0].replicas, key=lambda r: r.gradient.numel())
+        largest.gradient.mul_(1.01)
 
-    with patch.object(engine, "sum_over_tp", sum_over_tp):
+    with patch.object(Replicas, "end_sums", end_sums):
         yield
 
 
@@ -48,7 +48,12 @@ def _row_gradients_doubled() -> Iterator[None]:
 @contextmanager
 def _copies_not_summed() -> Iterator[None]:
     """Norms and routers are left with the gradients of their own rank of `tp`."""
-    with patch.object(engine, "sum_over_tp", lambda params, tp: None):
+    real = Mesh.own_group
+
+    def own_group(mesh: Mesh, axis: str, name: str) -> Group:
+        return real(mesh, "copies" if axis == "copies_tp" else axis, name)
+
+    with patch.object(Mesh, "own_group", own_group):
         yield
 
 

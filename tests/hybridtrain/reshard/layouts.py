@@ -19,15 +19,15 @@ AXES = ("pp", "dp_replicate", "cp", "tp", "ep", "etp", "mem")
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one rank": (1, ()),
-    "tp 2": (2, ("tp=2",)),
-    "ep 2 · mem 2": (2, ("ep=2", "mem=2")),
+    "tp 2": (2, ("tp=2", "zero=3")),
+    "ep 2 · mem 2": (2, ("ep=2", "mem=2", "zero=0")),
     "pp 2, cut 3 1 · mem 1": (2, ("pp=2", "stage_cuts=[3,1]", "mem=1")),
     "cp 2": (2, ("cp=2",)),
-    "tp 2 · ep 4": (4, ("tp=2", "ep=4")),
+    "tp 2 · ep 4": (4, ("tp=2", "ep=4", "zero=3")),
     "tp 2 · etp 2 · ep 2": (4, ("tp=2", "etp=2", "ep=2")),
     "pp 2 · interleaved": (4, ("pp=2", "schedule=interleaved", "ep=2", "mem=4")),
-    "replicas · mem 2 far": (4, ("dp_replicate=2", "ep=2", "mem=2", "mem_placement=strided")),
-    "pp 2 · replicas · ep 2 · mem 8": (8, ("pp=2", "dp_replicate=2", "ep=2", "mem=8")),
+    "replicas · mem 2 far": (4, ("dp_replicate=2", "ep=2", "mem=2", "mem_placement=strided", "zero=3")),
+    "pp 2 · replicas · ep 2 · mem 8": (8, ("pp=2", "dp_replicate=2", "ep=2", "mem=8", "zero=0")),
     "dp 8 · ep 4 · mem 8": (8, ("ep=4", "mem=8")),
     "pp 4 · tp 2 · mem 4": (8, ("pp=4", "tp=2", "mem=4")),
 }
@@ -40,6 +40,7 @@ def overrides(name: str) -> list[str]:
     defaults = [f"parallel.{axis}=1" for axis in AXES[:-1]]
     rest = [
         "parallel.mem=-1",
+        "parallel.zero=1",
         "parallel.schedule=1f1b",
         "parallel.stage_cuts=[]",
         "parallel.mem_placement=contiguous",
