@@ -8,6 +8,7 @@ import errno
 import lzma
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.checkpoint import Saver
@@ -24,6 +25,7 @@ from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
 from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel.mesh import Joining, close_mesh, make_mesh
+from hybridtrain.parallel.replicas import Bucket
 from hybridtrain.parallel.zero import ReplicaEngine
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
 from hybridtrain.run.process_setup import compute_dtype, resolve_layout
@@ -166,10 +168,23 @@ def complete_gradients(run: Run) -> None:
     """Every parameter's `.grad` is the sum over ranks, also where another rank updates it. Collective; called
     between the sums and the update.
     """
-    if isinstance(run.engine, ReplicaEngine):
-        for bucket in run.engine.replicas.buckets:
-            for work in bucket.begin_spread(bucket.gradients):
-                work.wait()
+    for bucket in _buckets(run):
+        for work in bucket.begin_spread(bucket.gradients):
+            work.wait()
+
+
+def updated_weights(run: Run) -> dict[nn.Parameter, Tensor]:
+    """What optimizers update in the place of parameters, on every rank. Collective."""
+    out: dict[nn.Parameter, Tensor] = {}
+    for bucket in _buckets(run):
+        for work in bucket.begin_spread(bucket.weights):
+            work.wait()
+        out |= {replica.parameter: replica.weight for replica in bucket.replicas}
+    return out
+
+
+def _buckets(run: Run) -> Sequence[Bucket]:
+    return run.engine.replicas.buckets if isinstance(run.engine, ReplicaEngine) else ()
 
 
 def trace(settings: Settings, steps: int = 3) -> Trace:
@@ -196,7 +211,8 @@ def trace(settings: Settings, steps: int = 3) -> Trace:
         out.statistics.append(
             {name: torch.tensor(value, dtype=torch.float64) for name, value in totals.statistics.items()}
         )
-    out.state.update({name: _whole(p) for name, p in named.items()})
+    weights = updated_weights(run)
+    out.state.update({name: _whole(weights.get(p, p)) for name, p in named.items()})
     if table is not None:
         out.state["table"] = table.weight.clone()
     out.traffic.update(

@@ -21,7 +21,7 @@ from hybridtrain.run.loop import train
 from hybridtrain.run.process_setup import compute_dtype
 from hybridtrain.settings.tree import Settings
 from tests.ranks import run_on_ranks
-from tests.training import Trace, ci_settings, loss_curve, traces
+from tests.training import Trace, ci_settings, loss_curve, traces, updated_weights
 
 SHORT = ("train.micro_batches=2", "train.global_batch=8", "model.moe.aux_weight=0.01")
 HALF = "train.precision=bfloat16"
@@ -116,7 +116,8 @@ def test_a_run_its_checkpoint_and_its_use(ci_data: Path, tmp_path: Path) -> None
     logged = [line for line in read_metrics(run) if "validation_loss" in line][-1]["validation_loss"]
     try:
         opened, _, _ = open_checkpoint(run)
-        assert {p.dtype for p in opened.model.parameters()} == {torch.float32}
+        assert {p.dtype for p in opened.model.parameters()} == {torch.bfloat16}
+        assert {weight.dtype for weight in updated_weights(opened).values()} == {torch.float32}
         assert evaluate_checkpoint(run, "validation", None, 0)["loss"] == pytest.approx(logged, rel=1e-6)
         assert len(generate_text(run, "The people", 3, 0.0, 0, 0)) > len("The people")
     finally:
