@@ -22,6 +22,8 @@ from hybridtrain.checkpoint import Saver
 from hybridtrain.data.batches import BatchLoader, BatchShare
 from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
+from hybridtrain.model.init import Draw, init_parameters
+from hybridtrain.model.lm import HybridLM
 from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel.mesh import Joining, close_mesh, make_mesh
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
@@ -159,6 +161,20 @@ def build_here(settings: Settings) -> tuple[Run, BatchLoader]:
     share = BatchShare(train.global_batch, train.micro_batches, layout.coordinate(rank, "dp"), layout.dp)
     loader = BatchLoader(dataset.split("train"), train.seq_len, share, seed=0)
     return run, loader
+
+
+def drawn_whole_and_in_halves(settings: Settings) -> tuple[HybridLM, HybridLM]:
+    """Two models with initial values, each parameter of the second drawn in two halves of its rows."""
+    whole, halves = HybridLM(settings, 64), HybridLM(settings, 64)
+    init_parameters(whole, settings)
+
+    def write(parameter: Tensor, draw_this: Draw) -> None:
+        half = len(parameter) // 2
+        parameter[:half] = draw_this(rows=slice(0, half))
+        parameter[half:] = draw_this(rows=slice(half, None))
+
+    init_parameters(halves, settings, write)
+    return whole, halves
 
 
 def trace(settings: Settings, steps: int = 3) -> Trace:
