@@ -23,6 +23,8 @@ from hybridtrain.checkpoint import Saver
 from hybridtrain.data.batches import BatchLoader, BatchShare
 from hybridtrain.data.prepare import prepare
 from hybridtrain.data.shards import TokenDataset
+from hybridtrain.model.init import Draw, init_parameters
+from hybridtrain.model.lm import HybridLM
 from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel.mesh import Joining, close_mesh, make_mesh
 from hybridtrain.parallel.replicas import Bucket
@@ -185,6 +187,20 @@ def updated_weights(run: Run) -> dict[nn.Parameter, Tensor]:
 
 def _buckets(run: Run) -> Sequence[Bucket]:
     return run.engine.replicas.buckets if isinstance(run.engine, ReplicaEngine) else ()
+
+
+def drawn_whole_and_in_halves(settings: Settings) -> tuple[HybridLM, HybridLM]:
+    """Two models with initial values, each parameter of the second drawn in two halves of its rows."""
+    whole, halves = HybridLM(settings, 64), HybridLM(settings, 64)
+    init_parameters(whole, settings)
+
+    def write(parameter: Tensor, draw_this: Draw) -> None:
+        half = len(parameter) // 2
+        parameter[:half] = draw_this(rows=slice(0, half))
+        parameter[half:] = draw_this(rows=slice(half, None))
+
+    init_parameters(halves, settings, write)
+    return whole, halves
 
 
 def trace(settings: Settings, steps: int = 3) -> Trace:

@@ -30,11 +30,6 @@ class Position:
     window: int
     read: int = 0
 
-    @property
-    def next_epoch(self) -> Position:
-        """The start of the first epoch of which nothing was read."""
-        return Position(self.epoch + (self.read > 0), self.window)
-
     def fits(self, num_targets: int) -> bool:
         """Whether a split of so many targets has such a position."""
         whole = num_targets // self.window * self.window if self.window > 0 else 0

@@ -25,7 +25,7 @@ from hybridtrain.formats.origin import Origin
 from hybridtrain.formats.tensors import DTYPES, is_stacked, to_theirs
 from hybridtrain.formats.values import Values
 from hybridtrain.model.build import layer_components
-from hybridtrain.model.component import Engram
+from hybridtrain.model.engram import ENGRAM
 from hybridtrain.model.registry import BUILT_IN
 from hybridtrain.run.init_from import ORIGIN, check_tensors, copy_companions
 from hybridtrain.run.run_folder import SETTINGS, find_checkpoint
@@ -87,10 +87,9 @@ def open_source(path: Path) -> Source:
 
 def unnamed(settings: Settings, to: str) -> list[str]:
     """The components of the layers whose parameters the format `to` has no names for, a problem each."""
-    ours = BUILT_IN.all
+    ours = (*BUILT_IN.all, ENGRAM)
     used = [c for spec in layer_specs(settings) for c in layer_components(settings, spec).values()]
-    known = [c for c in used if isinstance(c, Engram) or any(c is other for other in ours)]
-    names = {c.name for c in used if to not in c.formats or not any(c is other for other in known)}
+    names = {c.name for c in used if to not in c.formats or not any(c is other for other in ours)}
     return [f"{name}: the format {to} has no names for its parameters" for name in sorted(names)]
 
 

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.model.build import model_parameters
 from hybridtrain.model.cost import count_parameters
-from hybridtrain.model.init import Draw, init_parameters
 from hybridtrain.model.lm import HybridLM
 from hybridtrain.model.registry import BUILT_IN, Components, ComponentsError, allowing
 from hybridtrain.parallel.layout import ExpertFacts
@@ -26,7 +24,7 @@ from hybridtrain.settings.load import dump_settings, load_settings, parse_settin
 from hybridtrain.settings.tree import Settings
 from tests.console import Outcome, hybridtrain, refused
 from tests.ranks import run_on_ranks
-from tests.training import Trace, loss_curve, trace, train_on
+from tests.training import Trace, drawn_whole_and_in_halves, loss_curve, trace, train_on
 
 ROOT = Path(__file__).parents[2]
 PROJECT = ("hybridtrain", "parallel", "kernels", "launch", "tools")
@@ -88,15 +86,7 @@ def test_two_ranks_make_the_losses_and_parameters_of_one(settings_of: Of, axes: 
 
 def test_initial_values_do_not_depend_on_the_cut(settings_of: Of) -> None:
     settings = settings_of("run")
-    whole, halves = HybridLM(settings, 64), HybridLM(settings, 64)
-    init_parameters(whole, settings)
-
-    def write(parameter: Tensor, draw_this: Draw) -> None:
-        half = len(parameter) // 2
-        parameter[:half] = draw_this(rows=slice(0, half))
-        parameter[half:] = draw_this(rows=slice(half, None))
-
-    init_parameters(halves, settings, write)
+    whole, halves = drawn_whole_and_in_halves(settings)
     for (name, a), b in zip(whole.named_parameters(), halves.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert (whole.layers["0"].mixer.decay == -4).all()

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from torch import Tensor
 
 from hybridtrain.model import init
 from hybridtrain.model.cost import count_parameters, flops_per_token, stage_costs
-from hybridtrain.model.init import TABLE_BLOCK, Draw, constant, draw, init_parameters, init_table
+from hybridtrain.model.init import TABLE_BLOCK, constant, draw, init_parameters, init_table
 from hybridtrain.model.lm import HybridLM
 from hybridtrain.settings.load import load_settings, parse_settings
 from hybridtrain.settings.tree import Settings
+from tests.training import drawn_whole_and_in_halves
 
 
 @pytest.mark.parametrize("name", ["layers.1.feedforward.experts.w_up", "layers.1.mixer.wq.weight", "x.conv"])
@@ -105,15 +105,7 @@ def test_scales() -> None:
 
 def test_a_writer_can_take_slices() -> None:
     settings = Settings()
-    whole, halves = HybridLM(settings, 64), HybridLM(settings, 64)
-    init_parameters(whole, settings)
-
-    def write(parameter: Tensor, draw_this: Draw) -> None:
-        half = len(parameter) // 2
-        parameter[:half] = draw_this(rows=slice(0, half))
-        parameter[half:] = draw_this(rows=slice(half, None))
-
-    init_parameters(halves, settings, write)
+    whole, halves = drawn_whole_and_in_halves(settings)
     for (name, a), b in zip(whole.state_dict().items(), halves.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
