@@ -27,13 +27,14 @@ UNDER_WAY = 2  # buckets that are summed at a time: each holds its gradients a s
 class Replica:
     """This rank's copy of a parameter, and what its bucket has of it, DTensors where the parameter is one.
 
-    weight: what an optimizer updates, float32; the parameter itself where that computes in float32
+    weight: what an optimizer updates here, float32; shares its storage with a parameter that computes in
+    float32. None: another rank updates it
     gradient: the parameter's `.grad`, float32
     """
 
     parameter: nn.Parameter
     owner: int
-    weight: Tensor
+    weight: Tensor | None
     gradient: Tensor
 
 
@@ -41,18 +42,20 @@ class Bucket:
     """Some parameters of one group of ranks, those of each owner side by side in the order of the owners."""
 
     def __init__(
-        self, group: Group, owned: Sequence[Sequence[nn.Parameter]], dtype: torch.dtype = torch.float32
+        self, group: Group, owned: Sequence[Sequence[nn.Parameter]], dtype: torch.dtype, shared: bool
     ) -> None:
         """`owned`: the float32 parameters of each rank of the group, the same on all of them. They compute in
-        `dtype` from here on.
+        `dtype` from here on; `shared`: each is updated by its owner alone.
         """
         self.group = group
         self.sizes = [sum(local_part(p).numel() for p in parameters) for parameters in owned]
-        first = next(local_part(p) for parameters in owned for p in parameters)
-        self.weights, self.gradients = (first.new_empty(sum(self.sizes)) for _ in range(2))
-        self.computed = self.weights if dtype == self.weights.dtype else self.weights.to(dtype)
+        first, size = next(local_part(p) for parameters in owned for p in parameters), sum(self.sizes)
+        self.gradients, self.computed = first.new_empty(size), first.new_empty(size, dtype=dtype)
+        before = sum(self.sizes[: group.rank])
+        self.updated = slice(before, before + self.sizes[group.rank]) if shared else slice(0, size)
+        # float32, of what is updated here
+        self.weights = self.computed[self.updated].float()
         self.replicas = list(self._placed(owned))
-        self.computed.copy_(self.weights)
         self.complete: set[nn.Parameter] = set()
         self._sum: Handle | None = None
 
@@ -61,17 +64,22 @@ class Bucket:
         start = 0
         for owner, parameters in enumerate(owned):
             for parameter in parameters:
-                local = local_part(parameter).detach()
+                local, low = local_part(parameter).detach(), start - self.updated.start
                 here = slice(start, start := start + local.numel())
-                flats = (self.weights, self.gradients, self.computed)
-                weight, gradient, computed = (_like(parameter, f[here].view(local.shape)) for f in flats)
-                local_part(weight).copy_(local)
+                gradient, computed = (
+                    _like(parameter, flat[here].view(local.shape)) for flat in (self.gradients, self.computed)
+                )
+                local_part(computed).copy_(local)
+                weight = None
+                if self.updated.start <= here.start and here.stop <= self.updated.stop:
+                    weight = _like(parameter, self.weights[low : low + local.numel()].view(local.shape))
+                    local_part(weight).copy_(local)
                 torch.utils.swap_tensors(parameter, nn.Parameter(computed))
                 parameter.grad_dtype = torch.float32
                 yield Replica(parameter, owner, weight, gradient)
 
     def part(self, flat: Tensor, owner: int) -> Tensor:
-        """What an owner has of `weights`, `gradients` or `computed`."""
+        """What an owner has of `gradients` or `computed`."""
         start = sum(self.sizes[:owner])
         return flat[start : start + self.sizes[owner]]
 
@@ -98,6 +106,11 @@ class Bucket:
             for other in others:
                 total += other
 
+    def take_over(self) -> None:
+        """Compute with what was updated here."""
+        if self.computed.dtype != self.weights.dtype:
+            self.computed[self.updated] = self.weights.to(self.computed.dtype)
+
     def begin_spread(self, flat: Tensor) -> list[dist.Work]:
         """Send what each owner has of `flat` to all ranks."""
         if self.group.size == 1:
@@ -123,8 +136,7 @@ class Replicas:
         """What this rank's optimizer updates in the parameter's place; None: another rank does."""
         if parameter not in self._places:
             return parameter
-        number, replica = self._places[parameter]
-        return replica.weight if not self.shared or replica.owner == self.buckets[number].group.rank else None
+        return self._places[parameter][1].weight
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The parameter's gradient; summed over ranks after `end_sums`, where this rank updates it."""
@@ -187,8 +199,7 @@ class Replicas:
     def spread(self) -> None:
         """Take over this rank's updates and begin to send them to all ranks. Collective."""
         for bucket in self.buckets:
-            if bucket.computed is not bucket.weights:
-                bucket.computed.copy_(bucket.weights)
+            bucket.take_over()
             if self.shared:
                 self._coming += bucket.begin_spread(bucket.computed)
 
@@ -214,8 +225,10 @@ def move_in(replica: Replica) -> None:
 class Sharing:
     """Shares the parameters of each group out to its ranks, evenly by the cost of their updates."""
 
-    def __init__(self, group: Group, cost: Mapping[nn.Parameter, float], dtype: torch.dtype) -> None:
-        self.group, self.cost, self.dtype = group, cost, dtype
+    def __init__(
+        self, group: Group, cost: Mapping[nn.Parameter, float], dtype: torch.dtype, shared: bool
+    ) -> None:
+        self.group, self.cost, self.dtype, self.shared = group, cost, dtype, shared
         self.loads = [0.0] * group.size
         self.open: list[nn.Parameter] = []
 
@@ -233,7 +246,7 @@ class Sharing:
             self.loads[owner] += self.cost[parameter]
             owned[owner].append(parameter)
         if self.open:
-            yield Bucket(self.group, owned, self.dtype)
+            yield Bucket(self.group, owned, self.dtype, self.shared)
         self.open = []
 
 
@@ -253,7 +266,7 @@ def make_replicas(
     for parameter in reversed([*cost]):
         group = group_of(parameter)
         if group.size > 1 or dtype != torch.float32:
-            sharing = sharings.setdefault(group.name, Sharing(group, cost, dtype))
+            sharing = sharings.setdefault(group.name, Sharing(group, cost, dtype, shared))
             buckets += sharing.add(parameter)
     for sharing in sharings.values():
         buckets += sharing.close()

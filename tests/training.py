@@ -27,7 +27,7 @@ from hybridtrain.model.init import Draw, init_parameters
 from hybridtrain.model.lm import HybridLM
 from hybridtrain.monitor.metrics import read_metrics
 from hybridtrain.parallel.mesh import Joining, close_mesh, make_mesh
-from hybridtrain.parallel.replicas import Bucket
+from hybridtrain.parallel.replicas import Bucket, local_part
 from hybridtrain.parallel.zero import ReplicaEngine
 from hybridtrain.run.assemble import Run, Vocabulary, assemble, make_addressing
 from hybridtrain.run.process_setup import compute_dtype, resolve_layout
@@ -179,9 +179,14 @@ def updated_weights(run: Run) -> dict[nn.Parameter, Tensor]:
     """What optimizers update in the place of parameters, on every rank. Collective."""
     out: dict[nn.Parameter, Tensor] = {}
     for bucket in _buckets(run):
-        for work in bucket.begin_spread(bucket.weights):
+        whole = torch.empty_like(bucket.gradients)
+        whole[bucket.updated] = bucket.weights
+        for work in bucket.begin_spread(whole):
             work.wait()
-        out |= {replica.parameter: replica.weight for replica in bucket.replicas}
+        sizes = [local_part(replica.gradient).numel() for replica in bucket.replicas]
+        for replica, flat in zip(bucket.replicas, whole.split(sizes), strict=True):
+            weight = out[replica.parameter] = torch.empty_like(replica.gradient)
+            local_part(weight).copy_(flat.view_as(local_part(weight)))
     return out
 
 
