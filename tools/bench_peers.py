@@ -1,10 +1,15 @@
 """hybridtrain beside transformers and DeepSpeed on the same MoE language model: `python -m tools.bench_peers
-[--ranks 1 2]`
+[--cases small many large hybrid] [--ranks 1 2]`
 
 Every subject (tools/peers.py) lives in processes of its own and is told in turns to run some steps, so that
-other work on the machine hits all alike. Printed per case: tokens a second, the ratio of each peer's seconds
-to hybridtrain's round by round (median and quartiles), peak memory over all ranks, and the share of the peak
-of a large matrix product, measured in the same rounds. Needs the extra `bench`.
+other work on the machine hits all alike. Printed per case: its shapes, the machine, tokens a second, the
+ratio of each peer's seconds to hybridtrain's round by round (median and quartiles), peak memory over all
+ranks, and the share of the peak of a large matrix product, measured in the same rounds. Needs the extra
+`bench`.
+
+The case `hybrid` has Engram layers and a lookup table: in hybridtrain its own, cut over the ranks, in the
+peers an `nn.Embedding` with the optimizer of the rest. The peer `hybridtrain:independent` is as many
+processes as there are ranks, each training its share of the batch by itself, at the same time.
 """
 
 from __future__ import annotations
@@ -12,19 +17,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import torch
+
 from hybridtrain.launch.cores import shares_of_cores, usable_cores
 from hybridtrain.model.cost import flops_per_token
-from tools.peers import MATMUL_FLOPS, Case, to_json
+from tools.peers import CASES, MATMUL_FLOPS, Case, to_json
 
 OURS = "hybridtrain"
+SHAPES = [field.name for field in fields(Case) if field.name not in ("ranks", "threads")]
 Round = dict[str, list[dict[str, float]]]  # of each subject, every rank's answer
 
 
@@ -106,7 +115,8 @@ def measure(case: Case, names: list[str], rounds: int, steps: int, warmup: int) 
             out = []
             for number in range(warmup + rounds):
                 order = subjects if number % 2 == 0 else subjects[::-1]
-                out.append({subject.name: subject.run(steps) for subject in order})
+                answers = {subject.name: subject.run(steps) for subject in order}
+                out.append({name: answers[name] for name in names})
             return out[warmup:]
         finally:
             for subject in subjects:
@@ -135,11 +145,28 @@ def summarise(case: Case, rounds: list[Round], steps: int) -> dict[str, Any]:
             "peak_bytes": sum(answer["bytes"] for answer in rounds[-1][name]),
         }
     return {
-        "case": json.loads(to_json(case)),
+        "case": asdict(case),
+        "machine": describe_machine(),
         "rounds": len(rounds),
         "steps": steps,
         "peak_flops": _spread(peaks),
         "subjects": out,
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures depend on beside the code."""
+    cpu, path = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            cpu = value.strip()
+            break
+    return {
+        "cpu": cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(usable_cores()),
+        "torch": torch.__version__,
     }
 
 
@@ -155,12 +182,17 @@ def _spread(values: list[float]) -> list[float]:
 
 def render(result: dict[str, Any]) -> str:
     """One case as a markdown table."""
-    case = Case(**result["case"])
+    case, machine = Case(**result["case"]), result["machine"]
+    low, middle, high = (value / 1e9 for value in sorted(result["peak_flops"]))
+    table = f", table {case.rows:,} x {case.row_width}" if case.rows else ""
     lines = [
-        f"{case.experts} experts, top {case.top_k}, width {case.hidden}; {case.ranks} rank(s) x "
-        f"{case.threads} thread(s), {result['rounds']} rounds of {result['steps']} steps; matmul peak "
-        f"{result['peak_flops'][0] / 1e9:.0f} "
-        f"({result['peak_flops'][1] / 1e9:.0f}-{result['peak_flops'][2] / 1e9:.0f}) GFLOP/s",
+        f"{case.experts} experts, top {case.top_k}, width {case.hidden}{table}; dim {case.dim}, "
+        f"{case.layers} layers, {case.heads} heads, {case.seq_len} tokens, batch {case.batch}, "
+        f"vocabulary {case.vocab:,}",
+        "",
+        f"{case.ranks} rank(s) x {case.threads} thread(s), {result['rounds']} rounds of {result['steps']} "
+        f"steps; {machine['cpu']} ({machine['instructions']}), {machine['cores']} cores, torch "
+        f"{machine['torch']}; matmul peak {middle:.0f} ({low:.0f}-{high:.0f}) GFLOP/s",
         "",
         "| | tokens/s | seconds / hybridtrain's | by CPU time | share of matmul peak | peak memory, MB |",
         "|---|--:|--:|--:|--:|--:|",
@@ -175,12 +207,17 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--cases", nargs="+", default=["8,2,512", "64,6,128"], help="experts,top_k,width of each case"
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=["small", "many"],
+        metavar="CASE",
+        help=f"of {', '.join(CASES)} (tools/peers.py)",
     )
     parser.add_argument(
         "--ranks",
@@ -194,37 +231,29 @@ def main(argv: list[str] | None = None) -> None:
         "--peers",
         nargs="+",
         default=["transformers:grouped_mm", "deepspeed"],
-        help="also transformers:eager, :batched_mm, :fsdp2, hybridtrain:zero0, :zero3, :replicated",
+        help="also transformers:eager, :batched_mm, :fsdp2, hybridtrain:zero0, :zero3, :replicated, "
+        ":independent",
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=2, help="steps of a round")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before")
-    for field in ("dim", "layers", "heads", "seq_len", "batch", "vocab"):
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=getattr(Case(), field))
+    shapes = parser.add_argument_group("shapes", "in place of the cases' own")
+    for name in SHAPES:
+        shapes.add_argument(f"--{name.replace('_', '-')}", type=int)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args(argv)
     if args.rounds < 2 or args.steps < 1 or args.warmup < 0:
         parser.error("--rounds must be at least 2, --steps at least 1, --warmup at least 0")
-    base = Case(
-        dim=args.dim,
-        layers=args.layers,
-        heads=args.heads,
-        seq_len=args.seq_len,
-        batch=args.batch,
-        vocab=args.vocab,
-    )
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    shapes = {name: value for name in SHAPES if (value := getattr(args, name)) is not None}
+    names = [OURS, *args.peers, "products", "matmul"]
     for ranks in args.ranks:
-        for numbers in args.cases:
-            experts, top_k, hidden = map(int, numbers.split(","))
-            case = replace(
-                base,
-                experts=experts,
-                top_k=top_k,
-                hidden=hidden,
-                ranks=ranks,
-                threads=max(1, args.threads // ranks),
-            )
-            names = [OURS, *args.peers, "products", "matmul"]
+        for name in args.cases:
+            case = replace(CASES[name], **shapes, ranks=ranks, threads=max(1, args.threads // ranks))
             result = summarise(case, measure(case, names, args.rounds, args.steps, args.warmup), args.steps)
             print(json.dumps(result, indent=1) if args.json else render(result) + "\n", flush=True)
 

@@ -4,7 +4,8 @@ and its products alone.
 A subject is a function from a case to (step, parameters): something to call that trains one step, and how
 many parameters the whole model has, by which the models are compared; None where there is no model. It runs
 in a process of its own, one a rank, that does as many steps as it is told on its standard input and answers
-with the seconds; first it answers with the number of parameters.
+with the seconds; first it answers with the number of parameters. Every step has the same batch of random
+tokens, in which hardly an n-gram occurs twice.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +25,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from hybridtrain.data.batches import Batch
+from hybridtrain.kernels.engram_hash.op import row_ids
+from hybridtrain.model.build import frame_of
+from hybridtrain.model.engram import EngramLayer
+from hybridtrain.model.exchanges import LOCAL
 from hybridtrain.model.feedforwards.dense import SwiGLU
 from hybridtrain.monitor.clock import Clock
-from hybridtrain.run.assemble import Vocabulary, assemble
+from hybridtrain.run.assemble import Vocabulary, assemble, make_addressing
 from hybridtrain.run.process_setup import join_world, keep_freed_memory
 from hybridtrain.run.step import Hooks, StepInput, train_step
+from hybridtrain.settings.engram import EngramSettings
+from hybridtrain.settings.layers import engram_layers
 from hybridtrain.settings.tree import Settings
 
 Step = Callable[[], object]
@@ -38,7 +45,12 @@ AUX_WEIGHT, LEARNING_RATE, CLIP_NORM = 0.01, 1e-3, 1.0
 
 @dataclass(frozen=True)
 class Case:
-    """The model and its batch; `batch` counts sequences over all ranks. Travels to the processes as JSON."""
+    """The model and its batch; `batch` counts sequences over all ranks. Travels to the processes as JSON.
+
+    hidden: width of an expert
+    rows: of the lookup table, or the few more that make its heads' sizes prime; every second layer, from the
+        first, has an Engram layer then. 0: no table and no Engram layers
+    """
 
     experts: int = 8
     top_k: int = 2
@@ -49,6 +61,8 @@ class Case:
     seq_len: int = 256
     batch: int = 8
     vocab: int = 4096
+    rows: int = 0
+    row_width: int = 32
     ranks: int = 1
     threads: int = 2
 
@@ -75,22 +89,28 @@ class Case:
             "hidden": self.hidden,
             "aux_weight": AUX_WEIGHT,
         }
-        model = {
-            "dim": self.dim,
-            "layers": (f"{self.layers}*attention+moe",),
-            "attention": attention,
-            "moe": moe,
-        }
+        kinds = ("engram+attention+moe", "attention+moe")  # the first without Engram where there is no table
+        layers = tuple(kinds[i % 2] for i in range(self.layers))
+        model = {"dim": self.dim, "layers": layers, "attention": attention, "moe": moe}
         return Settings.model_validate(
             {
                 "model": model,
-                "engram": {"enabled": False},
+                "engram": self._engram(),
                 "train": {"seq_len": self.seq_len, "global_batch": self.batch},
                 "parallel": parallel[experts],
                 "optim": {"backbone": "adamw", "lr": LEARNING_RATE, "clip_norm": CLIP_NORM},
                 "run": {"threads": self.threads},
             }
         )
+
+    def _engram(self) -> dict[str, Any]:
+        if not self.rows:
+            return {"enabled": False}
+        heads = -(-self.layers // 2) * EngramSettings().slots  # of all Engram layers
+        return {"rows_per_head": -(-self.rows // heads), "head_dim": self.row_width}
+
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.vocab, 0, torch.arange(self.vocab).numpy())
 
     def tokens(self) -> Tensor:
         """This rank's sequences with one token more than the model sees: [B, T + 1]."""
@@ -100,20 +120,49 @@ class Case:
         return whole.chunk(self.ranks)[int(os.environ["RANK"])]
 
 
+SMALL = Case()
+CASES: dict[str, Case] = {
+    "small": SMALL,
+    "many": replace(SMALL, experts=64, top_k=6, hidden=128),
+    "large": replace(SMALL, experts=16, dim=512, layers=8, heads=8, seq_len=512),
+    "hybrid": replace(SMALL, rows=200_000),
+}
+"""The cases that have a name."""
+
+WORLD_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+
+
 def hybridtrain(case: Case, experts: str = "sharded") -> Made:
-    """The project's own step, as its loop runs it; `experts` as in `Case.settings`."""
-    settings = case.settings(experts)
-    run = assemble(
-        settings, join_world(settings), Vocabulary(case.vocab, 0, torch.zeros(case.vocab).numpy()), None
-    )
-    tokens, clock = case.tokens()[None], Clock(torch.device("cpu"))
+    """The project's own step, as its loop runs it; `experts` as in `Case.settings`, or "independent".
+
+    Independent: each process trains its share of the batch as a run of its own, with the whole model and no
+    process group, beside the others. What ranks lose to each other is the time of "sharded" over this one's.
+    The work per token is the same; each independent process updates all experts, and a rank its own.
+
+    The plan of the table's rows is made in the step here; in training it is made beside the step before.
+    """
+    tokens = case.tokens()[None]
+    if experts == "independent":
+        os.environ.update(WORLD_OF_ONE)
+        case, experts = replace(case, ranks=1, batch=case.batch // case.ranks), "sharded"
+    settings, vocabulary = case.settings(experts), case.vocabulary()
+    addressing = make_addressing(settings, vocabulary)
+    run = assemble(settings, join_world(settings), vocabulary, addressing)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    if addressing is not None:
+        parameters += addressing.num_rows * case.row_width
     batch = Batch(
         tokens[..., :-1].contiguous(),
         tokens[..., 1:].contiguous(),
         torch.zeros_like(tokens[..., 1:], dtype=torch.bool),
     )
-    data, hooks = StepInput(batch), Hooks(clock.phase)
-    return lambda: train_step(run, 100, data, hooks), sum(p.numel() for p in run.model.parameters())
+    hooks = Hooks(Clock(torch.device("cpu")).phase)
+
+    def step() -> None:
+        plan = run.table.plan(batch) if run.table is not None else None
+        train_step(run, 100, StepInput(batch, plan), hooks)
+
+    return step, parameters
 
 
 def transformers(case: Case, experts: str = "grouped_mm") -> Made:
@@ -213,12 +262,15 @@ def products(case: Case) -> Made:
     there: what no trainer on these products can go below."""
     tokens, width = case.batch // case.ranks * case.seq_len, case.dim
     shapes = [(tokens, width, width)] * 4 * case.layers + [(tokens, width, case.vocab)]
-    rows = tokens * case.top_k // case.experts
+    load = tokens * case.top_k // case.experts
     shapes += (
-        [(rows, width, case.hidden), (rows, width, case.hidden), (rows, case.hidden, width)]
+        [(load, width, case.hidden), (load, width, case.hidden), (load, case.hidden, width)]
         * case.experts
         * case.layers
     )
+    settings = case.settings()
+    looked_up = settings.engram.slots * case.row_width
+    shapes += [(tokens, looked_up, width)] * 2 * len(engram_layers(settings))
     made: dict[tuple[int, int, int], list[Tensor]] = {}
     for m, k, n in shapes:
         made.setdefault((m, k, n), [torch.randn(m, k), torch.randn(k, n), torch.randn(m, n)])
@@ -268,7 +320,46 @@ def _mixtral(case: Case, experts: str, with_router_loss: bool) -> Any:
         attn_implementation="sdpa",
         experts_implementation=experts,
     )
-    return MixtralForCausalLM(config).train()
+    model = MixtralForCausalLM(config)
+    if case.rows:
+        add_engram(model, case)
+    return model.train()
+
+
+def add_engram(model: Any, case: Case) -> None:
+    """Give Mixtral hybridtrain's Engram layers where hybridtrain's model has them. The row ids are computed
+    from the tokens in every forward pass.
+
+    The layers are this project's own; the table is a plain `nn.Embedding`, looked up in each layer: its
+    gradient, its update and, under DDP, its all-reduce are as large as the table.
+    """
+    settings = case.settings()
+    addressing = make_addressing(settings, case.vocabulary())
+    assert addressing is not None
+    model.table = nn.Embedding(addressing.num_rows, case.row_width)
+    nn.init.normal_(model.table.weight, std=settings.engram.init_std)
+    ids: dict[int, Tensor] = {}
+
+    def address(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs["input_ids"]
+        ids_BTLS = row_ids(addressing, tokens, torch.zeros_like(tokens, dtype=torch.bool))
+        ids.update(zip(addressing.layers, ids_BTLS.unbind(2), strict=True))
+
+    def add(layer: Any, number: int) -> None:
+        layer.engram = EngramLayer(settings.engram, frame_of(settings), LOCAL)
+        for linear in (layer.engram.wk, layer.engram.wv):
+            nn.init.normal_(linear.weight, std=settings.model.init_std)
+        nn.init.zeros_(layer.engram.conv)
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            h, *others = args
+            return (h + layer.engram(h, model.table(ids[number]), None), *others)
+
+        layer.register_forward_pre_hook(before)
+
+    model.register_forward_pre_hook(address, with_kwargs=True)
+    for number in addressing.layers:
+        add(model.model.layers[number], number)
 
 
 def _torch_step(model: nn.Module, loss: Callable[[], Tensor], reduce: Step) -> Step:
