@@ -26,10 +26,20 @@ _WAITING = {
 _READING = ("tolist", "cpu", "numpy")
 
 
-class HostWaits(TorchDispatchMode):
-    """Counts by name while it is entered, in this thread; also `repeat_interleave` without a size and
-    indexing by a mask.
+def waits_for_device(operation: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the host would wait in this call of torch; also `repeat_interleave` without a size and indexing
+    by a mask.
     """
+    name = operation.overloadpacket.__name__
+    unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
+    by_mask = name in ("index", "index_put_") and any(
+        i is not None and i.dtype == torch.bool for i in args[1]
+    )
+    return name in _WAITING or unsized or by_mask
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts by name while it is entered, in this thread."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -58,11 +68,6 @@ class HostWaits(TorchDispatchMode):
             setattr(Tensor, name, real)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = operation.overloadpacket.__name__
-        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        by_mask = name in ("index", "index_put_") and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
-        if name in _WAITING or unsized or by_mask:
-            self.counts[name] += 1
+        if waits_for_device(operation, args, kwargs or {}):
+            self.counts[operation.overloadpacket.__name__] += 1
         return operation(*args, **(kwargs or {}))
