@@ -39,6 +39,7 @@ class ReplicaEngine(NativeEngine):
                 value.grad = replicas.gradient(parameter)
         for stage in stages:
             stage.register_forward_pre_hook(lambda *_: replicas.await_parameters())
+            stage.register_state_dict_pre_hook(lambda *_: replicas.await_parameters())
 
     def squares(self, rows_ND: Tensor | None) -> Tensor:
         self.replicas.end_sums()

@@ -19,7 +19,7 @@ from tests.faults.judge import Outcome
 from tests.faults.story import DAMAGE, PHASES, PIPELINE_PHASES
 from tools.fault_campaign import problems, run
 
-FEW, FEW_SEED, FEW_STORIES, FEW_ATTEMPTS = 6, 1775, 1, 6
+FEW, FEW_SEED, FEW_STORIES, FEW_ATTEMPTS = 6, 3, 1, 6
 
 
 def wrong(outcomes: list[Outcome]) -> list[str]:

@@ -31,6 +31,7 @@ def clip_by_global_norm(
     grads: list[Tensor], rows: Tensor | None, mesh: Mesh, bound: float, held_by: list[int] | None = None
 ) -> tuple[float, float]:
     """What an engine and the training loop do with a step's gradients together."""
-    norm, table = norms_of(global_squares(grads, rows, mesh, held_by).tolist())
+    times = [n * mesh.layout.dp_replicate for n in held_by or [1] * len(grads)]
+    norm, table = norms_of(global_squares(grads, rows, mesh, times).tolist())
     clip_([*grads, *([] if rows is None else [rows])], norm, bound)
     return norm, table

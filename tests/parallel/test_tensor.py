@@ -180,6 +180,7 @@ def test_the_heads_gradient_in_bfloat16_is_as_near_over_128_blocks_as_in_one_pro
 
 VOCABULARY = 1021  # a prime: no tp divides it
 OVERRIDES = [
+    "parallel.zero=3",
     "model.moe.num_shared=1",
     "model.moe.aux_weight=0.1",
     "model.attention.num_kv_heads=2",

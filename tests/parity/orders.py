@@ -105,7 +105,7 @@ def _in_parts(parts: int) -> Iterator[None]:
         patch.object(F, "linear", linear_in_parts),
         patch.object(moe, "moe_swiglu", swiglu_in_parts),
         patch.object(engine, "local_gradients", gradients_in_parts),
-        patch.object(engine, "tp_copies", lambda params, tp: None),  # one rank holds each part
+        patch.object(engine, "tp_copies", lambda params, tp: [1] * len(gradients_in_parts(params))),
     ):
         yield
 
