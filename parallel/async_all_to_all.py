@@ -26,7 +26,7 @@ class Handle:
     """
 
     def __init__(
-        self, out: Tensor, sent: Tensor, work: dist.Work | None, traffic: Traffic | None = None
+        self, out: Tensor, sent: Tensor, work: dist.Work | None = None, traffic: Traffic | None = None
     ) -> None:
         self._out, self._sent, self._work, self._traffic = out, sent, work, traffic
         self._times: list[float] = []  # begun, waited for and ended, in any order of the last two
@@ -49,9 +49,8 @@ class Handle:
                 self._mark()
         elif work is not None:
             self._times.append(time.perf_counter())
-        if work is not None:
-            with self._traffic.waiting() if self._traffic is not None else nullcontext():
-                work.wait()
+        if work is not None and self._traffic is not None:
+            self._traffic.wait(work)
         del self._out, self._sent, self._work
         return out
 
@@ -75,7 +74,7 @@ def begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], gro
     collectives.
     """
     if group.size == 1:
-        return Handle(x, x, None)
+        return Handle(x, x)
     return Handle(*collectives.post_all_to_all(x, send, receive, group), group.traffic)
 
 

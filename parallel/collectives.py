@@ -58,8 +58,7 @@ def launch_all_to_all(
     out, _, work = post_all_to_all(x, send, receive, group)
 
     def finish() -> Tensor:
-        with group.traffic.waiting():
-            work.wait()
+        group.traffic.wait(work)
         return out
 
     return finish
@@ -124,8 +123,9 @@ def reduce_scatter_autograd(x: Tensor, group: Group) -> Tensor:
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty((group.size, *x.shape))
     count_all_gather(x, group)
-    with group.traffic.waiting():
-        dist.all_gather_single(out, x.contiguous()[None], group=group.process_group)
+    group.traffic.wait(
+        dist.all_gather_single(out, x.contiguous()[None], group=group.process_group, async_op=True)
+    )
     return out
 
 
@@ -133,8 +133,9 @@ def _all_gather(x: Tensor, group: Group) -> Tensor:
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(x.shape[1:])
     count_reduce_scatter(out, group)
-    with group.traffic.waiting():
-        dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group)
+    group.traffic.wait(
+        dist.reduce_scatter_single(out[None], x.contiguous(), group=group.process_group, async_op=True)
+    )
     return out
 
 
@@ -150,8 +151,7 @@ def all_reduce_(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.Redu
     """Reduce `x` in place over the group; every rank gets bitwise the same result."""
     if group.size > 1:
         count_all_reduce(x, group)
-        with group.traffic.waiting():
-            dist.all_reduce(x, op=op, group=group.process_group)
+        group.traffic.wait(dist.all_reduce(x, op=op, group=group.process_group, async_op=True))
     return x
 
 
@@ -173,8 +173,7 @@ def all_gather_uneven(x: Tensor, group: Group) -> list[Tensor]:
     padded[: x.shape[0]] = x
     out = padded.new_empty((group.size * max(lengths), *x.shape[1:]))
     count_all_gather(padded, group)
-    with group.traffic.waiting():
-        dist.all_gather_single(out, padded, group=group.process_group)
+    group.traffic.wait(dist.all_gather_single(out, padded, group=group.process_group, async_op=True))
     return [
         part[:length]
         for part, length in zip(
@@ -204,9 +203,8 @@ def swap(x: Tensor, peer: int, group: Group) -> Tensor:
             dist.P2POp(dist.irecv, out, group=pair, group_peer=peer),
         ]
     )
-    with group.traffic.waiting():
-        for work in works:
-            work.wait()
+    for work in works:
+        group.traffic.wait(work)
     return out
 
 

@@ -26,7 +26,6 @@ from hybridtrain.parallel.async_all_to_all import all_to_all_autograd, start_all
 from hybridtrain.parallel.collectives import (
     Group,
     all_gather_autograd,
-    all_to_all,
     exchange_counts,
     reduce_scatter_autograd,
 )
@@ -156,21 +155,16 @@ class ExpertExchange:
             )
             # outside 0..here-1: lives elsewhere
             local_PK = experts_NK[order_P // experts_NK.size(1)] - rank_P[:, None] * here
-            local_QK = all_to_all(local_PK, send, receive, group)
+            gates_PK, x_PD = (spread(rows, order_P, inverse_NK, hop.backends) for rows in (gates_NK, x_ND))
             start = partial(start_all_to_all, send=send, receive=receive, group=group, guard=load.guard)
-            finish_gates, finish_x = (
-                start(spread(rows, order_P, inverse_NK, hop.backends)) for rows in (gates_NK, x_ND)
-            )
-        return cls(
-            load,
-            here,
-            order_P,
-            inverse_NK,
-            send,
-            receive,
-            lambda: (finish_x(), local_QK, finish_gates()),
-            hop.backends,
-        )
+            # one message: gates are float32, which has all integers to 2^24
+            finish_chosen, finish_x = start(torch.cat([gates_PK, local_PK], 1)), start(x_PD)
+
+        def arrive() -> tuple[Tensor, Tensor, Tensor]:
+            gates_QK, local_QK = finish_chosen().chunk(2, 1)
+            return finish_x(), local_QK.detach().long(), gates_QK
+
+        return cls(load, here, order_P, inverse_NK, send, receive, arrive, hop.backends)
 
     def combine(self, y_QD: Tensor) -> Tensor:
         """Send each received token's result back, and add up those of each token here: [N, D]."""

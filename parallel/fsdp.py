@@ -36,8 +36,11 @@ class _CountedAllGather(DefaultAllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         count_all_gather(input_tensor, self._counted)
-        with self._counted.traffic.waiting():
-            return super().__call__(output_tensor, input_tensor, group, async_op)
+        work = super().__call__(output_tensor, input_tensor, group, True)
+        if async_op or work is None:
+            return work
+        self._counted.traffic.wait(work)
+        return None
 
 
 class _CountedReduceScatter(DefaultReduceScatter):
@@ -84,8 +87,7 @@ class RankOrderSum(ReduceScatter):
             raise ValueError(f"gradients are summed, at once; got {op}, async_op={async_op}")
         count_reduce_scatter(output_tensor, self._counted)
         parts = torch.empty_like(input_tensor)
-        with self._counted.traffic.waiting():
-            dist.all_to_all_single(parts, input_tensor, group=group)
+        self._counted.traffic.wait(dist.all_to_all_single(parts, input_tensor, group=group, async_op=True))
         first, *others = parts.chunk(group.size())
         output_tensor.copy_(first)
         for part in others:

@@ -20,6 +20,9 @@ from hybridtrain.parallel.collectives import Group, gather_objects
 from hybridtrain.parallel.layout import MEM_AXES, Layout, LayoutError
 from hybridtrain.parallel.traffic import Traffic
 
+AWAKE = 1e-3
+"""Seconds that ranks with a core each stay awake while they wait for each other."""
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -148,7 +151,8 @@ def make_mesh(
 
     Raises LayoutError where ranks have resolved different layouts.
     """
-    traffic = Traffic()
+    a_core_each = device.type == "cpu" and ranks_of_a_node(layout.world) <= (os.cpu_count() or 1)
+    traffic = Traffic(AWAKE if a_core_each else 0.0)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         _join(layout.world, rank, backend, timeout, joining)

@@ -181,8 +181,8 @@ class Replicas:
         while self._ended < len(self.buckets):
             self._end_next()
         if not self.shared:
-            for work in [w for bucket in self.buckets for w in bucket.begin_spread(bucket.gradients)]:
-                work.wait()
+            for bucket, work in [(b, w) for b in self.buckets for w in b.begin_spread(b.gradients)]:
+                bucket.group.traffic.wait(work)
 
     def clear(self) -> None:
         """Forget the step's gradients."""

@@ -123,7 +123,7 @@ class Formulas:
         there = sum(self.asked(self.rank, i) for i, rank in enumerate(group) if rank != self.rank)
         here = sum(self.asked(rank, group.index(self.rank)) for rank in group if rank != self.rank)
         counts = self.mine.calls_of_experts * (len(group) - 1) * 2 * INT  # of tokens, and of pairs
-        return there * (2 * hidden + K * (FLOAT + INT)) + here * (2 * hidden + K * FLOAT) + counts
+        return (there + here) * (2 * hidden + 2 * K * FLOAT) + counts
 
     def asked(self, rank: int, place: int) -> int:
         """Copies of tokens that `rank` asks of the `place`-th rank of its ep: under etp of all tokens of its
@@ -149,7 +149,7 @@ class Formulas:
         if self.layout.etp > 1:
             moe = sum(spec.feedforward == "moe" for spec in self.specs)
             moves += 2 * moe
-            routed = moe * self.B * self.T * K * (2 * FLOAT + INT)  # gates both ways, expert numbers
+            routed = moe * self.B * self.T * K * 4 * FLOAT  # gates and expert numbers, and back
         out += self.M * (n - 1) * (2 * moves * self.hidden + routed) // n
         if "last" in self.ends():
             out += self.M * 2 * (n - 1) * 3 * self.B * self.T * FLOAT // n
