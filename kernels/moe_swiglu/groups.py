@@ -25,7 +25,9 @@ def by_groups(
         x_PD, counts_E = _absent_as_zeros(x_PD, counts_E)
     num_pairs = len(x_PD)
     there = num_pairs if choice.present is None else choice.present
-    y_PD = grouped_swiglu(x_PD[:there], counts_E, *weights, backends)
+    if there < num_pairs:  # else no slice: its gradient would be a fill and a copy
+        x_PD = x_PD[:there]
+    y_PD = grouped_swiglu(x_PD, counts_E, *weights, backends)
     if there < num_pairs:
         y_PD = F.pad(y_PD, (0, 0, 0, num_pairs - there))
     return combine(y_PD, choice.gates_NK, order_P, inverse_NK, backends)

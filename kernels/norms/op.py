@@ -63,7 +63,9 @@ def rope(
     if weight_C is not None:
         x_BTHC = rms_norm(x_BTHC, weight_C, eps, backends)
     complex_BTHR = torch.view_as_complex(x_BTHC.float().view(*x_BTHC.shape[:-1], -1, 2))
-    rotation_THR = rotation_TR[:, None].expand(complex_BTHR.shape[1:]).contiguous()  # one long inner loop
+    rotation_THR = rotation_TR[:, None]
+    if x_BTHC.device.type == "cpu":  # one long inner loop
+        rotation_THR = rotation_THR.expand(complex_BTHR.shape[1:]).contiguous()
     return torch.view_as_real(complex_BTHR * rotation_THR).flatten(-2).to(x_BTHC.dtype)
 
 

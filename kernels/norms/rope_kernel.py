@@ -105,7 +105,9 @@ def _backward(
         weight_C, grad_x, partial,
         N, T, H, C, eps, tiles, constants={"NORM": weight_C is not None, **tile}, num_warps=warps,
     )  # fmt: skip
-    return grad_x, partial.sum(0).to(x_BTHC.dtype if weight_C is None else weight_C.dtype)
+    if weight_C is None:
+        return grad_x, x_BTHC.new_empty(0)
+    return grad_x, partial.sum(0).to(weight_C.dtype)
 
 
 _op = custom_op("hybridtrain::rope", _forward, mutates_args=())
@@ -121,8 +123,7 @@ def _(x_BTHC: Tensor, rotation_TC: Tensor, weight_C: Tensor | None, eps: float) 
 def _(
     grad: Tensor, x_BTHC: Tensor, rotation_TC: Tensor, weight_C: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    grad_weight = x_BTHC.new_empty(x_BTHC.size(-1)) if weight_C is None else torch.empty_like(weight_C)
-    return torch.empty_like(x_BTHC), grad_weight
+    return torch.empty_like(x_BTHC), x_BTHC.new_empty(0) if weight_C is None else torch.empty_like(weight_C)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -93,10 +93,10 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_PD: Tensor, gates_NK: Tensor, order_P: Tensor, inverse_NK: Tensor) -> Tensor:
         ctx.save_for_backward(y_PD, gates_NK, order_P, inverse_NK)
-        gates = gates_NK.to(wide := _wide(y_PD))
-        out_ND = y_PD.index_select(0, inverse_NK[:, 0]).to(wide) * gates[:, :1]
+        gates = gates_NK.to(_wide(y_PD))
+        out_ND = y_PD.index_select(0, inverse_NK[:, 0]) * gates[:, :1]  # in the wider type
         for k in range(1, inverse_NK.size(1)):
-            out_ND.addcmul_(y_PD.index_select(0, inverse_NK[:, k]).to(wide), gates[:, k : k + 1])
+            out_ND.addcmul_(y_PD.index_select(0, inverse_NK[:, k]), gates[:, k : k + 1])
         return out_ND.to(y_PD.dtype)
 
     @staticmethod

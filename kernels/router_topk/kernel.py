@@ -146,14 +146,18 @@ def _backward_kernel(
         along = tl.sum(grad * scores, 1) / tl.maximum(total, 1e-20)
         along = tl.where(total > 1e-20, along, 0.0)
         grad = (grad - chosen * along[:, None]) / tl.maximum(total, 1e-20)[:, None]
-    grad_shares = tl.load(grad_shares_ptr + cols, mask=cols < E, other=0.0)[None, :]
+    if grad_shares_ptr is not None:
+        grad_shares = tl.load(grad_shares_ptr + cols, mask=cols < E, other=0.0)[None, :]
+        if SOFTMAX:
+            grad += grad_shares
+        else:
+            grad += (grad_shares - tl.sum(shares * grad_shares, 1)[:, None]) / mass[:, None]
     if SOFTMAX:
-        grad += grad_shares
         grad = scores * (grad - tl.sum(scores * grad, 1)[:, None])
     else:
-        grad += (grad_shares - tl.sum(shares * grad_shares, 1)[:, None]) / mass[:, None]
         grad *= scores * (1.0 - scores)
-    grad += softmax * (2.0 * lse * tl.load(grad_z_ptr))[:, None]
+    if grad_z_ptr is not None:
+        grad += softmax * (2.0 * lse * tl.load(grad_z_ptr))[:, None]
     tl.store(grad_logits_ptr + at, grad, mask=real & tokens[:, None])
 
 
@@ -166,7 +170,8 @@ def _forward(
     scale: float,
     groups: int,
     top_groups: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gates, experts, counts, shares, and [z, entropy] in one tensor."""
     N, E = logits_NE.shape
     tile, warps = row_tile(E, elements=1024)
     programs, tiles = partials(ceil_div(N, tile["BLOCK_N"]))
@@ -181,20 +186,12 @@ def _forward(
         **limits, **tile},
         num_warps=warps,
     )  # fmt: skip
-    totals = sums.sum(0)
-    return (
-        gates,
-        experts,
-        counts.sum(0, dtype=torch.int64),
-        shares.sum(0),
-        totals[0].clone(),
-        totals[1].clone(),
-    )
+    return gates, experts, counts.sum(0, dtype=torch.int64), shares.sum(0), sums.sum(0)
 
 
 def _backward(
-    grad_gates_NK: Tensor, grad_shares_E: Tensor, grad_z: Tensor, logits_NE: Tensor, experts_NK: Tensor,
-    softmax: bool, normalize: bool, scale: float,
+    grad_gates_NK: Tensor, grad_shares_E: Tensor | None, grad_z: Tensor | None, logits_NE: Tensor,
+    experts_NK: Tensor, softmax: bool, normalize: bool, scale: float,
 ) -> Tensor:  # fmt: skip
     grad_logits = torch.empty_like(logits_NE)
     N, E = logits_NE.shape
@@ -224,32 +221,35 @@ def _(
     scale: float,
     groups: int,
     top_groups: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, E = logits_NE.shape
     new, whole = logits_NE.new_empty, torch.int64
-    return new(N, k), new(N, k, dtype=whole), new(E, dtype=whole), new(E), new(()), new(())
+    return new(N, k), new(N, k, dtype=whole), new(E, dtype=whole), new(E), new(2)
 
 
 @_op_backward.register_fake
 def _(
-    grad_gates_NK: Tensor, grad_shares_E: Tensor, grad_z: Tensor, logits_NE: Tensor, experts_NK: Tensor,
-    softmax: bool, normalize: bool, scale: float,
+    grad_gates_NK: Tensor, grad_shares_E: Tensor | None, grad_z: Tensor | None, logits_NE: Tensor,
+    experts_NK: Tensor, softmax: bool, normalize: bool, scale: float,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(logits_NE)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits_NE, _, _, *ctx.options = inputs[:6]
-    _, experts, counts, _, _, entropy = output
-    ctx.mark_non_differentiable(experts, counts, entropy)
+    _, experts, counts, _, _ = output
+    ctx.mark_non_differentiable(experts, counts)
+    ctx.set_materialize_grads(False)  # no zeros for what no loss reads
     ctx.save_for_backward(logits_NE, experts)
 
 
-def _gradients(
-    ctx: Any, grad_gates: Tensor, _: Tensor, __: Tensor, grad_shares: Tensor, grad_z: Tensor, ___: Tensor
-) -> Any:
-    grads = (grad_gates.contiguous(), grad_shares.contiguous(), grad_z.contiguous())
-    return _op_backward(*grads, *ctx.saved_tensors, *ctx.options), *[None] * 7
+def _gradients(ctx: Any, grad_gates: Tensor | None, *others: Tensor | None) -> Any:
+    _, _, grad_shares, grad_sums = others  # the first of the sums is z
+    logits_NE, experts_NK = ctx.saved_tensors
+    if grad_gates is None:
+        grad_gates = logits_NE.new_zeros(experts_NK.shape)
+    grads = (g.contiguous() if g is not None else None for g in (grad_gates, grad_shares, grad_sums))
+    return _op_backward(*grads, logits_NE, experts_NK, *ctx.options), *[None] * 7
 
 
 _op.register_autograd(_gradients, setup_context=_setup)
@@ -264,8 +264,9 @@ def router_topk(logits_NE: Tensor, bias_E: Tensor, rule: Rule) -> Routing:
     if E % groups or not 0 < rule.top_groups <= groups or k > E // groups * rule.top_groups:
         raise ValueError(f"k={k} experts of {rule.top_groups} of {groups} groups do not fit {E} experts")
     options = (k, rule.score == "softmax", rule.normalize, rule.scale, groups, rule.top_groups)
-    gates, experts, *rest = _op(logits_NE.contiguous(), bias_E, *options)
-    return Routing(experts, gates, *rest)
+    gates, experts, counts, shares, sums = _op(logits_NE.contiguous(), bias_E, *options)
+    balance = (shares if rule.shares else None, sums[0] if rule.z else None)
+    return Routing(experts, gates, counts, *balance, sums[1].detach())
 
 
 def cases() -> Iterator[Case]:

@@ -76,9 +76,8 @@ class Router(CountingModule):
         super().__init__()
         self.backends = backends
         self.moe = moe
-        self.rule = Rule(
-            moe.top_k, moe.score, moe.normalize_gates, moe.gate_scale, moe.num_groups, moe.top_groups
-        )
+        limits, losses = (moe.num_groups, moe.top_groups), (moe.aux_weight > 0, moe.z_weight > 0)
+        self.rule = Rule(moe.top_k, moe.score, moe.normalize_gates, moe.gate_scale, *limits, *losses)
         self.tokens_per_step = tokens_per_step
         self.weight = nn.Parameter(torch.empty(moe.num_experts, dim))
         self.register_buffer("bias_E", torch.empty(moe.num_experts, dtype=torch.float32))
@@ -98,8 +97,7 @@ class Router(CountingModule):
 
     def learn(self, sums: Mapping[str, Tensor]) -> None:
         """Take in how many pairs each expert got in the step: shares for the next step's auxiliary loss, and
-        a step of the selection bias against them (auxiliary-loss-free balancing, arXiv 2408.15664).
-        """
+        a step of the selection bias against them (auxiliary-loss-free balancing, arXiv 2408.15664)."""
         counts_E = sums["expert_tokens"].to(self.load_E)
         self.load_E.copy_(counts_E / counts_E.sum().clamp_min(1))
         self.bias_E.add_(torch.sign(counts_E.mean() - counts_E), alpha=self.moe.bias_rate)
@@ -114,12 +112,12 @@ class Router(CountingModule):
         add("expert_tokens", routing.counts_E)
         add("router_entropy", routing.entropy)
         add("router_tokens", torch.full((), float(len(gates_NK)), device=gates_NK.device))
-        if moe.aux_weight:
+        if routing.shares_E is not None:
             # f is last step's global load, a constant: a product of two sums over the step would not add up.
             aux = moe.aux_weight * moe.num_experts / self.tokens_per_step * (routing.shares_E @ self.load_E)
             add("aux_loss", aux)
             gates_NK = _attach_loss(gates_NK, aux)
-        if moe.z_weight:
+        if routing.z is not None:
             z = moe.z_weight / self.tokens_per_step * routing.z
             add("z_loss", z)
             gates_NK = _attach_loss(gates_NK, z)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+from torch import Tensor
 
 from hybridtrain.kernels.router_topk import op
-from hybridtrain.kernels.router_topk.op import Rule
+from hybridtrain.kernels.router_topk.op import Routing, Rule
 from hybridtrain.kernels.testing import check, poisoned
 
 kernel = pytest.importorskip(
     "hybridtrain.kernels.router_topk.kernel", reason="needs triton", exc_type=ImportError
 )
+Router = Callable[[Tensor, Tensor, Rule], Routing]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +38,25 @@ def test_router(N: int, E: int, k: int, groups: tuple[int, int], score: str, nor
         lambda x: tuple(op.router_topk(x, bias, rule)),
         [logits],
     )
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("read", [("gates_NK",), ("shares_E",), ("z",), ("gates_NK", "z"), ("shares_E", "z")])
+def test_a_gradient_of_some_results(score: str, read: tuple[str, ...]) -> None:
+    def results(router: Router, logits: Tensor) -> tuple[Tensor, ...]:
+        routing = router(logits, torch.zeros(12), Rule(3, score, True, 2.5))
+        return tuple(getattr(routing, name) for name in read)
+
+    check(partial(results, kernel.router_topk), partial(results, op.router_topk), [2 * torch.randn(9, 12)])
+
+
+@pytest.mark.parametrize("router", [kernel.router_topk, op.router_topk])
+def test_makes_no_sum_that_is_not_asked_for(router: Router) -> None:
+    logits, bias, rule = torch.randn(9, 12), torch.zeros(12), Rule(3, "softmax", True, 2.5)
+    whole, some = router(logits, bias, rule), router(logits, bias, rule._replace(shares=False, z=False))
+    assert some.shares_E is some.z is None
+    for name in ("experts_NK", "gates_NK", "counts_E", "entropy"):
+        assert torch.equal(getattr(some, name), getattr(whole, name))
 
 
 def test_one_hot_expert_and_several_tiles_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
