@@ -106,7 +106,7 @@ def second_step(data: str, overrides: list[str], store: str) -> Facts:
         facts.modules += sum(isinstance(m, FSDPModule) for m in stage.modules())
     if isinstance(run.engine, ReplicaEngine):
         for bucket in run.engine.replicas.buckets:
-            own = bucket.part(bucket.weights, bucket.group.rank).nbytes
+            own = bucket.part(bucket.gradients, bucket.group.rank).nbytes
             facts.owned[bucket.group.name] = facts.owned.get(bucket.group.name, 0) + own
     here = getattr(run.schedule, "stages", ())
     facts.stages = [part.stage.number for part in here]
