@@ -11,6 +11,17 @@ from itertools import pairwise
 from pathlib import Path
 
 _CPUS = Path("/sys/devices/system/cpu")
+_SPINS = "10000"  # some ten microseconds
+
+
+def let_openmp_sleep() -> None:
+    """Let OpenMP's threads sleep soon after they have no work; to be called before torch is imported.
+
+    By default libgomp's look for work for milliseconds, on the cores where the threads of the experts
+    compute meanwhile (kernels/moe_swiglu/op.py). What the environment says stands.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def usable_cores() -> list[int]:

@@ -66,6 +66,8 @@ class Subject:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
+        if self.name.startswith(OURS):
+            environment.setdefault("GOMP_SPINCOUNT", "10000")  # as the command does
         with self.log.open("a") as log:
             return subprocess.Popen(
                 [sys.executable, str(root / "tools" / "peers.py"), self.name, to_json(case)],

@@ -10,6 +10,7 @@ import typer
 
 from hybridtrain.cli import data, kernels, models, training
 from hybridtrain.errors import UserError
+from hybridtrain.launch.cores import let_openmp_sleep
 from hybridtrain.parallel.layout import LayoutError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.add_typer(kernels.kernels_app, name="kernels")
 
 def main() -> None:
     """Run the command; what the user can mend is one message on stderr and exit status 2."""
+    let_openmp_sleep()
     try:
         app()
     except (UserError, LayoutError) as error:

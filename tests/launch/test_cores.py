@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from hybridtrain.launch import cores
-from hybridtrain.launch.cores import shares_of_cores, usable_cores
+from hybridtrain.launch.cores import let_openmp_sleep, shares_of_cores, usable_cores
 
 
 @pytest.mark.parametrize(("ranks", "threads"), [(2, 1), (3, 2), (4, 2), (7, 1), (8, 1)])
@@ -45,3 +47,31 @@ def test_hardware_threads_of_a_core_stand_together(monkeypatch: pytest.MonkeyPat
             f"{core % 4},{core % 4 + 4}\n" if core % 2 else f"{core % 4}-{core % 4 + 4}\n"
         )
     assert usable_cores() == [0, 4, 1, 5, 2, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_openmp_sleeps_soon_unless_the_environment_says_otherwise(
+    before: dict[str, str], after: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # what was there comes back behind the test
+        monkeypatch.delenv(name)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    let_openmp_sleep()
+    assert os.environ.get("GOMP_SPINCOUNT") == after
+
+
+def test_the_command_tells_openmp_before_torch_comes() -> None:
+    code = (
+        "import os, sys; from hybridtrain.cli import main; sys.argv = ['hybridtrain', '--help']\n"
+        "try: main()\nexcept SystemExit: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "10000 False"
