@@ -33,7 +33,7 @@ class Traffic:
     A call is entered before it is made, so that a rank that waits in it is known to wait. `calls` rises as
     long as this rank goes on; `waited` are its seconds in collectives, where the host waits for them.
 
-    A thread that waits stays awake for the first `awake` seconds: between ranks of one machine a core that
+    The main thread stays awake for the first `awake` seconds that it waits: between ranks of one machine a core that
     sleeps takes longer to wake than most messages to arrive. It yields its core to all others meanwhile.
     """
 
@@ -62,12 +62,14 @@ class Traffic:
 
     def wait(self, work: dist.Work) -> None:
         """Wait for other ranks, or for what is sent to arrive; the main thread's seconds are `waited`."""
+        if threading.current_thread() is not threading.main_thread():
+            work.wait()
+            return
         begin = time.perf_counter()
         while time.perf_counter() - begin < self.awake and not work.is_completed():
             os.sched_yield()
         work.wait()
-        if threading.current_thread() is threading.main_thread():
-            self.waited += time.perf_counter() - begin
+        self.waited += time.perf_counter() - begin
 
     def alive(self) -> None:
         """Note progress outside of collectives, such as a part of a checkpoint that was written."""
