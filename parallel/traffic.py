@@ -33,8 +33,9 @@ class Traffic:
     A call is entered before it is made, so that a rank that waits in it is known to wait. `calls` rises as
     long as this rank goes on; `waited` are its seconds in collectives, where the host waits for them.
 
-    The main thread stays awake for the first `awake` seconds that it waits: between ranks of one machine a core that
-    sleeps takes longer to wake than most messages to arrive. It yields its core to all others meanwhile.
+    The main thread stays awake for the first `awake` seconds that it waits: between ranks of one machine a
+    core that sleeps takes longer to wake than most messages to arrive. It yields its core to all others
+    meanwhile.
     """
 
     def __init__(self, awake: float = 0.0) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,3 +124,37 @@ def test_traffic_adds_up_by_group() -> None:
         ("ep", (0, 1), "all_reduce", 3),
         ("mem", (0, 1, 2, 3), "all_to_all", 1),
     ]
+
+
+def asked(awake: float, ready_after: int) -> tuple[int, int, float]:
+    """How often a wait asked whether the work is done, how often it then waited for it, and the seconds that
+    it counted.
+    """
+    traffic, calls = c.Traffic(awake), {"asked": 0, "waited": 0}
+
+    def is_completed() -> bool:
+        calls["asked"] += 1
+        return calls["asked"] >= ready_after
+
+    work: Any = SimpleNamespace(
+        is_completed=is_completed, wait=lambda: calls.update(waited=calls["waited"] + 1)
+    )
+    traffic.wait(work)
+    return calls["asked"], calls["waited"], traffic.waited
+
+
+def test_the_main_thread_stays_awake_for_a_while() -> None:
+    assert asked(30.0, 3)[:2] == (3, 1)  # done early
+    times, waited, seconds = asked(0.01, 1 << 60)  # then it sleeps
+    assert times > 1
+    assert waited == 1
+    assert 0.01 <= seconds < 5
+    assert asked(0.0, 3)[:2] == (0, 1)
+
+
+def test_other_threads_sleep_at_once_and_count_nothing() -> None:
+    found = []
+    thread = threading.Thread(target=lambda: found.append(asked(30.0, 3)))
+    thread.start()
+    thread.join(60)
+    assert found == [(0, 1, 0.0)]
