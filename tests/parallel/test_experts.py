@@ -169,12 +169,13 @@ def check_dispatch(choice: Choice, node_size: int, backends: Backends = TORCH) -
     for group, (sent, received) in rows.items():
         others = (size if group == "ep" else node_size if group == "ep_intra" else size // node_size) - 1
         forward, both = there[group, "all_to_all"], and_back[group, "all_to_all"]
-        assert forward == (5, others * 16 + sent * (DIM * 4 + k * 4 + k * 8) + received * DIM * 4), (
+        chosen = k * 4 + k * 4  # gates and expert numbers in one row
+        assert forward == (4, others * 16 + sent * (DIM * 4 + chosen) + received * DIM * 4), (
             choice.__name__,
             group,
         )
-        assert both[0] == 8
-        assert both[1] - forward[1] == sent * DIM * 4 + received * (DIM * 4 + k * 4), (choice.__name__, group)
+        assert both[0] == 7
+        assert both[1] - forward[1] == sent * DIM * 4 + received * (DIM * 4 + chosen), (choice.__name__, group)
 
 
 def check_all(node_sizes: list[int]) -> None:
@@ -230,6 +231,9 @@ class Watched:
     def __init__(self, work: Any, events: list[str]) -> None:
         self.work, self.events = work, events
 
+    def is_completed(self) -> bool:
+        return bool(self.work.is_completed())
+
     def wait(self) -> None:
         self.events.append("wait")
         self.work.wait()
@@ -281,12 +285,12 @@ def check_overlap() -> None:
     collectives.dist.all_to_all_single = watched  # type: ignore[assignment]
     mesh = mesh_here(ep=2)
     one = run_beside_shared(mesh, events, overlapped=True)
-    # counts and expert numbers are waited for; gates and tokens travel while the shared experts run; then the
-    # results come back
-    numbers, gates_and_tokens, back = ["begin", "wait"] * 2, ["begin"] * 2, ["begin", "wait"]
-    assert events[:11] == [*numbers, *gates_and_tokens, "shared", "wait", "wait", *back]
+    # counts are waited for; gates with expert numbers, and tokens, travel while the shared experts run; then
+    # the results come back
+    counts, gates_and_tokens, back = ["begin", "wait"], ["begin"] * 2, ["begin", "wait"]
+    assert events[:9] == [*counts, *gates_and_tokens, "shared", "wait", "wait", *back]
     # backward: the gradients of tokens and gates are on their way when the shared experts' backward runs
-    backward = events[11:]
+    backward = events[9:]
     assert backward.index("shared backward") > [i for i, e in enumerate(backward) if e == "begin"][-1]
     assert backward[backward.index("shared backward") :] == ["shared backward", "wait", "wait"]
     two = run_beside_shared(mesh, events, overlapped=False)
