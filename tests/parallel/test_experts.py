@@ -175,7 +175,10 @@ def check_dispatch(choice: Choice, node_size: int, backends: Backends = TORCH) -
             group,
         )
         assert both[0] == 7
-        assert both[1] - forward[1] == sent * DIM * 4 + received * (DIM * 4 + chosen), (choice.__name__, group)
+        assert both[1] - forward[1] == sent * DIM * 4 + received * (DIM * 4 + chosen), (
+            choice.__name__,
+            group,
+        )
 
 
 def check_all(node_sizes: list[int]) -> None:
