@@ -7,6 +7,7 @@ core while another idles, they compute one after the other; bound to cores of th
 from __future__ import annotations
 
 import os
+from collections.abc import MutableMapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,14 +15,15 @@ _CPUS = Path("/sys/devices/system/cpu")
 _SPINS = "10000"  # some ten microseconds
 
 
-def let_openmp_sleep() -> None:
-    """Let OpenMP's threads sleep soon after they have no work; to be called before torch is imported.
+def let_openmp_sleep(environment: MutableMapping[str, str]) -> None:
+    """Let OpenMP's threads sleep soon after they have no work, in a process that will import torch with this
+    environment.
 
     By default libgomp's look for work for milliseconds, on the cores where the threads of the experts
     compute meanwhile (kernels/moe_swiglu/op.py). What the environment says stands.
     """
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = _SPINS
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
+        environment["GOMP_SPINCOUNT"] = _SPINS
 
 
 def usable_cores() -> list[int]:

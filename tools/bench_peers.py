@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from hybridtrain.launch.cores import shares_of_cores, usable_cores
+from hybridtrain.launch.cores import let_openmp_sleep, shares_of_cores, usable_cores
 from hybridtrain.model.cost import flops_per_token
 from tools.peers import CASES, MATMUL_FLOPS, Case, to_json
 
@@ -67,7 +67,7 @@ class Subject:
             "MASTER_PORT": port,
         }
         if self.name.startswith(OURS):
-            environment.setdefault("GOMP_SPINCOUNT", "10000")  # as the command does
+            let_openmp_sleep(environment)  # as the command does
         with self.log.open("a") as log:
             return subprocess.Popen(
                 [sys.executable, str(root / "tools" / "peers.py"), self.name, to_json(case)],

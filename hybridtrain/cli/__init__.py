@@ -4,6 +4,7 @@ calls is imported when it runs, so that `--help` does not wait for torch.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -34,7 +35,7 @@ app.add_typer(kernels.kernels_app, name="kernels")
 
 def main() -> None:
     """Run the command; what the user can mend is one message on stderr and exit status 2."""
-    let_openmp_sleep()
+    let_openmp_sleep(os.environ)  # before a command imports torch
     try:
         app()
     except (UserError, LayoutError) as error:

@@ -61,7 +61,7 @@ def test_openmp_sleeps_soon_unless_the_environment_says_otherwise(
         monkeypatch.delenv(name)
     for name, value in before.items():
         monkeypatch.setenv(name, value)
-    let_openmp_sleep()
+    let_openmp_sleep(os.environ)
     assert os.environ.get("GOMP_SPINCOUNT") == after
 
 
