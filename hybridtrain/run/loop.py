@@ -29,7 +29,7 @@ from hybridtrain.parallel.mesh import Mesh, close_mesh
 from hybridtrain.parallel.row_exchange import StepPlan
 from hybridtrain.run.assemble import Run, assemble, make_addressing
 from hybridtrain.run.init_from import start_from
-from hybridtrain.run.memory import check_memory
+from hybridtrain.run.memory import check_memory, device_bytes
 from hybridtrain.run.nonfinite import name_source_of_nonfinite
 from hybridtrain.run.pause import Pause
 from hybridtrain.run.process_setup import compute_dtype, join_world
@@ -96,7 +96,8 @@ def _open(
 ) -> OpenedRun:
     """The run on this rank, with its data; its parameters are drawn, or those of `train.init_from`."""
     vocabulary, dataset = folder.prepare_data(settings)
-    check_memory(settings, mesh, vocabulary.size, compute_dtype(settings, mesh.device))
+    layout, dtype = mesh.layout, compute_dtype(settings, mesh.device)
+    check_memory(settings, layout, vocabulary.size, dtype, device_bytes(mesh.device, layout.world))
     addressing = make_addressing(settings, vocabulary)
     run = assemble(settings, mesh, vocabulary, addressing)
     if settings.train.init_from and not resume:

@@ -9,7 +9,7 @@ import torch
 from hybridtrain.errors import SettingsError
 from hybridtrain.model.cost import count_parameters
 from hybridtrain.parallel.layout import Layout
-from hybridtrain.parallel.mesh import Mesh, ranks_of_a_node
+from hybridtrain.parallel.mesh import ranks_of_a_node
 from hybridtrain.settings.tree import Settings
 
 _GIB = 1 << 30
@@ -35,15 +35,15 @@ def device_bytes(device: torch.device, world: int) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_of_a_node(world)
 
 
-def check_memory(settings: Settings, mesh: Mesh, vocab_size: int, dtype: torch.dtype) -> None:
-    """Raise SettingsError where a rank cannot hold its part of the model. DeepSpeed, which may keep state
-    elsewhere, is not asked.
+def check_memory(settings: Settings, layout: Layout, vocab_size: int, dtype: torch.dtype, there: int) -> None:
+    """Raise SettingsError where a rank with `there` bytes cannot hold its part of the model. DeepSpeed, which
+    may keep state elsewhere, is not asked.
     """
-    zero, there = settings.parallel.zero, device_bytes(mesh.device, mesh.layout.world)
+    zero = settings.parallel.zero
     if settings.train.engine == "deepspeed":
         return
     parameters = count_parameters(settings, vocab_size, 0).total
-    needed = {z: bytes_held(z, parameters, mesh.layout, dtype) for z in (0, 1, 3)}
+    needed = {z: bytes_held(z, parameters, layout, dtype) for z in (0, 1, 3)}
     if needed[zero] <= there:
         return
     fits = [f"parallel.zero={z} needs {n / _GIB:,.1f} GiB" for z, n in needed.items() if n <= there]

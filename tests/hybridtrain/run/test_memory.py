@@ -9,8 +9,6 @@ import torch
 
 from hybridtrain.errors import SettingsError
 from hybridtrain.parallel.layout import Degrees, Layout
-from hybridtrain.parallel.mesh import make_mesh
-from hybridtrain.run import memory
 from hybridtrain.run.memory import bytes_held, check_memory, device_bytes
 from tests.training import ci_settings
 
@@ -38,15 +36,12 @@ def test_axes_that_cut_parameters_divide_them() -> None:
     assert bytes_held(3, 8 * N, layout, torch.float32) == 16 * N // layout.fsdp
 
 
-def test_what_does_not_fit_is_refused_with_what_does(
-    ci_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_fit_is_refused_with_what_does(ci_data: Path, tmp_path: Path) -> None:
     settings = ci_settings(tmp_path / "run", ci_data, "parallel.ep=1", "parallel.mem=1")
-    mesh = make_mesh(Layout.resolve(1, Degrees(mem=1)), 0, torch.device("cpu"), 60)
-    check_memory(settings, mesh, 512, torch.float32)
-    monkeypatch.setattr(memory, "device_bytes", lambda device, world: 1 << 10)
+    layout = Layout.resolve(1, Degrees(mem=1))
+    check_memory(settings, layout, 512, torch.float32, 1 << 30)
     with pytest.raises(SettingsError, match=r"parallel\.zero=1 needs at least .* GiB a rank .*more ranks"):
-        check_memory(settings, mesh, 512, torch.float32)
+        check_memory(settings, layout, 512, torch.float32, 1 << 10)
 
 
 def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
