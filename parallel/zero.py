@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.parallel.engine import NativeEngine, clip_, global_squares, local_gradients
+from hybridtrain.parallel.engine import NativeEngine, global_squares, local_gradients
 from hybridtrain.parallel.interfaces import Schedule
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.replicas import Replicas
@@ -27,9 +27,7 @@ class ReplicaEngine(NativeEngine):
         super().__init__(stages, schedule, optimizers, mesh)
         self.name = f"native, ZeRO {1 if replicas.shared else 0}"
         self.replicas = replicas
-        trained = {
-            id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
-        }
+        trained = {id(p) for p in self._params()}
         every = {parameter: None for stage in stages for parameter in stage.parameters()}
         self.updated = {
             p: x for p in every if (x := replicas.updated_here(p)) is not None and id(x) in trained
@@ -47,10 +45,6 @@ class ReplicaEngine(NativeEngine):
         counted = [p for p, value in self.updated.items() if p not in copies and value.grad is not None]
         grads = local_gradients(self.updated[p] for p in counted)
         return global_squares(grads, rows_ND, self.mesh, [self.replicas.updated_by(p) for p in counted])
-
-    def clip(self, rows_ND: Tensor | None, norm: float, bound: float) -> None:
-        grads = local_gradients(self.updated.values())
-        clip_([*grads, *([] if rows_ND is None else [rows_ND])], norm, bound)
 
     def step(self) -> None:
         super().step()
