@@ -25,9 +25,7 @@ class Handle:
     result.
     """
 
-    def __init__(
-        self, out: Tensor, sent: Tensor, work: dist.Work | None = None, traffic: Traffic | None = None
-    ) -> None:
+    def __init__(self, out: Tensor, sent: Tensor, work: dist.Work | None, traffic: Traffic) -> None:
         self._out, self._sent, self._work, self._traffic = out, sent, work, traffic
         self._times: list[float] = []  # begun, waited for and ended, in any order of the last two
         self._events: list[torch.cuda.Event] = []
@@ -49,7 +47,7 @@ class Handle:
                 self._mark()
         elif work is not None:
             self._times.append(time.perf_counter())
-        if work is not None and self._traffic is not None:
+        if work is not None:
             self._traffic.wait(work)
         del self._out, self._sent, self._work
         return out
@@ -74,7 +72,7 @@ def begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], gro
     collectives.
     """
     if group.size == 1:
-        return Handle(x, x)
+        return Handle(x, x, None, group.traffic)
     return Handle(*collectives.post_all_to_all(x, send, receive, group), group.traffic)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,11 +156,13 @@ def all_reduce_(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.Redu
     return x
 
 
-def begin_broadcast(x: Tensor, owner: int, group: Group) -> dist.Work:
-    """Begin to send the contiguous `x` of the group's rank `owner` to all of its ranks, in place."""
+def begin_broadcast(x: Tensor, owner: int, group: Group) -> Callable[[], None]:
+    """Begin to send the contiguous `x` of the group's rank `owner` to all of its ranks, in place; what is
+    returned waits for it.
+    """
     _count(group, "broadcast", (group.size - 1) * x.nbytes if group.rank == owner else 0)
-    work: dist.Work = dist.broadcast(x, group=group.process_group, group_src=owner, async_op=True)
-    return work
+    work = dist.broadcast(x, group=group.process_group, group_src=owner, async_op=True)
+    return partial(group.traffic.wait, work)
 
 
 def all_gather_uneven(x: Tensor, group: Group) -> list[Tensor]:

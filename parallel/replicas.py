@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -111,8 +110,8 @@ class Bucket:
         if self.computed.dtype != self.weights.dtype:
             self.computed[self.updated] = self.weights.to(self.computed.dtype)
 
-    def begin_spread(self, flat: Tensor) -> list[dist.Work]:
-        """Send what each owner has of `flat` to all ranks."""
+    def begin_spread(self, flat: Tensor) -> list[Callable[[], None]]:
+        """Begin to send what each owner has of `flat` to all ranks; what is returned waits for it."""
         if self.group.size == 1:
             return []
         parts = [self.part(flat, owner) for owner in range(self.group.size)]
@@ -128,7 +127,7 @@ class Replicas:
         self._places = {r.parameter: (n, r) for n, bucket in enumerate(buckets) for r in bucket.replicas}
         self._last = False
         self._begun = self._ended = 0  # sums of this step
-        self._coming: list[dist.Work] = []
+        self._coming: list[Callable[[], None]] = []
         for parameter in self._places:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
@@ -181,8 +180,8 @@ class Replicas:
         while self._ended < len(self.buckets):
             self._end_next()
         if not self.shared:
-            for bucket, work in [(b, w) for b in self.buckets for w in b.begin_spread(b.gradients)]:
-                bucket.group.traffic.wait(work)
+            for wait in [w for bucket in self.buckets for w in bucket.begin_spread(bucket.gradients)]:
+                wait()
 
     def clear(self) -> None:
         """Forget the step's gradients."""
@@ -205,8 +204,8 @@ class Replicas:
 
     def await_parameters(self) -> None:
         """From here on every rank's parameters are those of the last update."""
-        for work in self._coming:
-            work.wait()
+        for wait in self._coming:
+            wait()
         self._coming.clear()
 
 

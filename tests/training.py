@@ -171,8 +171,8 @@ def complete_gradients(run: Run) -> None:
     between the sums and the update.
     """
     for bucket in _buckets(run):
-        for work in bucket.begin_spread(bucket.gradients):
-            work.wait()
+        for wait in bucket.begin_spread(bucket.gradients):
+            wait()
 
 
 def updated_weights(run: Run) -> dict[nn.Parameter, Tensor]:
@@ -181,8 +181,8 @@ def updated_weights(run: Run) -> dict[nn.Parameter, Tensor]:
     for bucket in _buckets(run):
         whole = torch.empty_like(bucket.gradients)
         whole[bucket.updated] = bucket.weights
-        for work in bucket.begin_spread(whole):
-            work.wait()
+        for wait in bucket.begin_spread(whole):
+            wait()
         sizes = [local_part(replica.gradient).numel() for replica in bucket.replicas]
         for replica, flat in zip(bucket.replicas, whole.split(sizes), strict=True):
             weight = out[replica.parameter] = torch.empty_like(replica.gradient)
