@@ -30,7 +30,8 @@ import torch
 
 from hybridtrain.launch.cores import let_openmp_sleep, shares_of_cores, usable_cores
 from hybridtrain.model.cost import flops_per_token
-from tools.peers import CASES, MATMUL_FLOPS, Case, to_json
+from tools.peer_cases import CASES, Case
+from tools.peers import MATMUL_FLOPS, to_json
 
 OURS = "hybridtrain"
 SHAPES = [field.name for field in fields(Case) if field.name not in ("ranks", "threads")]
@@ -219,7 +220,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         choices=CASES,
         default=["small", "many"],
         metavar="CASE",
-        help=f"of {', '.join(CASES)} (tools/peers.py)",
+        help=f"of {', '.join(CASES)} (tools/peer_cases.py)",
     )
     parser.add_argument(
         "--ranks",

@@ -15,7 +15,8 @@ from hybridtrain.model.cost import flops_per_token
 from hybridtrain.run.assemble import make_addressing
 from hybridtrain.settings.layers import engram_layers
 from tools.bench_peers import main, render, summarise
-from tools.peers import CASES, MATMUL_FLOPS, Case, make
+from tools.peer_cases import CASES, Case
+from tools.peers import MATMUL_FLOPS, make
 
 SIZES = [
     "--experts",
